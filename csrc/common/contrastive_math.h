@@ -1,0 +1,54 @@
+// Per-element maths of the contrastive losses, shared by the CPU build and the CUDA build so that
+// the arithmetic a GPU runs is the arithmetic the CPU tests check.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define FASTVLP_HD __host__ __device__ __forceinline__
+#else
+// Internal linkage: the CPU kernels compile this header once per instruction set, and the linker
+// must not share one of those copies with code that runs on older processors.
+#define FASTVLP_HD static inline
+#endif
+
+namespace fastvlp {
+
+// A partial log-sum-exp: sum of exp(z - max) over the elements seen so far. The empty pair is
+// {-inf, 0}.
+struct LsePair {
+  float max;
+  float sum;
+};
+
+// Merges two partial log-sum-exps. Associative up to rounding, so callers fix the order.
+FASTVLP_HD LsePair merge(LsePair a, LsePair b) {
+  if (a.sum == 0.0f) return b;
+  if (b.sum == 0.0f) return a;
+  const float max = a.max > b.max ? a.max : b.max;
+  return {max, a.sum * expf(a.max - max) + b.sum * expf(b.max - max)};
+}
+
+FASTVLP_HD float log_sum_exp(LsePair p) { return p.max + logf(p.sum); }
+
+// Derivative of the weighted softmax losses by the logit z: the share of the row softmax plus the
+// share of the column softmax; the positive's own term is subtracted by the caller.
+FASTVLP_HD float softmax_logit_gradient(float z, float row_lse, float col_lse, float row_weight,
+                                        float col_weight) {
+  float g = 0.0f;
+  if (row_weight != 0.0f) g += row_weight * expf(z - row_lse);
+  if (col_weight != 0.0f) g += col_weight * expf(z - col_lse);
+  return g;
+}
+
+// log(1 + exp(z)) without overflow, relatively exact for z far below zero.
+FASTVLP_HD float softplus(float z) {
+  return (z > 0.0f ? z : 0.0f) + log1pf(expf(-fabsf(z)));
+}
+
+FASTVLP_HD float sigmoid(float z) {
+  const float u = expf(-fabsf(z));
+  return (z >= 0.0f ? 1.0f : u) / (1.0f + u);
+}
+
+}  // namespace fastvlp

@@ -1,0 +1,172 @@
+// The contrastive operators on CPU tensors: argument checks, outputs, and the call of the driver.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+
+#include "contrastive_driver.h"
+#include "isa.h"
+
+namespace fastvlp {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Element element_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Element::kFloat32;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
+Features features_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": expected unit stride along dim 1");
+  return {t.const_data_ptr(), t.size(0), t.stride(0), element_of(t, name)};
+}
+
+float scalar_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float, name,
+                  ": expected one float32 value");
+  return *static_cast<const float*>(t.const_data_ptr());
+}
+
+const float* floats_of(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+float* mutable_floats_of(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+ContrastiveProblem problem_of(const Tensor& x, const Tensor& y, const Tensor& scale, int64_t offset,
+                              int64_t block_rows, int64_t block_cols) {
+  ContrastiveProblem p = {};
+  p.x = features_of(x, "x");
+  p.y = features_of(y, "y");
+  STD_TORCH_CHECK(x.size(1) == y.size(1), "x and y: expected the same width, got ", x.size(1),
+                  " and ", y.size(1));
+  STD_TORCH_CHECK(p.x.element == p.y.element, "x and y: expected the same dtype");
+  STD_TORCH_CHECK(block_rows > 0 && block_rows % 32 == 0 && block_cols > 0 && block_cols % 32 == 0,
+                  "block_rows and block_cols: expected positive multiples of 32");
+  p.dim = x.size(1);
+  p.scale = scalar_of(scale, "scale");
+  p.offset = offset;
+  p.block_rows = block_rows;
+  p.block_cols = block_cols;
+  return p;
+}
+
+void run_parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(0, n, 1, body);
+}
+
+Tensor scalar_tensor(const Tensor& like, double value) {
+  Tensor t = torch::stable::new_empty(like, {}, ScalarType::Float);
+  *mutable_floats_of(t) = static_cast<float>(value);
+  return t;
+}
+
+Buffer padded(const Tensor& values, int64_t size) {
+  Buffer out = allocate_floats(size);
+  const int64_t n = values.numel();
+  for (int64_t i = 0; i < size; ++i) out.get()[i] = i < n ? floats_of(values)[i] : 0.0f;
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Tensor& y,
+                                                      const Tensor& scale, int64_t offset,
+                                                      bool rows, bool cols, int64_t block_rows,
+                                                      int64_t block_cols, int64_t keep_blocks) {
+  ContrastiveProblem p = problem_of(x, y, scale, offset, block_rows, block_cols);
+  p.use_rows = rows;
+  p.use_cols = cols;
+  STD_TORCH_CHECK(keep_blocks >= 0 && keep_blocks <= p.row_blocks(),
+                  "keep_blocks: expected 0 to the number of row blocks, got ", keep_blocks);
+  auto empty = [&](int64_t n) { return torch::stable::new_empty(scale, {n}, ScalarType::Float); };
+  Tensor row_lse = empty(rows ? p.x.rows : 0);
+  Tensor col_lse = empty(cols ? p.y.rows : 0);
+  Tensor positive = empty(p.x.rows);
+  Tensor kept = empty(keep_blocks * p.col_blocks() * tile_floats(p));
+  contrastive_statistics(p, contrastive_kernels(), run_parallel, torch::stable::get_num_threads(),
+                         mutable_floats_of(kept), keep_blocks, mutable_floats_of(row_lse),
+                         mutable_floats_of(col_lse), mutable_floats_of(positive));
+  return {row_lse, col_lse, positive, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& y, const Tensor& scale,
+                                             const Tensor& row_lse, const Tensor& col_lse,
+                                             const Tensor& weights, const Tensor& kept,
+                                             int64_t offset, int64_t block_rows, int64_t block_cols,
+                                             int64_t keep_blocks, int64_t chunk_rows,
+                                             int64_t chunk_cols) {
+  ContrastiveProblem p = problem_of(x, y, scale, offset, block_rows, block_cols);
+  p.use_rows = row_lse.numel() > 0;
+  p.use_cols = col_lse.numel() > 0;
+  STD_TORCH_CHECK(!p.use_rows || row_lse.numel() == p.x.rows, "row_lse: expected one per row of x");
+  STD_TORCH_CHECK(!p.use_cols || col_lse.numel() == p.y.rows, "col_lse: expected one per row of y");
+  STD_TORCH_CHECK(weights.numel() == 3, "weights: expected 3 values");
+  STD_TORCH_CHECK(kept.numel() == keep_blocks * p.col_blocks() * tile_floats(p),
+                  "kept: expected the tiles that contrastive_statistics returned for this plan");
+  STD_TORCH_CHECK(chunk_rows > 0 && chunk_cols > 0, "chunk_rows, chunk_cols: expected at least 1");
+  const Buffer padded_rows = padded(row_lse, p.row_blocks() * block_rows);
+  const Buffer padded_cols = padded(col_lse, p.col_blocks() * block_cols);
+  p.row_lse = padded_rows.get();
+  p.col_lse = padded_cols.get();
+  p.row_weight = floats_of(weights)[0];
+  p.col_weight = floats_of(weights)[1];
+  p.positive_weight = floats_of(weights)[2];
+  Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor dy = torch::stable::new_empty(y, {y.size(0), y.size(1)});
+  SigmoidSums unused = {0.0, 0.0};
+  GradientPlan plan = {const_cast<float*>(floats_of(kept)), keep_blocks, chunk_rows, chunk_cols};
+  const double scale_gradient = contrastive_gradients(
+      p, contrastive_kernels(), run_parallel, plan, {dx.mutable_data_ptr(), p.x.element},
+      {dy.mutable_data_ptr(), p.y.element}, &unused);
+  return {dx, dy, scalar_tensor(scale, scale_gradient)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid(
+    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias, double weight,
+    int64_t offset, bool gradients, int64_t block_rows, int64_t block_cols, int64_t chunk_rows,
+    int64_t chunk_cols) {
+  ContrastiveProblem p = problem_of(x, y, scale, offset, block_rows, block_cols);
+  STD_TORCH_CHECK(chunk_rows > 0 && chunk_cols > 0, "chunk_rows, chunk_cols: expected at least 1");
+  p.loss = Loss::kSigmoid;
+  p.bias = scalar_of(bias, "bias");
+  p.row_weight = p.positive_weight = static_cast<float>(weight);
+  const int64_t kept_rows = gradients ? 1 : 0;
+  Tensor dx = torch::stable::new_empty(x, {x.size(0) * kept_rows, x.size(1)});
+  Tensor dy = torch::stable::new_empty(y, {y.size(0) * kept_rows, y.size(1)});
+  SigmoidSums sums = {0.0, 0.0};
+  GradientPlan plan = {nullptr, 0, chunk_rows, chunk_cols};
+  GradientOutput dx_out = {gradients ? dx.mutable_data_ptr() : nullptr, p.x.element};
+  GradientOutput dy_out = {gradients ? dy.mutable_data_ptr() : nullptr, p.y.element};
+  const double scale_gradient =
+      contrastive_gradients(p, contrastive_kernels(), run_parallel, plan, dx_out, dy_out, &sums);
+  return {scalar_tensor(scale, sums.loss * weight), dx, dy, scalar_tensor(scale, scale_gradient),
+          scalar_tensor(scale, sums.gradient * weight)};
+}
+
+std::string cpu_instruction_sets() {
+  std::string names;
+  for (const auto* kernels : available_contrastive_kernels())
+    names += names.empty() ? kernels->name : std::string(",") + kernels->name;
+  return names;
+}
+
+}  // namespace
+}  // namespace fastvlp
+
+STABLE_TORCH_LIBRARY_IMPL(fastvlp, CPU, m) {
+  m.impl("contrastive_statistics", TORCH_BOX(&fastvlp::statistics));
+  m.impl("contrastive_gradients", TORCH_BOX(&fastvlp::gradients));
+  m.impl("contrastive_sigmoid", TORCH_BOX(&fastvlp::sigmoid));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvlp, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_sets", TORCH_BOX(&fastvlp::cpu_instruction_sets));
+}

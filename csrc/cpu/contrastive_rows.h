@@ -1,0 +1,96 @@
+// Elementwise passes over one column of a logits tile (contiguous along the block's rows): softmax
+// statistics, logit gradients, and the sums of the sigmoid loss.
+#pragma once
+
+#include "contrastive_kernel.h"
+#include "simd.h"
+
+namespace {
+
+using fastvlp::ContrastiveProblem;
+using fastvlp::SigmoidSums;
+
+constexpr float kNegativeInfinity = -__builtin_inff();
+
+// Raises the running row maxima to include this column and returns the column's own maximum.
+inline float update_maxima(const float* z, int64_t n, float* row_max) {
+  Vec column = splat(kNegativeInfinity);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec v = load(z + i);
+    column = max(v, column);
+    store(row_max + i, max(v, load(row_max + i)));
+  }
+  return horizontal_max(column);
+}
+
+// Adds exp(z - row_max) to the row sums and returns the sum of exp(z - column_max).
+template <bool rows, bool cols>
+float add_exponentials(const float* z, int64_t n, const float* row_max, float* row_sum,
+                       float column_max) {
+  Vec column = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec v = load(z + i);
+    if constexpr (rows) store(row_sum + i, load(row_sum + i) + exp(v - load(row_max + i)));
+    if constexpr (cols) column = column + exp(v - column_max);
+  }
+  return cols ? horizontal_sum(column) : 0.0f;
+}
+
+template <bool rows, bool cols>
+void softmax_gradient(const float* z, int64_t n, const float* row_lse, float col_lse,
+                      float row_weight, float col_weight, float* g) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec v = load(z + i);
+    Vec sum = {};
+    if constexpr (rows) sum = sum + exp(v - load(row_lse + i)) * row_weight;
+    if constexpr (cols) sum = sum + exp(v - col_lse) * col_weight;
+    store(g + i, sum);
+  }
+}
+
+inline void sigmoid_gradient(const float* z, int64_t n, float bias, float weight, float* g) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec v = load(z + i) + bias;
+    const Vec u = exp(-absolute(v));
+    const Vec numerator = v < 0.0f ? u : splat(1.0f);
+    store(g + i, numerator / (u + 1.0f) * weight);
+  }
+}
+
+// Sums of softplus(z + bias) and sigmoid(z + bias).
+inline void add_sigmoid_sums(const float* z, int64_t n, float bias, SigmoidSums* sums) {
+  Vec loss = {}, gradient = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec v = load(z + i) + bias;
+    const Vec u = exp(-absolute(v));
+    const Vec positive = v < 0.0f ? splat(0.0f) : v;
+    const Vec numerator = v < 0.0f ? u : splat(1.0f);
+    loss = loss + (positive + log1p_unit(u));
+    gradient = gradient + numerator / (u + 1.0f);
+  }
+  sums->loss += horizontal_sum(loss);
+  sums->gradient += horizontal_sum(gradient);
+}
+
+// The logit gradients of column `col` of the block pair (row block, column block), n of them.
+inline void logit_gradient(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
+                           int64_t col, const float* z, int64_t n, float* g) {
+  const int64_t first_row = row_block * p.block_rows;
+  const int64_t global_col = col_block * p.block_cols + col;
+  if (p.loss == fastvlp::Loss::kSigmoid) {
+    sigmoid_gradient(z, n, p.bias, p.row_weight, g);
+  } else {
+    const float* row_lse = p.row_lse + first_row;
+    const float col_lse = p.col_lse[global_col];
+    if (p.use_rows && p.use_cols)
+      softmax_gradient<true, true>(z, n, row_lse, col_lse, p.row_weight, p.col_weight, g);
+    else if (p.use_rows)
+      softmax_gradient<true, false>(z, n, row_lse, col_lse, p.row_weight, p.col_weight, g);
+    else
+      softmax_gradient<false, true>(z, n, row_lse, col_lse, p.row_weight, p.col_weight, g);
+  }
+  const int64_t positive = global_col - p.offset - first_row;
+  if (positive >= 0 && positive < p.rows_in(row_block)) g[positive] -= p.positive_weight;
+}
+
+}  // namespace

@@ -1,0 +1,91 @@
+// Small matrix products on cache-resident tiles. A "word" is what one multiply-add step of the
+// inner loop consumes per lane: one float, or a pair of bfloat16 that are neighbours along K.
+// Plain loops over vector accumulators: at these tile sizes they run at the processor's peak.
+#pragma once
+
+#include "simd.h"
+
+#define FASTVLP_UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRegisterRows = 8;
+#else
+constexpr int kRegisterRows = 4;
+#endif
+constexpr int kRegisterVectors = 2;
+constexpr int kPanel = kRegisterVectors * kLanes;  // columns of one packed panel of B
+constexpr int64_t kMaxDepth = 512;                 // words of K per pass: a panel stays in L1
+
+// acc += a * b for floats.
+struct FloatDot {
+  static constexpr int kPerWord = 1;
+  static Vec step(Vec acc, uint32_t a, Vec b) {
+    float f;
+    std::memcpy(&f, &a, 4);
+    return acc + b * splat(f);
+  }
+};
+
+#if defined(__AVX512BF16__)
+// acc += a.low * b.low + a.high * b.high for pairs of bfloat16, accumulated in fp32.
+struct BFloat16Dot {
+  static constexpr int kPerWord = 2;
+  static Vec step(Vec acc, uint32_t a, Vec b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
+                                 (__m512bh)b);
+  }
+};
+#endif
+
+// How the words of A lie in memory: rows of K (a[m * ld + k]) or rows of M (a[k * ld + m]).
+enum class Order { kDepthContiguous, kRowContiguous };
+
+template <class Dot, Order order>
+inline void micro_kernel(const uint32_t* a, int64_t lda, const float* b, float* c, int64_t ldc,
+                         int64_t depth, float alpha, bool accumulate) {
+  Vec acc[kRegisterRows][kRegisterVectors] = {};
+  const uint32_t* row[kRegisterRows];
+  FASTVLP_UNROLL
+  for (int i = 0; i < kRegisterRows; ++i)
+    row[i] = order == Order::kDepthContiguous ? a + i * lda : a + i;
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec bv[kRegisterVectors];
+    FASTVLP_UNROLL
+    for (int j = 0; j < kRegisterVectors; ++j) bv[j] = load(b + k * kPanel + j * kLanes);
+    FASTVLP_UNROLL
+    for (int i = 0; i < kRegisterRows; ++i) {
+      const uint32_t word = order == Order::kDepthContiguous ? row[i][k] : a[k * lda + i];
+      FASTVLP_UNROLL
+      for (int j = 0; j < kRegisterVectors; ++j) acc[i][j] = Dot::step(acc[i][j], word, bv[j]);
+    }
+  }
+  FASTVLP_UNROLL
+  for (int i = 0; i < kRegisterRows; ++i)
+    FASTVLP_UNROLL
+    for (int j = 0; j < kRegisterVectors; ++j) {
+      float* p = c + i * ldc + j * kLanes;
+      Vec v = acc[i][j] * alpha;
+      if (accumulate) v = v + load(p);
+      store(p, v);
+    }
+}
+
+// C[m, panels * kPanel] = alpha * A[m, depth] * B (+ C when accumulate). `m` is a multiple of
+// kRegisterRows; B is packed as panels of [depth][kPanel] words.
+template <class Dot, Order order>
+void multiply(const uint32_t* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t m,
+              int64_t panels, int64_t depth, float alpha, bool accumulate) {
+  for (int64_t k = 0; k < depth; k += kMaxDepth) {
+    const int64_t part = depth - k < kMaxDepth ? depth - k : kMaxDepth;
+    const uint32_t* ak = order == Order::kDepthContiguous ? a + k : a + k * lda;
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t i = 0; i < m; i += kRegisterRows)
+        micro_kernel<Dot, order>(order == Order::kDepthContiguous ? ak + i * lda : ak + i, lda,
+                                 b + (p * depth + k) * kPanel, c + i * ldc + p * kPanel, ldc, part,
+                                 alpha, accumulate || k > 0);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,18 @@
+// Which instruction sets this build holds and this processor runs.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "contrastive_kernel.h"
+
+namespace fastvlp {
+
+// The kernels compiled into this build that this processor can run, fastest first.
+std::vector<const ContrastiveKernels*> available_contrastive_kernels();
+
+// The fastest of them, or the one that the environment variable FASTVLP_CPU_ISA names. Throws
+// std::runtime_error when that one is unknown here.
+const ContrastiveKernels& contrastive_kernels();
+
+}  // namespace fastvlp

@@ -1,0 +1,125 @@
+// Copies feature rows into the layouts that gemm.h reads, converting the element type on the way.
+#pragma once
+
+#include "contrastive_kernel.h"
+#include "gemm.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using fastvlp::Element;
+using fastvlp::Features;
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+inline float half_to_float(uint16_t h) {
+  // Shift the half's exponent and mantissa into place, then fix the exponent bias by a product,
+  // which also normalises subnormals; infinities and NaN get their exponent set by hand.
+  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
+  float f;
+  std::memcpy(&f, &magnitude, 4);
+  f *= 5.192296858534828e33f;  // 2^112
+  uint32_t b;
+  std::memcpy(&b, &f, 4);
+  if ((h & 0x7c00) == 0x7c00) b = magnitude | 0x7f800000;
+  b |= static_cast<uint32_t>(h & 0x8000) << 16;
+  std::memcpy(&f, &b, 4);
+  return f;
+}
+
+inline void convert_row(const Features& m, int64_t row, int64_t dim, float* out) {
+  if (m.element == Element::kFloat32) {
+    std::memcpy(out, static_cast<const float*>(m.data) + row * m.stride, dim * 4);
+    return;
+  }
+  const uint16_t* in = static_cast<const uint16_t*>(m.data) + row * m.stride;
+  int64_t d = 0;
+  if (m.element == Element::kBFloat16) {
+    for (; d < dim; ++d) {
+      const uint32_t b = static_cast<uint32_t>(in[d]) << 16;
+      std::memcpy(out + d, &b, 4);
+    }
+    return;
+  }
+#if defined(__F16C__)
+  for (; d + 8 <= dim; d += 8)
+    _mm256_storeu_ps(out + d, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(in + d))));
+#endif
+  for (; d < dim; ++d) out[d] = half_to_float(in[d]);
+}
+
+template <class Dot>
+int64_t depth_words(int64_t n) {
+  return (n + Dot::kPerWord - 1) / Dot::kPerWord;
+}
+
+// One feature row as words along dim, the last one padded with zero.
+template <class Dot>
+void word_row(const Features& m, int64_t row, int64_t dim, uint32_t* out) {
+  if constexpr (Dot::kPerWord == 1) {
+    convert_row(m, row, dim, reinterpret_cast<float*>(out));
+  } else {
+    if (dim % 2) out[dim / 2] = 0;
+    std::memcpy(out, static_cast<const uint16_t*>(m.data) + row * m.stride, dim * 2);
+  }
+}
+
+// Rows [begin, begin + count) as the A operand of a product along dim: [count rounded up][stride].
+template <class Dot>
+void pack_rows(const Features& m, int64_t begin, int64_t count, int64_t dim, uint32_t* out,
+               int64_t stride) {
+  for (int64_t r = 0; r < count; ++r) word_row<Dot>(m, begin + r, dim, out + r * stride);
+  for (int64_t r = count; r < round_up(count, kRegisterRows); ++r)
+    std::memset(out + r * stride, 0, depth_words<Dot>(dim) * 4);
+}
+
+// Rows [begin, begin + count) as the B operand of a product along dim: panels of
+// [words of dim][kPanel rows]. `row` is scratch for one word row.
+template <class Dot>
+void pack_transposed(const Features& m, int64_t begin, int64_t count, int64_t dim, float* out,
+                     uint32_t* row) {
+  const int64_t words = depth_words<Dot>(dim);
+  for (int64_t r = 0; r < round_up(count, kPanel); ++r) {
+    float* column = out + r / kPanel * words * kPanel + r % kPanel;
+    if (r < count)
+      word_row<Dot>(m, begin + r, dim, row);
+    else
+      std::memset(row, 0, words * 4);
+    for (int64_t k = 0; k < words; ++k) std::memcpy(column + k * kPanel, row + k, 4);
+  }
+}
+
+// Rows [begin, begin + count) as the B operand of a product along the rows: panels of
+// [words of rows][kPanel of dim]. `row` is scratch for two padded float rows.
+template <class Dot>
+void pack_along_rows(const Features& m, int64_t begin, int64_t count, int64_t dim, float* out,
+                     float* row) {
+  const int64_t padded = round_up(dim, kPanel);
+  const int64_t words = depth_words<Dot>(count);
+  for (int64_t k = 0; k < words; ++k) {
+    if constexpr (Dot::kPerWord == 1) {
+      std::memset(row + dim, 0, (padded - dim) * 4);
+      convert_row(m, begin + k, dim, row);
+      for (int64_t p = 0; p < padded / kPanel; ++p)
+        std::memcpy(out + (p * words + k) * kPanel, row + p * kPanel, kPanel * 4);
+    } else {
+      const uint16_t* first = static_cast<const uint16_t*>(m.data) + (begin + 2 * k) * m.stride;
+      const bool pair = 2 * k + 1 < count;
+      const uint16_t* second = pair ? first + m.stride : first;
+      const uint32_t keep = pair ? 0xffffu : 0u;
+      uint32_t* words_out = reinterpret_cast<uint32_t*>(row);
+      for (int64_t d = 0; d < dim; ++d)
+        words_out[d] = first[d] | (second[d] & keep) << 16;
+      std::memset(row + dim, 0, (padded - dim) * 4);
+      for (int64_t p = 0; p < padded / kPanel; ++p)
+        std::memcpy(out + (p * words + k) * kPanel, row + p * kPanel, kPanel * 4);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,116 @@
+// Vectors of floats in the width of the instruction set this file is compiled for, and the
+// transcendental functions the kernels need. Written on GCC/Clang vector extensions: one source
+// serves every instruction set. Everything is in an anonymous namespace because the same names are
+// compiled several times with different flags and must never be merged by the linker.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+
+typedef float Vec __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecI __attribute__((vector_size(kVectorBytes)));
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, kVectorBytes);
+  return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, kVectorBytes); }
+inline Vec splat(float a) { return Vec{} + a; }
+inline VecI bits(Vec v) { return (VecI)v; }
+
+// NaN in `a` is ignored and NaN in `b` is kept, as the callers need for running maxima: a NaN
+// logit still reaches the sum of exponentials.
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float horizontal_max(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+inline float horizontal_sum(Vec v) {
+  // Pairwise, so that the rounding error grows with log2 of the lanes.
+  float t[kLanes];
+  std::memcpy(t, &v, kVectorBytes);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) t[i] += t[i + half];
+  return t[0];
+}
+
+// exp(x) for x up to 88, within 2 ulp; 0 below -87 (a float there is smaller than 2e-38); NaN stays
+// NaN. Reduction x = n ln 2 + r, |r| <= ln 2 / 2, then a minimax polynomial of degree 6
+// in r (relative error 3e-9).
+inline Vec exp(Vec x) {
+  const Vec floor = splat(-87.33f);
+  const Vec clamped = x < floor ? floor : x;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const Vec shifted = clamped * 1.44269504088896341f + magic;
+  const Vec n = shifted - magic;
+  Vec r = clamped - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  Vec p = splat(1.381461039e-3f);
+  p = p * r + 8.368711266e-3f;
+  p = p * r + 4.166838750e-2f;
+  p = p * r + 1.666652068e-1f;
+  p = p * r + 4.999999345e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // The integer n sits in the low bits of `shifted`; moved into the exponent field it is 2^n.
+  const VecI power = (bits(shifted) << 23) + (127 << 23);
+  const Vec result = p * (Vec)power;
+  return x < floor ? splat(0.0f) : result;
+}
+
+inline Vec absolute(Vec x) {
+  return (Vec)(bits(x) & 0x7fffffff);
+}
+
+// log(1 + u) for u in [0, 1], relatively exact: 2 atanh(s) with s = u / (2 + u) <= 1/3.
+inline Vec log1p_unit(Vec u) {
+  const Vec s = u / (u + 2.0f);
+  const Vec q = s * s;
+  Vec p = splat(1.0f / 17.0f);
+  p = p * q + 1.0f / 15.0f;
+  p = p * q + 1.0f / 13.0f;
+  p = p * q + 1.0f / 11.0f;
+  p = p * q + 1.0f / 9.0f;
+  p = p * q + 1.0f / 7.0f;
+  p = p * q + 1.0f / 5.0f;
+  p = p * q + 1.0f / 3.0f;
+  p = p * q + 1.0f;
+  return (s + s) * p;
+}
+
+#if defined(__AVX512BF16__)
+// Two vectors rounded to bfloat16 (nearest even), as pairs: the low half of each 32-bit lane from
+// `low`, the high half from `high`.
+inline void store_bf16_pairs(uint32_t* p, Vec low, Vec high) {
+  const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  const __m512i order = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+      3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, packed));
+}
+
+// Two neighbouring vectors rounded to bfloat16 (nearest even) in their own order.
+inline void store_bf16(uint32_t* p, Vec first, Vec second) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+#endif
+
+}  // namespace

@@ -1,0 +1,61 @@
+"""Loads the compiled operators and says why when it cannot."""
+
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+# Tracing must see the answers of the two loaders as constants, not trace into the loading.
+@torch.compiler.assume_constant_result
+def load() -> tuple[str, ...]:
+    """Registers the compiled operators with torch; returns the reasons why not (empty: done)."""
+    return _load()
+
+
+@torch.compiler.assume_constant_result
+def load_cuda() -> tuple[str, ...]:
+    """The same for the CUDA library, which needs a CUDA build of torch besides."""
+    return _load_cuda()
+
+
+@cache
+def _load() -> tuple[str, ...]:
+    library = _library("_C")
+    if library is None:
+        return ("the compiled library fastvlp/_C is missing: install with `pip install -e .`",)
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return (f"the compiled library {library.name} does not load: {error}",)
+    return ()
+
+
+@cache
+def _load_cuda() -> tuple[str, ...]:
+    if reasons := _load():
+        return reasons
+    if torch.version.cuda is None:
+        return ("this torch is a CPU build",)
+    library = _library("_C_cuda")
+    if library is None:
+        return (f"the CUDA library was {build_info().get('cuda', 'not built')}",)
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return (f"the CUDA library {library.name} does not load: {error}",)
+    return ()
+
+
+def build_info() -> dict[str, str]:
+    """What the build recorded: torch, cuda, cuda_architectures, cpu, compiler. Empty if unbuilt."""
+    library = _library("_C")
+    facts = library.with_name("build_info.json") if library else None
+    return json.loads(facts.read_text()) if facts and facts.exists() else {}
+
+
+def _library(name: str) -> Path | None:
+    spec = importlib.util.find_spec(f"fastvlp.{name}")
+    return Path(spec.origin) if spec and spec.origin else None

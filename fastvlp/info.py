@@ -1,0 +1,63 @@
+"""`python -m fastvlp.info`: versions, devices, what was compiled, and which backends run."""
+
+import os
+import platform
+import sys
+
+import torch
+
+import fastvlp
+from fastvlp import _native
+from fastvlp.ops import explain
+from fastvlp.ops._dispatch import operators
+
+
+def report() -> str:
+    """The whole report as text."""
+    return "\n".join([*_versions(), "", *_build(), "", *_backends()])
+
+
+def _versions() -> list[str]:
+    lines = [
+        f"fastvlp {fastvlp.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}",
+        f"processor: {platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} torch threads",
+    ]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        name = torch.cuda.get_device_name(index)
+        lines.append(f"cuda:{index}: {name}, compute capability {major}.{minor}")
+    if torch.cuda.device_count() == 0:
+        lines.append("no CUDA device")
+    return lines
+
+
+def _build() -> list[str]:
+    facts = _native.build_info()
+    if not facts:
+        return ["native library: not built (install with `pip install -e .`)"]
+    lines = [f"built with {facts['compiler']} against torch {facts['torch']}"]
+    lines += [f"native library does not load: {reason}" for reason in _native.load()]
+    lines.append(f"CPU kernels compiled for: {facts['cpu'].replace(';', ', ')}")
+    if not _native.load():
+        usable = torch.ops.fastvlp.cpu_instruction_sets().split(",")
+        forced = os.environ.get("FASTVLP_CPU_ISA")
+        lines.append(f"this processor runs: {', '.join(usable)}; in use: {forced or usable[0]}")
+    lines.append(f"CUDA kernels: {facts['cuda']}")
+    if "not built" not in facts["cuda"]:
+        why = _native.load_cuda()
+        lines.append(f"CUDA library: {'; '.join(why) if why else 'loaded'}")
+    return lines
+
+
+def _backends() -> list[str]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    features = torch.zeros(2, 8, device=device)
+    return [f"backends for float32 tensors on {device}:"] + [
+        str(explain(op, features, features)) for op in operators()
+    ]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(report() + "\n")

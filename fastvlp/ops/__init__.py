@@ -1,0 +1,13 @@
+"""The operators: one public function each, its reference beside it, and `explain`."""
+
+from ._dispatch import explain
+from .contrastive import contrastive, contrastive_reference
+from .sigmoid_contrastive import sigmoid_contrastive, sigmoid_contrastive_reference
+
+__all__ = [
+    "contrastive",
+    "contrastive_reference",
+    "explain",
+    "sigmoid_contrastive",
+    "sigmoid_contrastive_reference",
+]

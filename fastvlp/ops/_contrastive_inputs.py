@@ -1,0 +1,112 @@
+"""Checks of the contrastive losses' arguments, for people."""
+
+import math
+from numbers import Real
+
+import torch
+
+from .. import _native
+from ..kernels import supported as triton_supported
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_features(image_features: torch.Tensor, text_features: torch.Tensor) -> None:
+    """Raises TypeError or ValueError unless both are [N, D] of one dtype and device, N, D > 0."""
+    for name, t in (("image_features", image_features), ("text_features", text_features)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point dtype, got {t.dtype}")
+        if t.dim() != 2:
+            raise ValueError(f"{name}: expected shape [N, D], got {tuple(t.shape)}")
+    if image_features.shape != text_features.shape:
+        raise ValueError(
+            "text_features: expected one row per row of image_features and the same width "
+            f"{tuple(image_features.shape)}, got {tuple(text_features.shape)}"
+        )
+    if image_features.shape[0] == 0 or image_features.shape[1] == 0:
+        raise ValueError(
+            "image_features: expected at least one pair and a width of at least 1, got shape "
+            f"{tuple(image_features.shape)}; skip the step when a batch is empty"
+        )
+    if image_features.dtype != text_features.dtype:
+        raise TypeError(
+            f"text_features: expected the dtype of image_features, {image_features.dtype}, got "
+            f"{text_features.dtype}; cast one of them"
+        )
+    if image_features.device != text_features.device:
+        raise ValueError(
+            f"text_features: expected the device of image_features, {image_features.device}, got "
+            f"{text_features.device}; move one of them"
+        )
+
+
+def as_scalar(name: str, value, like: torch.Tensor) -> torch.Tensor:
+    """`value` (number or one-element tensor) as a zero-dimensional tensor beside `like`.
+
+    float32, or float64 where `like` is. On the CPU a value that is not finite raises ValueError;
+    on a GPU looking would stall the stream, so it shows as a loss that is not finite.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if not isinstance(value, torch.Tensor):
+        if not isinstance(value, Real):
+            raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
+        value = torch.tensor(float(value), dtype=dtype, device=like.device)
+    if value.numel() != 1:
+        raise ValueError(f"{name}: expected one value, got shape {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(
+            f"{name}: expected the features' device, {like.device}, got {value.device}; move it"
+        )
+    if not torch.compiler.is_compiling() and value.device.type == "cpu":
+        if not math.isfinite(value.item()):
+            raise ValueError(
+                f"{name}: expected a finite value, got {value.item()}; the training has diverged "
+                "or the parameter was never clamped"
+            )
+    return value.reshape(()).to(dtype)
+
+
+def native_reasons(
+    image_features: torch.Tensor, text_features: torch.Tensor, *_, **__
+) -> list[str]:
+    """Why the compiled CPU kernels cannot take these features."""
+    reasons = list(_native.load())
+    if image_features.device.type != "cpu":
+        reasons.append(
+            f"the native kernels run on the CPU, the features are on {image_features.device}"
+        )
+    if image_features.dtype not in _NATIVE_DTYPES:
+        reasons.append(
+            f"dtype {image_features.dtype} has no kernel; float32, bfloat16, float16 have"
+        )
+    return reasons
+
+
+def triton_reasons(
+    image_features: torch.Tensor, text_features: torch.Tensor, *_, **__
+) -> list[str]:
+    """Why the Triton kernels cannot take these features."""
+    reasons = list(_native.load())
+    if image_features.device.type != "cuda":
+        reasons.append(
+            f"the Triton kernels run on CUDA devices, the features are on {image_features.device}"
+        )
+        return reasons
+    # The last axis is made contiguous before any kernel runs.
+    return reasons + triton_supported(unit_stride(image_features), unit_stride(text_features))
+
+
+def reference_reasons(*_, **__) -> list[str]:
+    """The reference runs everywhere."""
+    return []
+
+
+def unit_stride(features: torch.Tensor) -> torch.Tensor:
+    """`features`, copied only where its last axis is not contiguous."""
+    if features.shape[1] == 1 or features.stride(1) == 1:
+        return features
+    return features.contiguous()

@@ -1,0 +1,135 @@
+"""Registers the contrastive operators with torch: shapes for tracing, Triton for CUDA tensors.
+
+The schemas and the CPU kernels come with the compiled library (csrc/schema.cpp).
+"""
+
+import torch
+
+from .. import _native
+from ._contrastive_plan import _PADDING
+
+SECOND_DERIVATIVE = (
+    "the contrastive losses have no second derivative; for one, call contrastive_reference or "
+    "sigmoid_contrastive_reference, which plain autograd differentiates twice"
+)
+
+
+def _tile_floats(block_rows: int, block_cols: int) -> int:
+    return block_cols * (block_rows + _PADDING)
+
+
+def _statistics_fake(x, y, scale, offset, rows, cols, block_rows, block_cols, keep_blocks):
+    def empty(n):
+        return scale.new_empty(n, dtype=torch.float32)
+
+    col_blocks = -(-y.shape[0] // block_cols)
+    kept = keep_blocks * col_blocks * _tile_floats(block_rows, block_cols)
+    return (
+        empty(x.shape[0] if rows else 0),
+        empty(y.shape[0] if cols else 0),
+        empty(x.shape[0]),
+        empty(kept),
+    )
+
+
+def _gradients_fake(x, y, scale, *_):
+    return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty((), dtype=torch.float32)
+
+
+def _sigmoid_fake(x, y, scale, bias, weight, offset, gradients, *_):
+    def scalar():
+        return scale.new_empty((), dtype=torch.float32)
+
+    def gradient(t):
+        return t.new_empty((t.shape[0] if gradients else 0, t.shape[1]))
+
+    return scalar(), gradient(x), gradient(y), scalar(), scalar()
+
+
+def _statistics_triton(x, y, scale, offset, rows, cols, block_rows, block_cols, keep_blocks):
+    from ..kernels.contrastive import contrastive_statistics
+
+    row_lse, col_lse, positive = contrastive_statistics(
+        x, y, scale, offset=offset, rows=rows, cols=cols
+    )
+    nothing = scale.new_empty(0)
+    return (
+        row_lse if rows else nothing,
+        col_lse if cols else nothing.clone(),
+        positive,
+        nothing.clone(),
+    )
+
+
+def _gradients_triton(
+    x, y, scale, row_lse, col_lse, weights, kept, offset,
+    block_rows, block_cols, keep_blocks, chunk_rows, chunk_cols,
+):  # fmt: skip
+    from ..kernels.contrastive_backward import contrastive_gradients
+
+    dx, dy = contrastive_gradients(
+        x,
+        y,
+        scale,
+        row_lse if row_lse.numel() else None,
+        col_lse if col_lse.numel() else None,
+        weights,
+        offset=offset,
+        workspace_bytes=_workspace(x, y, block_rows * block_cols * chunk_rows * chunk_cols),
+    )
+    return dx, dy, _scale_gradient(x, dx, scale)
+
+
+def _sigmoid_triton(
+    x, y, scale, bias, weight, offset, gradients, block_rows, block_cols, chunk_rows, chunk_cols
+):
+    from ..kernels.contrastive_sigmoid import sigmoid_contrastive
+
+    result = sigmoid_contrastive(
+        x,
+        y,
+        scale,
+        bias,
+        offset=offset,
+        weight=weight,
+        need_gradients=gradients,
+        workspace_bytes=_workspace(x, y, block_rows * block_cols * chunk_rows * chunk_cols),
+    )
+    loss, bias_gradient = result.loss_sum * weight, result.g_sum * weight
+    if not gradients:
+        return (
+            loss,
+            x.new_empty(0, x.shape[1]),
+            y.new_empty(0, y.shape[1]),
+            loss.clone(),
+            bias_gradient,
+        )
+    return loss, result.dx, result.dy, _scale_gradient(x, result.dx, scale), bias_gradient
+
+
+def _workspace(x: torch.Tensor, y: torch.Tensor, logits: int) -> int:
+    # The kernels need room for one block of rows against all columns.
+    return max(logits, 128 * y.shape[0]) * x.element_size()
+
+
+def _scale_gradient(x: torch.Tensor, dx: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    # dX = scale * G y, so <x, dX> / scale = <G, x y^T>: the derivative of the loss by the scale.
+    return (x.float() * dx.float()).sum() / scale.reshape(())
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(SECOND_DERIVATIVE)
+
+
+def register() -> None:
+    """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
+    if _native.load():
+        return
+    for name, fake, triton in (
+        ("contrastive_statistics", _statistics_fake, _statistics_triton),
+        ("contrastive_gradients", _gradients_fake, _gradients_triton),
+        ("contrastive_sigmoid", _sigmoid_fake, _sigmoid_triton),
+    ):
+        torch.library.register_fake(f"fastvlp::{name}", fake)
+        torch.library.impl(f"fastvlp::{name}", "CUDA", triton)
+        torch.library.register_autograd(f"fastvlp::{name}", _no_second_derivative)

@@ -1,0 +1,68 @@
+"""How the contrastive losses cut the logits into blocks within a memory budget."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+# Keeps every logit of 8192 x 8192 pairs, so that such a batch costs three products, not four.
+DEFAULT_WORKSPACE_BYTES = 288 << 20
+
+# A tile of 512 x 512 logits, 1 MiB, stays in a core's second-level cache between the product that
+# makes it and the passes that read it (bench/NOTES.md has the sweep).
+BLOCK = 512
+_GRAIN = 32  # rows of the widest packed panel
+_PADDING = 16  # floats added to each tile column; csrc/cpu/contrastive_kernel.h
+_CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Block sizes in rows, counts in blocks."""
+
+    block_rows: int
+    block_cols: int
+    keep_blocks: int  # row blocks whose logits the forward pass keeps for the backward pass
+    chunk_rows: int  # blocks computed again together in the backward pass
+    chunk_cols: int
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of the logits of one chunk."""
+        return self.chunk_rows * self.chunk_cols * 4 * self.block_rows * self.block_cols
+
+
+def make_plan(
+    rows: int, cols: int, dim: int, dtype: torch.dtype, workspace_bytes: int, keep: bool
+) -> Plan:
+    """Cuts `rows` x `cols` logits of `dim`-wide features for `workspace_bytes` of memory.
+
+    Counted against the budget: kept logits, the logits of one chunk, and the fp32 sums of
+    half-precision gradients that several chunks add to. At least one tile and those sums are
+    always used. `keep`: whether a backward pass will follow.
+    """
+    block_rows, block_cols = _block(rows), _block(cols)
+    row_blocks, col_blocks = -(-rows // block_rows), -(-cols // block_cols)
+    tile_bytes = 4 * block_cols * (block_rows + _PADDING)
+    if row_blocks * col_blocks * tile_bytes <= workspace_bytes:
+        return Plan(block_rows, block_cols, row_blocks if keep else 0, row_blocks, col_blocks)
+    sums_bytes = 0 if dtype == torch.float32 else 4 * dim * (rows + cols)
+    budget = workspace_bytes - sums_bytes
+    tiles = max(1, min(budget, _CHUNK_BYTES) // tile_bytes)
+    side = math.isqrt(tiles)
+    chunk_rows = min(side, row_blocks)
+    chunk_cols = min(tiles // chunk_rows, col_blocks)
+    left = budget - chunk_rows * chunk_cols * tile_bytes
+    keep_blocks = max(0, left) // (col_blocks * tile_bytes) if keep else 0
+    return Plan(block_rows, block_cols, min(keep_blocks, row_blocks), chunk_rows, chunk_cols)
+
+
+def _block(n: int) -> int:
+    # Every thread gets a block, and the blocks are of nearly one size.
+    blocks = max(-(-n // BLOCK), min(_threads(), -(-n // _GRAIN)))
+    return -(-n // (blocks * _GRAIN)) * _GRAIN
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()

@@ -1,0 +1,138 @@
+"""The symmetric contrastive loss of CLIP (InfoNCE) without the N x N matrix.
+
+    z_ij = s <x_i, y_j> + b
+    loss = 1/2 mean_i [lse_j z_ij - z_ii] + 1/2 mean_j [lse_i z_ij - z_jj]
+
+Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
+arXiv 2103.00020, section 2.3 and figure 3; van den Oord et al., arXiv 1807.03748, equation 4.
+
+Cost: one product of 2 N^2 D FLOP forward. A tile of logits serves both directions: its row
+statistics finish image-to-text, its column statistics text-to-image. Backward takes two products,
+and a third one for those logits that did not fit into `workspace_bytes`. Memory beyond the
+gradients: at most about `workspace_bytes` plus a few MB for each thread.
+
+The gradient by s costs N D operations, the one by b is exactly zero: the softmax does not see a
+constant. Products of float32 features are float32; those of bfloat16 use bfloat16 multiplications
+with float32 sums where the processor has them, else float32; softmax and sums are always float32.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from . import _contrastive_library
+from ._contrastive_inputs import (
+    as_scalar,
+    check_features,
+    native_reasons,
+    reference_reasons,
+    triton_reasons,
+    unit_stride,
+)
+from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, make_plan
+from ._dispatch import choose, register
+
+DIRECTIONS = ("both", "image_to_text", "text_to_image")
+
+
+def contrastive(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float | None = None,
+    *,
+    direction: str = "both",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> torch.Tensor:
+    """Contrastive loss over the pairs (image_features[i], text_features[i]).
+
+    Args:
+        image_features: [N, D], float32, bfloat16 or float16 (float64 through the reference);
+            normalised by the caller if the loss is to be over cosines.
+        text_features: [N, D], same dtype and device.
+        logit_scale: s, already exponentiated: a number or a tensor of one element.
+        logit_bias: b, a number or a tensor of one element. It changes neither loss nor gradient.
+        direction: "both" is the mean of "image_to_text" and "text_to_image".
+        workspace_bytes: bound on the extra memory; more of it keeps more logits for backward.
+
+    Returns:
+        The loss, a zero-dimensional float32 tensor (float64 for float64 features), differentiable
+        once by the features, the scale and the bias.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+        RuntimeError: FASTVLP_BACKEND forces an implementation that cannot run, or a second
+            derivative is asked for.
+    """
+    check_features(image_features, text_features)
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction: expected one of {DIRECTIONS}, got {direction!r}")
+    if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
+        raise ValueError(
+            f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes!r}"
+        )
+    scale = as_scalar("logit_scale", logit_scale, image_features)
+    bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image_features)
+    if choose("contrastive", image_features, text_features) == "reference":
+        return contrastive_reference(
+            image_features, text_features, scale, bias, direction=direction
+        )
+    loss = _Contrastive.apply(
+        unit_stride(image_features), unit_stride(text_features), scale, direction, workspace_bytes
+    )
+    return loss if bias is None else loss + 0.0 * bias
+
+
+def contrastive_reference(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float | None = None,
+    *,
+    direction: str = "both",
+) -> torch.Tensor:
+    """The definition of `contrastive`: any floating dtype, N^2 memory."""
+    logits = logit_scale * image_features @ text_features.T
+    if logit_bias is not None:
+        logits = logits + logit_bias
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    positives = torch.arange(len(logits), device=logits.device)
+    losses = {
+        "image_to_text": F.cross_entropy(logits, positives),
+        "text_to_image": F.cross_entropy(logits.T, positives),
+    }
+    losses["both"] = (losses["image_to_text"] + losses["text_to_image"]) / 2
+    return losses[direction]
+
+
+class _Contrastive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, scale, direction, workspace_bytes):
+        n = x.shape[0]
+        rows, cols = direction != "text_to_image", direction != "image_to_text"
+        keep = x.device.type == "cpu" and any(ctx.needs_input_grad[:3])
+        plan = make_plan(n, n, x.shape[1], x.dtype, workspace_bytes, keep)
+        row_lse, col_lse, positive, kept = torch.ops.fastvlp.contrastive_statistics(
+            x, y, scale, 0, rows, cols, plan.block_rows, plan.block_cols, plan.keep_blocks
+        )
+        ctx.plan = plan
+        ctx.save_for_backward(x, y, scale, row_lse, col_lse, kept)
+        losses = [(lse - positive).mean() for lse, on in ((row_lse, rows), (col_lse, cols)) if on]
+        return sum(losses) / len(losses)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y, scale, row_lse, col_lse, kept = ctx.saved_tensors
+        n, plan = x.shape[0], ctx.plan
+        directions = (row_lse.numel() > 0) + (col_lse.numel() > 0)
+        share = grad / (n * directions)
+        weights = torch.stack((share, share, share * directions))
+        dx, dy, dscale = torch.ops.fastvlp.contrastive_gradients(
+            x, y, scale, row_lse, col_lse, weights, kept, 0, plan.block_rows, plan.block_cols,
+            plan.keep_blocks, plan.chunk_rows, plan.chunk_cols,
+        )  # fmt: skip
+        return dx, dy, dscale, None, None
+
+
+_contrastive_library.register()
+register("contrastive", native=native_reasons, triton=triton_reasons, reference=reference_reasons)

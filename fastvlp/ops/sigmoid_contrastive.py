@@ -1,0 +1,103 @@
+"""The pairwise sigmoid loss of SigLIP in one pass without the N x N matrix.
+
+    z_ij = s <x_i, y_j> + b,  t_ij = 1 where i = j, else -1
+    loss = -1/N sum_ij log sigmoid(t_ij z_ij)
+
+Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, section 3.2.
+
+Cost: the loss is a sum over elements, so the forward pass computes the gradients as well: three
+products of 2 N^2 D FLOP in all, one where no gradient is wanted. Memory beyond the gradients: at
+most about `workspace_bytes` plus a few MB for each thread. Precision is as for `contrastive`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ._contrastive_inputs import (
+    as_scalar,
+    check_features,
+    native_reasons,
+    reference_reasons,
+    triton_reasons,
+    unit_stride,
+)
+from ._contrastive_library import SECOND_DERIVATIVE
+from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, make_plan
+from ._dispatch import choose, register
+
+
+def sigmoid_contrastive(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float = 0.0,
+    *,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> torch.Tensor:
+    """Sigmoid loss over all N^2 pairs, (image_features[i], text_features[i]) the positive ones.
+
+    Arguments, result and errors are as for `fastvlp.ops.contrastive`, with a bias that matters:
+    the loss is differentiable once by the features, the scale and the bias.
+    """
+    check_features(image_features, text_features)
+    if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
+        raise ValueError(
+            f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes!r}"
+        )
+    scale = as_scalar("logit_scale", logit_scale, image_features)
+    bias = as_scalar("logit_bias", logit_bias, image_features)
+    if choose("sigmoid_contrastive", image_features, text_features) == "reference":
+        return sigmoid_contrastive_reference(image_features, text_features, scale, bias)
+    return _SigmoidContrastive.apply(
+        unit_stride(image_features), unit_stride(text_features), scale, bias, workspace_bytes
+    )
+
+
+def sigmoid_contrastive_reference(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    """The definition of `sigmoid_contrastive`: any floating dtype, N^2 memory."""
+    logits = logit_scale * image_features @ text_features.T + logit_bias
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+class _SigmoidContrastive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, scale, bias, workspace_bytes):
+        n = x.shape[0]
+        gradients = any(ctx.needs_input_grad[:4])
+        plan = make_plan(n, n, x.shape[1], x.dtype, workspace_bytes, keep=False)
+        loss, dx, dy, dscale, dbias = torch.ops.fastvlp.contrastive_sigmoid(
+            x, y, scale, bias, 1.0 / n, 0, gradients, plan.block_rows, plan.block_cols,
+            plan.chunk_rows, plan.chunk_cols,
+        )  # fmt: skip
+        ctx.save_for_backward(x, y, scale, bias, dx, dy, dscale, dbias)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs, gradients = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        return *_Scaled.apply(grad, *inputs, *gradients), None
+
+
+class _Scaled(torch.autograd.Function):
+    """Saved gradients times the upstream one; takes the inputs to refuse a second derivative."""
+
+    @staticmethod
+    def forward(ctx, grad, x, y, scale, bias, *gradients):
+        return tuple((g.float() * grad).to(g.dtype) for g in gradients)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(SECOND_DERIVATIVE)
+
+
+register(
+    "sigmoid_contrastive", native=native_reasons, triton=triton_reasons, reference=reference_reasons
+)

@@ -1,0 +1,63 @@
+"""Device code shared by the kernels that walk a matrix of logits z = scale * X @ Y.T in tiles."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp_difference(a, b):
+    """exp(a - b), with the subtraction before the change of base.
+
+    Folding log2(e) into the scale would save a multiplication but round a and b apart first,
+    which at logits of 1e4 costs a factor of exp(1e-3).
+    """
+    return tl.exp2((a - b) * LOG2E)
+
+
+@triton.jit
+def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(row block, column block) of this program.
+
+    GROUP row blocks are walked column by column, so that concurrent programs share their rows
+    of X and of Y in the L2 cache.
+    """
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    per_group = GROUP * tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    first = program // per_group * GROUP
+    height = tl.minimum(blocks_m - first, GROUP)
+    inside = program % per_group
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def product_tile(
+    x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X[row] @ Y[col].T in fp32, [BLOCK_M, BLOCK_N].
+
+    Rows past the end repeat the last one instead of being masked: the loads stay unpredicated
+    and the caller discards those lanes. UPCAST widens the operands first (the interpreter
+    multiplies bf16 bit patterns as integers).
+    """
+    depth = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + tl.minimum(row, M - 1).to(tl.int64)[:, None] * stride_x + depth[None, :]
+    y_at = y_ptr + tl.minimum(col, N - 1).to(tl.int64)[:, None] * stride_y + depth[None, :]
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_at + start)
+            y = tl.load(y_at + start)
+        else:
+            inside = (start + depth < D)[None, :]
+            x = tl.load(x_at + start, mask=inside, other=0.0)
+            y = tl.load(y_at + start, mask=inside, other=0.0)
+        if UPCAST:
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+        product = tl.dot(x, tl.trans(y), product, input_precision=PRECISION)
+    return product

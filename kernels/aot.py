@@ -1,0 +1,147 @@
+"""Compile Triton kernels ahead of time, with no GPU, and read what the compiler made of them.
+
+`python -m fastvlp.kernels.aot` prints the register table of every kernel. A kernel module lists
+what is to be compiled in its function `aot_cases()`.
+"""
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+MODULES = ("contrastive", "contrastive_backward", "contrastive_sigmoid")
+# Shared memory one block may use, in bytes, by compute capability.
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+# One SASS line: optional predicate, then the opcode with its dotted modifiers.
+_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+_TENSOR_CORE = re.compile(r"^([HIQDO]MMA|[HIQ]GMMA|UTC\w*MMA)$")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one configuration for one architecture.
+
+    signature maps every argument that is not in `constants` to a Triton type ("*bf16", "i32").
+    Pointers, and the integers named in `aligned`, are promised to be multiples of 16, as the
+    launcher would find them for usual inputs; without the promise the loads are scalar.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    capability: int
+    warps: int
+    stages: int
+    aligned: tuple[str, ...] = ()
+    tensor_cores: bool = False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a case. Counts are of instructions in the SASS."""
+
+    name: str
+    capability: int
+    shared_bytes: int
+    registers: int
+    stack_bytes: int
+    local_loads: int
+    local_stores: int
+    tensor_core: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def spills(self) -> bool:
+        return self.local_loads + self.local_stores + self.stack_bytes > 0
+
+    def row(self) -> str:
+        mma = " ".join(f"{name}:{count}" for name, count in self.tensor_core.items()) or "-"
+        return (
+            f"{self.name:<44} sm_{self.capability:<4} {self.registers:>4} {self.shared_bytes:>8} "
+            f"{self.stack_bytes:>6} {self.local_loads:>4} {self.local_stores:>4}  {mma}"
+        )
+
+
+HEADER = (
+    f"{'kernel':<44} {'arch':<7} {'regs':>4} {'shared':>8} {'stack':>6} {'LDL':>4} {'STL':>4}  "
+    "tensor-core instructions"
+)
+
+
+def compile_case(case: Case) -> Compiled:
+    """Compile one case. Raises ValueError when arguments are missing from the signature."""
+    names = case.kernel.arg_names
+    missing = [n for n in names if n not in case.signature and n not in case.constants]
+    if missing:
+        raise ValueError(f"{case.name}: no type or constant for the arguments {missing}")
+    signature = {n: "constexpr" if n in case.constants else case.signature[n] for n in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or n in case.aligned
+    }
+    source = ASTSource(case.kernel, signature, dict(case.constants), attributes)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", case.capability, 32),
+        options={"num_warps": case.warps, "num_stages": case.stages},
+    )
+    return inspect_cubin(case, compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def inspect_cubin(case: Case, cubin: bytes, shared_bytes: int) -> Compiled:
+    """Read registers, stack and instruction counts out of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _cuda_tool("cuobjdump", "--dump-resource-usage", path)
+        sass = _cuda_tool("nvdisasm", "--print-code", path)
+    # The figures are printed per function; a kernel that called others would have several.
+    opcodes = Counter(_OPCODE.findall(sass))
+    return Compiled(
+        name=case.name,
+        capability=case.capability,
+        shared_bytes=shared_bytes,
+        registers=max(map(int, re.findall(r"REG:(\d+)", usage))),
+        stack_bytes=max(map(int, re.findall(r"STACK:(\d+)", usage))),
+        local_loads=opcodes["LDL"],
+        local_stores=opcodes["STL"],
+        tensor_core={k: v for k, v in sorted(opcodes.items()) if _TENSOR_CORE.match(k)},
+    )
+
+
+def _cuda_tool(name: str, *arguments: Any) -> str:
+    """Run one of the CUDA binary tools that the Triton wheel carries."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    command = [str(tool), *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def all_cases() -> list[Case]:
+    """The cases of every kernel module."""
+    modules = (importlib.import_module(f".{name}", __package__) for name in MODULES)
+    return [case for module in modules for case in module.aot_cases()]
+
+
+def main() -> int:
+    """Print the register table; the exit status is 1 when a kernel spills or does not fit."""
+    print(HEADER)
+    bad = 0
+    for case in all_cases():
+        compiled = compile_case(case)
+        print(compiled.row(), flush=True)
+        bad += compiled.spills or compiled.shared_bytes > SHARED_LIMIT[case.capability]
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

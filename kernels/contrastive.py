@@ -1,0 +1,291 @@
+"""Statistics of the logits of the symmetric contrastive loss (InfoNCE), in one product.
+
+z_ij = scale * <x_i, y_j>. One pass over tiles of z yields the log-sum-exp of every row and of
+every column and the logits of the pairs; z itself is never stored. A tile leaves, for each of
+its rows and columns, a pair (reference m, sum of exp(z - m)). Pairs merge in any grouping, a
+second kernel merges them in a fixed order, and so the result is the same bit for bit on every run.
+
+Memory: the pairs, at most `PAIR_BYTES` plus 16 bytes per column; taller inputs are walked in
+chunks of rows. Work: 2*M*N*D FLOP and, in all but rare tiles, one exponential per logit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import aot
+from ._launch import (
+    CAPABILITIES,
+    Tile,
+    aligned_rows,
+    grid_of,
+    on_device,
+    require_supported,
+    tile_cases,
+    tile_constants,
+    tile_for,
+)
+from ._tiles import exp_difference, product_tile, tile_position
+from .contrastive_backward import contrastive_gradients
+from .contrastive_sigmoid import SigmoidContrastive, sigmoid_contrastive
+
+__all__ = [
+    "SigmoidContrastive",
+    "contrastive_gradients",
+    "contrastive_statistics",
+    "sigmoid_contrastive",
+]
+
+PAIR_BYTES = 64 << 20
+MERGE_LENGTH, MERGE_PARTS, MERGE_WARPS = 64, 32, 4
+# Below this sum a row or column is too far under its tile's maximum to share it as reference.
+# 1e-12 leaves 26 decades above the smallest normal number to the terms of the sum.
+SMALLEST_SHARED_SUM = tl.constexpr(1e-12)
+
+# Narrow tiles for half precision: two or three programs then fit a multiprocessor, one in its
+# product while another reduces, and four warps on 128 rows own 32 rows each, which halves the
+# shuffles of the column sums against eight.
+TILES = {
+    (80, 2): Tile(128, 64, 64, 8, 4, 3),
+    (90, 2): Tile(128, 64, 64, 8, 4, 3),
+    (100, 2): Tile(128, 64, 64, 8, 4, 3),
+    (120, 2): Tile(128, 64, 64, 8, 4, 3),
+    (80, 4): Tile(64, 64, 32, 8, 8, 3),
+    (90, 4): Tile(64, 64, 32, 8, 8, 3),
+    (100, 4): Tile(64, 64, 32, 8, 8, 3),
+    (120, 4): Tile(64, 64, 32, 8, 8, 3),
+}
+
+
+@triton.jit
+def logits_tile(
+    x_ptr, y_ptr, scale_ptr, row, col, M, N, D, stride_x, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scale * X[row] @ Y[col].T, -inf in the lanes past the end."""
+    z = tl.load(scale_ptr) * product_tile(
+        x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
+    )  # fmt: skip
+    return tl.where((row < M)[:, None] & (col < N)[None, :], z, -float("inf"))
+
+
+@triton.jit
+def store_positives(
+    positive_ptr, z, row, col, first, M, N, offset, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Each row's z[row, row + offset] by the tile that holds it; 0 where no tile does.
+
+    The first column block writes those zeros, so that every row is written exactly once.
+    """
+    partner = row + offset
+    absent = (partner < 0) | (partner >= N)
+    here = (partner >= first) & (partner < first + BLOCK_N) & (partner < N)
+    here = tl.where(first == 0, here | absent, here) & (row < M)
+    if tl.max(here.to(tl.int32), 0) > 0:
+        positive = tl.sum(tl.where(col[None, :] == partner[:, None], z, 0.0), 1)
+        tl.store(positive_ptr + row, tl.where(absent, 0.0, positive), mask=here)
+
+
+@triton.jit
+def store_own_pairs(ref_ptr, sum_ptr, z, at, inside, AXIS: tl.constexpr):
+    """Pairs along AXIS, each with its own maximum as reference."""
+    ref = tl.max(z, AXIS)
+    total = tl.sum(exp_difference(z, tl.expand_dims(ref, AXIS)), AXIS)
+    tl.store(ref_ptr + at, ref, mask=inside)
+    tl.store(sum_ptr + at, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "N", "offset"])
+def statistics_kernel(
+    x_ptr, y_ptr, scale_ptr, row_ref_ptr, row_sum_ptr, col_ref_ptr, col_sum_ptr, positive_ptr,
+    M, N, D, stride_x, stride_y, offset,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile: row pairs to [column block, M], column pairs to [row block, N], positives to [M].
+
+    One exponential per logit, relative to the tile's maximum, serves rows and columns. Where a
+    row or column lies so far below it that its sum loses accuracy, the tile starts again with
+    a reference for each: recomputing the product is rare and keeps its registers free here.
+    """
+    block_m, block_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
+    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    z = logits_tile(
+        x_ptr, y_ptr, scale_ptr, row, col, M, N, D, stride_x, stride_y,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
+    )  # fmt: skip
+    store_positives(positive_ptr, z, row, col, block_n * BLOCK_N, M, N, offset, BLOCK_N)
+
+    row_in, col_in = row < M, col < N
+    row_at = block_n.to(tl.int64) * M + row
+    col_at = block_m.to(tl.int64) * N + col
+    if ROWS and COLS:
+        peak = tl.max(tl.max(z, 1), 0)
+        e = exp_difference(z, peak)
+        row_sum, col_sum = tl.sum(e, 1), tl.sum(e, 0)
+        tl.store(row_ref_ptr + row_at, tl.zeros_like(row_sum) + peak, mask=row_in)
+        tl.store(row_sum_ptr + row_at, row_sum, mask=row_in)
+        tl.store(col_ref_ptr + col_at, tl.zeros_like(col_sum) + peak, mask=col_in)
+        tl.store(col_sum_ptr + col_at, col_sum, mask=col_in)
+        smallest = tl.minimum(
+            tl.min(tl.where(row_in, row_sum, 1.0), 0), tl.min(tl.where(col_in, col_sum, 1.0), 0)
+        )
+        if smallest < SMALLEST_SHARED_SUM:
+            # The stores below go where those above went, from other threads.
+            tl.debug_barrier()
+            z = logits_tile(
+                x_ptr, y_ptr, scale_ptr, row, col, M, N, D, stride_x, stride_y,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
+            )  # fmt: skip
+            store_own_pairs(row_ref_ptr, row_sum_ptr, z, row_at, row_in, 1)
+            store_own_pairs(col_ref_ptr, col_sum_ptr, z, col_at, col_in, 0)
+    elif ROWS:
+        store_own_pairs(row_ref_ptr, row_sum_ptr, z, row_at, row_in, 1)
+    else:
+        store_own_pairs(col_ref_ptr, col_sum_ptr, z, col_at, col_in, 0)
+
+
+@triton.jit(do_not_specialize=["parts", "length"])
+def merge_kernel(
+    ref_ptr, sum_ptr, lse_ptr, carry_ref_ptr, carry_sum_ptr, parts, length,
+    LAST: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Merge `parts` pairs per position, [parts, length] -> lse [length], or a carried pair."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < length
+    ref = tl.full((BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        mask = (part < parts)[:, None] & inside[None, :]
+        offset = part.to(tl.int64)[:, None] * length + at[None, :]
+        refs = tl.load(ref_ptr + offset, mask=mask, other=-float("inf"))
+        sums = tl.load(sum_ptr + offset, mask=mask, other=0.0)
+        new = tl.maximum(ref, tl.max(refs, 0))
+        total *= exp_difference(ref, new)
+        total += tl.sum(sums * exp_difference(refs, new[None, :]), 0)
+        ref = new
+    if LAST:
+        tl.store(lse_ptr + at, ref + tl.log(total), mask=inside)
+    else:
+        tl.store(carry_ref_ptr + at, ref, mask=inside)
+        tl.store(carry_sum_ptr + at, total, mask=inside)
+
+
+def _merge(pairs: torch.Tensor, out: torch.Tensor, carry: torch.Tensor | None = None) -> None:
+    """Merge pairs [2, parts, length] into the log-sum-exp `out` [length], or into a carried pair
+    [2, length], which may be one of the parts: a program reads its positions before it writes."""
+    _, parts, length = pairs.shape
+    last = carry is None
+    merge_kernel[(triton.cdiv(length, MERGE_LENGTH),)](
+        pairs[0], pairs[1], out, *((out, out) if last else carry), parts, length,
+        LAST=last, BLOCK=MERGE_LENGTH, PARTS=MERGE_PARTS, num_warps=MERGE_WARPS,
+    )  # fmt: skip
+
+
+def _chunk_height(m: int, n: int, rows: bool, cols: bool, tile: Tile) -> int:
+    """Rows per launch, a multiple of the tile height, whose pairs take about PAIR_BYTES."""
+    pairs_per_block = n * cols + tile.block_m * triton.cdiv(n, tile.block_n) * rows
+    return tile.block_m * max(
+        1, min(triton.cdiv(m, tile.block_m), PAIR_BYTES // 8 // pairs_per_block)
+    )
+
+
+def contrastive_statistics(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    offset: int = 0,
+    rows: bool = True,
+    cols: bool = True,
+    input_precision: str = "ieee",
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """Log-sum-exps and positives of z_ij = scale * <x_i, y_j>.
+
+    x [M, D] and y [N, D], one dtype of float32, bfloat16, float16, any stride between rows;
+    scale a float32 tensor of one element on the same device. The positive of row i is column
+    i + offset. `rows` and `cols` choose what is wanted; at least one must be.
+    `input_precision` matters for float32 inputs only: "ieee", or "tf32" for tensor cores.
+
+    Returns (row_lse [M], col_lse [N], positive [M]), float32, None for what was not wanted.
+    positive is 0 where i + offset lies outside [0, N). A NaN in x_i makes row i and every column
+    NaN. With M or N of 0 the log-sum-exps are -inf. Raises ValueError on inputs the kernels do
+    not take.
+    """
+    require_supported(x, y, scale=scale)
+    if not (rows or cols):
+        raise ValueError("rows and cols are both False; at least one log-sum-exp must be wanted")
+    m, n = x.shape[0], y.shape[0]
+    if m == 0 or n == 0:
+        lowest = [x.new_full((k,), -torch.inf, dtype=torch.float32) for k in (m, n)]
+        return (
+            lowest[0] if rows else None,
+            lowest[1] if cols else None,
+            x.new_zeros(m, dtype=torch.float32),
+        )
+
+    tile = tile_for(TILES, x)
+    height = _chunk_height(m, n, rows, cols, tile)
+    like = {"dtype": torch.float32, "device": x.device}
+    positive = torch.empty(m, **like)
+    row_lse = torch.empty(m, **like) if rows else None
+    col_lse = torch.empty(n, **like) if cols else None
+    # Slab 0 of the column pairs carries the merged pairs of the chunks before.
+    row_pairs = torch.empty(2, triton.cdiv(n, tile.block_n), min(height, m), **like)
+    col_pairs = torch.empty(2, 1 + triton.cdiv(min(height, m), tile.block_m), n, **like)
+    x, y = aligned_rows(x), aligned_rows(y)
+    width = x.shape[1]
+    constants = tile_constants(tile, width, x.dtype, input_precision)
+    with on_device(x):
+        for first in range(0, m, height):
+            chunk = x[first : first + height]
+            count = chunk.shape[0]
+            statistics_kernel[grid_of(count, n, tile)](
+                chunk, y, scale, row_pairs[0], row_pairs[1], col_pairs[0, 1:], col_pairs[1, 1:],
+                positive[first:], count, n, width, x.stride(0), y.stride(0), offset + first,
+                ROWS=rows, COLS=cols, **constants, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+            if rows:
+                _merge(
+                    row_pairs.view(2, -1)[:, : row_pairs.shape[1] * count].view(2, -1, count),
+                    row_lse[first:],
+                )
+            if cols:
+                written = col_pairs[:, (first == 0) : 1 + triton.cdiv(count, tile.block_m)]
+                last = first + height >= m
+                _merge(written, col_lse, None if last else col_pairs[:, 0])
+    return row_lse, col_lse, positive
+
+
+def aot_cases() -> list[aot.Case]:
+    """Every configuration of the two kernels above, for ahead-of-time compilation."""
+    pairs = dict.fromkeys(
+        ["row_ref_ptr", "row_sum_ptr", "col_ref_ptr", "col_sum_ptr", "positive_ptr"], "*fp32"
+    )
+    both = {"ROWS": True, "COLS": True}
+    only_rows, only_cols = both | {"COLS": False}, both | {"ROWS": False}
+    tiles = {"kernel": statistics_kernel, "tiles": TILES, "signature": pairs}
+    cases = tile_cases(**tiles, constants=both)
+    cases += tile_cases(**tiles, constants=both, types=["bf16"], ragged=True)
+    cases += tile_cases(**tiles, constants=only_rows, types=["bf16"], label="-rows")
+    cases += tile_cases(**tiles, constants=only_cols, types=["bf16"], label="-cols")
+    pointers = ["ref_ptr", "sum_ptr", "lse_ptr", "carry_ref_ptr", "carry_sum_ptr"]
+    cases += [
+        aot.Case(
+            name=f"merge {'last' if last else 'carry'} {MERGE_PARTS}x{MERGE_LENGTH}",
+            kernel=merge_kernel,
+            signature={**dict.fromkeys(pointers, "*fp32"), "parts": "i32", "length": "i32"},
+            constants={"LAST": last, "BLOCK": MERGE_LENGTH, "PARTS": MERGE_PARTS},
+            capability=capability,
+            warps=MERGE_WARPS,
+            stages=3,
+        )
+        for capability in CAPABILITIES
+        for last in (True, False)
+    ]
+    return cases

@@ -1,0 +1,175 @@
+"""Gradients of the symmetric contrastive loss from its log-sum-exps.
+
+With z_ij = scale * <x_i, y_j> and weights (w_row, w_col, w_diag), the gradient of the logits is
+    g_ij = w_row * exp(z_ij - row_lse_i) + w_col * exp(z_ij - col_lse_j) - w_diag * [j = i + offset]
+and dX = scale * g @ Y, dY = scale * g.T @ X. For a chunk of rows one kernel recomputes z and
+writes g in the input's dtype to a workspace, then two vendor GEMMs make the products: three
+products in all, with no accumulator of width D in registers and no atomics.
+
+Range: g is stored divided by the largest |weight|, hence within [-3, 3] whatever the batch size
+and the upstream gradient, and in float16 times 2**14 besides, so that a probability of 4e-9 is
+still a normal number. The factor returns in fp32, after the products.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import aot
+from ._launch import (
+    Tile,
+    aligned_rows,
+    gradient_workspace,
+    grid_of,
+    on_device,
+    product,
+    require_supported,
+    rows_per_chunk,
+    tile_cases,
+    tile_constants,
+    tile_for,
+)
+from ._tiles import exp_difference, product_tile, tile_position
+
+# The largest tiles of which two fit a multiprocessor, one in its product while the other writes.
+TILES = {
+    (80, 2): Tile(128, 64, 64, 8, 4, 3),
+    (90, 2): Tile(128, 128, 64, 8, 8, 3),
+    (100, 2): Tile(128, 128, 64, 8, 8, 3),
+    (120, 2): Tile(128, 64, 64, 8, 4, 3),
+    (80, 4): Tile(64, 64, 32, 8, 4, 3),
+    (90, 4): Tile(64, 64, 32, 8, 4, 3),
+    (100, 4): Tile(64, 64, 32, 8, 4, 3),
+    (120, 4): Tile(64, 64, 32, 8, 4, 3),
+}
+
+
+def storage_factor(dtype: torch.dtype) -> float:
+    """What stored gradients are multiplied by: float16 would lose small ones to underflow."""
+    return 2.0**14 if dtype is torch.float16 else 1.0
+
+
+@triton.jit(do_not_specialize=["M", "N", "offset"])
+def gradient_kernel(
+    x_ptr, y_ptr, scale_ptr, weights_ptr, row_lse_ptr, col_lse_ptr, g_ptr,
+    M, N, D, stride_x, stride_y, stride_g, offset,
+    ROWS: tl.constexpr, COLS: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of g * FACTOR / max|weights| -> g [M, N]."""
+    block_m, block_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
+    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_row, w_col, w_diag = (
+        tl.load(weights_ptr), tl.load(weights_ptr + 1), tl.load(weights_ptr + 2)
+    )  # fmt: skip
+    largest = tl.maximum(tl.maximum(tl.abs(w_row), tl.abs(w_col)), tl.abs(w_diag))
+    # All weights 0 means g = 0, not 0 / 0.
+    largest = tl.where(largest == 0, 1.0, largest)
+    w_row, w_col, w_diag = (
+        w_row / largest * FACTOR, w_col / largest * FACTOR, w_diag / largest * FACTOR
+    )  # fmt: skip
+
+    z = tl.load(scale_ptr) * product_tile(
+        x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
+    )  # fmt: skip
+    # An exponential for each direction: one with a common reference would serve both, but the
+    # check that it may, and its fallback, take the registers of the second program that now
+    # shares the multiprocessor and hides the exponentials behind its product.
+    if ROWS and COLS:
+        row_lse = tl.load(row_lse_ptr + tl.minimum(row, M - 1))
+        col_lse = tl.load(col_lse_ptr + tl.minimum(col, N - 1))
+        g = w_row * exp_difference(z, row_lse[:, None])
+        g += w_col * exp_difference(z, col_lse[None, :])
+    elif ROWS:
+        row_lse = tl.load(row_lse_ptr + tl.minimum(row, M - 1))
+        g = w_row * exp_difference(z, row_lse[:, None])
+    else:
+        col_lse = tl.load(col_lse_ptr + tl.minimum(col, N - 1))
+        g = w_col * exp_difference(z, col_lse[None, :])
+    g -= tl.where(col[None, :] == (row + offset)[:, None], w_diag, 0.0)
+
+    at = row.to(tl.int64)[:, None] * stride_g + col[None, :]
+    inside = (row < M)[:, None] & (col < N)[None, :]
+    tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=inside)
+
+
+def contrastive_gradients(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    scale: torch.Tensor,
+    row_lse: torch.Tensor | None,
+    col_lse: torch.Tensor | None,
+    weights: torch.Tensor,
+    *,
+    offset: int = 0,
+    workspace_bytes: int,
+    need_x: bool = True,
+    need_y: bool = True,
+    input_precision: str = "ieee",
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dX [M, D] and dY [N, D] in the input's dtype, accumulated in fp32.
+
+    x, y, scale, offset, input_precision: as in `contrastive_statistics`. row_lse [M] and
+    col_lse [N]: its results, merged over ranks where rows are spread over several; None leaves
+    that term out (give it the weight 0). weights: float32 tensor (w_row, w_col, w_diag) on the
+    device, upstream gradient included. `workspace_bytes` bounds the chunk of g; the products
+    take 4 bytes for each element of dY and of the chunk's dX besides.
+
+    Returns (dX, dY), None for what is not needed. Raises ValueError when the inputs are not
+    taken, when both log-sum-exps are None or when the workspace holds not even one row.
+    """
+    statistics = {"row_lse": row_lse, "col_lse": col_lse}
+    statistics = {k: v for k, v in statistics.items() if v is not None}
+    require_supported(x, y, scale=scale, weights=weights, **statistics)
+    if not statistics:
+        raise ValueError("row_lse and col_lse are both None; give at least one")
+    (m, width), n = x.shape, y.shape[0]
+    dx = torch.empty((m, width), dtype=x.dtype, device=x.device) if need_x else None
+    if m == 0 or n == 0 or not (need_x or need_y):
+        return dx if dx is None else dx.zero_(), torch.zeros_like(y) if need_y else None
+
+    tile = tile_for(TILES, x)
+    height = rows_per_chunk(m, n, x.element_size(), workspace_bytes, tile)
+    workspace = gradient_workspace(x, height, n)
+    stored = storage_factor(x.dtype)
+    factor = scale.reshape(()) * weights.abs().amax() / stored
+    rows_x, rows_y = aligned_rows(x), aligned_rows(y)
+    inner = rows_x.shape[1]
+    constants = tile_constants(tile, inner, x.dtype, input_precision)
+    dy = None
+    with on_device(x):
+        for first in range(0, m, height):
+            chunk = x[first : first + height]
+            g = workspace[: chunk.shape[0]]
+            gradient_kernel[grid_of(chunk.shape[0], n, tile)](
+                rows_x[first:], rows_y, scale, weights,
+                weights if row_lse is None else row_lse[first:],
+                weights if col_lse is None else col_lse, g,
+                chunk.shape[0], n, inner, rows_x.stride(0), rows_y.stride(0),
+                g.stride(0), offset + first,
+                ROWS=row_lse is not None, COLS=col_lse is not None, FACTOR=stored,
+                **constants, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+            g = g.to(x.dtype)
+            if need_x:
+                torch.mul(product(g, y), factor, out=dx[first : first + height])
+            if need_y:
+                dy = product(g.T, chunk, dy)
+    return dx, dy.mul_(factor).to(y.dtype) if need_y else None
+
+
+def aot_cases() -> list[aot.Case]:
+    """Every configuration of the gradient kernel, for ahead-of-time compilation."""
+    types = dict.fromkeys(["weights_ptr", "row_lse_ptr", "col_lse_ptr"], "*fp32")
+    types |= {"g_ptr": "*T", "stride_g": "i32"}
+    both = {"ROWS": True, "COLS": True, "FACTOR": 1.0}
+    only_rows, only_cols = both | {"COLS": False}, both | {"ROWS": False}
+    tiles = {"kernel": gradient_kernel, "tiles": TILES, "signature": types}
+    cases = tile_cases(**tiles, constants=both)
+    cases += tile_cases(**tiles, constants=both, types=["bf16"], ragged=True)
+    cases += tile_cases(**tiles, constants=only_rows, types=["bf16"], label="-rows")
+    cases += tile_cases(**tiles, constants=only_cols, types=["bf16"], label="-cols")
+    return cases

@@ -1,0 +1,55 @@
+"""Which inputs the Triton kernels take, answered without importing Triton."""
+
+import importlib.util
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreting() -> bool:
+    """Whether Triton is installed and runs kernels in its interpreter (TRITON_INTERPRET=1)."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _device_reasons(device: torch.device) -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["Triton is not installed"]
+    if interpreting():
+        return []
+    if device.type != "cuda":
+        return [f"Triton kernels run on CUDA devices, the inputs are on {device}"]
+    if torch.version.cuda is None:
+        return ["this PyTorch build has no CUDA; the Triton kernels are written for NVIDIA GPUs"]
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return [f"compute capability 8.0 or newer is needed, {device} has {major}.{minor}"]
+    return []
+
+
+def supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
+    """Reasons why the contrastive Triton kernels cannot take `x` [M, D] and `y` [N, D].
+
+    An empty list means they can. Every reason is one sentence for a person.
+    """
+    reasons = _device_reasons(x.device)
+    if x.device != y.device:
+        reasons.append(f"x is on {x.device} and y on {y.device}; both must be on one device")
+    if x.dtype not in DTYPES:
+        reasons.append(f"dtype {x.dtype} has no kernel; float32, bfloat16 and float16 have")
+    if x.dtype != y.dtype:
+        reasons.append(f"x is {x.dtype} and y {y.dtype}; both must have one dtype")
+    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        reasons.append(f"x and y must be [M, D] and [N, D], their shapes are {shapes}")
+    elif x.shape[1] == 0:
+        reasons.append("the embedding width D is 0")
+    else:
+        for name, tensor in (("x", x), ("y", y)):
+            if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+                reasons.append(f"the last axis of {name} is not contiguous; call .contiguous()")
+    return reasons

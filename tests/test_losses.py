@@ -1,0 +1,109 @@
+"""The loss modules against open_clip's and transformers' own."""
+
+import inspect
+
+import open_clip.loss
+import pytest
+import torch
+from contrastive_cases import features, run
+from tolerance import assert_as_accurate, epsilon
+from transformers import CLIPConfig, CLIPModel
+
+from fastvlp import losses
+
+PAIRS = [(losses.ClipLoss, open_clip.loss.ClipLoss), (losses.SigLipLoss, open_clip.loss.SigLipLoss)]
+
+
+@pytest.mark.parametrize("ours, peer", PAIRS)
+def test_same_arguments(ours, peer):
+    def positional(function):
+        parameters = inspect.signature(function).parameters.values()
+        return [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    assert positional(ours) == positional(peer)
+    names = [name for name, _ in positional(ours.forward)]
+    assert names == [name for name, _ in positional(peer.forward)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ours, peer", PAIRS)
+def test_same_value_and_gradients(device, ours, peer, dtype):
+    image, text = features(200, 48, dtype, device)
+    arguments = (14.3, -5.0)
+    mine = run(ours(), image, text, *arguments)
+    theirs = run(peer(), image, text, *arguments)
+    exact = run(peer(), image, text, *arguments, dtype=torch.float64)
+    for name in ("loss", "image", "text", "scale"):
+        wanted = getattr(exact, name)
+        kind = torch.float32 if name in ("loss", "scale") else dtype
+        floor = 4 * epsilon(kind) * max(wanted.norm().item(), 1e-2)
+        assert_as_accurate(name, getattr(mine, name), getattr(theirs, name), wanted, floor)
+    torch.testing.assert_close(mine.bias, exact.bias.float(), atol=2e-6, rtol=2e-2)
+
+
+def test_clip_loss_of_transformers():
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 2}  # fmt: skip
+    config = CLIPConfig(
+        text_config=small | {"vocab_size": 50, "eos_token_id": 49},
+        vision_config=small | {"image_size": 32, "patch_size": 16},
+        projection_dim=24,
+    )
+    torch.manual_seed(0)
+    model = CLIPModel(config).eval()
+    tokens = torch.randint(0, 49, (6, 7))
+    tokens[:, -1] = 49
+    out = model(input_ids=tokens, pixel_values=torch.randn(6, 3, 32, 32), return_loss=True)
+    scale = model.logit_scale.exp()
+    mine = losses.ClipLoss()(out.image_embeds, out.text_embeds, scale)
+    assert mine.item() == pytest.approx(out.loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("ours, peer", PAIRS)
+def test_output_dict(ours, peer):
+    image, text = features(8, 4, torch.float32, "cpu")
+    mine = ours()(image, text, 2.0, -1.0, output_dict=True)
+    theirs = peer()(image, text, torch.tensor(2.0), torch.tensor(-1.0), output_dict=True)
+    assert mine.keys() == theirs.keys()
+    torch.testing.assert_close(mine["contrastive_loss"], theirs["contrastive_loss"])
+
+
+@pytest.mark.parametrize("loss", [losses.ClipLoss(), losses.SigLipLoss()])
+def test_autocast_casts_the_features(loss):
+    image, text = features(40, 16, torch.float32, "cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss(image.requires_grad_(), text, 10.0)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, loss(image.bfloat16(), text.bfloat16(), 10.0))
+    inside.backward()
+    assert image.grad.dtype == torch.float32
+
+
+def test_arguments_that_change_nothing_are_accepted():
+    image, text = features(8, 4, torch.float32, "cpu")
+    plain = losses.ClipLoss()(image, text, 2.0)
+    same = losses.ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True)
+    assert torch.equal(plain, same(image, text, 2.0))
+    for dist_impl in (None, "bidir", "shift", "reduce", "gather"):
+        losses.SigLipLoss(cache_labels=True, dist_impl=dist_impl)
+
+
+def test_arguments_that_would_be_wrong_are_refused():
+    for loss in (losses.ClipLoss, losses.SigLipLoss):
+        with pytest.raises(NotImplementedError, match="world_size: got 4.*several ranks"):
+            loss(rank=1, world_size=4)
+        with pytest.raises(ValueError, match="rank: expected 0"):
+            loss(rank=1)
+    with pytest.raises(ValueError, match="use_horovod"):
+        losses.ClipLoss(use_horovod=True)
+    with pytest.raises(ValueError, match="dist_impl: expected .*got 'tree'"):
+        losses.SigLipLoss(dist_impl="tree")
+
+
+def test_modules_hold_no_parameters_and_no_matrix():
+    image, text = features(600, 8, torch.float32, "cpu")
+    loss = losses.ClipLoss(workspace_bytes=1)
+    value = loss(image.requires_grad_(), text, 10.0)
+    saved = sum(t.numel() for t in value.grad_fn.saved_tensors)
+    assert not list(loss.parameters()) and not list(loss.buffers())
+    assert saved < 2 * 600 * 8 + 4 * 600
