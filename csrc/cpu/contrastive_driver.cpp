@@ -199,8 +199,25 @@ double contrastive_gradients(const ContrastiveProblem& p, const ContrastiveKerne
   std::vector<double> scale_gradient(p.row_blocks(), 0.0);
   std::vector<SigmoidSums> block_sums(p.row_blocks(), SigmoidSums{0.0, 0.0});
 
+  // Features packed once for a chunk, not once for each tile.
+  int64_t packed_size = 0;
+  const int64_t packed_cols = wanted ? kernels.packed_floats(p, p.block_cols) : 0;
+  const int64_t packed_rows = wanted ? kernels.packed_floats(p, p.block_rows) : 0;
+  for (const Chunk& c : chunks)
+    packed_size = std::max({packed_size, c.width() * packed_cols,
+                            (c.row_end - c.row_begin) * packed_rows});
+  Buffer packed = allocate_floats(packed_size);
+  auto pack = [&](auto function, int64_t first, int64_t count, int64_t step) {
+    parallel(count, [&](int64_t begin, int64_t end) {
+      Buffer scratch = allocate_floats(kernels.scratch_bytes(p) / 4);
+      for (int64_t b = begin; b < end; ++b)
+        function(p, first + b, scratch.get(), packed.get() + b * step);
+    });
+  };
+
   for (const Chunk& c : chunks) {
     float* base = c.fresh ? tiles.get() : plan.kept;
+    if (wanted) pack(kernels.pack_cols, c.col_begin, c.width(), packed_cols);
     parallel(c.row_end - c.row_begin, [&](int64_t begin, int64_t end) {
       Buffer scratch = allocate_floats(kernels.scratch_bytes(p) / 4);
       Buffer accumulator = allocate_floats(wanted ? p.block_rows * width : 0);
@@ -210,7 +227,7 @@ double contrastive_gradients(const ContrastiveProblem& p, const ContrastiveKerne
         if (wanted) x_gradient.load(first, rows, width, c.col_begin == 0, accumulator.get());
         kernels.row_gradient(p, i, c.col_begin, c.col_end, c.fresh, scratch.get(),
                              wanted ? base + (i - c.row_begin) * c.width() * step : nullptr,
-                             wanted ? accumulator.get() : nullptr, &block_sums[i]);
+                             packed.get(), wanted ? accumulator.get() : nullptr, &block_sums[i]);
         if (!wanted) continue;
         if (last)
           for (int64_t r = 0; r < rows; ++r)
@@ -220,6 +237,7 @@ double contrastive_gradients(const ContrastiveProblem& p, const ContrastiveKerne
       }
     });
     if (!wanted) continue;
+    pack(kernels.pack_rows, c.row_begin, c.row_end - c.row_begin, packed_rows);
     parallel(c.width(), [&](int64_t begin, int64_t end) {
       Buffer scratch = allocate_floats(kernels.scratch_bytes(p) / 4);
       Buffer accumulator = allocate_floats(p.block_cols * width);
@@ -227,7 +245,8 @@ double contrastive_gradients(const ContrastiveProblem& p, const ContrastiveKerne
         const int64_t first = j * p.block_cols, rows = p.cols_in(j);
         y_gradient.load(first, rows, width, c.row_begin == 0, accumulator.get());
         kernels.col_gradient(p, j, c.row_begin, c.row_end, scratch.get(),
-                             base + (j - c.col_begin) * step, c.width() * step, accumulator.get());
+                             base + (j - c.col_begin) * step, c.width() * step, packed.get(),
+                             accumulator.get());
         y_gradient.store(first, rows, width, c.row_end == p.row_blocks(), p.scale,
                          accumulator.get());
       }

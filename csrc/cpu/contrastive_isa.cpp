@@ -34,11 +34,9 @@ int64_t row_words(const ContrastiveProblem& p) { return round_up(p.dim, 16) + 16
 // The scratch buffers of one call, in words; sized for the widest use.
 struct Scratch {
   explicit Scratch(const ContrastiveProblem& p) {
-    const int64_t longest = p.block_rows > p.block_cols ? p.block_rows : p.block_cols;
     x_panels = take(p.block_rows * round_up(p.dim, 16));
     y_rows = take(p.block_cols * row_words(p));
     gradient = take(p.block_cols * fastvlp::tile_stride(p));
-    features = take(longest * padded_dim(p));
     row = take(2 * padded_dim(p));
     columns = take(2 * p.block_rows);
     row_max = take(p.block_rows);
@@ -53,7 +51,7 @@ struct Scratch {
     return at;
   }
   int64_t total = 0;
-  int64_t x_panels, y_rows, gradient, features, row, columns, row_max, row_sum, tile_max, col_max,
+  int64_t x_panels, y_rows, gradient, row, columns, row_max, row_sum, tile_max, col_max,
       tile;
 };
 
@@ -72,9 +70,16 @@ void compute_tile(const ContrastiveProblem& p, int64_t row_block, int64_t col_bl
                   const Scratch& s, float* tile) {
   const int64_t rows = p.rows_in(row_block), cols = p.cols_in(col_block);
   const int64_t stride = fastvlp::tile_stride(p), words = depth_words<Dot>(p.dim);
-  uint32_t* y = reinterpret_cast<uint32_t*>(base + s.y_rows);
-  pack_rows<Dot>(p.y, col_block * p.block_cols, cols, p.dim, y, row_words(p));
-  multiply<Dot, Order::kDepthContiguous>(y, row_words(p), base + s.x_panels, tile, stride,
+  const int64_t first = col_block * p.block_cols;
+  const uint32_t* y = rows_in_place<Dot>(p.y, first, cols, p.dim);
+  int64_t y_stride = p.y.stride / Dot::kPerWord;
+  if (y == nullptr) {
+    copy_rows<Dot>(p.y, first, cols, p.dim, reinterpret_cast<uint32_t*>(base + s.y_rows),
+                   row_words(p));
+    y = reinterpret_cast<const uint32_t*>(base + s.y_rows);
+    y_stride = row_words(p);
+  }
+  multiply<Dot, Order::kDepthContiguous>(y, y_stride, base + s.x_panels, tile, stride,
                                          round_up(cols, kRegisterRows),
                                          round_up(rows, kPanel) / kPanel, words, p.scale, false);
   if (words == 0)
@@ -87,31 +92,76 @@ void compute_tile(const ContrastiveProblem& p, int64_t row_block, int64_t col_bl
     for (int64_t i = 0; i < round_up(rows, kPanel); ++i) tile[j * stride + i] = kNegativeInfinity;
 }
 
+// A softmax tile is stored either as logits or, where one shift serves all of it, as exp(z - shift):
+// then no pass after the first one has to take exponentials. The shift sits in the padding of the
+// tile's first column; NaN there means logits.
+float& shift_of(const ContrastiveProblem& p, float* tile) { return tile[p.block_rows]; }
+float shift_of(const ContrastiveProblem& p, const float* tile) { return tile[p.block_rows]; }
+
+// How far a row's or column's log-sum-exp may lie below the shift. Bounds the rounding of z - shift
+// to that of a logit of this size, and keeps every exponential that matters a normal number.
+constexpr float kShiftRange = 24.0f;
+
+float smallest(const float* values, int64_t n) {
+  float low = -kNegativeInfinity;
+  for (int64_t i = 0; i < n; ++i) low = values[i] < low ? values[i] : low;
+  return low;
+}
+
+float largest(const float* values, int64_t n) {
+  float high = kNegativeInfinity;
+  for (int64_t i = 0; i < n; ++i) high = values[i] > high ? values[i] : high;
+  return high;
+}
+
 template <bool rows, bool cols>
-void tile_statistics(const ContrastiveProblem& p, int64_t n, int64_t tile_cols, const float* tile,
-                     float* base, const Scratch& s, float* col_max, float* col_sum) {
-  const int64_t stride = fastvlp::tile_stride(p);
+void tile_statistics(const ContrastiveProblem& p, int64_t block, int64_t tile_cols, float* tile,
+                     bool keep, float* base, const Scratch& s, float* col_max, float* col_sum) {
+  const int64_t stride = fastvlp::tile_stride(p), valid = p.rows_in(block);
+  const int64_t n = round_up(valid, kPanel);
   float* row_max = base + s.row_max;
   float* row_sum = base + s.row_sum;
-  float* tile_max = base + s.tile_max;
+  float* new_max = base + s.tile_max;
   float* own_max = base + s.col_max;
-  std::memcpy(tile_max, row_max, n * 4);
+  std::memcpy(new_max, row_max, n * 4);
   for (int64_t j = 0; j < tile_cols; ++j)
-    own_max[j] = update_maxima(tile + j * stride, n, tile_max);
+    own_max[j] = update_maxima(tile + j * stride, n, new_max);
+
+  const float shift = largest(own_max, tile_cols);
+  float low = rows ? smallest(new_max, valid) : shift;
+  if constexpr (cols)
+    for (int64_t j = 0; j < tile_cols; ++j) {
+      const float known = col_max[j] > own_max[j] ? col_max[j] : own_max[j];
+      low = known < low ? known : low;
+    }
+  const bool shifted = low >= shift - kShiftRange && shift < -kNegativeInfinity;
+  shift_of(p, tile) = shifted ? shift : __builtin_nanf("");
+
+  float* added = base + s.columns;  // this tile's row sums, relative to `shift`
+  std::memset(added, 0, n * 4);
   if constexpr (rows)
     for (int64_t i = 0; i < n; i += kLanes) {
-      store(row_sum + i, load(row_sum + i) * exp(load(row_max + i) - load(tile_max + i)));
-      store(row_max + i, load(tile_max + i));
+      store(row_sum + i, load(row_sum + i) * exp(load(row_max + i) - load(new_max + i)));
+      store(row_max + i, load(new_max + i));
     }
   for (int64_t j = 0; j < tile_cols; ++j) {
-    const float sum =
-        add_exponentials<rows, cols>(tile + j * stride, n, row_max, row_sum, own_max[j]);
+    float* z = tile + j * stride;
+    LsePair own = {own_max[j], 0.0f};
+    if (!shifted)
+      own.sum = add_exponentials<rows, cols>(z, n, row_max, row_sum, own_max[j]);
+    else if (keep)
+      own = {shift, add_shifted_exponentials<true>(z, n, shift, added)};
+    else
+      own = {shift, add_shifted_exponentials<false>(z, n, shift, added)};
     if constexpr (cols) {
-      const LsePair merged = fastvlp::merge({col_max[j], col_sum[j]}, {own_max[j], sum});
+      const LsePair merged = fastvlp::merge({col_max[j], col_sum[j]}, own);
       col_max[j] = merged.max;
       col_sum[j] = merged.sum;
     }
   }
+  if (rows && shifted)
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(row_sum + i, load(row_sum + i) + load(added + i) * exp(shift - load(row_max + i)));
 }
 
 template <class Dot>
@@ -129,17 +179,19 @@ void statistics_with(const ContrastiveProblem& p, int64_t block, void* scratch, 
     float* tile = tiles ? tiles + j * fastvlp::tile_floats(p) : base + s.tile;
     compute_tile<Dot>(p, block, j, base, s, tile);
     const int64_t first = j * p.block_cols, cols = p.cols_in(j);
-    if (p.use_rows && p.use_cols)
-      tile_statistics<true, true>(p, padded, cols, tile, base, s, col_max + first, col_sum + first);
-    else if (p.use_rows)
-      tile_statistics<true, false>(p, padded, cols, tile, base, s, nullptr, nullptr);
-    else
-      tile_statistics<false, true>(p, padded, cols, tile, base, s, col_max + first,
-                                   col_sum + first);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = block * p.block_rows + i + p.offset - first;
       if (at >= 0 && at < cols) positive[i] = tile[at * fastvlp::tile_stride(p) + i];
     }
+    const bool keep = tiles != nullptr;
+    if (p.use_rows && p.use_cols)
+      tile_statistics<true, true>(p, block, cols, tile, keep, base, s, col_max + first,
+                                  col_sum + first);
+    else if (p.use_rows)
+      tile_statistics<true, false>(p, block, cols, tile, keep, base, s, nullptr, nullptr);
+    else
+      tile_statistics<false, true>(p, block, cols, tile, keep, base, s, col_max + first,
+                                   col_sum + first);
   }
   if (p.use_rows)
     for (int64_t i = 0; i < rows; ++i)
@@ -160,23 +212,96 @@ void add_sums(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
   }
 }
 
+// Turns fresh softmax logits into exponentials where one shift serves the whole tile.
+void shift_tile(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, float* tile) {
+  const int64_t rows = p.rows_in(row_block), cols = p.cols_in(col_block);
+  const float* row_lse = p.row_lse + row_block * p.block_rows;
+  const float* col_lse = p.col_lse + col_block * p.block_cols;
+  float low = -kNegativeInfinity, shift = kNegativeInfinity;
+  auto include = [&](const float* lse, int64_t n) {
+    const float least = smallest(lse, n), most = largest(lse, n);
+    low = least < low ? least : low;
+    shift = most > shift ? most : shift;
+  };
+  if (p.use_rows) include(row_lse, rows);
+  if (p.use_cols) include(col_lse, cols);
+  const bool shifted = low >= shift - kShiftRange && shift < -kNegativeInfinity;
+  shift_of(p, tile) = shifted ? shift : __builtin_nanf("");
+  if (!shifted) return;
+  for (int64_t j = 0; j < cols; ++j) {
+    float* z = tile + j * fastvlp::tile_stride(p);
+    for (int64_t i = 0; i < round_up(rows, kPanel); i += kLanes)
+      store(z + i, exp(load(z + i) - shift));
+  }
+}
+
+// Computes the logit gradients of one tile, column by column.
+class TileGradient {
+ public:
+  // `row_factor` is scratch for block_rows floats.
+  TileGradient(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, const float* tile,
+               float* row_factor)
+      : p_(p),
+        tile_(tile),
+        first_row_(row_block * p.block_rows),
+        first_col_(col_block * p.block_cols),
+        rows_(p.rows_in(row_block)),
+        n_(round_up(rows_, kPanel)),
+        shift_(p.loss == Loss::kSoftmax ? shift_of(p, tile) : __builtin_nanf("")),
+        row_factor_(row_factor) {
+    if (shift_ != shift_) return;
+    for (int64_t i = 0; i < n_; i += kLanes)
+      store(row_factor + i, p.use_rows ? exp(shift_ - load(p.row_lse + first_row_ + i)) *
+                                             p.row_weight
+                                       : Vec{});
+  }
+
+  void column(int64_t j, float* g) const {
+    const float* z = tile_ + j * fastvlp::tile_stride(p_);
+    const float* row_lse = p_.row_lse + first_row_;
+    const int64_t col = first_col_ + j;
+    if (p_.loss == Loss::kSigmoid)
+      sigmoid_gradient(z, n_, p_.bias, p_.row_weight, g);
+    else if (shift_ == shift_)
+      shifted_softmax_gradient(
+          z, n_, row_factor_,
+          p_.use_cols ? p_.col_weight * std::exp(shift_ - p_.col_lse[col]) : 0.0f, g);
+    else if (p_.use_rows && p_.use_cols)
+      softmax_gradient<true, true>(z, n_, row_lse, p_.col_lse[col], p_.row_weight, p_.col_weight,
+                                   g);
+    else if (p_.use_rows)
+      softmax_gradient<true, false>(z, n_, row_lse, 0.0f, p_.row_weight, 0.0f, g);
+    else
+      softmax_gradient<false, true>(z, n_, row_lse, p_.col_lse[col], 0.0f, p_.col_weight, g);
+    const int64_t positive = col - p_.offset - first_row_;
+    if (positive >= 0 && positive < rows_) g[positive] -= p_.positive_weight;
+  }
+
+ private:
+  const ContrastiveProblem& p_;
+  const float* tile_;
+  int64_t first_row_, first_col_, rows_, n_;
+  float shift_;
+  const float* row_factor_;
+};
+
 // Logit gradients of a tile as the A operand of the product with y: words along the columns.
 template <class Dot>
 void gradient_for_rows(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
                        const float* tile, float* base, const Scratch& s) {
-  const int64_t n = round_up(p.rows_in(row_block), kPanel), stride = fastvlp::tile_stride(p);
-  const int64_t cols = p.cols_in(col_block);
+  const int64_t cols = p.cols_in(col_block), stride = fastvlp::tile_stride(p);
   float* g = base + s.gradient;
+  const TileGradient gradient(p, row_block, col_block, tile, base + s.row_max);
   if constexpr (Dot::kPerWord == 1) {
-    for (int64_t j = 0; j < cols; ++j)
-      logit_gradient(p, row_block, col_block, j, tile + j * stride, n, g + j * stride);
+    for (int64_t j = 0; j < cols; ++j) gradient.column(j, g + j * stride);
   } else {
 #if defined(__AVX512BF16__)
+    const int64_t n = round_up(p.rows_in(row_block), kPanel);
     float* pair = base + s.columns;
     for (int64_t j = 0; j < cols; j += 2) {
-      logit_gradient(p, row_block, col_block, j, tile + j * stride, n, pair);
+      gradient.column(j, pair);
       if (j + 1 < cols)
-        logit_gradient(p, row_block, col_block, j + 1, tile + (j + 1) * stride, n, pair + n);
+        gradient.column(j + 1, pair + n);
       else
         std::memset(pair + n, 0, n * 4);
       uint32_t* out = reinterpret_cast<uint32_t*>(g + j / 2 * stride);
@@ -198,8 +323,9 @@ void gradient_for_cols(const ContrastiveProblem& p, int64_t row_block, int64_t c
     const int64_t n = round_up(p.rows_in(row_block), kPanel), stride = fastvlp::tile_stride(p);
     uint32_t* out = reinterpret_cast<uint32_t*>(base + s.gradient);
     float* column = base + s.columns;
+    const TileGradient gradient(p, row_block, col_block, tile, base + s.row_max);
     for (int64_t j = 0; j < p.cols_in(col_block); ++j) {
-      logit_gradient(p, row_block, col_block, j, tile + j * stride, n, column);
+      gradient.column(j, column);
       for (int64_t i = 0; i < n; i += 2 * kLanes)
         store_bf16(out + j * stride + i / 2, load(column + i), load(column + i + kLanes));
     }
@@ -208,9 +334,26 @@ void gradient_for_cols(const ContrastiveProblem& p, int64_t row_block, int64_t c
 }
 
 template <class Dot>
+int64_t packed_floats_with(const ContrastiveProblem& p, int64_t rows) {
+  return depth_words<Dot>(rows) * padded_dim(p);
+}
+
+template <class Dot>
+void pack_cols_with(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
+  pack_along_rows<Dot>(p.y, block * p.block_cols, p.cols_in(block), p.dim, packed,
+                       static_cast<float*>(scratch) + Scratch(p).row);
+}
+
+template <class Dot>
+void pack_rows_with(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
+  pack_along_rows<Dot>(p.x, block * p.block_rows, p.rows_in(block), p.dim, packed,
+                       static_cast<float*>(scratch) + Scratch(p).row);
+}
+
+template <class Dot>
 void row_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
-                       bool fresh, void* scratch, float* tiles, float* accumulator,
-                       SigmoidSums* sums) {
+                       bool fresh, void* scratch, float* tiles, const float* packed,
+                       float* accumulator, SigmoidSums* sums) {
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
   const int64_t m = round_up(p.rows_in(block), kRegisterRows), width = padded_dim(p);
@@ -220,30 +363,28 @@ void row_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin
     if (fresh) compute_tile<Dot>(p, block, j, base, s, tile);
     if (fresh && p.loss == Loss::kSigmoid) add_sums(p, block, j, tile, sums);
     if (!accumulator) continue;
+    if (fresh && p.loss == Loss::kSoftmax) shift_tile(p, block, j, tile);
     gradient_for_rows<Dot>(p, block, j, tile, base, s);
-    pack_along_rows<Dot>(p.y, j * p.block_cols, p.cols_in(j), p.dim, base + s.features,
-                         base + s.row);
-    multiply<Dot, Order::kRowContiguous>(reinterpret_cast<uint32_t*>(base + s.gradient),
-                                         fastvlp::tile_stride(p), base + s.features, accumulator,
-                                         width, m, width / kPanel, depth_words<Dot>(p.cols_in(j)),
-                                         1.0f, true);
+    multiply<Dot, Order::kRowContiguous>(
+        reinterpret_cast<uint32_t*>(base + s.gradient), fastvlp::tile_stride(p),
+        packed + (j - begin) * packed_floats_with<Dot>(p, p.block_cols), accumulator, width, m,
+        width / kPanel, depth_words<Dot>(p.cols_in(j)), 1.0f, true);
   }
 }
 
 template <class Dot>
 void col_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
-                       void* scratch, const float* tiles, int64_t tile_step, float* accumulator) {
+                       void* scratch, const float* tiles, int64_t tile_step, const float* packed,
+                       float* accumulator) {
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
   const int64_t m = round_up(p.cols_in(block), kRegisterRows), width = padded_dim(p);
   for (int64_t i = begin; i < end; ++i) {
     gradient_for_cols<Dot>(p, i, block, tiles + (i - begin) * tile_step, base, s);
-    pack_along_rows<Dot>(p.x, i * p.block_rows, p.rows_in(i), p.dim, base + s.features,
-                         base + s.row);
-    multiply<Dot, Order::kDepthContiguous>(reinterpret_cast<uint32_t*>(base + s.gradient),
-                                           fastvlp::tile_stride(p), base + s.features, accumulator,
-                                           width, m, width / kPanel,
-                                           depth_words<Dot>(p.rows_in(i)), 1.0f, true);
+    multiply<Dot, Order::kDepthContiguous>(
+        reinterpret_cast<uint32_t*>(base + s.gradient), fastvlp::tile_stride(p),
+        packed + (i - begin) * packed_floats_with<Dot>(p, p.block_rows), accumulator, width, m,
+        width / kPanel, depth_words<Dot>(p.rows_in(i)), 1.0f, true);
   }
 }
 
@@ -261,16 +402,30 @@ void statistics(const ContrastiveProblem& p, int64_t block, void* scratch, float
   (p, block, scratch, tiles, row_lse, positive, col_max, col_sum);
 }
 
+int64_t packed_floats(const ContrastiveProblem& p, int64_t rows) {
+  return FASTVLP_WITH_DOT(packed_floats_with)(p, rows);
+}
+
+void pack_cols(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
+  FASTVLP_WITH_DOT(pack_cols_with)(p, block, scratch, packed);
+}
+
+void pack_rows(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
+  FASTVLP_WITH_DOT(pack_rows_with)(p, block, scratch, packed);
+}
+
 void row_gradient(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
-                  bool fresh, void* scratch, float* tiles, float* accumulator, SigmoidSums* sums) {
+                  bool fresh, void* scratch, float* tiles, const float* packed, float* accumulator,
+                  SigmoidSums* sums) {
   FASTVLP_WITH_DOT(row_gradient_with)
-  (p, block, begin, end, fresh, scratch, tiles, accumulator, sums);
+  (p, block, begin, end, fresh, scratch, tiles, packed, accumulator, sums);
 }
 
 void col_gradient(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
-                  void* scratch, const float* tiles, int64_t tile_step, float* accumulator) {
+                  void* scratch, const float* tiles, int64_t tile_step, const float* packed,
+                  float* accumulator) {
   FASTVLP_WITH_DOT(col_gradient_with)
-  (p, block, begin, end, scratch, tiles, tile_step, accumulator);
+  (p, block, begin, end, scratch, tiles, tile_step, packed, accumulator);
 }
 
 }  // namespace
@@ -278,8 +433,9 @@ void col_gradient(const ContrastiveProblem& p, int64_t block, int64_t begin, int
 namespace fastvlp {
 
 const ContrastiveKernels& FASTVLP_JOIN(contrastive_kernels_, FASTVLP_ISA)() {
-  static constexpr ContrastiveKernels table = {FASTVLP_STRING(FASTVLP_ISA), scratch_bytes,
-                                               padded_dim, statistics, row_gradient, col_gradient};
+  static constexpr ContrastiveKernels table = {
+      FASTVLP_STRING(FASTVLP_ISA), scratch_bytes, padded_dim, packed_floats, pack_cols,
+      pack_rows,                   statistics,    row_gradient, col_gradient};
   return table;
 }
 

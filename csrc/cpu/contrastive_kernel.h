@@ -68,21 +68,28 @@ struct ContrastiveKernels {
   int64_t (*scratch_bytes)(const ContrastiveProblem&);
   // Row length, in floats, of the gradient accumulators: dim rounded up to whole vectors.
   int64_t (*padded_dim)(const ContrastiveProblem&);
+  // Floats that a block of `rows` features takes when packed for the gradient products.
+  int64_t (*packed_floats)(const ContrastiveProblem&, int64_t rows);
+  // Packs one block of y (for row_gradient) or of x (for col_gradient).
+  void (*pack_cols)(const ContrastiveProblem&, int64_t block, void* scratch, float* packed);
+  void (*pack_rows)(const ContrastiveProblem&, int64_t block, void* scratch, float* packed);
   // One block of rows against all columns. `tiles`, when not null, receives its col_blocks() tiles.
   // Row results are for this block alone; col_max and col_sum (padded to whole blocks) are merged
   // into in place.
   void (*statistics)(const ContrastiveProblem&, int64_t block, void* scratch, float* tiles,
                      float* row_lse, float* positive, float* col_max, float* col_sum);
   // accumulator[block_rows][padded_dim] += (logit gradient) * y over column blocks [begin, end),
-  // whose tiles lie one after another at `tiles`, computed first when `fresh`. A null accumulator
-  // only computes; `sums` is added to for the sigmoid loss when `fresh`.
+  // whose tiles and packed features lie one after another at `tiles`, computed first when `fresh`,
+  // and `packed`. A null accumulator only computes; `sums` is added to for the sigmoid loss when
+  // `fresh`.
   void (*row_gradient)(const ContrastiveProblem&, int64_t block, int64_t begin, int64_t end,
-                       bool fresh, void* scratch, float* tiles, float* accumulator,
-                       SigmoidSums* sums);
+                       bool fresh, void* scratch, float* tiles, const float* packed,
+                       float* accumulator, SigmoidSums* sums);
   // accumulator[block_cols][padded_dim] += (logit gradient)^T * x over row blocks [begin, end),
   // whose tiles lie `tile_step` floats apart at `tiles`.
   void (*col_gradient)(const ContrastiveProblem&, int64_t block, int64_t begin, int64_t end,
-                       void* scratch, const float* tiles, int64_t tile_step, float* accumulator);
+                       void* scratch, const float* tiles, int64_t tile_step, const float* packed,
+                       float* accumulator);
 };
 
 const ContrastiveKernels& contrastive_kernels_portable();

@@ -36,6 +36,20 @@ float add_exponentials(const float* z, int64_t n, const float* row_max, float* r
   return cols ? horizontal_sum(column) : 0.0f;
 }
 
+// The same with one exponential for both directions: e = exp(z - shift), added to the row sums,
+// summed over the column, and left in place of z where `keep`.
+template <bool keep>
+float add_shifted_exponentials(float* z, int64_t n, float shift, float* row_sum) {
+  Vec column = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec e = exp(load(z + i) - shift);
+    if constexpr (keep) store(z + i, e);
+    store(row_sum + i, load(row_sum + i) + e);
+    column = column + e;
+  }
+  return horizontal_sum(column);
+}
+
 template <bool rows, bool cols>
 void softmax_gradient(const float* z, int64_t n, const float* row_lse, float col_lse,
                       float row_weight, float col_weight, float* g) {
@@ -46,6 +60,13 @@ void softmax_gradient(const float* z, int64_t n, const float* row_lse, float col
     if constexpr (cols) sum = sum + exp(v - col_lse) * col_weight;
     store(g + i, sum);
   }
+}
+
+// The same from e = exp(z - shift): both softmaxes are e times a factor of the row or column.
+inline void shifted_softmax_gradient(const float* e, int64_t n, const float* row_factor,
+                                     float col_factor, float* g) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    store(g + i, load(e + i) * (load(row_factor + i) + col_factor));
 }
 
 inline void sigmoid_gradient(const float* z, int64_t n, float bias, float weight, float* g) {
@@ -70,27 +91,6 @@ inline void add_sigmoid_sums(const float* z, int64_t n, float bias, SigmoidSums*
   }
   sums->loss += horizontal_sum(loss);
   sums->gradient += horizontal_sum(gradient);
-}
-
-// The logit gradients of column `col` of the block pair (row block, column block), n of them.
-inline void logit_gradient(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
-                           int64_t col, const float* z, int64_t n, float* g) {
-  const int64_t first_row = row_block * p.block_rows;
-  const int64_t global_col = col_block * p.block_cols + col;
-  if (p.loss == fastvlp::Loss::kSigmoid) {
-    sigmoid_gradient(z, n, p.bias, p.row_weight, g);
-  } else {
-    const float* row_lse = p.row_lse + first_row;
-    const float col_lse = p.col_lse[global_col];
-    if (p.use_rows && p.use_cols)
-      softmax_gradient<true, true>(z, n, row_lse, col_lse, p.row_weight, p.col_weight, g);
-    else if (p.use_rows)
-      softmax_gradient<true, false>(z, n, row_lse, col_lse, p.row_weight, p.col_weight, g);
-    else
-      softmax_gradient<false, true>(z, n, row_lse, col_lse, p.row_weight, p.col_weight, g);
-  }
-  const int64_t positive = global_col - p.offset - first_row;
-  if (positive >= 0 && positive < p.rows_in(row_block)) g[positive] -= p.positive_weight;
 }
 
 }  // namespace

@@ -38,6 +38,10 @@ inline VecI bits(Vec v) { return (VecI)v; }
 // logit still reaches the sum of exponentials.
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+#if defined(__AVX512F__)
+inline float horizontal_max(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+inline float horizontal_sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
 inline float horizontal_max(Vec v) {
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
@@ -51,6 +55,7 @@ inline float horizontal_sum(Vec v) {
     for (int i = 0; i < half; ++i) t[i] += t[i + half];
   return t[0];
 }
+#endif
 
 // exp(x) for x up to 88, within 2 ulp; 0 below -87 (a float there is smaller than 2e-38); NaN stays
 // NaN. Reduction x = n ln 2 + r, |r| <= ln 2 / 2, then a minimax polynomial of degree 6

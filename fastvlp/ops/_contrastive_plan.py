@@ -41,26 +41,42 @@ def make_plan(
     half-precision gradients that several chunks add to. At least one tile and those sums are
     always used. `keep`: whether a backward pass will follow.
     """
-    block_rows, block_cols = _block(rows), _block(cols)
+    threads = _threads()
+    block_rows, block_cols = _block(rows, BLOCK, threads), _block(cols, BLOCK, threads)
     row_blocks, col_blocks = -(-rows // block_rows), -(-cols // block_cols)
-    tile_bytes = 4 * block_cols * (block_rows + _PADDING)
+    tile_bytes = _tile_bytes(block_rows, block_cols)
     if row_blocks * col_blocks * tile_bytes <= workspace_bytes:
         return Plan(block_rows, block_cols, row_blocks if keep else 0, row_blocks, col_blocks)
+
     sums_bytes = 0 if dtype == torch.float32 else 4 * dim * (rows + cols)
-    budget = workspace_bytes - sums_bytes
-    tiles = max(1, min(budget, _CHUNK_BYTES) // tile_bytes)
-    side = math.isqrt(tiles)
-    chunk_rows = min(side, row_blocks)
-    chunk_cols = min(tiles // chunk_rows, col_blocks)
-    left = budget - chunk_rows * chunk_cols * tile_bytes
-    keep_blocks = max(0, left) // (col_blocks * tile_bytes) if keep else 0
-    return Plan(block_rows, block_cols, min(keep_blocks, row_blocks), chunk_rows, chunk_cols)
+    budget = max(0, workspace_bytes - sums_bytes)
+    # A chunk should give every thread a block in both passes over it: more threads, a larger
+    # chunk and, where the budget ends, smaller blocks.
+    chunk_bytes = min(budget, max(_CHUNK_BYTES, 4 * (threads * BLOCK // 4) ** 2))
+    limit = max(2 * _GRAIN, min(BLOCK, math.isqrt(chunk_bytes // 4) // threads))
+    block_rows, block_cols = _block(rows, limit, threads), _block(cols, limit, threads)
+    row_blocks, col_blocks = -(-rows // block_rows), -(-cols // block_cols)
+    tile_bytes = _tile_bytes(block_rows, block_cols)
+    tiles = max(1, chunk_bytes // tile_bytes)
+    chunk_rows = min(_multiple(math.isqrt(tiles), threads), row_blocks)
+    chunk_cols = min(_multiple(tiles // chunk_rows, threads), col_blocks)
+    left = max(0, budget - chunk_rows * chunk_cols * tile_bytes)
+    keep_blocks = min(left // (col_blocks * tile_bytes), row_blocks) if keep else 0
+    return Plan(block_rows, block_cols, keep_blocks, chunk_rows, chunk_cols)
 
 
-def _block(n: int) -> int:
+def _block(n: int, limit: int, threads: int) -> int:
     # Every thread gets a block, and the blocks are of nearly one size.
-    blocks = max(-(-n // BLOCK), min(_threads(), -(-n // _GRAIN)))
+    blocks = max(-(-n // limit), min(threads, -(-n // _GRAIN)))
     return -(-n // (blocks * _GRAIN)) * _GRAIN
+
+
+def _multiple(n: int, threads: int) -> int:
+    return n // threads * threads if n >= threads else n
+
+
+def _tile_bytes(block_rows: int, block_cols: int) -> int:
+    return 4 * block_cols * (block_rows + _PADDING)
 
 
 @torch.compiler.assume_constant_result
