@@ -62,6 +62,11 @@ def tile_constants(tile: Tile, width: int, dtype: torch.dtype, precision: str) -
     }
 
 
+def launch_options(tile: Tile) -> dict[str, int | bool]:
+    """Compiler options of a tile's launch. Fused multiply-adds no longer come by default."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+
+
 def grid_of(rows: int, cols: int, tile: Tile) -> tuple[int]:
     return (triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n),)
 

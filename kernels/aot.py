@@ -93,7 +93,11 @@ def compile_case(case: Case) -> Compiled:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", case.capability, 32),
-        options={"num_warps": case.warps, "num_stages": case.stages},
+        options={
+            "num_warps": case.warps,
+            "num_stages": case.stages,
+            "enable_fp_fusion": True,
+        },
     )
     return inspect_cubin(case, compiled.asm["cubin"], compiled.metadata.shared)
 

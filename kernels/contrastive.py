@@ -5,8 +5,8 @@ every column and the logits of the pairs; z itself is never stored. A tile leave
 its rows and columns, a pair (reference m, sum of exp(z - m)). Pairs merge in any grouping, a
 second kernel merges them in a fixed order, and so the result is the same bit for bit on every run.
 
-Memory: the pairs, at most `PAIR_BYTES` plus 16 bytes per column; taller inputs are walked in
-chunks of rows. Work: 2*M*N*D FLOP and, in all but rare tiles, one exponential per logit.
+Memory: the pairs, about `PAIR_BYTES` at most; taller inputs are walked in chunks of rows.
+Work: 2*M*N*D FLOP and, in all but rare tiles, one exponential per logit.
 """
 
 import torch
@@ -19,6 +19,7 @@ from ._launch import (
     Tile,
     aligned_rows,
     grid_of,
+    launch_options,
     on_device,
     require_supported,
     tile_cases,
@@ -124,18 +125,20 @@ def statistics_kernel(
     row_at = block_n.to(tl.int64) * M + row
     col_at = block_m.to(tl.int64) * N + col
     if ROWS and COLS:
-        peak = tl.max(tl.max(z, 1), 0)
-        e = exp_difference(z, peak)
+        peak = tl.max(tl.expand_dims(tl.max(z, 1), 1), 0)
+        e = exp_difference(z, peak[None, :])
         row_sum, col_sum = tl.sum(e, 1), tl.sum(e, 0)
-        tl.store(row_ref_ptr + row_at, tl.zeros_like(row_sum) + peak, mask=row_in)
+        tl.store(row_ref_ptr + row_at, tl.broadcast_to(peak, (BLOCK_M,)), mask=row_in)
         tl.store(row_sum_ptr + row_at, row_sum, mask=row_in)
-        tl.store(col_ref_ptr + col_at, tl.zeros_like(col_sum) + peak, mask=col_in)
+        tl.store(col_ref_ptr + col_at, tl.broadcast_to(peak, (BLOCK_N,)), mask=col_in)
         tl.store(col_sum_ptr + col_at, col_sum, mask=col_in)
-        smallest = tl.minimum(
-            tl.min(tl.where(row_in, row_sum, 1.0), 0), tl.min(tl.where(col_in, col_sum, 1.0), 0)
-        )
+        # Read back after the barrier rather than reduced where they are: Triton before 3.8 fails
+        # to compile a scalar that is reduced from a product on compute capability 10.
+        tl.debug_barrier()
+        row_sum = tl.load(row_sum_ptr + row_at, mask=row_in, other=1.0)
+        col_sum = tl.load(col_sum_ptr + col_at, mask=col_in, other=1.0)
+        smallest = tl.minimum(tl.min(row_sum, 0), tl.min(col_sum, 0))
         if smallest < SMALLEST_SHARED_SUM:
-            # The stores below go where those above went, from other threads.
             tl.debug_barrier()
             z = logits_tile(
                 x_ptr, y_ptr, scale_ptr, row, col, M, N, D, stride_x, stride_y,
@@ -183,7 +186,8 @@ def _merge(pairs: torch.Tensor, out: torch.Tensor, carry: torch.Tensor | None = 
     last = carry is None
     merge_kernel[(triton.cdiv(length, MERGE_LENGTH),)](
         pairs[0], pairs[1], out, *((out, out) if last else carry), parts, length,
-        LAST=last, BLOCK=MERGE_LENGTH, PARTS=MERGE_PARTS, num_warps=MERGE_WARPS,
+        LAST=last, BLOCK=MERGE_LENGTH, PARTS=MERGE_PARTS,
+        num_warps=MERGE_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -236,8 +240,10 @@ def contrastive_statistics(
     row_lse = torch.empty(m, **like) if rows else None
     col_lse = torch.empty(n, **like) if cols else None
     # Slab 0 of the column pairs carries the merged pairs of the chunks before.
-    row_pairs = torch.empty(2, triton.cdiv(n, tile.block_n), min(height, m), **like)
-    col_pairs = torch.empty(2, 1 + triton.cdiv(min(height, m), tile.block_m), n, **like)
+    row_parts = triton.cdiv(n, tile.block_n) if rows else 0
+    col_parts = triton.cdiv(min(height, m), tile.block_m) + 1 if cols else 1
+    row_pairs = torch.empty(2, row_parts * min(height, m), **like)
+    col_pairs = torch.empty(2, col_parts, n, **like)
     x, y = aligned_rows(x), aligned_rows(y)
     width = x.shape[1]
     constants = tile_constants(tile, width, x.dtype, input_precision)
@@ -248,13 +254,10 @@ def contrastive_statistics(
             statistics_kernel[grid_of(count, n, tile)](
                 chunk, y, scale, row_pairs[0], row_pairs[1], col_pairs[0, 1:], col_pairs[1, 1:],
                 positive[first:], count, n, width, x.stride(0), y.stride(0), offset + first,
-                ROWS=rows, COLS=cols, **constants, num_warps=tile.warps, num_stages=tile.stages,
+                ROWS=rows, COLS=cols, **constants, **launch_options(tile),
             )  # fmt: skip
             if rows:
-                _merge(
-                    row_pairs.view(2, -1)[:, : row_pairs.shape[1] * count].view(2, -1, count),
-                    row_lse[first:],
-                )
+                _merge(row_pairs[:, : row_parts * count].view(2, row_parts, count), row_lse[first:])
             if cols:
                 written = col_pairs[:, (first == 0) : 1 + triton.cdiv(count, tile.block_m)]
                 last = first + height >= m

@@ -21,6 +21,7 @@ from ._launch import (
     aligned_rows,
     gradient_workspace,
     grid_of,
+    launch_options,
     on_device,
     product,
     require_supported,
@@ -151,7 +152,7 @@ def contrastive_gradients(
                 chunk.shape[0], n, inner, rows_x.stride(0), rows_y.stride(0),
                 g.stride(0), offset + first,
                 ROWS=row_lse is not None, COLS=col_lse is not None, FACTOR=stored,
-                **constants, num_warps=tile.warps, num_stages=tile.stages,
+                **constants, **launch_options(tile),
             )  # fmt: skip
             g = g.to(x.dtype)
             if need_x:

@@ -22,6 +22,7 @@ from ._launch import (
     aligned_rows,
     gradient_workspace,
     grid_of,
+    launch_options,
     on_device,
     product,
     require_supported,
@@ -101,9 +102,9 @@ def sigmoid_kernel(
     loss = tl.where(u < 0, 0.0, u) + log1p_unit(e)
     g = tl.where(u < 0, e, 1.0) / (1.0 + e)
     g = tl.where(pair, -g, g)
-    program = tl.program_id(0)
-    tl.store(loss_ptr + program, tl.sum(tl.sum(loss, 1), 0))
-    tl.store(g_sum_ptr + program, tl.sum(tl.sum(g, 1), 0))
+    program = tl.program_id(0) + tl.arange(0, 1)
+    tl.store(loss_ptr + program, tl.sum(tl.expand_dims(tl.sum(loss, 1), 1), 0))
+    tl.store(g_sum_ptr + program, tl.sum(tl.expand_dims(tl.sum(g, 1), 1), 0))
     if STORE:
         at = row.to(tl.int64)[:, None] * stride_g + col[None, :]
         tl.store(g_ptr + at, (g * FACTOR).to(g_ptr.dtype.element_ty), mask=inside)
@@ -166,7 +167,7 @@ def sigmoid_contrastive(
                 chunk.shape[0], n, inner, rows_x.stride(0), rows_y.stride(0),
                 g.stride(0), offset + first,
                 STORE=need_gradients, FACTOR=stored,
-                **constants, num_warps=tile.warps, num_stages=tile.stages,
+                **constants, **launch_options(tile),
             )  # fmt: skip
             if need_gradients:
                 g = g.to(x.dtype)

@@ -1,0 +1,70 @@
+"""The contrastive formulas in plain PyTorch, at the dtype of their inputs."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """x [M, D], y [N, D], scale and bias (float32, one element); row i pairs with i + offset."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+    offset: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return len(self.x), len(self.y)
+
+    def logits(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.scale.to(dtype) * (self.x.to(dtype) @ self.y.to(dtype).T)
+
+    def is_pair(self) -> torch.Tensor:
+        m, n = self.size
+        row = torch.arange(m, device=self.x.device)[:, None]
+        return torch.arange(n, device=self.x.device)[None, :] == row + self.offset
+
+
+def draw(m, n, width, dtype, device, *, offset=0, scale=10.0, bias=0.0, norm=1.0, gap=0, seed=0):
+    """`norm` None leaves rows of length sqrt(width); `gap` pads the rows in memory with NaN."""
+    g = torch.Generator().manual_seed(seed)
+    pair = []
+    for length in (m, n):
+        t = torch.randn(length, width, generator=g, dtype=torch.float64)
+        if norm is not None:
+            t = norm * torch.nn.functional.normalize(t, dim=1)
+        wide = torch.full((length, width + gap), torch.nan, dtype=dtype)
+        wide[:, :width] = t.to(dtype)
+        pair.append(wide.to(device)[:, :width])
+    scalars = (torch.tensor([v], dtype=torch.float32, device=device) for v in (scale, bias))
+    return Problem(*pair, *scalars, offset)
+
+
+def statistics(problem: Problem, dtype: torch.dtype):
+    z = problem.logits(dtype)
+    positive = torch.where(problem.is_pair(), z, torch.zeros_like(z)).sum(1)
+    return z.logsumexp(1), z.logsumexp(0), positive
+
+
+def softmax_gradient(problem: Problem, weights, dtype: torch.dtype):
+    """The gradient of the logits."""
+    z = problem.logits(dtype)
+    w_row, w_col, w_diag = weights.to(dtype)
+    return w_row * z.softmax(1) + w_col * z.softmax(0) - w_diag * problem.is_pair()
+
+
+def sigmoid_terms(problem: Problem, dtype: torch.dtype):
+    """The losses [M, N] and the gradient of the logits."""
+    z = problem.logits(dtype) + problem.bias.to(dtype)
+    pair = problem.is_pair()
+    loss = -torch.nn.functional.logsigmoid(torch.where(pair, z, -z))
+    return loss, torch.where(pair, -torch.sigmoid(-z), torch.sigmoid(z))
+
+
+def through_product(problem: Problem, g: torch.Tensor):
+    """dX and dY from the gradient of the logits, at its dtype."""
+    scale, x, y = (t.to(g.dtype) for t in (problem.scale, problem.x, problem.y))
+    return scale * (g @ y), scale * (g.T @ x)

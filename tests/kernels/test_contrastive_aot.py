@@ -1,0 +1,37 @@
+"""Every kernel at every configuration, compiled for every architecture, without a GPU."""
+
+import pytest
+import triton_process
+from fastvlp.kernels import aot
+
+CASES = aot.all_cases()
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The futures of all cases, in the background on two processes."""
+    with triton_process.start(interpret=False, workers=2) as pool:
+        yield [pool.submit(triton_process.compile_by_index, i) for i in range(len(CASES))]
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize(
+    "index", range(len(CASES)), ids=[f"sm_{c.capability}-{c.name}" for c in CASES]
+)
+def test_compiles_within_budget(compiled, index, record_property):
+    case, result = CASES[index], compiled[index].result()
+    print(f"{aot.HEADER}\n{result.row()}")
+    record_property("compiled", result.row())
+    assert (result.name, result.capability) == (case.name, case.capability)
+    assert result.shared_bytes <= aot.SHARED_LIMIT[case.capability]
+    assert 0 < result.registers <= 255
+    assert not result.spills, result.row()
+    assert bool(result.tensor_core) == case.tensor_cores, result.row()
+
+
+def test_the_register_table_prints(compiled, capsys):
+    with capsys.disabled():
+        print(f"\n{aot.HEADER}")
+        for future in compiled:
+            print(future.result().row())
+    assert len(compiled) == len(CASES)

@@ -1,0 +1,331 @@
+"""The contrastive kernels against the float64 formulas: interpreted, or on a GPU."""
+
+import math
+
+import contrastive_formulas as formulas
+import pytest
+import torch
+from contrastive_formulas import draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_as_accurate, epsilon
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PROBLEMS = {
+    "m": st.sampled_from([1, 2, 31, 33, 64, 97]),
+    "n": st.sampled_from([1, 15, 16, 17, 50, 80]),
+    "width": st.sampled_from([1, 7, 16, 32, 48, 65]),
+    "dtype": st.sampled_from(DTYPES),
+    "offset": st.sampled_from([-20, 0, 3, 40]),
+    "scale": st.sampled_from([1.0, 10.0, 100.0]),
+    "norm": st.sampled_from([1.0, 0.05, None]),
+    "gap": st.sampled_from([0, 3, 16]),
+    "seed": st.integers(0, 3),
+}
+SINGLE = epsilon(torch.float32)
+
+
+def sharpness(problem):
+    """Relative rounding of exp(z) when z itself is right to a float32 rounding."""
+    return SINGLE * (1 + problem.logits(torch.float64).abs().max().item())
+
+
+def check_statistics(run_kernel, problem, **wanted):
+    ours = run_kernel(
+        "contrastive", "contrastive_statistics", problem.x, problem.y, problem.scale,
+        offset=problem.offset, **wanted,
+    )  # fmt: skip
+    eager = formulas.statistics(problem, problem.x.dtype)
+    exact = formulas.statistics(problem, torch.float64)
+    for name, our, near, true in zip(("rows", "cols", "positive"), ours, eager, exact, strict=True):
+        if wanted.get(name) is False:
+            assert our is None
+            continue
+        assert our.dtype == torch.float32
+        floor = sharpness(problem) * math.sqrt(true.numel())
+        assert_as_accurate(name, our, near, true, floor)
+    return ours
+
+
+def check_product(names, ours, eager, exact, problem, g):
+    """dX and dY, `g` being the exact gradient of the logits."""
+    dtype = problem.x.dtype
+    sides = formulas.through_product(
+        formulas.Problem(problem.x.abs(), problem.y.abs(), problem.scale, problem.bias, 0), g.abs()
+    )
+    for name, our, near, true, terms in zip(names, ours, eager, exact, sides, strict=True):
+        assert our.dtype == dtype
+        # Rounding of p and of the result; and of g, whose roundings add up with random signs.
+        floor = sharpness(problem) * terms.norm().item() + epsilon(dtype) * true.norm().item()
+        if dtype != torch.float32:
+            floor += epsilon(dtype) * terms.norm().item() / math.sqrt(min(problem.size))
+        assert_as_accurate(name, our, near, true, floor)
+
+
+def check_gradients(run_kernel, problem, weights, workspace_bytes, *, rows=True, cols=True):
+    weights = torch.tensor(weights, device=problem.x.device)
+    row_lse, col_lse, _ = (t.float() for t in formulas.statistics(problem, torch.float64))
+    ours = run_kernel(
+        "contrastive_backward", "contrastive_gradients", problem.x, problem.y, problem.scale,
+        row_lse if rows else None, col_lse if cols else None, weights,
+        offset=problem.offset, workspace_bytes=workspace_bytes,
+    )  # fmt: skip
+    weights = weights * torch.tensor([rows, cols, True], device=weights.device)
+    g = formulas.softmax_gradient(problem, weights, torch.float64)
+    # |g| of a pair is a difference: its terms count for the rounding, not their difference.
+    spread = g + 2 * weights[2] * problem.is_pair()
+    eager = formulas.softmax_gradient(problem, weights, problem.x.dtype)
+    check_product(
+        ("dx", "dy"), ours, formulas.through_product(problem, eager),
+        formulas.through_product(problem, g), problem, spread,
+    )  # fmt: skip
+    return ours
+
+
+def check_sigmoid(run_kernel, problem, workspace_bytes, weight=1.0):
+    ours = run_kernel(
+        "contrastive_sigmoid", "sigmoid_contrastive", problem.x, problem.y, problem.scale,
+        problem.bias, offset=problem.offset, weight=weight, workspace_bytes=workspace_bytes,
+    )  # fmt: skip
+    loss, g = formulas.sigmoid_terms(problem, torch.float64)
+    near_loss, near_g = formulas.sigmoid_terms(problem, problem.x.dtype)
+    size = loss.sum().item() + problem.logits(torch.float64).abs().sum().item()
+    assert_as_accurate("loss", ours.loss_sum, near_loss.sum(), loss.sum(), SINGLE * size)
+    floor = sharpness(problem) * g.abs().sum().item()
+    assert_as_accurate("g", ours.g_sum, near_g.sum(), g.sum(), floor)
+    check_product(
+        ("dx", "dy"), (ours.dx, ours.dy), formulas.through_product(problem, weight * near_g),
+        formulas.through_product(problem, weight * g), problem, weight * g,
+    )  # fmt: skip
+    return ours
+
+
+@settings(max_examples=60)
+@given(**PROBLEMS)
+def test_statistics(run_kernel, device, **drawn):
+    check_statistics(run_kernel, draw(device=device, **drawn))
+
+
+@settings(max_examples=60)
+@given(workspace=st.sampled_from([1 << 12, 1 << 14, 1 << 20]), **PROBLEMS)
+def test_gradients(run_kernel, device, workspace, **drawn):
+    check_gradients(run_kernel, draw(device=device, **drawn), [0.3, 0.2, 0.5], workspace)
+
+
+@settings(max_examples=60)
+@given(
+    bias=st.sampled_from([-10.0, 0.0, 5.0]),
+    workspace=st.sampled_from([1 << 12, 1 << 14, 1 << 20]),
+    **PROBLEMS,
+)
+def test_sigmoid(run_kernel, device, workspace, **drawn):
+    check_sigmoid(run_kernel, draw(device=device, **drawn), workspace, weight=0.25)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, cols", [(True, False), (False, True)])
+def test_one_direction(run_kernel, device, dtype, rows, cols):
+    problem = draw(70, 45, 40, dtype, device, offset=2)
+    check_statistics(run_kernel, problem, rows=rows, cols=cols)
+    check_gradients(
+        run_kernel, problem, [0.5 * rows, 0.5 * cols, 0.5], 1 << 14, rows=rows, cols=cols
+    )
+
+
+@pytest.mark.parametrize("cols", [True, False])
+def test_statistics_in_several_chunks(run_kernel_with, device, cols):
+    problem = draw(200, 90, 24, torch.float32, device, scale=30.0)
+
+    def in_chunks(*args, **kwargs):
+        return run_kernel_with({"PAIR_BYTES": 1}, *args, **kwargs)
+
+    check_statistics(in_chunks, problem, cols=cols)
+
+
+def test_one_feature_against_itself(run_kernel, device):
+    # A softmax over one column is 1: the loss vanishes exactly, the gradient but for rounding.
+    problem = draw(1, 1, 8, torch.float32, device)
+    row_lse, col_lse, positive = check_statistics(run_kernel, problem)
+    assert torch.equal(row_lse, positive) and torch.equal(col_lse, positive)
+    check_gradients(run_kernel, problem, [0.5, 0.5, 1.0], 1 << 12)
+
+
+@pytest.mark.parametrize("m, n", [(0, 5), (5, 0)])
+def test_empty(run_kernel, device, m, n):
+    problem = draw(m, n, 8, torch.float32, device)
+    row_lse, col_lse, positive = run_kernel(
+        "contrastive", "contrastive_statistics", problem.x, problem.y, problem.scale
+    )
+    assert row_lse.shape == (m,) and col_lse.shape == (n,) and positive.shape == (m,)
+    assert (row_lse == -torch.inf).all() and (col_lse == -torch.inf).all()
+    dx, dy = run_kernel(
+        "contrastive_backward", "contrastive_gradients", problem.x, problem.y, problem.scale,
+        row_lse, col_lse, torch.ones(3, device=device), workspace_bytes=1 << 12,
+    )  # fmt: skip
+    assert dx.shape == (m, 8) and dy.shape == (n, 8) and not dx.any() and not dy.any()
+    result = run_kernel(
+        "contrastive_sigmoid", "sigmoid_contrastive", problem.x, problem.y, problem.scale,
+        problem.bias, workspace_bytes=1 << 12,
+    )  # fmt: skip
+    assert result.loss_sum == 0 and result.g_sum == 0
+    assert result.dx.shape == (m, 8) and not result.dx.any() and not result.dy.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_far_rows_and_columns_do_not_underflow(run_kernel, device, dtype):
+    # Row 3 and column 5 lie 2,000 below the rest of their tile: relative to its maximum they are 0.
+    problem = draw(40, 40, 16, dtype, device, scale=100.0)
+    for side, index in ((problem.x, 3), (problem.y, 5)):
+        side[:, 0] = 4
+        side[index, 0] = -1
+    check_statistics(run_kernel, problem)
+    check_gradients(run_kernel, problem, [0.5, 0.5, 1.0], 1 << 14)
+
+
+def test_huge_logits(run_kernel, device):
+    problem = draw(50, 60, 64, torch.float32, device, scale=400.0, norm=5.0)
+    assert problem.logits(torch.float64).abs().max() > 4e3
+    check_statistics(run_kernel, problem)
+    check_gradients(run_kernel, problem, [0.5, 0.5, 1.0], 1 << 14)
+    check_sigmoid(run_kernel, problem, 1 << 14)
+
+
+def test_integer_logits_of_ten_thousand_are_exact(run_kernel, device):
+    # With a gap of 10,000 to the runner-up the log-sum-exp is the largest logit itself.
+    n = 40
+    problem = draw(n, n, n, torch.float32, device, scale=10_000.0)
+    eye = torch.eye(n, device=device)
+    problem.x.copy_(eye)
+    problem.y.copy_(eye)
+    results = check_statistics(run_kernel, problem)
+    assert all((r == 10_000).all() for r in results)
+    dx, dy = check_gradients(run_kernel, problem, [0.5, 0.5, 1.0], 1 << 14)
+    assert not dx.any() and not dy.any()
+
+
+def test_tiny_probabilities_survive_half_precision(run_kernel, device):
+    # Uniform softmax with an upstream gradient of 1e-6: g is 2e-9, nothing in float16.
+    problem = draw(64, 64, 32, torch.float16, device, scale=1e-3)
+    check_gradients(run_kernel, problem, [5e-7, 5e-7, 1e-6], 1 << 14)
+    zero, also_zero = check_gradients(run_kernel, problem, [0.0, 0.0, 0.0], 1 << 14)
+    assert not zero.any() and not also_zero.any()
+
+
+def test_far_negatives_are_relatively_exact(run_kernel, device):
+    # At a bias of -20 each negative costs 2e-9, which 1 + exp(z) rounds away.
+    problem = draw(64, 64, 32, torch.float32, device, offset=100, scale=1.0, bias=-20.0)
+    ours = check_sigmoid(run_kernel, problem, 1 << 14)
+    loss, g = formulas.sigmoid_terms(problem, torch.float64)
+    torch.testing.assert_close(ours.loss_sum.double(), loss.sum(), rtol=4 * SINGLE, atol=0)
+    torch.testing.assert_close(ours.g_sum.double(), g.sum(), rtol=4 * SINGLE, atol=0)
+
+
+def test_tiny_sigmoid_gradients_survive_half_precision(run_kernel, device):
+    # g is 1e-7 throughout, which float16 alone would store in steps of 6e-8.
+    problem = draw(64, 64, 32, torch.float16, device, offset=100, scale=1.0, bias=-16.0)
+    ours = check_sigmoid(run_kernel, problem, 1 << 14, weight=1e4)
+    _, g = formulas.sigmoid_terms(problem, torch.float64)
+    for our, true in zip((ours.dx, ours.dy), formulas.through_product(problem, g), strict=True):
+        true = 1e4 * true
+        assert (our.double() - true).norm() <= epsilon(torch.float16) * true.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_spreads_as_far_as_it_reaches(run_kernel, device, dtype):
+    problem = draw(70, 50, 24, dtype, device)
+    problem.x[33, 5] = torch.nan
+    row_lse, col_lse, positive = run_kernel(
+        "contrastive", "contrastive_statistics", problem.x, problem.y, problem.scale
+    )
+    hit = torch.arange(70, device=device) == 33
+    assert torch.equal(row_lse.isnan(), hit)
+    assert torch.equal(positive.isnan(), hit)
+    assert col_lse.isnan().all()
+    weights = torch.tensor([0.5, 0.0, 0.5], device=device)
+    dx, dy = run_kernel(
+        "contrastive_backward", "contrastive_gradients", problem.x, problem.y, problem.scale,
+        row_lse, None, weights, workspace_bytes=1 << 14,
+    )  # fmt: skip
+    assert torch.equal(dx.isnan().any(1), hit) and dy.isnan().all()
+    result = run_kernel(
+        "contrastive_sigmoid", "sigmoid_contrastive", problem.x, problem.y, problem.scale,
+        problem.bias, workspace_bytes=1 << 14,
+    )  # fmt: skip
+    assert result.loss_sum.isnan() and result.g_sum.isnan()
+    assert torch.equal(result.dx.isnan().any(1), hit) and result.dy.isnan().all()
+
+
+def test_same_bits_twice(run_kernel, device):
+    problem = draw(150, 130, 40, torch.float16, device, scale=50.0)
+
+    def everything():
+        args = (problem.x, problem.y, problem.scale)
+        found = run_kernel("contrastive", "contrastive_statistics", *args)
+        weights = torch.tensor([0.5, 0.5, 1.0], device=device)
+        found += run_kernel(
+            "contrastive_backward", "contrastive_gradients", *args, *found[:2], weights,
+            workspace_bytes=1 << 14,
+        )  # fmt: skip
+        return found + tuple(
+            run_kernel(
+                "contrastive_sigmoid", "sigmoid_contrastive", *args, problem.bias,
+                workspace_bytes=1 << 14,
+            )
+        )  # fmt: skip
+
+    for first, second in zip(everything(), everything(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_only_what_is_needed(run_kernel, device):
+    problem = draw(40, 30, 16, torch.float32, device)
+    args = (problem.x, problem.y, problem.scale)
+    row_lse, col_lse, _ = run_kernel("contrastive", "contrastive_statistics", *args)
+    weights = torch.tensor([0.5, 0.5, 1.0], device=device)
+
+    def gradients(**needed):
+        return run_kernel(
+            "contrastive_backward", "contrastive_gradients", *args, row_lse, col_lse, weights,
+            workspace_bytes=1 << 14, **needed,
+        )  # fmt: skip
+
+    dx, dy = gradients()
+    only_x, only_y = gradients(need_y=False), gradients(need_x=False)
+    assert torch.equal(only_x[0], dx) and only_x[1] is None
+    assert torch.equal(only_y[1], dy) and only_y[0] is None
+    loss_only, full = (
+        run_kernel(
+            "contrastive_sigmoid", "sigmoid_contrastive", *args, problem.bias,
+            workspace_bytes=1 << 20, need_gradients=need,
+        )
+        for need in (False, True)
+    )  # fmt: skip
+    assert loss_only.dx is None and loss_only.dy is None
+    assert torch.equal(loss_only.loss_sum, full.loss_sum)
+
+
+def test_unusable_arguments_say_why(run_kernel, device):
+    problem = draw(4, 4, 8, torch.float32, device)
+    with pytest.raises(ValueError, match="both must have one dtype"):
+        run_kernel(
+            "contrastive", "contrastive_statistics", problem.x, problem.y.half(), problem.scale
+        )
+    with pytest.raises(ValueError, match="scale must be a float32 tensor"):
+        run_kernel(
+            "contrastive", "contrastive_statistics", problem.x, problem.y, problem.scale.double()
+        )
+    with pytest.raises(ValueError, match="at least one log-sum-exp"):
+        run_kernel(
+            "contrastive", "contrastive_statistics", problem.x, problem.y, problem.scale,
+            rows=False, cols=False,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="workspace_bytes is 10, but one row"):
+        run_kernel(
+            "contrastive_sigmoid", "sigmoid_contrastive", problem.x, problem.y, problem.scale,
+            problem.bias, workspace_bytes=10,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="both None"):
+        run_kernel(
+            "contrastive_backward", "contrastive_gradients", problem.x, problem.y, problem.scale,
+            None, None, torch.ones(3, device=device), workspace_bytes=1 << 12,
+        )  # fmt: skip

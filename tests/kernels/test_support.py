@@ -1,0 +1,73 @@
+"""Which inputs and which GPUs the Triton kernels say they take."""
+
+import pytest
+import torch
+from fastvlp.kernels import support, supported
+from fastvlp.kernels._launch import CAPABILITIES, capability_key
+from fastvlp.kernels.aot import SHARED_LIMIT
+
+
+@pytest.fixture
+def any_device(monkeypatch):
+    """As if the device were no obstacle, so that only the tensors decide."""
+    monkeypatch.setattr(support, "_device_reasons", lambda device: [])
+
+
+def test_the_cpu_is_named_as_the_reason():
+    x = torch.zeros(4, 8)
+    assert supported(x, x) == ["Triton kernels run on CUDA devices, the inputs are on cpu"]
+
+
+def test_triton_missing_is_named_as_the_reason(monkeypatch):
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
+    x = torch.zeros(4, 8)
+    assert supported(x, x) == ["Triton is not installed"]
+    assert not support.interpreting()
+
+
+@pytest.mark.parametrize(
+    "capability, reasons", [((7, 5), 1), ((8, 0), 0), ((9, 0), 0), ((10, 3), 0), ((12, 0), 0)]
+)
+def test_old_gpus_are_refused(monkeypatch, capability, reasons):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = support._device_reasons(torch.device("cuda", 0))
+    assert len(found) == reasons
+    assert not reasons or "compute capability 8.0" in found[0]
+
+
+@pytest.mark.parametrize("dtype", support.DTYPES)
+def test_usual_features_are_taken(any_device, dtype):
+    x = torch.zeros(4, 24, dtype=dtype)
+    assert supported(x, torch.zeros(9, 24, dtype=dtype)) == []
+    assert supported(x[:, :20], x[::2, :20]) == []
+    assert supported(x[:, ::24], x[:, ::24]) == []
+
+
+@pytest.mark.parametrize(
+    "x, y, reason",
+    [
+        (torch.zeros(4, 8).double(), torch.zeros(4, 8).double(), "dtype torch.float64 has no"),
+        (torch.zeros(4, 8), torch.zeros(4, 8).half(), "both must have one dtype"),
+        (torch.zeros(4, 8), torch.zeros(4, 8, device="meta"), "both must be on one device"),
+        (torch.zeros(4, 8), torch.zeros(4, 7), "must be [M, D] and [N, D]"),
+        (torch.zeros(4), torch.zeros(4), "must be [M, D] and [N, D]"),
+        (torch.zeros(4, 0), torch.zeros(4, 0), "width D is 0"),
+        (torch.zeros(8, 4).T, torch.zeros(4, 8), "last axis of x is not contiguous"),
+    ],
+)
+def test_other_features_are_refused_with_one_reason(any_device, x, y, reason):
+    found = supported(x, y)
+    assert len(found) == 1 and reason in found[0]
+
+
+@pytest.mark.parametrize(
+    "capability, key",
+    [
+        ((8, 0), 80), ((8, 6), 120), ((8, 9), 120), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100),
+        ((11, 0), 100), ((12, 0), 120), ((12, 1), 120), ((13, 0), 120),
+    ],
+)  # fmt: skip
+def test_every_gpu_finds_tiles_that_fit_it(capability, key):
+    assert capability_key(*capability) == key
+    assert key in CAPABILITIES and key in SHARED_LIMIT

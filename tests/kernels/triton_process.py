@@ -1,0 +1,53 @@
+"""Child processes for Triton: interpreting and compiling exclude one another in one process.
+
+Triton reads TRITON_INTERPRET when it is imported and when a kernel is defined, so the test process
+itself keeps out of it and hands calls to a child that is in the right mode from its first import.
+"""
+
+import importlib
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+
+
+def start(interpret: bool, workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_prepare, initargs=(interpret,)
+    )
+
+
+def _prepare(interpret: bool) -> None:
+    if "triton" in sys.modules:
+        raise RuntimeError("triton was imported before the mode of this process was set")
+    os.environ["TRITON_INTERPRET"] = "1" if interpret else "0"
+    torch.set_num_threads(1)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+
+
+def call(module: str, function: str, *args, **kwargs):
+    """fastvlp.kernels.<module>.<function>(*args, **kwargs)."""
+    return getattr(importlib.import_module(f"fastvlp.kernels.{module}"), function)(*args, **kwargs)
+
+
+def call_with(overrides: dict[str, object], module: str, function: str, *args, **kwargs):
+    """`call` while attributes of the module have other values."""
+    target = importlib.import_module(f"fastvlp.kernels.{module}")
+    before = {name: getattr(target, name) for name in overrides}
+    try:
+        for name, value in overrides.items():
+            setattr(target, name, value)
+        return getattr(target, function)(*args, **kwargs)
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
+
+
+def compile_by_index(index: int):
+    """The inspected result of the index-th ahead-of-time case."""
+    from fastvlp.kernels import aot
+
+    return aot.compile_case(aot.all_cases()[index])
