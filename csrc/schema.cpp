@@ -19,6 +19,27 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "contrastive_sigmoid(Tensor x, Tensor y, Tensor scale, Tensor bias, float weight, "
       "int offset, bool gradients, int block_rows, int block_cols, int chunk_rows, "
       "int chunk_cols) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The passes over a chunk of fp32 products <x_i, y_j> [M, N] in device memory, with unit stride
+  // along N; the logit is z = scale * product (+ bias), the positive of row i is column i + offset.
+  // Log-sum-exp of each row (row_lse [M], or [0] where not wanted), the positive logits [M] (0
+  // where the chunk has none), and the (max, sum of exp(z - max)) of each column, merged into
+  // col_pairs [2, N] ([2, 0] where not wanted), which starts as (-inf, 0).
+  m.def(
+      "contrastive_cuda_statistics(Tensor products, Tensor scale, int offset, "
+      "Tensor(a!) row_lse, Tensor(b!) positive, Tensor(c!) col_pairs) -> ()");
+  // out [M, N] (fp32, bf16 or fp16; fp32 may be the products themselves) = weights[0] * exp(z -
+  // row_lse) + weights[1] * exp(z - col_lse) - weights[2] at the positive. A log-sum-exp of no
+  // elements leaves its term out.
+  m.def(
+      "contrastive_cuda_gradient(Tensor products, Tensor scale, Tensor row_lse, Tensor col_lse, "
+      "Tensor weights, int offset, Tensor(a!) out) -> ()");
+  // Adds to sums [2] fp64 the sum of -log sigmoid(+-z) and of its derivative by z, and writes
+  // factor * derivative to out [M, N] (as above; [0] where not wanted).
+  m.def(
+      "contrastive_cuda_sigmoid(Tensor products, Tensor scale, Tensor bias, float factor, "
+      "int offset, Tensor(a!) sums, Tensor(b!) out) -> ()");
+  // Why the CUDA kernels do not run on this device; empty where they do.
+  m.def("cuda_kernels_unavailable(int device) -> str");
   // The instruction sets compiled in that this processor runs, fastest first, comma-separated.
   m.def("cpu_instruction_sets() -> str");
 }

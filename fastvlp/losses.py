@@ -10,6 +10,7 @@ them is exact; anything else raises.
 """
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from . import ops
@@ -20,12 +21,16 @@ class ClipLoss(nn.Module):
     """Symmetric contrastive loss of CLIP; see `fastvlp.ops.contrastive`.
 
     Args:
-        local_loss, gather_with_grad: how features are gathered over ranks. With one process every
-            combination is the same loss.
+        local_loss: over several ranks, whether the returned value is this rank's share of the
+            loss (True) or the loss of the global batch (False). Gradients are the same.
+        gather_with_grad: over several ranks, whether features of other ranks receive gradients.
+            They always do here, at no extra exchange; local_loss=True with
+            gather_with_grad=False, whose gradient lacks those terms in open_clip, raises.
         cache_labels: accepted and without effect, because no label tensor exists.
-        rank, world_size: 0 and 1; several ranks are not supported yet.
+        rank, world_size: those of the group, which torch.distributed has to know already.
         use_horovod: must be False.
-        workspace_bytes: bound on the extra memory; see `fastvlp.ops.contrastive`.
+        workspace_bytes, group, schedule, comm_dtype: see `fastvlp.ops.contrastive`. Without
+            `group` and with world_size above 1, the default group.
     """
 
     def __init__(
@@ -38,9 +43,18 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
         *,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        group: dist.ProcessGroup | None = None,
+        schedule: str = "auto",
+        comm_dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_single_process(rank, world_size)
+        self.group = _group(rank, world_size, group)
+        if self.group is not None and local_loss and not gather_with_grad:
+            raise ValueError(
+                "gather_with_grad: local_loss=True needs gather_with_grad=True; without it the "
+                "gradient lacks what other ranks' losses say about this rank's features, and "
+                "training goes wrong silently"
+            )
         if use_horovod:
             raise ValueError("use_horovod: only torch.distributed is supported; pass False")
         self.local_loss = local_loss
@@ -50,6 +64,8 @@ class ClipLoss(nn.Module):
         self.world_size = world_size
         self.use_horovod = use_horovod
         self.workspace_bytes = workspace_bytes
+        self.schedule = schedule
+        self.comm_dtype = comm_dtype
 
     def forward(
         self,
@@ -71,7 +87,12 @@ class ClipLoss(nn.Module):
             logit_scale,
             logit_bias,
             workspace_bytes=self.workspace_bytes,
+            group=self.group,
+            schedule=self.schedule,
+            comm_dtype=self.comm_dtype,
         )
+        if self.group is not None and not self.local_loss:
+            loss = _WithMeanValue.apply(loss, self.group)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -80,10 +101,11 @@ class SigLipLoss(nn.Module):
 
     Args:
         cache_labels: accepted and without effect, because no label tensor exists.
-        rank, world_size: 0 and 1; several ranks are not supported yet.
-        dist_impl: how features travel between ranks: "bidir", "shift", "reduce", "gather" or
-            None. With one process all are the same loss.
-        workspace_bytes: bound on the extra memory.
+        rank, world_size: those of the group, which torch.distributed has to know already.
+        dist_impl: how features travel between ranks in open_clip: "bidir", "shift", "reduce",
+            "gather" or None. All give the same loss; here they travel round a ring.
+        workspace_bytes, group, comm_dtype: see `fastvlp.ops.contrastive`. Without `group` and
+            with world_size above 1, the default group.
     """
 
     def __init__(
@@ -94,9 +116,11 @@ class SigLipLoss(nn.Module):
         dist_impl: str | None = None,
         *,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        group: dist.ProcessGroup | None = None,
+        comm_dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_single_process(rank, world_size)
+        self.group = _group(rank, world_size, group)
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
             raise ValueError(
                 "dist_impl: expected 'bidir', 'shift', 'reduce', 'gather' or None, got "
@@ -107,6 +131,7 @@ class SigLipLoss(nn.Module):
         self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
         self.workspace_bytes = workspace_bytes
+        self.comm_dtype = comm_dtype
 
     def forward(
         self,
@@ -127,19 +152,45 @@ class SigLipLoss(nn.Module):
             logit_scale,
             0.0 if logit_bias is None else logit_bias,
             workspace_bytes=self.workspace_bytes,
+            group=self.group,
+            comm_dtype=self.comm_dtype,
         )
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-def _check_single_process(rank: int, world_size: int) -> None:
-    if world_size != 1:
-        raise NotImplementedError(
-            f"world_size: got {world_size}; the loss over several ranks is not part of this "
-            "version. Compute the loss on gathered features with world_size=1, or wait for the "
-            "distributed release"
-        )
-    if rank != 0:
-        raise ValueError(f"rank: expected 0 with world_size 1, got {rank}")
+def _group(rank: int, world_size: int, group: dist.ProcessGroup | None):
+    """The group to compute over, None for a single process; checks rank and world_size."""
+    if group is None and world_size == 1:
+        if rank != 0:
+            raise ValueError(f"rank: expected 0 with world_size 1, got {rank}")
+        return None
+    if group is None:
+        if not dist.is_initialized():
+            raise ValueError(
+                f"world_size: got {world_size}, but torch.distributed is not initialised; call "
+                "torch.distributed.init_process_group first"
+            )
+        group = dist.group.WORLD
+        if (rank, world_size) != (group.rank(), group.size()):
+            raise ValueError(
+                f"rank, world_size: expected {group.rank()}, {group.size()} as torch.distributed "
+                f"has them, got {rank}, {world_size}"
+            )
+    return group if group.size() > 1 else None
+
+
+class _WithMeanValue(torch.autograd.Function):
+    """Shows the mean over ranks and passes the gradient to this rank's share unchanged."""
+
+    @staticmethod
+    def forward(ctx, loss, group):
+        value = loss.clone()
+        dist.all_reduce(value, group=group)
+        return value / group.size()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
 
 
 def _autocast(*features: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -29,6 +29,10 @@ FASTVLP_HD LsePair merge(LsePair a, LsePair b) {
   return {max, a.sum * expf(a.max - max) + b.sum * expf(b.max - max)};
 }
 
+// What to subtract from logits whose largest is `max`: that one, except where nothing but -inf was
+// seen, because exp(-inf - -inf) is NaN and exp(-inf - 0) the 0 that is meant.
+FASTVLP_HD float exponent_reference(float max) { return max == -INFINITY ? 0.0f : max; }
+
 FASTVLP_HD float log_sum_exp(LsePair p) { return p.max + logf(p.sum); }
 
 // Derivative of the weighted softmax losses by the logit z: the share of the row softmax plus the
@@ -49,6 +53,15 @@ FASTVLP_HD float softplus(float z) {
 FASTVLP_HD float sigmoid(float z) {
   const float u = expf(-fabsf(z));
   return (z >= 0.0f ? 1.0f : u) / (1.0f + u);
+}
+
+// -log sigmoid(t z) with t = 1 for a positive pair and -1 for a negative one.
+FASTVLP_HD float sigmoid_loss(float z, bool positive) { return softplus(positive ? -z : z); }
+
+// Its derivative by z. That of a positive pair keeps the small differences of sigmoid(z) from 1,
+// which sigmoid(z) - 1 would lose to cancellation.
+FASTVLP_HD float sigmoid_logit_gradient(float z, bool positive) {
+  return positive ? -sigmoid(-z) : sigmoid(z);
 }
 
 }  // namespace fastvlp

@@ -4,9 +4,11 @@ import math
 from numbers import Real
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .. import _native
 from ..kernels import supported as triton_supported
+from . import _contrastive_cuda
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -16,6 +18,12 @@ def check_features(image_features: torch.Tensor, text_features: torch.Tensor) ->
     for name, t in (("image_features", image_features), ("text_features", text_features)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        if isinstance(t, DTensor):
+            raise TypeError(
+                f"{name}: expected a plain tensor, got a DTensor with placements {t.placements}; "
+                "pass .to_local() of features sharded over the batch (with group=), or "
+                ".full_tensor()"
+            )
         if not t.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point dtype, got {t.dtype}")
         if t.dim() != 2:
@@ -42,11 +50,19 @@ def check_features(image_features: torch.Tensor, text_features: torch.Tensor) ->
         )
 
 
-def as_scalar(name: str, value, like: torch.Tensor) -> torch.Tensor:
+def check_workspace(workspace_bytes: int) -> None:
+    """Raises ValueError unless it is a positive whole number."""
+    if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
+        raise ValueError(
+            f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes!r}"
+        )
+
+
+def as_scalar(name: str, value, like: torch.Tensor, finite: bool = True) -> torch.Tensor:
     """`value` (number or one-element tensor) as a zero-dimensional tensor beside `like`.
 
-    float32, or float64 where `like` is. On the CPU a value that is not finite raises ValueError;
-    on a GPU looking would stall the stream, so it shows as a loss that is not finite.
+    float32, or float64 where `like` is. With `finite`, a value on the CPU that is not finite raises
+    ValueError; on a GPU looking would stall the stream, so it shows as a loss that is not finite.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if not isinstance(value, torch.Tensor):
@@ -61,7 +77,7 @@ def as_scalar(name: str, value, like: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"{name}: expected the features' device, {like.device}, got {value.device}; move it"
         )
-    if not torch.compiler.is_compiling() and value.device.type == "cpu":
+    if finite and not torch.compiler.is_compiling() and value.device.type == "cpu":
         if not math.isfinite(value.item()):
             raise ValueError(
                 f"{name}: expected a finite value, got {value.item()}; the training has diverged "
@@ -73,12 +89,16 @@ def as_scalar(name: str, value, like: torch.Tensor) -> torch.Tensor:
 def native_reasons(
     image_features: torch.Tensor, text_features: torch.Tensor, *_, **__
 ) -> list[str]:
-    """Why the compiled CPU kernels cannot take these features."""
-    reasons = list(_native.load())
-    if image_features.device.type != "cpu":
-        reasons.append(
-            f"the native kernels run on the CPU, the features are on {image_features.device}"
-        )
+    """Why the compiled kernels, CPU or CUDA, cannot take these features."""
+    device = image_features.device
+    if device.type == "cuda":
+        reasons = list(_contrastive_cuda.unavailable(device.index))
+    else:
+        reasons = list(_native.load())
+        if device.type != "cpu":
+            reasons.append(
+                f"the native kernels run on CPU and CUDA devices, the features are on {device}"
+            )
     if image_features.dtype not in _NATIVE_DTYPES:
         reasons.append(
             f"dtype {image_features.dtype} has no kernel; float32, bfloat16, float16 have"
@@ -103,6 +123,15 @@ def triton_reasons(
 def reference_reasons(*_, **__) -> list[str]:
     """The reference runs everywhere."""
     return []
+
+
+# The backends in order of preference, as `_dispatch.register` takes them. Triton refuses CPU
+# tensors: the compiled kernels come first there, and second on a GPU.
+CANDIDATES = {
+    "triton": triton_reasons,
+    "native": native_reasons,
+    "reference": reference_reasons,
+}
 
 
 def unit_stride(features: torch.Tensor) -> torch.Tensor:

@@ -1,17 +1,16 @@
-"""Registers the contrastive operators with torch: shapes for tracing, Triton for CUDA tensors.
+"""Registers the contrastive operators with torch: shapes for tracing, kernels for CUDA tensors.
 
-The schemas and the CPU kernels come with the compiled library (csrc/schema.cpp).
+The schemas and the CPU kernels come with the compiled library (csrc/schema.cpp). On CUDA tensors
+Triton runs or the compiled passes, whichever `fastvlp.ops.explain` names.
 """
 
 import torch
 
 from .. import _native
+from . import _contrastive_cuda
 from ._contrastive_plan import _PADDING
-
-SECOND_DERIVATIVE = (
-    "the contrastive losses have no second derivative; for one, call contrastive_reference or "
-    "sigmoid_contrastive_reference, which plain autograd differentiates twice"
-)
+from ._dispatch import choose
+from ._saved_gradients import SECOND_DERIVATIVE
 
 
 def _tile_floats(block_rows: int, block_cols: int) -> int:
@@ -117,6 +116,15 @@ def _scale_gradient(x: torch.Tensor, dx: torch.Tensor, scale: torch.Tensor) -> t
     return (x.float() * dx.float()).sum() / scale.reshape(())
 
 
+def _on_cuda(op, triton, native):
+    def run(x, y, *args):
+        # Triton says itself what it lacks where neither of the two can run.
+        kernel = native if choose(op, x, y) == "native" else triton
+        return kernel(x, y, *args)
+
+    return run
+
+
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError(SECOND_DERIVATIVE)
 
@@ -125,11 +133,32 @@ def register() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
     if _native.load():
         return
-    for name, fake, triton in (
-        ("contrastive_statistics", _statistics_fake, _statistics_triton),
-        ("contrastive_gradients", _gradients_fake, _gradients_triton),
-        ("contrastive_sigmoid", _sigmoid_fake, _sigmoid_triton),
+    for name, op, fake, triton, native in (
+        (
+            "contrastive_statistics",
+            "contrastive",
+            _statistics_fake,
+            _statistics_triton,
+            _contrastive_cuda.statistics,
+        ),
+        (
+            "contrastive_gradients",
+            "contrastive",
+            _gradients_fake,
+            _gradients_triton,
+            _contrastive_cuda.gradients,
+        ),
+        (
+            "contrastive_sigmoid",
+            "sigmoid_contrastive",
+            _sigmoid_fake,
+            _sigmoid_triton,
+            _contrastive_cuda.sigmoid,
+        ),
     ):
         torch.library.register_fake(f"fastvlp::{name}", fake)
-        torch.library.impl(f"fastvlp::{name}", "CUDA", triton)
+        torch.library.impl(f"fastvlp::{name}", "CUDA", _on_cuda(op, triton, native))
         torch.library.register_autograd(f"fastvlp::{name}", _no_second_derivative)
+    # The compiled passes only write into arguments.
+    for name in ("statistics", "gradient", "sigmoid"):
+        torch.library.register_fake(f"fastvlp::contrastive_cuda_{name}", lambda *_: None)

@@ -17,21 +17,21 @@ with float32 sums where the processor has them, else float32; softmax and sums a
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from . import _contrastive_library
+from ._contrastive_distributed import COMM_DTYPES, SCHEDULES
+from ._contrastive_group import DIRECTIONS, Distributed, report_error
 from ._contrastive_inputs import (
+    CANDIDATES,
     as_scalar,
     check_features,
-    native_reasons,
-    reference_reasons,
-    triton_reasons,
+    check_workspace,
     unit_stride,
 )
 from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, make_plan
-from ._dispatch import choose, register
-
-DIRECTIONS = ("both", "image_to_text", "text_to_image")
+from ._dispatch import choose, explain, register
 
 
 def contrastive(
@@ -42,6 +42,9 @@ def contrastive(
     *,
     direction: str = "both",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    group: dist.ProcessGroup | None = None,
+    schedule: str = "auto",
+    comm_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Contrastive loss over the pairs (image_features[i], text_features[i]).
 
@@ -53,33 +56,68 @@ def contrastive(
         logit_bias: b, a number or a tensor of one element. It changes neither loss nor gradient.
         direction: "both" is the mean of "image_to_text" and "text_to_image".
         workspace_bytes: bound on the extra memory; more of it keeps more logits for backward.
+        group: a process group whose ranks each hold a part of the global batch, of any sizes.
+            Every rank calls with its own pairs and the same options, and backpropagates the same
+            upstream gradient.
+        schedule: with `group`, "gather" (text features all-gathered, N D memory), "ring" (one
+            shard at a time, memory for a few local batches) or "auto" (gather while it fits
+            beside the workspace).
+        comm_dtype: with `group`, the dtype in which features and their gradients travel, for
+            example torch.bfloat16; None sends features as they are and gradients in float32.
+            Statistics are float32 always.
 
     Returns:
         The loss, a zero-dimensional float32 tensor (float64 for float64 features), differentiable
-        once by the features, the scale and the bias.
+        once by the features, the scale and the bias. With `group` it is W/N times this rank's
+        share of the sum over all N pairs (for equal shards the mean over its own pairs, as
+        open_clip's local loss), so that the mean over the W ranks is the loss of the global
+        batch and averaging gradients over ranks, as DDP does, gives its exact gradient.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: FASTVLP_BACKEND forces an implementation that cannot run, or a second
-            derivative is asked for.
+            derivative is asked for; with `group`, on every rank, when any rank's arguments are
+            bad or differ from the others'.
     """
-    check_features(image_features, text_features)
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction: expected one of {DIRECTIONS}, got {direction!r}")
-    if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
-        raise ValueError(
-            f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes!r}"
-        )
-    scale = as_scalar("logit_scale", logit_scale, image_features)
-    bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image_features)
-    if choose("contrastive", image_features, text_features) == "reference":
+    distributed = group is not None and group.size() > 1
+    try:
+        check_features(image_features, text_features)
+        _check_options(direction, workspace_bytes, schedule, comm_dtype)
+        scale = as_scalar("logit_scale", logit_scale, image_features, finite=not distributed)
+        bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image_features)
+        backend = choose("contrastive", image_features, text_features)
+        if distributed and backend == "reference":
+            raise TypeError(
+                f"image_features: the loss over a group needs a kernel; "
+                f"{explain('contrastive', image_features, text_features)}"
+            )
+    except (TypeError, ValueError, RuntimeError) as error:
+        if distributed:
+            report_error(group, error)
+        raise
+    features = unit_stride(image_features), unit_stride(text_features)
+    if distributed:
+        loss = Distributed.apply(
+            torch.ops.fastvlp.contrastive_distributed, 3, *features, scale, group.group_name,
+            direction, schedule, comm_dtype, workspace_bytes,
+        )  # fmt: skip
+    elif backend == "reference":
         return contrastive_reference(
             image_features, text_features, scale, bias, direction=direction
         )
-    loss = _Contrastive.apply(
-        unit_stride(image_features), unit_stride(text_features), scale, direction, workspace_bytes
-    )
+    else:
+        loss = _Contrastive.apply(*features, scale, direction, workspace_bytes)
     return loss if bias is None else loss + 0.0 * bias
+
+
+def _check_options(direction, workspace_bytes, schedule, comm_dtype):
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction: expected one of {DIRECTIONS}, got {direction!r}")
+    check_workspace(workspace_bytes)
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
+    if comm_dtype not in COMM_DTYPES:
+        raise ValueError(f"comm_dtype: expected one of {COMM_DTYPES}, got {comm_dtype!r}")
 
 
 def contrastive_reference(
@@ -135,4 +173,4 @@ class _Contrastive(torch.autograd.Function):
 
 
 _contrastive_library.register()
-register("contrastive", native=native_reasons, triton=triton_reasons, reference=reference_reasons)
+register("contrastive", **CANDIDATES)

@@ -11,19 +11,21 @@ most about `workspace_bytes` plus a few MB for each thread. Precision is as for 
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
+from ._contrastive_distributed import COMM_DTYPES
+from ._contrastive_group import Distributed, report_error
 from ._contrastive_inputs import (
+    CANDIDATES,
     as_scalar,
     check_features,
-    native_reasons,
-    reference_reasons,
-    triton_reasons,
+    check_workspace,
     unit_stride,
 )
-from ._contrastive_library import SECOND_DERIVATIVE
 from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, make_plan
-from ._dispatch import choose, register
+from ._dispatch import choose, explain, register
+from ._saved_gradients import ScaledGradients
 
 
 def sigmoid_contrastive(
@@ -33,24 +35,42 @@ def sigmoid_contrastive(
     logit_bias: torch.Tensor | float = 0.0,
     *,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    group: dist.ProcessGroup | None = None,
+    comm_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Sigmoid loss over all N^2 pairs, (image_features[i], text_features[i]) the positive ones.
 
     Arguments, result and errors are as for `fastvlp.ops.contrastive`, with a bias that matters:
-    the loss is differentiable once by the features, the scale and the bias.
+    the loss is differentiable once by the features, the scale and the bias. With `group` the text
+    features travel round a ring.
     """
-    check_features(image_features, text_features)
-    if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
-        raise ValueError(
-            f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes!r}"
-        )
-    scale = as_scalar("logit_scale", logit_scale, image_features)
-    bias = as_scalar("logit_bias", logit_bias, image_features)
-    if choose("sigmoid_contrastive", image_features, text_features) == "reference":
+    distributed = group is not None and group.size() > 1
+    try:
+        check_features(image_features, text_features)
+        check_workspace(workspace_bytes)
+        if comm_dtype not in COMM_DTYPES:
+            raise ValueError(f"comm_dtype: expected one of {COMM_DTYPES}, got {comm_dtype!r}")
+        scale = as_scalar("logit_scale", logit_scale, image_features, finite=not distributed)
+        bias = as_scalar("logit_bias", logit_bias, image_features, finite=not distributed)
+        backend = choose("sigmoid_contrastive", image_features, text_features)
+        if distributed and backend == "reference":
+            raise TypeError(
+                f"image_features: the loss over a group needs a kernel; "
+                f"{explain('sigmoid_contrastive', image_features, text_features)}"
+            )
+    except (TypeError, ValueError, RuntimeError) as error:
+        if distributed:
+            report_error(group, error)
+        raise
+    features = unit_stride(image_features), unit_stride(text_features)
+    if distributed:
+        return Distributed.apply(
+            torch.ops.fastvlp.sigmoid_contrastive_distributed, 4, *features, scale, bias,
+            group.group_name, comm_dtype, workspace_bytes,
+        )  # fmt: skip
+    if backend == "reference":
         return sigmoid_contrastive_reference(image_features, text_features, scale, bias)
-    return _SigmoidContrastive.apply(
-        unit_stride(image_features), unit_stride(text_features), scale, bias, workspace_bytes
-    )
+    return _SigmoidContrastive.apply(*features, scale, bias, workspace_bytes)
 
 
 def sigmoid_contrastive_reference(
@@ -82,22 +102,7 @@ class _SigmoidContrastive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        inputs, gradients = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        return *_Scaled.apply(grad, *inputs, *gradients), None
+        return *ScaledGradients.apply(grad, *ctx.saved_tensors), None
 
 
-class _Scaled(torch.autograd.Function):
-    """Saved gradients times the upstream one; takes the inputs to refuse a second derivative."""
-
-    @staticmethod
-    def forward(ctx, grad, x, y, scale, bias, *gradients):
-        return tuple((g.float() * grad).to(g.dtype) for g in gradients)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(SECOND_DERIVATIVE)
-
-
-register(
-    "sigmoid_contrastive", native=native_reasons, triton=triton_reasons, reference=reference_reasons
-)
+register("sigmoid_contrastive", **CANDIDATES)

@@ -1,0 +1,235 @@
+"""The losses over ranks: the gradient of the full batch, whatever the shards and the schedule."""
+
+import itertools
+import re
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from contrastive_cases import features, run
+from tolerance import assert_as_accurate, epsilon
+
+SIZES = {2: (37, 70), 3: (64, 1, 40), 4: (16, 33, 5, 50)}
+SCALE, BIAS, DIM = 14.3, -9.0, 48
+
+
+def batch(sizes, dtype):
+    return features(sum(sizes), DIM, dtype, "cpu")
+
+
+def compute(rank, sizes, jobs):
+    """Every job's loss and gradients on this rank, averaged over ranks as DDP would."""
+    from fastvlp.ops import contrastive, sigmoid_contrastive
+
+    begin = sum(sizes[:rank])
+    mine = slice(begin, begin + sizes[rank])
+    found = {}
+    for dtype, schedule, direction, comm_dtype in jobs:
+        image, text = (t[mine] for t in batch(sizes, dtype))
+        if schedule == "sigmoid":
+            loss, options = sigmoid_contrastive, {}
+        else:
+            loss, options = contrastive, {"schedule": schedule, "direction": direction}
+        result = run(loss, image, text, SCALE, BIAS, group=dist.group.WORLD,
+                     comm_dtype=comm_dtype, **options)  # fmt: skip
+        scalars = torch.stack((result.loss, result.scale, result.bias))
+        dist.all_reduce(scalars)
+        found[dtype, schedule, direction, comm_dtype] = (
+            result.image / len(sizes),
+            result.text / len(sizes),
+            scalars / len(sizes),
+        )
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_gradients_of_the_full_batch(world_size):
+    from fastvlp.ops import contrastive_reference, sigmoid_contrastive_reference
+
+    sizes = SIZES[world_size]
+    directions = ("both", "image_to_text", "text_to_image")
+    dtypes = (torch.float32, torch.bfloat16)
+    jobs = list(itertools.product(dtypes, ("gather", "ring"), directions, (None,)))
+    jobs += [(dtype, "sigmoid", "both", None) for dtype in dtypes]
+    jobs += [(torch.float32, s, "both", torch.bfloat16) for s in ("gather", "ring", "sigmoid")]
+    found = ranks.run(world_size, compute, sizes, jobs)
+    assert all(isinstance(result, dict) for result in found), found
+    for job in jobs:
+        dtype, schedule, direction, comm_dtype = job
+        image, text = batch(sizes, dtype)
+        if schedule == "sigmoid":
+            reference, options = sigmoid_contrastive_reference, {}
+        else:
+            reference, options = contrastive_reference, {"direction": direction}
+        exact = run(reference, image, text, SCALE, BIAS, torch.float64, **options)
+        # What travels in bfloat16 is compared with what plain PyTorch makes of bfloat16 features.
+        eager_dtype = comm_dtype or dtype
+        eager = run(reference, image.to(eager_dtype), text.to(eager_dtype), SCALE, BIAS, **options)
+        ours = [torch.cat([result[job][i] for result in found]) for i in (0, 1)]
+        for name, got in zip(("image", "text"), ours, strict=True):
+            wanted = getattr(exact, name)
+            floor = 4 * epsilon(eager_dtype) * wanted.norm().item()
+            assert_as_accurate(f"{job} {name}", got, getattr(eager, name), wanted, floor)
+        for index, name in enumerate(("loss", "scale", "bias")):
+            wanted = getattr(exact, name)
+            if name == "bias" and schedule != "sigmoid":
+                wanted = torch.zeros_like(wanted)
+            for result in found:
+                floor = 4 * epsilon(eager_dtype) * max(1.0, abs(wanted.item()))
+                got = result[job][2][index]
+                assert_as_accurate(f"{job} {name}", got, getattr(eager, name), wanted, floor)
+
+
+def bad_rank(rank, fault):
+    from fastvlp.ops import contrastive
+
+    image, text = features(8, 16, torch.float32, "cpu")
+    arguments = {"image_features": image, "text_features": text, "logit_scale": 5.0}
+    if rank == 1:
+        arguments.update(fault)
+    return contrastive(**arguments, group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ({"logit_scale": float("nan")}, "rank 1 .*logit_scale: expected a finite value, got nan"),
+        ({"text_features": torch.zeros(7, 16)}, "rank 1 .*text_features: .*got (7, 16)"),
+        (
+            {"image_features": torch.zeros(8, 9), "text_features": torch.zeros(8, 9)},
+            "width: expected the same on every rank, got 16 on rank 0 .* and 9 on rank 1",
+        ),
+        ({"image_features": torch.zeros(8, 16).double()}, "rank 1 .*text_features: .*dtype"),
+        ({"schedule": "ring"}, "schedule: expected the same on every rank"),
+        ({"direction": "down"}, "rank 1 .*direction: expected one of"),
+        ({"workspace_bytes": 5}, "workspace_bytes: expected the same on every rank"),
+        ({"image_features": None}, "rank 1 .*image_features: expected a torch.Tensor, got None"),
+    ],
+)
+def test_every_rank_raises_and_names_the_one(fault, message):
+
+    pattern = re.escape(message).replace(r"\.\*", ".*").replace(r"\ ", " ")
+    for result in ranks.run(3, bad_rank, fault, limit=40):
+        assert isinstance(result, str) and result.startswith("RuntimeError"), result
+        assert re.search(pattern, result), result
+
+
+def open_clip_pairs(rank):
+    """Both losses on the same shards, gradients by features and by a parameter under DDP."""
+    import open_clip.loss
+    from torch.nn.parallel import DistributedDataParallel
+
+    from fastvlp import losses
+
+    world_size = dist.get_world_size()
+    image, text = (t.chunk(world_size)[rank] for t in features(60, 24, torch.float32, "cpu"))
+    found = {}
+    for local_loss, name in itertools.product((True, False), ("open_clip", "ours")):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(torch.nn.Linear(24, 24, bias=False))
+        module = open_clip.loss if name == "open_clip" else losses
+        loss = module.ClipLoss(local_loss, True, rank=rank, world_size=world_size)
+        value = loss(model(image), model(text), torch.tensor(10.0))
+        value.backward()
+        found[name, local_loss] = value.detach(), model.module.weight.grad
+    sigmoid = losses.SigLipLoss(rank=rank, world_size=world_size)
+    theirs = open_clip.loss.SigLipLoss(rank=rank, world_size=world_size)
+    found["sigmoid"] = [f(image, text, torch.tensor(9.0), torch.tensor(-8.0)) for f in
+                        (sigmoid, theirs)]  # fmt: skip
+    return found
+
+
+def test_same_as_open_clip_under_ddp():
+    for found in ranks.run(2, open_clip_pairs):
+        assert isinstance(found, dict), found
+        for local_loss in (True, False):
+            for ours, theirs in zip(
+                found["ours", local_loss], found["open_clip", local_loss], strict=True
+            ):
+                torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(*found["sigmoid"], rtol=2e-5, atol=1e-6)
+
+
+def without_gather_with_grad(rank):
+    from fastvlp import losses
+
+    return losses.ClipLoss(local_loss=True, rank=rank, world_size=2)
+
+
+def wrong_rank(rank):
+    from fastvlp import losses
+
+    return losses.SigLipLoss(rank=0, world_size=3)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (without_gather_with_grad, "gather_with_grad: local_loss=True needs"),
+        (wrong_rank, "rank, world_size: expected"),
+    ],
+)
+def test_wrong_combinations_raise(function, message):
+    for result in ranks.run(2, function):
+        assert isinstance(result, str) and message in result, result
+
+
+def subgroup_and_compiled(rank):
+    from fastvlp.ops import contrastive, contrastive_reference
+
+    group = [dist.new_group([0]), dist.new_group([1, 2])][rank > 0]
+    image, text = features(30, 8, torch.float32, "cpu")
+    expected = contrastive_reference(image, text, 5.0)
+    if rank == 0:
+        return torch.allclose(contrastive(image, text, 5.0, group=group), expected)
+    half = slice(0, 10) if rank == 1 else slice(10, 30)
+    leaves = [t[half].clone().requires_grad_() for t in (image, text)]
+
+    def loss(x, y):
+        return contrastive(x, y, torch.tensor(5.0), group=group)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    gradient = torch.autograd.grad(compiled, leaves)
+    eager = loss(*leaves)
+    again = torch.autograd.grad(eager, leaves)
+    same = [torch.equal(a, b) for a, b in zip(gradient, again, strict=True)]
+    total = eager.detach().clone()
+    dist.all_reduce(total, group=group)
+    return all(same) and torch.equal(compiled, eager) and torch.allclose(total / 2, expected)
+
+
+def test_subgroups_and_compile():
+    assert ranks.run(3, subgroup_and_compiled) == [True, True, True]
+
+
+def second_derivative(rank):
+    from fastvlp.ops import contrastive
+
+    image, text = features(8, 4, torch.float32, "cpu")
+    image.requires_grad_()
+    loss = contrastive(image, text, 5.0, group=dist.group.WORLD)
+    (gradient,) = torch.autograd.grad(loss, image, create_graph=True)
+    gradient.sum().backward()
+
+
+def test_second_derivative_is_refused():
+    for result in ranks.run(2, second_derivative):
+        assert "no second derivative" in result
+
+
+def sharded_features(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from fastvlp.ops import contrastive
+
+    mesh = init_device_mesh("cpu", (2,))
+    image, text = (distribute_tensor(t, mesh, [Shard(0)]) for t in
+                   features(8, 4, torch.float32, "cpu"))  # fmt: skip
+    return contrastive(image, text, 5.0)
+
+
+def test_dtensor_is_refused():
+    for result in ranks.run(2, sharded_features):
+        assert "TypeError: image_features: expected a plain tensor, got a DTensor" in result

@@ -1,0 +1,137 @@
+"""Two stand-ins for the CUDA passes on CPU tensors, and the means to put them in their place.
+
+`PLAIN` is written in PyTorch from the contract in csrc/schema.cpp. `compiled` runs the kernels of
+csrc/cuda/contrastive.cu themselves, compiled for the CPU by the headers in cuda_on_cpu/.
+"""
+
+import ctypes
+import re
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def compile_library(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
+    """`source` (C++) as a shared library built by the host compiler."""
+    text, library = folder / "source.cpp", folder / "library.so"
+    text.write_text(source)
+    command = ["c++", "-std=c++20", "-O2", "-shared", "-fPIC", *flags, str(text), "-o", library]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library))
+
+
+def compiled(folder: Path) -> SimpleNamespace:
+    """The kernels of contrastive.cu; scratch memory begins as NaN."""
+    source = (CSRC / "cuda" / "contrastive.cu").read_text()
+    launches = re.compile(r"(\w+(?:<[\w()]+>)?)<<<(.+?)>>>\(", re.DOTALL)
+    source, count = launches.subn(r"emulated::launch(\1, \2)(", source)
+    assert count == source.count("emulated::launch") > 0 and "<<<" not in source
+    torch_headers = Path(torch.__file__).parent / "include"
+    library = compile_library(
+        source + (HERE / "cuda_on_cpu" / "entry.cpp").read_text(),
+        folder,
+        f"-I{HERE / 'cuda_on_cpu'}", f"-I{CSRC / 'cuda'}", f"-I{torch_headers}",
+        "-Wno-unknown-pragmas",
+    )  # fmt: skip
+    for name in ("run_statistics", "run_gradient", "run_sigmoid"):
+        getattr(library, name).restype = ctypes.c_char_p
+
+    def pointer(t):
+        return ctypes.c_void_p(t.data_ptr() if t.numel() else None)
+
+    def matrix(t, offset):
+        assert t.dtype == torch.float32 and (t.shape[1] <= 1 or t.stride(1) == 1)
+        return pointer(t), *map(ctypes.c_int64, (*t.shape, t.stride(0), offset))
+
+    def output(t):
+        stride = t.stride(0) if t.dim() == 2 else 0
+        return pointer(t), ctypes.c_int64(stride), ELEMENTS[t.dtype]
+
+    def statistics(products, scale, offset, row_lse, positive, col_pairs):
+        assert col_pairs.is_contiguous()
+        vectors = map(pointer, (scale, row_lse, positive, col_pairs))
+        assert library.run_statistics(*matrix(products, offset), *vectors) is None
+
+    def gradient(products, scale, row_lse, col_lse, weights, offset, out):
+        vectors = map(pointer, (scale, row_lse, col_lse, weights))
+        assert library.run_gradient(*matrix(products, offset), *vectors, *output(out)) is None
+
+    def sigmoid(products, scale, bias, factor, offset, sums, out):
+        assert sums.dtype == torch.float64
+        error = library.run_sigmoid(
+            *matrix(products, offset), pointer(scale), pointer(bias), ctypes.c_float(factor),
+            pointer(sums), *output(out),
+        )  # fmt: skip
+        assert error is None
+
+    return SimpleNamespace(statistics=statistics, gradient=gradient, sigmoid=sigmoid)
+
+
+def is_positive(products: torch.Tensor, offset: int) -> torch.Tensor:
+    """[M, N]: whether the element is its row's positive."""
+    rows, cols = (torch.arange(size) for size in products.shape)
+    return cols[None, :] == rows[:, None] + offset
+
+
+def _statistics(products, scale, offset, row_lse, positive, col_pairs):
+    z = scale * products
+    if row_lse.numel():
+        row_lse.copy_(z.logsumexp(1))
+    positive.copy_(torch.where(is_positive(z, offset), z, 0).sum(1))
+    if col_pairs.numel():
+        largest = torch.maximum(col_pairs[0], z.amax(0))
+        carried = col_pairs[1] * (col_pairs[0] - largest).exp()
+        col_pairs.copy_(torch.stack((largest, carried + (z - largest).exp().sum(0))))
+
+
+def _gradient(products, scale, row_lse, col_lse, weights, offset, out):
+    z = scale * products
+    g = -weights[2] * is_positive(z, offset)
+    if row_lse.numel():
+        g = g + weights[0] * (z - row_lse[:, None]).exp()
+    if col_lse.numel():
+        g = g + weights[1] * (z - col_lse).exp()
+    out.copy_(g)
+
+
+def _sigmoid(products, scale, bias, factor, offset, sums, out):
+    sign = torch.where(is_positive(products, offset), -1.0, 1.0)
+    u = sign * (scale * products + bias)
+    g = sign * u.sigmoid()
+    sums += torch.stack([t.sum(dtype=torch.float64) for t in (torch.nn.functional.softplus(u), g)])
+    if out.numel():
+        out.copy_(factor * g)
+
+
+PLAIN = SimpleNamespace(statistics=_statistics, gradient=_gradient, sigmoid=_sigmoid)
+
+
+@contextmanager
+def installed(passes: SimpleNamespace):
+    """`passes` as the CPU kernels of the fastvlp::contrastive_cuda_* operators, and fp32 results
+    of half-precision products, which torch has for CUDA alone."""
+
+    def mm(a, b, out_dtype, *, out):
+        return out.copy_(a.to(out_dtype) @ b.to(out_dtype))
+
+    def addmm(total, a, b, out_dtype, *, beta=1, alpha=1, out):
+        assert beta == alpha == 1 and total.data_ptr() == out.data_ptr()
+        return out.add_(a.to(out_dtype) @ b.to(out_dtype))
+
+    with (
+        torch.library._scoped_library("fastvlp", "IMPL") as ours,
+        torch.library._scoped_library("aten", "IMPL") as aten,
+    ):
+        for name, function in vars(passes).items():
+            ours.impl(f"contrastive_cuda_{name}", function, "CPU")
+        aten.impl("mm.dtype_out", mm, "CPU")
+        aten.impl("addmm.dtype_out", addmm, "CPU")
+        yield

@@ -1,0 +1,341 @@
+"""The CUDA passes without a GPU: the kernels compiled for the CPU, and their composition with
+products, against float64."""
+
+import math
+from unittest import mock
+
+import cuda_passes
+import pytest
+import torch
+from contrastive_cases import features
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_as_accurate, epsilon
+
+from fastvlp.ops import _contrastive_cuda
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SINGLE = epsilon(torch.float32)
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return cuda_passes.compiled(tmp_path_factory.mktemp("contrastive_cu"))
+
+
+@pytest.fixture(scope="module", params=["plain", "kernels"])
+def passes(request):
+    chosen = cuda_passes.PLAIN
+    if request.param == "kernels":
+        chosen = request.getfixturevalue("kernels")
+    with cuda_passes.installed(chosen):
+        yield
+
+
+def floats(*values):
+    return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.float32)
+
+
+def matrix(rows, cols, gap, *, deviation=1.0, dtype=torch.float32, seed=0):
+    """[rows, cols] with rows of cols + gap elements, the gap full of NaN."""
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.full((rows, cols + gap), NAN, dtype=dtype)
+    wide[:, :cols] = deviation * torch.randn(rows, cols, generator=g)
+    return wide[:, :cols]
+
+
+def empty_pairs(cols):
+    return torch.stack((torch.full((cols,), -INF), torch.zeros(cols)))
+
+
+# Sizes around the tiles of the kernels: 128 x 256 for statistics, 32 x 256 for gradients.
+SIZES = {
+    "rows": st.sampled_from([1, 2, 5, 31, 33, 127, 129]),
+    "cols": st.sampled_from([1, 3, 4, 130, 255, 256, 257]),
+    "gap": st.sampled_from([0, 1, 4, 16]),
+    "offset": st.sampled_from([0, 1, -3, 200, -1000, 1000]),
+    "deviation": st.sampled_from([1e-3, 1.0, 30.0]),
+}
+
+
+@given(**SIZES, wanted=st.sampled_from(["both", "rows", "cols"]), carried=st.booleans())
+@settings(max_examples=60)
+def test_statistics_kernel(kernels, rows, cols, gap, offset, deviation, wanted, carried):
+    products = matrix(rows, cols, gap, deviation=deviation)
+    before = matrix(4, cols, 0, seed=1) if carried else torch.empty(0, cols)
+    scale = floats(2.5)
+    row_lse = torch.empty(rows if wanted != "cols" else 0)
+    positive = torch.empty(rows)
+    col_pairs = empty_pairs(cols) if wanted != "rows" else torch.empty(2, 0)
+    if carried:
+        kernels.statistics(
+            before, scale, 0, torch.empty(0), torch.empty(4),
+            col_pairs if wanted != "rows" else torch.empty(2, 0),
+        )  # fmt: skip
+    kernels.statistics(products, scale, offset, row_lse, positive, col_pairs)
+    z, exact = scale * products, 2.5 * products.double()
+    pairs = cuda_passes.is_positive(products, offset)
+    assert torch.equal(positive, torch.where(pairs, z, 0).sum(1))
+    size = exact.abs().max().item() + math.log(rows + cols)
+    if wanted != "cols":
+        floor = SINGLE * size * math.sqrt(rows)
+        assert_as_accurate("rows", row_lse, z.logsumexp(1), exact.logsumexp(1), floor)
+    if wanted != "rows":
+        seen = torch.cat((2.5 * before.double(), exact))
+        ours = col_pairs[0] + col_pairs[1].log()
+        assert torch.equal(col_pairs[0], (2.5 * torch.cat((before, products))).amax(0))
+        floor = SINGLE * (size + seen.abs().max().item()) * math.sqrt(cols)
+        assert_as_accurate("cols", ours, seen.float().logsumexp(0), seen.logsumexp(0), floor)
+
+
+def statistics_of(kernels, products):
+    rows, cols = products.shape
+    row_lse, pairs = torch.empty(rows), empty_pairs(cols)
+    kernels.statistics(products, floats(1.0), 0, row_lse, torch.empty(rows), pairs)
+    return row_lse, pairs[0] + pairs[1].log()
+
+
+def test_statistics_kernel_keeps_infinities_and_nan(kernels):
+    products = matrix(40, 300, 0)
+    products[3] = -INF
+    products[:, 7] = -INF
+    row_lse, col_lse = statistics_of(kernels, products)
+    assert row_lse[3] == -INF and col_lse[7] == -INF
+    assert row_lse.isfinite().sum() == 39 and col_lse.isfinite().sum() == 299
+    products[5, 280] = NAN
+    products[9, 20] = INF
+    row_lse, col_lse = statistics_of(kernels, products)
+    assert row_lse[5].isnan() and col_lse[280].isnan()
+    assert not row_lse[9].isfinite() and not col_lse[20].isfinite()
+    assert row_lse.isfinite().sum() == 37 and col_lse.isfinite().sum() == 297
+
+
+@given(
+    **SIZES,
+    dtype=st.sampled_from(DTYPES),
+    out_gap=st.sampled_from([0, 1, 8]),
+    terms=st.sampled_from(["both", "rows", "cols"]),
+)
+@settings(max_examples=60)
+def test_gradient_kernel(kernels, rows, cols, gap, offset, deviation, dtype, out_gap, terms):
+    products = matrix(rows, cols, gap, deviation=deviation)
+    scale, weights = floats(2.5), floats(0.5, 0.25, 0.75)
+    z = scale * products
+    row_lse = z.logsumexp(1) if terms != "cols" else torch.empty(0)
+    col_lse = z.logsumexp(0) if terms != "rows" else torch.empty(0)
+    wide = torch.full((rows, cols + out_gap), NAN, dtype=dtype)
+    out = wide[:, :cols]
+    kernels.gradient(products, scale, row_lse, col_lse, weights, offset, out)
+    assert wide[:, cols:].isnan().all()
+    eager, exact = torch.empty_like(out), torch.empty(rows, cols, dtype=torch.float64)
+    cuda_passes.PLAIN.gradient(products, scale, row_lse, col_lse, weights, offset, eager)
+    cuda_passes.PLAIN.gradient(
+        products.double(), scale, row_lse.double(), col_lse.double(), weights.double(), offset,
+        exact,
+    )  # fmt: skip
+    floor = (epsilon(dtype) + SINGLE * z.abs().max().item()) * exact.norm().item()
+    assert_as_accurate("gradient", out, eager, exact, floor)
+    if dtype == torch.float32:
+        kernels.gradient(products, scale, row_lse, col_lse, weights, offset, products)
+        assert torch.equal(products, out)
+
+
+@given(
+    **SIZES,
+    dtype=st.sampled_from(DTYPES),
+    out_gap=st.sampled_from([0, 1, 8]),
+    wanted=st.booleans(),
+)
+@settings(max_examples=60)
+def test_sigmoid_kernel(kernels, rows, cols, gap, offset, deviation, dtype, out_gap, wanted):
+    products = matrix(rows, cols, gap, deviation=deviation)
+    scale, bias = floats(2.5), floats(-3.0)
+    wide = torch.full((rows, cols + out_gap), NAN, dtype=dtype)
+    out = wide[:, :cols] if wanted else torch.empty(0)
+    sums = torch.tensor([7.0, -2.0], dtype=torch.float64)
+    kernels.sigmoid(products, scale, bias, 8.0, offset, sums, out)
+    assert wide[:, cols:].isnan().all()
+    results = {}
+    for name, t in (("eager", products), ("exact", products.double())):
+        g = torch.empty(rows, cols, dtype=dtype if name == "eager" else torch.float64)
+        totals = torch.zeros(2, dtype=torch.float64)
+        cuda_passes.PLAIN.sigmoid(t, scale, bias, 8.0, offset, totals, g)
+        results[name] = totals, g
+    eager, exact = results["eager"], results["exact"]
+    # torch's softplus is a straight line beyond 20: exp(-20) of each term is the slack of the sums.
+    slack = (math.exp(-20) + SINGLE) * rows * cols * (1 + 3 + 2.5 * products.abs().max().item())
+    assert_as_accurate("sums", sums - floats(7.0, -2.0), eager[0], exact[0], slack)
+    if wanted:
+        floor = (epsilon(dtype) + SINGLE * (3 + 10 * deviation)) * exact[1].norm().item()
+        assert_as_accurate("gradient", out, eager[1], exact[1], floor)
+
+
+def test_a_positive_past_the_last_column_is_none(kernels):
+    # Columns 5 to 7 of the vector exist in the kernel's registers alone.
+    sums = torch.zeros(2, dtype=torch.float64)
+    products = torch.zeros(3, 5)
+    kernels.sigmoid(products, floats(1.0), floats(-200.0), 1.0, 5, sums, torch.empty(0))
+    assert sums[0] == 0 and sums[1].abs() < 1e-80
+
+
+# --- composition with products -------------------------------------------------------------------
+
+
+def softmax_case(x, y, scale, offset, weights, dtype):
+    """Log-sum-exps, positives and the gradients of sum_i w0 lse_i + sum_j w1 lse_j - w2 z_positive,
+    in plain PyTorch at `dtype`."""
+    x, y = (t.to(dtype, copy=True).requires_grad_() for t in (x, y))
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = scale.to(real, copy=True).requires_grad_()
+    z = (scale * (x @ y.T)).to(real)
+    row_lse, col_lse = z.logsumexp(1), z.logsumexp(0)
+    positive = torch.where(cuda_passes.is_positive(z, offset), z, 0).sum(1)
+    w = weights.to(real)
+    loss = w[0] * row_lse.sum() + w[1] * col_lse.sum() - w[2] * positive.sum()
+    loss.backward()
+    return [t.detach() for t in (row_lse, col_lse, positive, x.grad, y.grad, scale.grad)]
+
+
+def floors(z, x, y, exact_dx, exact_dy, scale, largest, dtype):
+    """What rounding alone may do to dx, dy and the derivative by the scale."""
+    rounding = SINGLE * (z.abs().max().item() + math.log(sum(z.shape)) + 1)
+    share = scale * largest * (rounding + (epsilon(dtype) if dtype != torch.float32 else 0))
+    dx, dy = share * y.double().norm().item(), share * x.double().norm().item()
+    return (
+        dx + epsilon(dtype) * exact_dx.norm().item(),
+        dy + epsilon(dtype) * exact_dy.norm().item(),
+        share / scale * x.double().norm().item() * y.double().norm().item(),
+    )
+
+
+def pair_of_features(m, n, dim, dtype, strided):
+    x, y = features(max(m, n), dim, dtype, "cpu", strided=strided)
+    return x[:m], y[:n]
+
+
+COMPOSITIONS = {
+    "m": st.sampled_from([1, 2, 31, 40, 64]),
+    "n": st.sampled_from([1, 3, 33, 64, 90]),
+    "dim": st.sampled_from([1, 7, 16, 33]),
+    "dtype": st.sampled_from(DTYPES),
+    "scale": st.sampled_from([1.0, 14.3, 100.0]),
+    "offset": st.sampled_from([0, 2, -5, 40]),
+    "chunk": st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4])),
+    "strided": st.booleans(),
+}
+BLOCK = 32
+
+
+@given(
+    **COMPOSITIONS,
+    directions=st.sampled_from([(True, True), (True, False), (False, True)]),
+    upstream=st.sampled_from([1.0, 1e-5, -3.0, 0.0]),
+)
+@settings(max_examples=80)
+def test_softmax_composition(
+    passes, m, n, dim, dtype, scale, offset, chunk, strided, directions, upstream
+):
+    x, y = pair_of_features(m, n, dim, dtype, strided)
+    scale = floats(scale)
+    weights = upstream * floats(0.5 / m, 0.5 / n, 1.0 / m)
+    used = weights * floats(*map(float, (*directions, True)))
+    eager = softmax_case(x, y, scale, offset, used, dtype)
+    exact = softmax_case(x, y, scale, offset, used, torch.float64)
+    with mock.patch.object(_contrastive_cuda, "_STATISTICS_BYTES", 4 * n * 10 * chunk[0]):
+        row_lse, col_lse, positive, kept = _contrastive_cuda.statistics(
+            x, y, scale, offset, *directions, BLOCK, BLOCK, 0
+        )
+    z = scale.double() * x.double() @ y.double().T
+    rounding = SINGLE * (z.abs().max().item() + math.log(m + n))
+    rows = (directions[0], "row_lse", row_lse, 0), (directions[1], "col_lse", col_lse, 1)
+    for wanted, name, ours, index in (*rows, (True, "positive", positive, 2)):
+        floor = rounding * math.sqrt(len(exact[index]))
+        if wanted:
+            assert_as_accurate(name, ours, eager[index], exact[index], floor)
+        else:
+            assert ours.shape == (0,)
+    assert kept.shape == (0,)
+
+    dx, dy, dscale = _contrastive_cuda.gradients(
+        x, y, scale, row_lse, col_lse, weights, kept, offset, BLOCK, BLOCK, 0, *chunk
+    )
+    assert (dx.dtype, dy.dtype, dscale.dtype) == (dtype, dtype, torch.float32)
+    largest = weights.abs().max().item()
+    limits = floors(z, x, y, exact[3], exact[4], scale.item(), largest, dtype)
+    for name, ours, index in (("dx", dx, 3), ("dy", dy, 4), ("dscale", dscale, 5)):
+        assert_as_accurate(name, ours, eager[index], exact[index], limits[index - 3])
+
+
+def sigmoid_case(x, y, scale, bias, weight, offset, dtype):
+    x, y = (t.to(dtype, copy=True).requires_grad_() for t in (x, y))
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    scale, bias = (t.to(real, copy=True).requires_grad_() for t in (scale, bias))
+    z = (scale * (x @ y.T)).to(real) + bias
+    sign = torch.where(cuda_passes.is_positive(z, offset), 1.0, -1.0)
+    loss = -weight * torch.nn.functional.logsigmoid(sign * z).sum()
+    loss.backward()
+    return [t.detach() for t in (loss, x.grad, y.grad, scale.grad, bias.grad)]
+
+
+@given(**COMPOSITIONS, bias=st.sampled_from([0.0, -10.0, 3.0]), gradients=st.booleans())
+@settings(max_examples=80)
+def test_sigmoid_composition(
+    passes, m, n, dim, dtype, scale, offset, chunk, strided, bias, gradients
+):
+    x, y = pair_of_features(m, n, dim, dtype, strided)
+    scale, bias, weight = floats(scale), floats(bias), 1.0 / m
+    loss, dx, dy, dscale, dbias = _contrastive_cuda.sigmoid(
+        x, y, scale, bias, weight, offset, gradients, BLOCK, BLOCK, *chunk
+    )
+    eager = sigmoid_case(x, y, scale, bias, weight, offset, dtype)
+    exact = sigmoid_case(x, y, scale, bias, weight, offset, torch.float64)
+    z = scale.double() * x.double() @ y.double().T + bias.double()
+    rounding = SINGLE * (1 + z.abs().max().item())
+    # exp(-20): torch's softplus, of the plain stand-in, is a straight line beyond 20.
+    terms = (rounding + math.exp(-20)) * n * (1 + z.abs().max().item())
+    assert_as_accurate("loss", loss, eager[0], exact[0], terms)
+    assert_as_accurate("dbias", dbias, eager[4], exact[4], rounding * n)
+    if not gradients:
+        assert dx.shape == (0, dim) and dy.shape == (0, dim) and dscale.shape == ()
+        return
+    assert (dx.dtype, dy.dtype) == (dtype, dtype)
+    limits = floors(z, x, y, exact[1], exact[2], scale.item(), weight * math.sqrt(m * n), dtype)
+    for name, ours, index in (("dx", dx, 1), ("dy", dy, 2), ("dscale", dscale, 3)):
+        assert_as_accurate(name, ours, eager[index], exact[index], limits[index - 1])
+
+
+def test_float16_keeps_small_probabilities(passes):
+    # At 1 / N^2 a stored float16 gradient without the factor would be zero.
+    m = 64
+    x, y = pair_of_features(m, m, 16, torch.float16, False)
+    scale, weights = floats(1.0), floats(1e-7, 1e-7, 2e-7)
+    row_lse, col_lse, _, kept = _contrastive_cuda.statistics(
+        x, y, scale, 0, True, True, BLOCK, BLOCK, 0
+    )
+    _, _, dscale = _contrastive_cuda.gradients(
+        x, y, scale, row_lse, col_lse, weights, kept, 0, BLOCK, BLOCK, 0, 2, 2
+    )
+    exact = softmax_case(x, y, scale, 0, weights, torch.float64)[5]
+    assert abs(dscale.item() - exact.item()) <= epsilon(torch.float16) * abs(exact.item())
+
+
+def test_empty_sides(passes):
+    x, y = torch.randn(3, 4), torch.randn(5, 4)
+    none, scale, weights = torch.empty(0, 4), floats(1.0), floats(1.0, 1.0, 1.0)
+    row_lse, col_lse, positive, kept = _contrastive_cuda.statistics(
+        x, none, scale, 0, True, True, BLOCK, BLOCK, 0
+    )
+    assert (row_lse == -INF).all() and (positive == 0).all() and col_lse.shape == (0,)
+    dx, dy, dscale = _contrastive_cuda.gradients(
+        x, none, scale, row_lse, col_lse, weights, kept, 0, BLOCK, BLOCK, 0, 1, 1
+    )
+    assert (dx == 0).all() and dy.shape == (0, 4) and dscale == 0
+    row_lse, col_lse, positive, kept = _contrastive_cuda.statistics(
+        none, y, scale, 0, True, True, BLOCK, BLOCK, 0
+    )
+    assert (col_lse == -INF).all() and row_lse.shape == positive.shape == (0,)
+    dx, dy, dscale = _contrastive_cuda.gradients(
+        none, y, scale, row_lse, col_lse, weights, kept, 0, BLOCK, BLOCK, 0, 1, 1
+    )
+    assert dx.shape == (0, 4) and (dy == 0).all() and dscale == 0

@@ -1,0 +1,100 @@
+"""The compiled CUDA passes as a backend: shapes under fake tensors, and when they run."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastvlp.ops import _contrastive_cuda, _contrastive_inputs, _contrastive_library, explain
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def described(results):
+    return [(tuple(t.shape), t.dtype, t.device.type) for t in results]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, cols", [(True, True), (True, False), (False, True)])
+def test_fake_cuda_tensors(dtype, rows, cols):
+    operators = torch.ops.fastvlp
+    with FakeTensorMode():
+        x, y = (torch.empty(size, 24, dtype=dtype, device="cuda") for size in (70, 100))
+        scale, weights = torch.ones((), device="cuda"), torch.ones(3, device="cuda")
+        arguments = x, y, scale, 3, rows, cols, 32, 32, 0
+        ours = _contrastive_cuda.statistics(*arguments)
+        assert described(ours) == described(operators.contrastive_statistics(*arguments))
+        sizes = 70 * rows, 100 * cols, 70, 0
+        assert described(ours) == [((size,), torch.float32, "cuda") for size in sizes]
+
+        arguments = x, y, scale, *ours[:2], weights, ours[3], 3, 32, 32, 0, 2, 2
+        ours = _contrastive_cuda.gradients(*arguments)
+        assert described(ours) == described(operators.contrastive_gradients(*arguments))
+        assert described(ours)[:2] == [((70, 24), dtype, "cuda"), ((100, 24), dtype, "cuda")]
+
+        arguments = x, y, scale, scale, 0.1, 3, rows, 32, 32, 2, 2
+        ours = _contrastive_cuda.sigmoid(*arguments)
+        assert described(ours) == described(operators.contrastive_sigmoid(*arguments))
+        assert ours[1].shape == (70 if rows else 0, 24)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A CUDA tensor, and a function that says what the GPU's two implementations lack."""
+
+    def lacking(triton=(), native=()):
+        monkeypatch.setattr(_contrastive_inputs, "triton_supported", lambda *_: list(triton))
+        monkeypatch.setattr(_contrastive_cuda, "_unavailable", lambda _: tuple(native))
+
+    monkeypatch.delenv("FASTVLP_BACKEND", raising=False)
+    lacking()
+    with FakeTensorMode():
+        x = torch.empty(4, 8, device="cuda")
+    return x, lacking
+
+
+@pytest.mark.parametrize("op", ["contrastive", "sigmoid_contrastive"])
+def test_explain_on_a_gpu(gpu, monkeypatch, op):
+    x, lacking = gpu
+    assert explain(op, x, x).chosen == "triton"
+    assert explain(op, x, x).reasons["native"] == ["triton is preferred"]
+    lacking(triton=["Triton is not installed"])
+    assert explain(op, x, x).chosen == "native"
+    assert explain(op, x, x).reasons["triton"] == ["Triton is not installed"]
+    lacking(triton=["Triton is not installed"], native=["this torch is a CPU build"])
+    assert explain(op, x, x).chosen == "reference"
+    monkeypatch.setenv("FASTVLP_BACKEND", "native")
+    assert explain(op, x, x).chosen is None
+    assert explain(op, x, x).reasons["native"] == ["this torch is a CPU build"]
+    lacking()
+    assert explain(op, x, x).chosen == "native"
+    assert explain(op, x.double(), x.double()).chosen is None
+
+
+def test_on_the_cpu_the_compiled_kernels_come_first():
+    x = torch.zeros(4, 8)
+    assert explain("contrastive", x, x).chosen == "native"
+    assert "run on CUDA devices" in explain("contrastive", x, x).reasons["triton"][0]
+    with FakeTensorMode():
+        other = torch.empty(4, 8, device="meta")
+    assert (
+        "run on CPU and CUDA devices" in explain("contrastive", other, other).reasons["native"][0]
+    )
+
+
+@pytest.mark.parametrize("op", ["contrastive", "sigmoid_contrastive"])
+def test_the_operator_runs_what_explain_names(gpu, monkeypatch, op):
+    x, lacking = gpu
+    run = _contrastive_library._on_cuda(op, lambda *_: "triton", lambda *_: "native")
+    assert run(x, x) == explain(op, x, x).chosen
+    lacking(triton=["Triton is not installed"])
+    assert run(x, x) == "native"
+    lacking()
+    monkeypatch.setenv("FASTVLP_BACKEND", "native")
+    assert run(x, x) == "native"
+
+
+def test_a_device_that_cannot_run_the_kernels_is_named(monkeypatch):
+    monkeypatch.setattr(_contrastive_cuda._native, "load_cuda", lambda: ("it was not built",))
+    _contrastive_cuda._unavailable.cache_clear()
+    assert _contrastive_cuda.unavailable(0) == ("it was not built",)
+    _contrastive_cuda._unavailable.cache_clear()

@@ -1,0 +1,261 @@
+"""What the build makes of the compilers and the torch it finds, and what it says about that."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvlp import _native, info
+
+CSRC = Path(__file__).parents[1] / "csrc"
+CONTRASTIVE_PASSES = ("statistics", "gradient", "sigmoid")
+
+
+def tool(name):
+    """A build tool: beside this interpreter first, where pip puts them."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    return shutil.which(name, path=path)
+
+
+def folder_of_programs(folder, *without):
+    """A folder for PATH with everything that is on PATH but the programs named."""
+    folder.mkdir()
+    for directory in filter(None, os.environ["PATH"].split(os.pathsep)):
+        if not Path(directory).is_dir():
+            continue
+        for program in Path(directory).iterdir():
+            link = folder / program.name
+            if program.name not in without and not link.is_symlink():
+                link.symlink_to(program)
+    return folder
+
+
+def program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def configure(folder, path=None, *options, **environment):
+    """Configures csrc (without building it); returns the build's facts and CMake's output."""
+    variables = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH")}
+    variables |= {"PATH": str(path or os.environ["PATH"])} | environment
+    done = subprocess.run(
+        [
+            tool("cmake"), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}", *options, "-S", CSRC, "-B", folder,
+        ],
+        env=variables, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "build_info.json").read_text()), done.stdout
+
+
+def fake_torch(folder, cuda):
+    """A module named torch that a build sees in place of the real one."""
+    (folder / "torch" / "include").mkdir(parents=True)
+    (folder / "torch" / "lib").mkdir()
+    text = f"class version:\n    cuda = {cuda!r}\n\n\n__version__ = '2.10.0'\n"
+    (folder / "torch" / "__init__.py").write_text(text)
+    return str(folder)
+
+
+def broken_nvcc(folder):
+    """A folder for PATH whose nvcc fails as one with an unsupported host compiler does."""
+    programs = folder_of_programs(folder, "nvcc")
+    text = '#!/bin/sh\necho "error: unsupported GNU version!" >&2\nexit 1\n'
+    program(programs / "nvcc", text)
+    return programs
+
+
+def test_without_nvcc(tmp_path):
+    programs = folder_of_programs(tmp_path / "programs", "nvcc")
+    torch_here = fake_torch(tmp_path / "site", cuda="13.0")
+    facts, output = configure(tmp_path / "build", programs, PYTHONPATH=torch_here)
+    assert facts["cuda"] == "not built: nvcc was not found"
+    assert facts["cuda_architectures"] == ""
+    assert facts["torch"] == "2.10.0" and "portable" in facts["cpu"]
+    assert "fastvlp: CUDA kernels: not built: nvcc was not found" in output
+    assert "fastvlp_C_cuda" not in (tmp_path / "build" / "build.ninja").read_text()
+
+
+def test_with_an_nvcc_that_does_not_work(tmp_path):
+    torch_here = fake_torch(tmp_path / "site", cuda="13.0")
+    facts, _ = configure(
+        tmp_path / "build", broken_nvcc(tmp_path / "programs"), PYTHONPATH=torch_here
+    )
+    assert facts["cuda"] == "not built: nvcc was found but cannot compile for 80-real;90"
+    assert facts["cuda_architectures"] == ""
+
+
+def test_with_a_cpu_build_of_torch(tmp_path):
+    facts, output = configure(
+        tmp_path / "build", PYTHONPATH=fake_torch(tmp_path / "site", cuda=None)
+    )
+    assert facts["cuda"] == "not built: this torch is a CPU build"
+    assert facts["cuda_architectures"] == ""
+    assert "Looking for a CUDA compiler" not in output
+
+
+def test_a_compiler_installed_later_is_found(tmp_path):
+    torch_here = fake_torch(tmp_path / "site", cuda="13.0")
+    programs = folder_of_programs(tmp_path / "programs", "nvcc")
+    facts, _ = configure(tmp_path / "build", programs, PYTHONPATH=torch_here)
+    assert facts["cuda"] == "not built: nvcc was not found"
+    program(programs / "nvcc", "#!/bin/sh\nexit 1\n")
+    facts, _ = configure(tmp_path / "build", programs, PYTHONPATH=torch_here)
+    assert facts["cuda"].startswith("not built: nvcc was found but cannot compile")
+
+
+def test_with_nvcc(tmp_path):
+    torch_here = fake_torch(tmp_path / "site", cuda="13.0")
+    facts, _ = configure(tmp_path / "build", PYTHONPATH=torch_here)
+    if tool("nvcc") is None:
+        assert facts["cuda"] == "not built: nvcc was not found"
+        return
+    assert re.fullmatch(r"built by nvcc \d+\.\d+ for 80-real;90", facts["cuda"])
+    assert facts["cuda_architectures"] == "80-real;90"
+    commands = (tmp_path / "build" / "build.ninja").read_text()
+    for code in ("code=[sm_80]", "code=[compute_90,sm_90]"):
+        assert code in commands
+    chosen, _ = configure(
+        tmp_path / "other", None, "-DCMAKE_CUDA_ARCHITECTURES=90", PYTHONPATH=torch_here
+    )
+    assert chosen["cuda_architectures"] == "90" and chosen["cuda"].endswith(" for 90")
+    assert "sm_80" not in (tmp_path / "other" / "build.ninja").read_text()
+
+
+# --- the installed libraries ---------------------------------------------------------------------
+
+
+def library(name):
+    found = _native._library(name)
+    assert found is not None, f"fastvlp/{name} is missing: install with `pip install -e .`"
+    return found
+
+
+def symbols(path, *flags):
+    done = subprocess.run(["nm", "-D", *flags, path], capture_output=True, text=True, check=True)
+    return {line.split()[-1] for line in done.stdout.splitlines()}
+
+
+def cuda_library():
+    """The CUDA library, or None where the build says that there is none."""
+    if "not built" in _native.build_info()["cuda"]:
+        assert _native._library("_C_cuda") is None
+        return None
+    return library("_C_cuda")
+
+
+def test_only_the_stable_abi_is_used():
+    for path in filter(None, (library("_C"), cuda_library())):
+        needed = symbols(path, "--undefined-only")
+        assert any(name.startswith("aoti_torch_") for name in needed)
+        internals = [n for n in needed if re.match(r"_ZNK?(2at|3c10|5torch)", n)]
+        assert not internals, f"{path.name} needs what only one version of torch has: {internals}"
+
+
+def test_the_libraries_export_no_names_of_their_own():
+    for path in filter(None, (library("_C"), cuda_library())):
+        assert not [name for name in symbols(path, "--defined-only") if "fastvlp" in name]
+
+
+def test_the_cuda_library_registers_its_operators():
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    schemas = {name: getattr(torch.ops.fastvlp, f"contrastive_cuda_{name}").default._schema
+               for name in CONTRASTIVE_PASSES}  # fmt: skip
+    assert all(schema.is_mutable and not schema.returns for schema in schemas.values())
+    built = cuda_library() is not None and torch.version.cuda is not None
+    assert (_native.load_cuda() == ()) == built
+    for name in CONTRASTIVE_PASSES:
+        assert has(f"fastvlp::contrastive_cuda_{name}", "CUDA") == built
+    if built:
+        assert "aoti_torch_get_current_cuda_stream" in symbols(cuda_library(), "--undefined-only")
+
+
+def test_the_kernels_refuse_tensors_of_the_cpu():
+    products, scale = torch.zeros(2, 3), torch.ones(())
+    with pytest.raises(NotImplementedError, match="contrastive_cuda_statistics"):
+        torch.ops.fastvlp.contrastive_cuda_statistics(
+            products, scale, 0, torch.zeros(2), torch.zeros(2), torch.zeros(2, 3)
+        )
+
+
+def test_a_device_without_kernels_is_explained():
+    if _native.load_cuda():
+        return
+    reason = torch.ops.fastvlp.cuda_kernels_unavailable(torch.cuda.device_count())
+    assert re.search("driver|device", reason), reason
+
+
+def cuobjdump():
+    beside = [shutil.which("cuobjdump"), *_packaged("triton", "backends/nvidia/bin/cuobjdump")]
+    return next(filter(None, beside), None)
+
+
+def _packaged(package, path):
+    import importlib.util
+
+    spec = importlib.util.find_spec(package)
+    places = spec.submodule_search_locations if spec else []
+    return [str(Path(place) / path) for place in places if (Path(place) / path).exists()]
+
+
+def test_machine_code_without_spills():
+    architectures = _native.build_info()["cuda_architectures"]
+    dump, path = cuobjdump(), cuda_library()
+    if path is None or dump is None:
+        assert path is None or architectures
+        return
+    run = {"capture_output": True, "text": True, "check": True}
+    found = subprocess.run([dump, "--list-elf", "--list-ptx", path], **run).stdout
+    for entry in architectures.split(";"):
+        number, _, kind = entry.partition("-")
+        if number.isdigit() and kind != "virtual":
+            assert f"sm_{number}.cubin" in found
+        if number.isdigit() and kind != "real":
+            assert f"sm_{number}.ptx" in found
+    usage = subprocess.run([dump, "--dump-resource-usage", path], **run).stdout
+    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    for name in ("tile_statistics", "write_softmax_gradient", "sigmoid_tile", "finish_rows"):
+        assert any(name in kernel for kernel, *_ in kernels)
+    for name, registers, stack, local in kernels:
+        # Two blocks of 256 threads on a multiprocessor's 65,536 registers, and no spills.
+        assert int(registers) <= 128 and stack == local == "0", name
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def test_the_report(monkeypatch):
+    facts = _native.build_info()
+    text = info.report()
+    assert f"torch {torch.__version__}" in text
+    assert f"built with {facts['compiler']} against torch {facts['torch']}" in text
+    assert f"CUDA kernels: {facts['cuda']}" in text
+    assert "contrastive: runs native" in text
+    assert "  not triton: " in text and "  not reference: native is preferred" in text
+    monkeypatch.setattr(_native, "load_cuda", lambda: ("this torch is a CPU build",))
+    monkeypatch.setattr(
+        _native, "build_info", lambda: facts | {"cuda": "built by nvcc 13.0 for 90"}
+    )
+    assert "CUDA library: this torch is a CPU build" in info.report()
+    absent = "not built: nvcc was not found"
+    monkeypatch.setattr(_native, "build_info", lambda: facts | {"cuda": absent})
+    assert f"CUDA kernels: {absent}" in info.report()
+    assert "CUDA library:" not in info.report()
+    monkeypatch.setattr(_native, "build_info", dict)
+    assert "native library: not built" in info.report()
+
+
+def test_the_module_prints_the_report():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastvlp.info"], capture_output=True, text=True, check=True
+    )
+    assert f"CUDA kernels: {_native.build_info()['cuda']}" in done.stdout
