@@ -1,0 +1,4 @@
+"""Evaluation of trained models.
+
+Import the measure you need: ``from fastvlp.evaluate.retrieval import retrieval``.
+"""

@@ -1,0 +1,157 @@
+"""Retrieval between images and texts by the product of their features, both ways.
+
+The protocol of COCO and Flickr30k (Karpathy and Fei-Fei 2015, section 4.1): an image may have
+several captions, a text belongs to one image, and an image is as good as its best-ranked caption.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DEFAULT_WORKSPACE_BYTES = 256 * 2**20
+
+
+def retrieval(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_of_text: Tensor | None = None,
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> dict[str, dict[str, float]]:
+    """Recall at k and median rank of text→image and image→text retrieval.
+
+    A pair's score is the dot product of its features, in float32 or, for float64 features, in
+    float64; normalise the rows first for cosine similarity. Every score is computed; none is
+    sampled. A wrong candidate with the same score as the right one is ranked before it, so that a
+    model which says the same of everything scores nothing.
+
+    Args:
+        image_features: [images, dim] floating point.
+        text_features: [texts, dim], same dtype and device.
+        image_of_text: [texts] int64, the row of the image that each text describes; by default
+            text i describes image i. An image without text only serves as a candidate.
+        ks: the cut-offs.
+        workspace_bytes: bound on the extra memory, but for one row of scores and what is linear in
+            the number of features.
+
+    Returns:
+        {"text_to_image": {...}, "image_to_text": {...}}, each with, for each k, "R@k" (share of
+        queries with a right answer among the first k) and "chance_R@k" (its expectation under
+        random order), and with "median_rank" (1 is best).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or range, or is not finite.
+    """
+    _check_features(image_features, text_features)
+    images, texts = len(image_features), len(text_features)
+    owner = _check_owner(image_of_text, images, texts).to(image_features.device)
+    if not ks or any(type(k) is not int or k < 1 for k in ks):
+        raise ValueError(f"ks must be positive integers, at least one, got {ks!r}")
+    captions = torch.bincount(owner, minlength=images)
+    described = captions.nonzero().squeeze(1)
+    row = torch.arange(images, device=owner.device)
+    image_ranks = _ranks(text_features, image_features, owner, row, workspace_bytes)
+    text_ranks = _ranks(image_features[described], text_features, described, owner, workspace_bytes)
+    return {
+        "text_to_image": _summary(image_ranks, torch.ones_like(owner), images, ks),
+        "image_to_text": _summary(text_ranks, captions[described], texts, ks),
+    }
+
+
+def _ranks(
+    queries: Tensor, keys: Tensor, query_label: Tensor, key_label: Tensor, workspace_bytes: int
+) -> Tensor:
+    """For each query, 1 + the number of wrong keys that score as high as its best right key.
+
+    A key is right where its label is the query's; each query must have one.
+    """
+    if queries.dtype not in (torch.float32, torch.float64):
+        queries, keys = queries.float(), keys.float()
+    # Scores, a masked copy of them, and two masks are alive at once.
+    row_bytes = len(keys) * (2 * queries.element_size() + 2)
+    rows = max(1, workspace_bytes // row_bytes)
+    ranks = []
+    for chunk, label in zip(queries.split(rows), query_label.split(rows), strict=True):
+        scores = chunk @ keys.T
+        right = label[:, None] == key_label
+        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+        # Counts what is not behind, so that a score that overflowed to NaN never helps.
+        behind = (scores < best).logical_or_(right)
+        ranks.append(len(keys) + 1 - behind.count_nonzero(dim=1))
+    return torch.cat(ranks).cpu()
+
+
+def _summary(ranks: Tensor, right: Tensor, candidates: int, ks: Sequence[int]) -> dict[str, float]:
+    """Recalls and median rank; right: [queries], how many of the candidates are right for each."""
+    result = {f"R@{k}": (ranks <= k).double().mean().item() for k in ks}
+    result["median_rank"] = float(np.median(ranks.numpy()))
+    sizes, queries = right.cpu().unique(return_counts=True)
+    weights = (queries / queries.sum()).tolist()
+    for k in ks:
+        chances = [_chance(size, candidates, k) for size in sizes.tolist()]
+        result[f"chance_R@{k}"] = math.fsum(w * c for w, c in zip(weights, chances, strict=True))
+    return result
+
+
+def _chance(right: int, candidates: int, k: int) -> float:
+    """Probability that k draws without replacement hit one of the right candidates."""
+    drawn = min(k, candidates)
+    return 1 - math.comb(candidates - right, drawn) / math.comb(candidates, drawn)
+
+
+def _check_features(image_features: Tensor, text_features: Tensor) -> None:
+    for name, features in (("image_features", image_features), ("text_features", text_features)):
+        if not features.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {features.dtype}")
+        if features.ndim != 2 or not len(features):
+            raise ValueError(
+                f"{name} must be [n, dim] with at least one row, got {list(features.shape)}"
+            )
+        if not features.isfinite().all():
+            raise ValueError(
+                f"{name} must be finite, got NaN or infinity; ranks of such scores mean nothing"
+            )
+    if image_features.dtype != text_features.dtype:
+        raise TypeError(
+            f"text_features must have the dtype of image_features, "
+            f"{image_features.dtype}, got {text_features.dtype}"
+        )
+    if image_features.device != text_features.device:
+        raise ValueError(
+            f"text_features must be on the device of image_features, "
+            f"{image_features.device}, got {text_features.device}"
+        )
+    if image_features.shape[1] != text_features.shape[1]:
+        raise ValueError(
+            f"text_features must be as wide as image_features, "
+            f"{image_features.shape[1]}, got {text_features.shape[1]}"
+        )
+
+
+def _check_owner(image_of_text: Tensor | None, images: int, texts: int) -> Tensor:
+    if image_of_text is None:
+        if images != texts:
+            raise ValueError(
+                f"image_of_text must be given unless text i describes image i; got "
+                f"{texts} texts and {images} images"
+            )
+        return torch.arange(images)
+    if image_of_text.dtype != torch.int64:
+        raise TypeError(f"image_of_text must be int64, got {image_of_text.dtype}")
+    if image_of_text.shape != (texts,):
+        raise ValueError(
+            f"image_of_text must be [{texts}], one entry for each text, "
+            f"got {list(image_of_text.shape)}"
+        )
+    if image_of_text.min() < 0 or image_of_text.max() >= images:
+        raise ValueError(
+            f"image_of_text must lie in 0 .. {images - 1}, got values from "
+            f"{image_of_text.min()} to {image_of_text.max()}"
+        )
+    return image_of_text
