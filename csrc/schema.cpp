@@ -3,10 +3,12 @@
 
 STABLE_TORCH_LIBRARY(fastvlp, m) {
   // x [M, D], y [N, D], scale [] fp32. Returns row_lse [M], col_lse [N] (each [0] where not asked
-  // for), positive [M], and the kept logits tiles (opaque, [0] where nothing is kept).
+  // for) and positive [M]; writes the tiles of the first keep_blocks row blocks to `kept` (opaque,
+  // fp32, [0] where nothing is kept).
   m.def(
-      "contrastive_statistics(Tensor x, Tensor y, Tensor scale, int offset, bool rows, bool cols, "
-      "int block_rows, int block_cols, int keep_blocks) -> (Tensor, Tensor, Tensor, Tensor)");
+      "contrastive_statistics(Tensor x, Tensor y, Tensor scale, Tensor(a!) kept, int offset, "
+      "bool rows, bool cols, int block_rows, int block_cols, int keep_blocks) -> "
+      "(Tensor, Tensor, Tensor)");
   // weights [3] fp32: of the row softmax, of the column softmax, of the positive. Returns dx [M, D]
   // and dy [N, D] in the features' dtype, and the derivative by the scale, [] fp32.
   m.def(
@@ -40,6 +42,8 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "int offset, Tensor(a!) sums, Tensor(b!) out) -> ()");
   // Why the CUDA kernels do not run on this device; empty where they do.
   m.def("cuda_kernels_unavailable(int device) -> str");
+  // Frees the buffers that the CPU kernels keep between calls.
+  m.def("release_cpu_buffers() -> ()");
   // The instruction sets compiled in that this processor runs, fastest first, comma-separated.
   m.def("cpu_instruction_sets() -> str");
 }

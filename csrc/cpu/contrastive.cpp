@@ -60,6 +60,12 @@ ContrastiveProblem problem_of(const Tensor& x, const Tensor& y, const Tensor& sc
   return p;
 }
 
+void check_kept(const ContrastiveProblem& p, const Tensor& kept, int64_t keep_blocks) {
+  STD_TORCH_CHECK(kept.scalar_type() == ScalarType::Float && kept.is_contiguous() &&
+                      kept.numel() == keep_blocks * p.col_blocks() * tile_floats(p),
+                  "kept: expected contiguous float32 tiles of keep_blocks row blocks");
+}
+
 void run_parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
   torch::stable::parallel_for(0, n, 1, body);
 }
@@ -77,24 +83,24 @@ Buffer padded(const Tensor& values, int64_t size) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& x, const Tensor& y,
-                                                      const Tensor& scale, int64_t offset,
-                                                      bool rows, bool cols, int64_t block_rows,
-                                                      int64_t block_cols, int64_t keep_blocks) {
+std::tuple<Tensor, Tensor, Tensor> statistics(const Tensor& x, const Tensor& y, const Tensor& scale,
+                                              Tensor kept, int64_t offset, bool rows, bool cols,
+                                              int64_t block_rows, int64_t block_cols,
+                                              int64_t keep_blocks) {
   ContrastiveProblem p = problem_of(x, y, scale, offset, block_rows, block_cols);
   p.use_rows = rows;
   p.use_cols = cols;
   STD_TORCH_CHECK(keep_blocks >= 0 && keep_blocks <= p.row_blocks(),
                   "keep_blocks: expected 0 to the number of row blocks, got ", keep_blocks);
+  check_kept(p, kept, keep_blocks);
   auto empty = [&](int64_t n) { return torch::stable::new_empty(scale, {n}, ScalarType::Float); };
   Tensor row_lse = empty(rows ? p.x.rows : 0);
   Tensor col_lse = empty(cols ? p.y.rows : 0);
   Tensor positive = empty(p.x.rows);
-  Tensor kept = empty(keep_blocks * p.col_blocks() * tile_floats(p));
   contrastive_statistics(p, contrastive_kernels(), run_parallel, torch::stable::get_num_threads(),
                          mutable_floats_of(kept), keep_blocks, mutable_floats_of(row_lse),
                          mutable_floats_of(col_lse), mutable_floats_of(positive));
-  return {row_lse, col_lse, positive, kept};
+  return {row_lse, col_lse, positive};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& y, const Tensor& scale,
@@ -109,8 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& y, c
   STD_TORCH_CHECK(!p.use_rows || row_lse.numel() == p.x.rows, "row_lse: expected one per row of x");
   STD_TORCH_CHECK(!p.use_cols || col_lse.numel() == p.y.rows, "col_lse: expected one per row of y");
   STD_TORCH_CHECK(weights.numel() == 3, "weights: expected 3 values");
-  STD_TORCH_CHECK(kept.numel() == keep_blocks * p.col_blocks() * tile_floats(p),
-                  "kept: expected the tiles that contrastive_statistics returned for this plan");
+  check_kept(p, kept, keep_blocks);
   STD_TORCH_CHECK(chunk_rows > 0 && chunk_cols > 0, "chunk_rows, chunk_cols: expected at least 1");
   const Buffer padded_rows = padded(row_lse, p.row_blocks() * block_rows);
   const Buffer padded_cols = padded(col_lse, p.col_blocks() * block_cols);
@@ -169,4 +174,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastvlp, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastvlp, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_sets", TORCH_BOX(&fastvlp::cpu_instruction_sets));
+  m.impl("release_cpu_buffers", TORCH_BOX(&fastvlp::release_buffers));
 }

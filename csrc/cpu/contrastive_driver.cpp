@@ -1,9 +1,5 @@
 #include "contrastive_driver.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -17,34 +13,6 @@
 #include "../common/contrastive_math.h"
 
 namespace fastvlp {
-
-void FreeDeleter::operator()(void* p) const { std::free(p); }
-
-namespace {
-
-constexpr size_t kHugePage = size_t{2} << 20;
-
-// Asks for huge pages before the first touch: at 4 KiB a page, the faults of a fresh buffer of
-// tiles cost as much time as the product that fills it.
-void advise_huge_pages(void* p, size_t bytes) {
-#if defined(__linux__)
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)p, (void)bytes;
-#endif
-}
-
-}  // namespace
-
-Buffer allocate_floats(int64_t n) {
-  const size_t bytes = (static_cast<size_t>(std::max<int64_t>(n, 1)) * 4 + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, bytes);
-  if (p == nullptr) throw std::bad_alloc();
-  advise_huge_pages(p, bytes);
-  return Buffer(static_cast<float*>(p));
-}
 
 namespace {
 

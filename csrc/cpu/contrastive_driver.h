@@ -3,21 +3,14 @@
 
 #include <cstdint>
 #include <functional>
-#include <memory>
 
+#include "buffers.h"
 #include "contrastive_kernel.h"
 
 namespace fastvlp {
 
 // Calls body(begin, end) for a partition of [0, n), in parallel.
 using Parallel = std::function<void(int64_t n, const std::function<void(int64_t, int64_t)>& body)>;
-
-struct FreeDeleter {
-  void operator()(void* p) const;
-};
-// 64-byte aligned, uninitialised.
-using Buffer = std::unique_ptr<float, FreeDeleter>;
-Buffer allocate_floats(int64_t n);
 
 // A gradient [rows, dim], contiguous, and where its fp32 sums are kept until it is whole.
 struct GradientOutput {

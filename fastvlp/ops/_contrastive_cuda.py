@@ -40,10 +40,10 @@ def _unavailable(device: int) -> tuple[str, ...]:
     return (f"the compiled kernels do not run on cuda:{device}: {reason}",) if reason else ()
 
 
-def statistics(x, y, scale, offset, rows, cols, block_rows, block_cols, keep_blocks):
+def statistics(x, y, scale, kept, offset, rows, cols, *_):
     """fastvlp::contrastive_statistics; the blocks are for the CPU, and nothing is kept."""
     m, n = x.shape[0], y.shape[0]
-    row_lse, positive, kept = (_floats(x, size) for size in (m if rows else 0, m, 0))
+    row_lse, positive = (_floats(x, size) for size in (m if rows else 0, m))
     col_pairs = _floats(x, 2, n if cols else 0)
     col_pairs[0].fill_(-torch.inf)
     col_pairs[1].zero_()
@@ -55,7 +55,7 @@ def statistics(x, y, scale, offset, rows, cols, block_rows, block_cols, keep_blo
         torch.ops.fastvlp.contrastive_cuda_statistics(
             products, scale, offset + chunk.start, row_lse[chunk], positive[chunk], col_pairs
         )
-    return row_lse, col_pairs[0] + col_pairs[1].log(), positive, kept
+    return row_lse, col_pairs[0] + col_pairs[1].log(), positive
 
 
 def gradients(

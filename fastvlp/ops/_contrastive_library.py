@@ -8,27 +8,15 @@ import torch
 
 from .. import _native
 from . import _contrastive_cuda
-from ._contrastive_plan import _PADDING
 from ._dispatch import choose
 from ._saved_gradients import SECOND_DERIVATIVE
 
 
-def _tile_floats(block_rows: int, block_cols: int) -> int:
-    return block_cols * (block_rows + _PADDING)
-
-
-def _statistics_fake(x, y, scale, offset, rows, cols, block_rows, block_cols, keep_blocks):
+def _statistics_fake(x, y, scale, kept, offset, rows, cols, *_):
     def empty(n):
         return scale.new_empty(n, dtype=torch.float32)
 
-    col_blocks = -(-y.shape[0] // block_cols)
-    kept = keep_blocks * col_blocks * _tile_floats(block_rows, block_cols)
-    return (
-        empty(x.shape[0] if rows else 0),
-        empty(y.shape[0] if cols else 0),
-        empty(x.shape[0]),
-        empty(kept),
-    )
+    return empty(x.shape[0] if rows else 0), empty(y.shape[0] if cols else 0), empty(x.shape[0])
 
 
 def _gradients_fake(x, y, scale, *_):
@@ -45,19 +33,15 @@ def _sigmoid_fake(x, y, scale, bias, weight, offset, gradients, *_):
     return scalar(), gradient(x), gradient(y), scalar(), scalar()
 
 
-def _statistics_triton(x, y, scale, offset, rows, cols, block_rows, block_cols, keep_blocks):
+def _statistics_triton(x, y, scale, kept, offset, rows, cols, *_):
     from ..kernels.contrastive import contrastive_statistics
 
     row_lse, col_lse, positive = contrastive_statistics(
         x, y, scale, offset=offset, rows=rows, cols=cols
     )
-    nothing = scale.new_empty(0)
-    return (
-        row_lse if rows else nothing,
-        col_lse if cols else nothing.clone(),
-        positive,
-        nothing.clone(),
-    )
+    row_lse = row_lse if rows else scale.new_empty(0)
+    col_lse = col_lse if cols else scale.new_empty(0)
+    return row_lse, col_lse, positive
 
 
 def _gradients_triton(
@@ -158,7 +142,8 @@ def register() -> None:
     ):
         torch.library.register_fake(f"fastvlp::{name}", fake)
         torch.library.impl(f"fastvlp::{name}", "CUDA", _on_cuda(op, triton, native))
-        torch.library.register_autograd(f"fastvlp::{name}", _no_second_derivative)
+        if name != "contrastive_statistics":  # called by autograd functions only, never through
+            torch.library.register_autograd(f"fastvlp::{name}", _no_second_derivative)
     # The compiled passes only write into arguments.
     for name in ("statistics", "gradient", "sigmoid"):
         torch.library.register_fake(f"fastvlp::contrastive_cuda_{name}", lambda *_: None)

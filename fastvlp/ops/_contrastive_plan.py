@@ -26,10 +26,10 @@ class Plan:
     chunk_rows: int  # blocks computed again together in the backward pass
     chunk_cols: int
 
-    @property
-    def chunk_bytes(self) -> int:
-        """Size of the logits of one chunk."""
-        return self.chunk_rows * self.chunk_cols * 4 * self.block_rows * self.block_cols
+    def kept_floats(self, cols: int) -> int:
+        """Size of the tiles that the forward pass keeps of logits with `cols` columns."""
+        tiles = self.keep_blocks * -(-cols // self.block_cols)
+        return tiles * _tile_bytes(self.block_rows, self.block_cols) // 4
 
 
 def make_plan(

@@ -32,6 +32,7 @@ from ._contrastive_inputs import (
 )
 from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, make_plan
 from ._dispatch import choose, explain, register
+from ._workspace import Lease
 
 
 def contrastive(
@@ -150,25 +151,39 @@ class _Contrastive(torch.autograd.Function):
         rows, cols = direction != "text_to_image", direction != "image_to_text"
         keep = x.device.type == "cpu" and any(ctx.needs_input_grad[:3])
         plan = make_plan(n, n, x.shape[1], x.dtype, workspace_bytes, keep)
-        row_lse, col_lse, positive, kept = torch.ops.fastvlp.contrastive_statistics(
-            x, y, scale, 0, rows, cols, plan.block_rows, plan.block_cols, plan.keep_blocks
+        if torch.compiler.is_compiling():  # the compiler plans memory itself
+            kept, ctx.lease = scale.new_empty(plan.kept_floats(n)), None
+        else:
+            ctx.lease = Lease(plan.kept_floats(n))
+            kept = ctx.lease.floats.to(x.device)  # on a GPU nothing is kept: no floats move
+        row_lse, col_lse, positive = torch.ops.fastvlp.contrastive_statistics(
+            x, y, scale, kept, 0, rows, cols, plan.block_rows, plan.block_cols, plan.keep_blocks
         )
         ctx.plan = plan
-        ctx.save_for_backward(x, y, scale, row_lse, col_lse, kept)
+        ctx.save_for_backward(
+            x, y, scale, row_lse, col_lse, *(() if ctx.lease is not None else (kept,))
+        )
         losses = [(lse - positive).mean() for lse, on in ((row_lse, rows), (col_lse, cols)) if on]
         return sum(losses) / len(losses)
 
     @staticmethod
     def backward(ctx, grad):
-        x, y, scale, row_lse, col_lse, kept = ctx.saved_tensors
+        x, y, scale, row_lse, col_lse, *kept = ctx.saved_tensors
         n, plan = x.shape[0], ctx.plan
+        keep_blocks = plan.keep_blocks
+        if ctx.lease is not None:
+            kept = [ctx.lease.floats]
+        if kept[0] is None:  # a second backward pass: the tiles went with the first one
+            kept, keep_blocks = [scale.new_empty(0)], 0
         directions = (row_lse.numel() > 0) + (col_lse.numel() > 0)
         share = grad / (n * directions)
         weights = torch.stack((share, share, share * directions))
         dx, dy, dscale = torch.ops.fastvlp.contrastive_gradients(
-            x, y, scale, row_lse, col_lse, weights, kept, 0, plan.block_rows, plan.block_cols,
-            plan.keep_blocks, plan.chunk_rows, plan.chunk_cols,
+            x, y, scale, row_lse, col_lse, weights, kept[0].to(x.device), 0, plan.block_rows,
+            plan.block_cols, keep_blocks, plan.chunk_rows, plan.chunk_cols,
         )  # fmt: skip
+        if ctx.lease is not None:
+            ctx.lease.give_back()
         return dx, dy, dscale, None, None
 
 

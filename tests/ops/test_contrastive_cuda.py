@@ -182,6 +182,9 @@ def test_a_positive_past_the_last_column_is_none(kernels):
 # --- composition with products -------------------------------------------------------------------
 
 
+NOTHING = torch.empty(0)  # logits kept between the passes: none on a GPU
+
+
 def softmax_case(x, y, scale, offset, weights, dtype):
     """Log-sum-exps, positives and the gradients of sum_i w0 lse_i + sum_j w1 lse_j - w2 z_positive,
     in plain PyTorch at `dtype`."""
@@ -243,8 +246,8 @@ def test_softmax_composition(
     eager = softmax_case(x, y, scale, offset, used, dtype)
     exact = softmax_case(x, y, scale, offset, used, torch.float64)
     with mock.patch.object(_contrastive_cuda, "_STATISTICS_BYTES", 4 * n * 10 * chunk[0]):
-        row_lse, col_lse, positive, kept = _contrastive_cuda.statistics(
-            x, y, scale, offset, *directions, BLOCK, BLOCK, 0
+        row_lse, col_lse, positive = _contrastive_cuda.statistics(
+            x, y, scale, NOTHING, offset, *directions, BLOCK, BLOCK, 0
         )
     z = scale.double() * x.double() @ y.double().T
     rounding = SINGLE * (z.abs().max().item() + math.log(m + n))
@@ -255,10 +258,9 @@ def test_softmax_composition(
             assert_as_accurate(name, ours, eager[index], exact[index], floor)
         else:
             assert ours.shape == (0,)
-    assert kept.shape == (0,)
 
     dx, dy, dscale = _contrastive_cuda.gradients(
-        x, y, scale, row_lse, col_lse, weights, kept, offset, BLOCK, BLOCK, 0, *chunk
+        x, y, scale, row_lse, col_lse, weights, NOTHING, offset, BLOCK, BLOCK, 0, *chunk
     )
     assert (dx.dtype, dy.dtype, dscale.dtype) == (dtype, dtype, torch.float32)
     largest = weights.abs().max().item()
@@ -310,11 +312,11 @@ def test_float16_keeps_small_probabilities(passes):
     m = 64
     x, y = pair_of_features(m, m, 16, torch.float16, False)
     scale, weights = floats(1.0), floats(1e-7, 1e-7, 2e-7)
-    row_lse, col_lse, _, kept = _contrastive_cuda.statistics(
-        x, y, scale, 0, True, True, BLOCK, BLOCK, 0
+    row_lse, col_lse, _ = _contrastive_cuda.statistics(
+        x, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0
     )
     _, _, dscale = _contrastive_cuda.gradients(
-        x, y, scale, row_lse, col_lse, weights, kept, 0, BLOCK, BLOCK, 0, 2, 2
+        x, y, scale, row_lse, col_lse, weights, NOTHING, 0, BLOCK, BLOCK, 0, 2, 2
     )
     exact = softmax_case(x, y, scale, 0, weights, torch.float64)[5]
     assert abs(dscale.item() - exact.item()) <= epsilon(torch.float16) * abs(exact.item())
@@ -323,19 +325,19 @@ def test_float16_keeps_small_probabilities(passes):
 def test_empty_sides(passes):
     x, y = torch.randn(3, 4), torch.randn(5, 4)
     none, scale, weights = torch.empty(0, 4), floats(1.0), floats(1.0, 1.0, 1.0)
-    row_lse, col_lse, positive, kept = _contrastive_cuda.statistics(
-        x, none, scale, 0, True, True, BLOCK, BLOCK, 0
+    row_lse, col_lse, positive = _contrastive_cuda.statistics(
+        x, none, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0
     )
     assert (row_lse == -INF).all() and (positive == 0).all() and col_lse.shape == (0,)
     dx, dy, dscale = _contrastive_cuda.gradients(
-        x, none, scale, row_lse, col_lse, weights, kept, 0, BLOCK, BLOCK, 0, 1, 1
+        x, none, scale, row_lse, col_lse, weights, NOTHING, 0, BLOCK, BLOCK, 0, 1, 1
     )
     assert (dx == 0).all() and dy.shape == (0, 4) and dscale == 0
-    row_lse, col_lse, positive, kept = _contrastive_cuda.statistics(
-        none, y, scale, 0, True, True, BLOCK, BLOCK, 0
+    row_lse, col_lse, positive = _contrastive_cuda.statistics(
+        none, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0
     )
     assert (col_lse == -INF).all() and row_lse.shape == positive.shape == (0,)
     dx, dy, dscale = _contrastive_cuda.gradients(
-        none, y, scale, row_lse, col_lse, weights, kept, 0, BLOCK, BLOCK, 0, 1, 1
+        none, y, scale, row_lse, col_lse, weights, NOTHING, 0, BLOCK, BLOCK, 0, 1, 1
     )
     assert dx.shape == (0, 4) and (dy == 0).all() and dscale == 0
