@@ -1,16 +1,18 @@
 """fastvlp: fast, exact and small kernels for vision-language pretraining.
 
 `fastvlp.ops` holds the operators, `fastvlp.losses` the modules a trainer uses in their place.
+`fastvlp.GradCache` takes exact steps on batches whose activations do not fit into memory.
 `python -m fastvlp.info` prints what was built and what would run on this machine.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from . import losses, ops
+from .grad_cache import GradCache
 
 try:
     __version__ = version("fastvlp")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["losses", "ops", "__version__"]
+__all__ = ["GradCache", "losses", "ops", "__version__"]

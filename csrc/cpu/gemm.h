@@ -16,11 +16,14 @@ constexpr int kRegisterRows = 4;
 #endif
 constexpr int kRegisterVectors = 2;
 constexpr int kPanel = kRegisterVectors * kLanes;  // columns of one packed panel of B
-constexpr int64_t kMaxDepth = 512;                 // words of K per pass: a panel stays in L1
+
+// Products add up to kMaxDepth words of K in registers before they go to memory.
 
 // acc += a * b for floats.
 struct FloatDot {
   static constexpr int kPerWord = 1;
+  // One running sum over all of K rounds worse than a vendor's product; sums of 64 do not.
+  static constexpr int64_t kMaxDepth = 64;
   static Vec step(Vec acc, uint32_t a, Vec b) {
     float f;
     std::memcpy(&f, &a, 4);
@@ -32,6 +35,7 @@ struct FloatDot {
 // acc += a.low * b.low + a.high * b.high for pairs of bfloat16, accumulated in fp32.
 struct BFloat16Dot {
   static constexpr int kPerWord = 2;
+  static constexpr int64_t kMaxDepth = 512;  // a packed panel stays in the first-level cache
   static Vec step(Vec acc, uint32_t a, Vec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
                                  (__m512bh)b);
@@ -77,8 +81,8 @@ inline void micro_kernel(const uint32_t* a, int64_t lda, const float* b, float* 
 template <class Dot, Order order>
 void multiply(const uint32_t* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t m,
               int64_t panels, int64_t depth, float alpha, bool accumulate) {
-  for (int64_t k = 0; k < depth; k += kMaxDepth) {
-    const int64_t part = depth - k < kMaxDepth ? depth - k : kMaxDepth;
+  for (int64_t k = 0; k < depth; k += Dot::kMaxDepth) {
+    const int64_t part = depth - k < Dot::kMaxDepth ? depth - k : Dot::kMaxDepth;
     const uint32_t* ak = order == Order::kDepthContiguous ? a + k : a + k * lda;
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t i = 0; i < m; i += kRegisterRows)

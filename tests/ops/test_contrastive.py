@@ -101,6 +101,17 @@ def test_rows_far_below_the_scale(device):
     assert ours.image[0].norm() > 0
 
 
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+def test_wide_features_round_no_worse_than_eager(device, scale):
+    # Sums over K of 512 are where a product's own rounding shows: no floor here.
+    image, text = features(1024, 512, torch.float32, device)
+    ours = run(contrastive, image, text, scale, 0.0)
+    eager = run(contrastive_reference, image, text, scale, 0.0)
+    exact = run(contrastive_reference, image, text, scale, 0.0, torch.float64)
+    for name in ("image", "text"):
+        assert_as_accurate(name, getattr(ours, name), getattr(eager, name), getattr(exact, name))
+
+
 def test_nan_reaches_the_loss_and_inf_does_not_hide(device):
     for value in (float("nan"), float("inf")):
         image, text = features(40, 16, torch.float32, device)

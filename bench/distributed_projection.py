@@ -1,0 +1,161 @@
+"""What the contrastive loss would take on more GPUs: a projection, not a measurement.
+
+From two things that are counted, not estimated, on a few ranks with B pairs each:
+
+- FLOPs of the matrix products of one rank, forward and backward. They are `products` times
+  2 B (B W) D on W ranks, so `products` is what is taken from the measured run.
+- bytes sent by one rank. With B fixed every exchange of the loss is of the form p + q W (an
+  all-gather sends (W-1) shards, a ring W-1 or W), so p and q come from a straight line
+  through the counts at two or more numbers of ranks W > 1.
+
+and from two rates that are given, R FLOP/s of products and L bytes/s of the slowest link of a
+GPU in one direction:
+
+    compute  = products * 2 B^2 D W / R
+    transfer = (p + q W) / L
+    step, nothing overlapped    = compute + transfer
+    step, perfectly overlapped  = max(compute, transfer)
+
+Left out: passes over the logits outside products (an eager loss makes several over its
+B x (B W) matrices), latency of messages, and faster links inside a node. All three favour the
+implementations that make more passes and send more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from distributed_traffic import Listener
+from rich.console import Console
+from rich.table import Table
+
+TITLE = "PROJECTION, not a measurement"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """matrix_tflops: 10^12 FLOP/s of products; link_gbs: 10^9 bytes/s per GPU, one way."""
+
+    matrix_tflops: float = 400.0
+    link_gbs: float = 50.0
+
+
+class Products:
+    """FLOPs of the matrix products made while open, a product of MxK and KxN being 2 M N K."""
+
+    def __init__(self) -> None:
+        self.flops = 0.0
+        self._listeners = (
+            Listener("aten", ("mm", "addmm", "bmm", "baddbmm"), self._of_torch),
+            Listener("fastvlp", ("contrastive_statistics", "contrastive_gradients"), self._own),
+        )
+
+    def __enter__(self) -> Products:
+        for listener in self._listeners:
+            listener.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for listener in self._listeners:
+            listener.__exit__()
+
+    def _of_torch(self, name: str, arguments: Mapping[str, Any]) -> None:
+        names = {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2")}
+        left, right = (arguments[each] for each in names.get(name, ("self", "mat2")))
+        self.flops += 2 * left.numel() * right.shape[-1]
+
+    def _own(self, name: str, arguments: Mapping[str, Any]) -> None:
+        x, y = arguments["x"], arguments["y"]
+        products = 1.0
+        if name == "contrastive_gradients":
+            # Two for the gradients, and the logits again where they were not kept.
+            rows = arguments["keep_blocks"] * arguments["block_rows"]
+            kept = min(rows, len(x)) / len(x) if arguments["kept"].numel() else 0.0
+            products = 3.0 - kept
+        self.flops += products * 2 * len(x) * len(y) * x.shape[1]
+
+
+def project(
+    rows: Sequence[Mapping[str, Any]], rates: Rates, world_sizes: Sequence[int] = (8, 64, 512)
+) -> list[dict[str, Any]]:
+    """One entry for each implementation, dtype and number of GPUs, times in ms.
+
+    rows: of one run, with `flops`, `bytes_sent` and shape {world_size, batch, dim}; counts of
+    one rank are not used, those of fewer than two numbers of ranks beyond it not enough.
+    """
+    counted: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["shape"]["world_size"] > 1:
+            counted.setdefault((row["dtype"], row["impl"]), []).append(row)
+    found = []
+    for (dtype, impl), group in counted.items():
+        ranks = [row["shape"]["world_size"] for row in group]
+        if len(set(ranks)) < 2:
+            raise ValueError(f"{impl} {dtype}: needs counts at two numbers of ranks, got {ranks}")
+        flops_per_rank = np.mean([row["flops"] / row["shape"]["world_size"] for row in group])
+        slope, start = np.polyfit(ranks, [row["bytes_sent"] for row in group], 1)
+        for world_size in world_sizes:
+            flops = float(flops_per_rank * world_size)
+            sent = float(start + slope * world_size)
+            compute = flops / (rates.matrix_tflops * 1e12) * 1e3
+            transfer = sent / (rates.link_gbs * 1e9) * 1e3
+            found.append(
+                {
+                    "kind": "projection",
+                    "impl": impl,
+                    "dtype": dtype,
+                    "world_size": world_size,
+                    "batch": group[0]["shape"]["batch"],
+                    "flops": flops,
+                    "bytes_sent": sent,
+                    "compute_ms": compute,
+                    "transfer_ms": transfer,
+                    "exposed_ms": compute + transfer,
+                    "overlapped_ms": max(compute, transfer),
+                }
+            )
+    return found
+
+
+def print_projection(entries: Sequence[Mapping[str, Any]], rates: Rates) -> None:
+    """One table for each dtype, on standard output."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    for dtype in dict.fromkeys(entry["dtype"] for entry in entries):
+        group = [entry for entry in entries if entry["dtype"] == dtype]
+        grid = Table(
+            title_justify="left",
+            title=(
+                f"{TITLE}: counted FLOPs and bytes of {dtype}, {group[0]['batch']:,} pairs per GPU, at "
+                f"{rates.matrix_tflops:g} TFLOP/s and {rates.link_gbs:g} GB/s per GPU"
+            ),
+        )
+        for heading in (
+            "implementation",
+            "GPUs",
+            "GFLOP",
+            "MB sent",
+            "compute ms",
+            "transfer ms",
+            "ms, no overlap",
+            "ms, full overlap",
+        ):
+            grid.add_column(
+                heading, justify="left" if heading == "implementation" else "right", no_wrap=True
+            )
+        for entry in sorted(group, key=lambda each: each["world_size"]):
+            grid.add_row(
+                entry["impl"],
+                str(entry["world_size"]),
+                f"{entry['flops'] / 1e9:,.0f}",
+                f"{entry['bytes_sent'] / 1e6:,.0f}",
+                *(
+                    f"{entry[key]:,.2f}"
+                    for key in ("compute_ms", "transfer_ms", "exposed_ms", "overlapped_ms")
+                ),
+            )
+        console.print(grid)

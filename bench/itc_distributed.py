@@ -1,0 +1,402 @@
+"""The contrastive loss over a global batch spread on several ranks, forward and backward.
+
+    python bench/itc_distributed.py --world-sizes 1,2,4 --batch 4096 --dtype fp32,bf16
+
+Spawns the ranks on this machine and compares fastvlp with open_clip's ClipLoss(local_loss,
+gather_with_grad), the setting large runs train with: time of the slowest rank, ranks
+starting each call together; bytes each rank sends, counted (distributed_traffic.py); the
+largest extra peak memory of a rank; FLOPs of the products; error against the float64 loss
+of the whole batch on one process. `--project` adds what the counts mean for more GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+import itc_features
+import itc_peers
+import memory
+import ranks
+import report
+import torch
+import torch.distributed as dist
+from distributed_projection import TITLE, Products, Rates, print_projection, project
+from distributed_traffic import RULE, Traffic, loopback_bytes
+from harness import DTYPES, OURS, Contender, Missing, Settings
+from itc_peers import Inputs, Loss, forward_backward
+from timing import status
+
+OP = "contrastive_distributed"
+PACKAGES = ("open_clip_torch", "numpy")
+PEER = "open_clip"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One comparison: what all ranks compute."""
+
+    settings: Settings
+    dtype: str
+    world_size: int
+    batch: int  # pairs of each rank
+    dim: int
+    scale: float
+    error_batch: int  # pairs of each rank where the error is measured
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"world_size": self.world_size, "batch": self.batch, "dim": self.dim}
+
+
+def inputs(job: Job, batch: int) -> Inputs:
+    """This rank's pairs of a global batch; the same at each call, others on other ranks."""
+    everything = itc_features.pairs(itc_features.DRAWN, batch * job.world_size, job.dim)
+    mine = slice(dist.get_rank() * batch, (dist.get_rank() + 1) * batch)
+    # Copies, so that the global batch is freed and not taken for an input.
+    image, text = (
+        side[mine].to(job.settings.device, DTYPES[job.dtype], copy=True) for side in everything
+    )
+    return Inputs(image, text, torch.tensor(job.scale, device=job.settings.device))
+
+
+def ours(schedule: str, comm_dtype: torch.dtype | None = None) -> Loss:
+    from fastvlp.ops import contrastive
+
+    options = {"group": dist.group.WORLD, "schedule": schedule, "comm_dtype": comm_dtype}
+    return lambda image, text, scale: contrastive(image, text, scale, **options)
+
+
+def open_clip() -> Loss:
+    from open_clip.loss import ClipLoss
+
+    # It gathers by a function that newer versions of torch deprecate, at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
+    return ClipLoss(
+        local_loss=True,
+        gather_with_grad=True,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+    )
+
+
+def open_clip_autocast(dtype: torch.dtype, device: str) -> Loss:
+    loss = open_clip()
+
+    def call(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device, dtype):
+            return loss(image, text, scale)
+
+    return call
+
+
+def contenders(dtype: str, world_size: int, device: str) -> tuple[list[Contender], list[Missing]]:
+    """fastvlp by each of its schedules, and open_clip at each precision of its softmax."""
+
+    def one(name: str, make_loss: Callable[[], Loss], **extra: str) -> Contender:
+        return Contender(name, functools.partial(forward_backward, make_loss), extra=extra)
+
+    found = [one(OURS, functools.partial(ours, "gather"), softmax="fp32")]
+    if world_size > 1:
+        found.append(one(f"{OURS} ring", functools.partial(ours, "ring"), softmax="fp32"))
+        sent_as_bf16 = functools.partial(ours, "gather", torch.bfloat16)
+        found.append(one(f"{OURS} bf16 sent", sent_as_bf16, softmax="fp32"))
+    if not itc_peers.has_open_clip():
+        return found, [Missing(PEER, "not installed", "pip install 'fastvlp[bench]'")]
+    if dtype == "fp32":
+        return [*found, one(PEER, open_clip, softmax="fp32")], []
+    autocast = functools.partial(open_clip_autocast, DTYPES[dtype], device)
+    return [
+        *found,
+        one(f"{PEER} autocast", autocast, softmax="fp32"),
+        one(f"{PEER} {dtype}", open_clip, softmax=dtype),
+    ], []
+
+
+def _together(tensor: torch.Tensor) -> torch.Tensor:
+    parts = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(parts, tensor.contiguous())
+    return parts
+
+
+def errors(contender: Contender, job: Job) -> dict[str, float]:
+    """Relative errors of the whole batch's loss and gradients against one float64 process.
+
+    Loss and gradients are averaged over the ranks as DDP averages them: a rank's gradient by
+    its own features then is W times that of the global mean, the scale's its plain mean.
+    """
+    own = inputs(job, job.error_batch)
+    image, text = _together(own.image), _together(own.text)
+    truth = dict(itc_peers.float64_reference(Inputs(image, text, own.scale)))
+    for name in ("d_image", "d_text"):
+        truth[name] = truth[name] * job.world_size
+    found = {}
+    for name, value in contender.make(own)().items():
+        whole = _together(value) if value.dim() else _together(value.reshape(1)).double().mean()
+        found[name] = harness.relative_error(whole, truth[name])
+    return found
+
+
+def measure(job: Job, runners: Sequence[Contender]) -> list[dict[str, Any]]:
+    """On every rank of a group: the rows of a comparison, the same on each, without memory."""
+    label = f"{OP} {job.dtype} " + " ".join(f"{key}={value}" for key, value in job.shape.items())
+    with status(f"{label}: errors at {job.error_batch} pairs a rank"):
+        wrong = {each.name: errors(each, job) for each in runners}
+    own = inputs(job, job.batch)
+    calls = {each.name: each.make(own) for each in runners}
+    settings = job.settings
+    times = ranks.alternate(
+        calls,
+        device=settings.device,
+        min_rounds=settings.min_rounds,
+        max_rounds=settings.max_rounds,
+        budget_s=settings.budget_s,
+        label=label,
+    )
+    rows = []
+    for each in runners:
+        with status(f"{label}: counting {each.name}"):
+            counts = count(calls[each.name], settings.device)
+        row = harness.row(
+            OP,
+            each,
+            job.dtype,
+            job.shape,
+            "fwd+bwd",
+            times[each.name],
+            None,
+            wrong[each.name],
+            itc_peers.JUDGED,
+        )
+        rows.append({**row, **counts})
+    return rows
+
+
+def count(call: Callable[[], Any], device: str) -> dict[str, Any]:
+    """Bytes and FLOPs of one call on the rank that has most of them."""
+    before, after = None, None
+    dist.barrier()
+    if dist.get_rank() == 0:
+        before = loopback_bytes()
+    dist.barrier()
+    with Traffic() as traffic:
+        call()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        after = loopback_bytes()
+    dist.barrier()
+    with Products() as products:
+        call()
+    most = ranks.slowest([float(traffic.bytes_sent), products.flops], device)
+    seen = None
+    if device == "cpu" and before is not None and after is not None:
+        seen = (after - before) / dist.get_world_size()
+    return {
+        "bytes_sent": int(most[0]),
+        "flops": most[1],
+        "exchanges": dict(traffic.calls),
+        "loopback_bytes": seen,
+    }
+
+
+def peak(job: Job, contender: Contender) -> memory.Probe:
+    """On every rank of a new group: the extra peak of one call, inputs not counted."""
+    build, tiny = functools.partial(inputs, job, job.batch), functools.partial(inputs, job, 64)
+    if job.settings.device == "cuda":
+        return memory._cuda_peak(contender.make, build, tiny, 0)
+    if not memory._CLEAR.exists():
+        return memory.Probe(None, failure="needs Linux with /proc/self/clear_refs")
+    return memory._resident_peak(contender.make, build, tiny, False, 0)
+
+
+def compare(job: Job) -> tuple[list[dict[str, Any]], list[Missing]]:
+    """The rows of one comparison, and what could not be measured."""
+    runners, missing = contenders(job.dtype, job.world_size, job.settings.device)
+    group = functools.partial(
+        ranks.launch, job.world_size, device=job.settings.device, threads=job.settings.threads
+    )
+    rows = group(measure, job, runners, timeout_s=3600.0)[0]
+    for row, runner in zip(rows, runners, strict=True):
+        with status(f"{OP} {job.dtype} W={job.world_size}: peak memory of {runner.name}"):
+            probes = group(peak, job, runner)
+        failures = [probe.failure for probe in probes if probe.failure]
+        if failures:
+            missing.append(Missing(f"peak memory of {runner.name}", failures[0]))
+        else:
+            row["peak_mb"] = max(probe.peak_mb for probe in probes)
+    return rows, missing
+
+
+def positives(text: str) -> list[int]:
+    found = [int(part) for part in text.split(",") if part.strip()]
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected positive integers, as in 1,2,4")
+    return found
+
+
+def dtypes(text: str) -> list[str]:
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found or set(found) - set(DTYPES):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose among {', '.join(DTYPES)}")
+    return found
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags.set_defaults(threads=1)
+    flags.add_argument(
+        "--world-sizes", type=positives, metavar="W,...", help="ranks (default 1,2,4; 2 if quick)"
+    )
+    flags.add_argument("--batch", type=int, help="pairs of each rank (default 4096; 512 if quick)")
+    flags.add_argument("--dim", type=int, default=512, help="width of the features")
+    flags.add_argument("--dtype", type=dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16")
+    flags.add_argument("--scale", type=float, default=100.0, help="exp(logit_scale)")
+    flags.add_argument(
+        "--error-batch",
+        type=int,
+        default=256,
+        help="pairs of each rank where errors are measured, --batch at most",
+    )
+    flags.add_argument(
+        "--project",
+        action="store_true",
+        help="also print a projection to more GPUs; needs two W above 1",
+    )
+    flags.add_argument("--project-to", type=positives, default=[8, 64, 512], metavar="W,...")
+    flags.add_argument(
+        "--link-gbs",
+        type=float,
+        default=Rates.link_gbs,
+        help="of the projection: 10^9 bytes/s a GPU sends",
+    )
+    flags.add_argument(
+        "--matrix-tflops",
+        type=float,
+        default=Rates.matrix_tflops,
+        help="of the projection: 10^12 FLOP/s that products sustain",
+    )
+    args = flags.parse_args(argv)
+    args.world_sizes = args.world_sizes or ([2] if args.quick else [1, 2, 4])
+    args.batch = args.batch or (512 if args.quick else 4096)
+    if min(args.batch, args.dim, args.error_batch) < 1 or not 0 < args.scale < float("inf"):
+        flags.error("--batch, --dim, --error-batch and --scale must be positive")
+    if not (args.link_gbs > 0 and args.matrix_tflops > 0):
+        flags.error("--link-gbs and --matrix-tflops must be positive")
+    if args.project and len({w for w in args.world_sizes if w > 1}) < 2:
+        flags.error("--project needs two different --world-sizes above 1, as in 2,4")
+    gpus = torch.cuda.device_count()
+    if args.device == "cuda" and max(args.world_sizes) > gpus:
+        flags.error(f"--world-sizes: {max(args.world_sizes)} ranks need as many GPUs, found {gpus}")
+    report.require_plotting(args.plot)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    settings = harness.settings_from(args)
+    rows: list[dict[str, Any]] = []
+    missing: list[Missing] = []
+    for dtype in args.dtype:
+        for world_size in args.world_sizes:
+            job = Job(
+                settings,
+                dtype,
+                world_size,
+                args.batch,
+                args.dim,
+                args.scale,
+                min(args.error_batch, args.batch),
+            )
+            found, absent = compare(job)
+            rows += found
+            missing += [each for each in absent if each not in missing]
+    rates = Rates(args.matrix_tflops, args.link_gbs)
+    projected = project(rows, rates, args.project_to) if args.project else []
+    facts = report.meta(
+        settings,
+        PACKAGES,
+        missing,
+        features=itc_features.DRAWN.about,
+        scale=args.scale,
+        backend="nccl" if args.device == "cuda" else "gloo",
+        error_batch=args.error_batch,
+        bytes_sent=RULE,
+        projection={"note": TITLE, **vars(rates), "rows": projected},
+    )
+    report.table(
+        [_shown(row, rows) for row in rows],
+        extra_columns=("softmax", "products", "MB sent", "of its bytes"),
+    )
+    print(
+        f"MB sent: {RULE}. 'of its bytes': as a share of {PEER}'s. Products: 1 is this rank's "
+        "rows against all columns. Time and memory: of the slowest and the largest rank."
+    )
+    busy = max(args.world_sizes) * settings.threads
+    if args.device == "cpu" and busy > facts["cores"]:
+        print(
+            f"Mind: {max(args.world_sizes)} ranks with {settings.threads} threads each share "
+            f"{facts['cores']} cores."
+        )
+    report.print_missing(missing)
+    for line in summary(rows):
+        print(line)
+    if projected:
+        print_projection(projected, rates)
+    if args.json:
+        report.write_json(args.json, facts, rows)
+    if args.plot:
+        report.plot(args.plot, rows, facts, "world_size", "ranks W")
+
+
+def _peer(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """open_clip's fastest row with an fp32 softmax in the comparison `row` belongs to."""
+    key = report.group_key(row)
+    found = [
+        each
+        for each in rows
+        if report.group_key(each) == key
+        and each["impl"].startswith(PEER)
+        and each["softmax"] == "fp32"
+    ]
+    return min(found, key=lambda each: each["ms"], default=None)
+
+
+def _shown(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    shape, peer = row["shape"], _peer(rows, row)
+    one = 2 * shape["batch"] ** 2 * shape["world_size"] * shape["dim"]
+    share = row["bytes_sent"] / peer["bytes_sent"] if peer and peer["bytes_sent"] else None
+    return {
+        **row,
+        "products": f"{row['flops'] / one:.2f}",
+        "MB sent": f"{row['bytes_sent'] / 1e6:.2f}",
+        "of its bytes": "" if share is None else f"{share:.2f}",
+    }
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each comparison: every schedule of ours against open_clip."""
+    lines = []
+    for group in report.groups(rows):
+        first, peer = group[0], _peer(group, group[0])
+        parts = []
+        for row in group:
+            if peer and row["impl"].startswith(OURS):
+                part = f"{row['impl']} {peer['ms'] / row['ms']:.2f}x as fast"
+                if peer["bytes_sent"]:
+                    part += f" with {row['bytes_sent'] / peer['bytes_sent']:.2f} of the bytes"
+                parts.append(part)
+        if parts:
+            lines.append(
+                f"{first['dtype']}, W={first['shape']['world_size']}, against "
+                f"{peer['impl']} ({peer['ms']:.0f} ms): {'; '.join(parts)}."
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

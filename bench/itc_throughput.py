@@ -1,0 +1,209 @@
+"""Throughput of the symmetric image–text contrastive loss, forward and backward.
+
+    python bench/itc_throughput.py --n 2048,8192 --dim 512 --dtype fp32,bf16
+
+Times fastvlp.losses.ClipLoss against its peers on the features of real picture–caption
+pairs, and against the matrix products that no implementation can do without; measures the
+extra peak memory of each and its error against float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import harness
+import itc_features
+import itc_peers
+import memory
+import report
+import torch
+from harness import BOUND, OURS
+from timing import status
+
+OP = "contrastive"
+PACKAGES = ("open_clip_torch", "inf-cl", "memeff", "triton", "numpy")
+
+
+def numbers(text: str) -> list[int]:
+    """A comma-separated list of positive integers; may be empty."""
+    found = [int(part) for part in text.split(",") if part.strip()]
+    if any(number < 2 for number in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: every N must be at least 2")
+    return found
+
+
+def dtypes(text: str) -> list[str]:
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = set(found) - set(harness.DTYPES)
+    if unknown or not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: choose among {', '.join(harness.DTYPES)}")
+    return found
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags.add_argument("--n", type=numbers, help="pairs (default 2048,8192; 1024 if quick)")
+    flags.add_argument("--dim", type=int, default=512, help="width of the features")
+    flags.add_argument("--dtype", type=dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16")
+    flags.add_argument("--scale", type=float, default=100.0, help="exp(logit_scale)")
+    flags.add_argument(
+        "--memory-n",
+        type=numbers,
+        metavar="N,...",
+        help="fastvlp alone at these N: time and memory (default 32768; none if quick)",
+    )
+    flags.add_argument(
+        "--error-n", type=int, default=8192, help="largest N to compare with float64"
+    )
+    flags.add_argument(
+        "--features",
+        choices=("auto", "drawn"),
+        default="auto",
+        help="auto: of real pairs where what that takes is installed",
+    )
+    flags.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    args = flags.parse_args(argv)
+    if args.n is None:
+        args.n = [1024] if args.quick else [2048, 8192]
+    if args.memory_n is None:
+        args.memory_n = [] if args.quick else [32768]
+    args.memory_n = [n for n in args.memory_n if n not in args.n]
+    if args.dim < 1 or not 0 < args.scale < float("inf"):
+        flags.error("--dim and --scale must be positive")
+    report.require_plotting(args.plot)
+    return args
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    our_loss: Callable[[], itc_peers.Loss] = itc_peers.ours,
+) -> None:
+    args = parse(argv)
+    settings = harness.settings_from(args)
+    torch.manual_seed(0)
+    if itc_peers.has_open_clip():
+        memory.preload("open_clip")
+    source, missing = itc_features.prepare(args.features, args.quick)
+    notes = sorted({itc_features.describe(source, n, args.dim) for n in args.n})
+    for note in notes:
+        print(f"Features: {note}.")
+    rows: list[dict[str, Any]] = []
+    for dtype in args.dtype:
+        build = functools.partial(inputs, source, args.dim, dtype, args.scale, args.device)
+        contenders, absent = itc_peers.contenders(dtype, args.device, our_loss)
+        missing += [each for each in absent if each not in missing]
+        if args.no_compile:
+            contenders = [each for each in contenders if not each.compiled]
+        for n in args.n:
+            found, failed = harness.compare(
+                OP,
+                contenders,
+                functools.partial(build, n=n),
+                functools.partial(build, n=64),
+                settings,
+                dtype=dtype,
+                shape={"n": n, "d": args.dim},
+                reference=itc_peers.float64_reference if n <= args.error_n else None,
+                judged=itc_peers.JUDGED,
+            )
+            rows += found
+            missing += failed
+        for n in args.memory_n:
+            rows.append(alone(contenders[0], build, settings, dtype, n, args.dim))
+    facts = report.meta(settings, PACKAGES, missing, features=notes, scale=args.scale)
+    report.table(rows, rate=("pairs/s", "n"), extra_columns=("logits", "softmax"))
+    report.print_missing(missing)
+    print(summary(rows, args.dtype, max(args.n)))
+    if args.json:
+        report.write_json(args.json, facts, rows)
+    if args.plot:
+        report.plot(args.plot, rows, facts, "n", "pairs N")
+
+
+def inputs(
+    source: itc_features.Source, dim: int, dtype: str, scale: float, device: str, n: int
+) -> itc_peers.Inputs:
+    """Unit-norm features of n pairs and the scale; the same for the same arguments."""
+    image, text = itc_features.pairs(source, n, dim)
+    kind = harness.DTYPES[dtype]
+    return itc_peers.Inputs(
+        image.to(device, kind), text.to(device, kind), torch.tensor(scale, device=device)
+    )
+
+
+def alone(
+    contender: harness.Contender,
+    build: Callable[..., itc_peers.Inputs],
+    settings: harness.Settings,
+    dtype: str,
+    n: int,
+    dim: int,
+) -> dict[str, Any]:
+    """Time and memory of fastvlp where its peers would not fit."""
+    with status(f"{OP} {dtype} n={n}: {contender.name} alone"):
+        probe = memory.extra_peak(
+            contender.make,
+            functools.partial(build, n=n),
+            functools.partial(build, n=64),
+            threads=settings.threads,
+            device=settings.device,
+            repeats=1,
+        )
+    if probe.failure:
+        raise RuntimeError(f"{contender.name} at N = {n}: {probe.failure}")
+    return harness.row(
+        OP, contender, dtype, {"n": n, "d": dim}, "fwd+bwd", [probe.ms], probe.peak_mb
+    )
+
+
+def summary(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], n: int) -> str:
+    """One paragraph: fastvlp against its best peers and the bounds at N = n."""
+    sentences = []
+    for dtype in kinds:
+        group = [row for row in rows if row["dtype"] == dtype and row["shape"]["n"] == n]
+        ours = next(row for row in group if row["impl"] == OURS)
+        parts = [f"{ours['ms']:.0f} ms ({n / ours['ms'] * 1e3:,.0f} pairs/s)"]
+        for what, peer in rivals(group, dtype).items():
+            parts.append(f"{peer['ms'] / ours['ms']:.2f}x as fast as {peer['impl']} ({what})")
+        for bound in (row for row in group if row["impl"].startswith(BOUND) and row["ms"]):
+            parts.append(
+                f"{bound['ms'] / ours['ms']:.0%} of the torch.mm floor of "
+                f"{bound['products']} products"
+            )
+        if ours["peak_mb"] is not None:
+            parts.append(f"{ours['peak_mb']:.0f} MB extra")
+        sentences.append(f"{dtype}: " + ", ".join(parts) + ".")
+    return f"\n{OURS} at N = {n}, forward and backward. " + " ".join(sentences)
+
+
+def rivals(group: Sequence[Mapping[str, Any]], dtype: str) -> dict[str, Mapping[str, Any]]:
+    """The peers worth a ratio in the summary, each with what it is the best of."""
+    peers = sorted(
+        (row for row in group if row["impl"] != OURS and row["ms"] and "softmax" in row),
+        key=lambda row: row["ms"],
+    )
+    precise = [row for row in peers if row["softmax"] == "fp32"]
+    low = [row for row in peers if row["softmax"] != "fp32"]
+    races = {
+        "best peer with fp32 softmax": precise,
+        "best of those uncompiled": [row for row in precise if "compiled" not in row["impl"]],
+        "best with fp32 logits too": [row for row in precise if row["logits"] == "fp32"],
+        "best with lower softmax": low,
+        f"all-{dtype} eager": [
+            row
+            for row in low
+            if row["impl"].startswith(("open", "eager")) and "compiled" not in row["impl"]
+        ],
+    }
+    found: dict[str, Mapping[str, Any]] = {}
+    for what, field in races.items():
+        if field and field[0] not in found.values():
+            found[what] = field[0]
+    return found
+
+
+if __name__ == "__main__":
+    main()

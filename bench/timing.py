@@ -1,0 +1,143 @@
+"""Milliseconds of several calls that take turns."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.status import Status
+
+# To standard error, so that tables on standard output can be piped into a file.
+console = Console(stderr=True)
+
+Call = Callable[[], Mapping[str, torch.Tensor] | None]
+
+
+class CpuClock:
+    """Wall time of one call in milliseconds."""
+
+    def __call__(self, call: Call) -> float:
+        start = time.perf_counter()
+        result = call()
+        elapsed = time.perf_counter() - start
+        # Only now: freeing the results is the caller's cost, not the op's.
+        del result
+        return elapsed * 1e3
+
+
+class CudaClock:
+    """Device time of one call in milliseconds, by events, with a cold L2 cache."""
+
+    def __init__(self) -> None:
+        size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.scrub = torch.empty(2 * max(size, 1 << 25), dtype=torch.int8, device="cuda")
+
+    def __call__(self, call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.scrub.zero_()
+        torch.cuda.synchronize()
+        start.record()
+        result = call()
+        end.record()
+        torch.cuda.synchronize()
+        del result
+        return start.elapsed_time(end)
+
+
+class Neighbours:
+    """How much of the machine other processes took while a with block lasted.
+
+    `share` is their processor time over that of all cores, the time that a virtual machine
+    did not get included; None where /proc/stat does not tell.
+    """
+
+    share: float | None = None
+
+    def __enter__(self) -> Neighbours:
+        self._began = self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, own, all_ = (now - then for now, then in zip(self._read(), self._began, strict=True))
+        if all_ and wall:
+            self.share = max(0.0, (all_ - own) / (wall * (os.cpu_count() or 1)))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        mine = os.times()
+        try:
+            line = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+            # user, nice, system, (idle, iowait,) irq, softirq, steal
+            ticks = sum(map(int, [*line[1:4], *line[6:9]]))
+        except OSError:
+            ticks = 0
+        busy = ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
+        return time.perf_counter(), mine.user + mine.system, busy
+
+
+def rotation(names: Sequence[str], round_: int) -> list[str]:
+    """The order of one round: each round starts one place later."""
+    first = round_ % len(names) if names else 0
+    return [*names[first:], *names[:first]]
+
+
+def alternate(
+    calls: Mapping[str, Call],
+    *,
+    device: str = "cpu",
+    min_rounds: int,
+    max_rounds: int,
+    budget_s: float,
+    clock: Callable[[Call], float] | None = None,
+    label: str = "",
+) -> dict[str, list[float]]:
+    """Milliseconds of every round for each call, the calls taking turns.
+
+    At least `min_rounds` rounds, then more, up to `max_rounds`, while `budget_s` seconds
+    last. Warm-up is the caller's business. The garbage collector rests meanwhile.
+    """
+    clock = clock or (CudaClock() if device == "cuda" else CpuClock())
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    gc.collect()
+    gc.disable()
+    began = time.perf_counter()
+    try:
+        with progress() as bar:
+            task = bar.add_task(label, total=None)
+            for round_ in range(max_rounds):
+                spent = time.perf_counter() - began
+                # The next round will take about as long as the mean of those before it.
+                if round_ >= min_rounds and spent * (round_ + 1) / round_ > budget_s:
+                    break
+                for name in rotation(names, round_):
+                    bar.update(
+                        task, description=f"{label}: round {round_ + 1}, {name}", refresh=True
+                    )
+                    times[name].append(clock(calls[name]))
+    finally:
+        gc.enable()
+    return times
+
+
+def progress() -> Progress:
+    # Redrawn between calls only: a thread that draws would take its time from theirs.
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        auto_refresh=False,
+    )
+
+
+def status(message: str) -> Status:
+    """Shows `message` while a with block lasts."""
+    return console.status(message, refresh_per_second=1)
