@@ -4,7 +4,7 @@ import itertools
 import re
 
 import pytest
-import ranks
+import gloo_ranks
 import torch
 import torch.distributed as dist
 from contrastive_cases import features, run
@@ -53,7 +53,7 @@ def test_gradients_of_the_full_batch(world_size):
     jobs = list(itertools.product(dtypes, ("gather", "ring"), directions, (None,)))
     jobs += [(dtype, "sigmoid", "both", None) for dtype in dtypes]
     jobs += [(torch.float32, s, "both", torch.bfloat16) for s in ("gather", "ring", "sigmoid")]
-    found = ranks.run(world_size, compute, sizes, jobs)
+    found = gloo_ranks.run(world_size, compute, sizes, jobs)
     assert all(isinstance(result, dict) for result in found), found
     for job in jobs:
         dtype, schedule, direction, comm_dtype = job
@@ -110,7 +110,7 @@ def bad_rank(rank, fault):
 def test_every_rank_raises_and_names_the_one(fault, message):
 
     pattern = re.escape(message).replace(r"\.\*", ".*").replace(r"\ ", " ")
-    for result in ranks.run(3, bad_rank, fault, limit=40):
+    for result in gloo_ranks.run(3, bad_rank, fault, limit=40):
         assert isinstance(result, str) and result.startswith("RuntimeError"), result
         assert re.search(pattern, result), result
 
@@ -141,7 +141,7 @@ def open_clip_pairs(rank):
 
 
 def test_same_as_open_clip_under_ddp():
-    for found in ranks.run(2, open_clip_pairs):
+    for found in gloo_ranks.run(2, open_clip_pairs):
         assert isinstance(found, dict), found
         for local_loss in (True, False):
             for ours, theirs in zip(
@@ -171,7 +171,7 @@ def wrong_rank(rank):
     ],
 )
 def test_wrong_combinations_raise(function, message):
-    for result in ranks.run(2, function):
+    for result in gloo_ranks.run(2, function):
         assert isinstance(result, str) and message in result, result
 
 
@@ -200,7 +200,7 @@ def subgroup_and_compiled(rank):
 
 
 def test_subgroups_and_compile():
-    assert ranks.run(3, subgroup_and_compiled) == [True, True, True]
+    assert gloo_ranks.run(3, subgroup_and_compiled) == [True, True, True]
 
 
 def second_derivative(rank):
@@ -214,7 +214,7 @@ def second_derivative(rank):
 
 
 def test_second_derivative_is_refused():
-    for result in ranks.run(2, second_derivative):
+    for result in gloo_ranks.run(2, second_derivative):
         assert "no second derivative" in result
 
 
@@ -231,5 +231,5 @@ def sharded_features(rank):
 
 
 def test_dtensor_is_refused():
-    for result in ranks.run(2, sharded_features):
+    for result in gloo_ranks.run(2, sharded_features):
         assert "TypeError: image_features: expected a plain tensor, got a DTensor" in result
