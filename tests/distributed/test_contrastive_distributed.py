@@ -3,8 +3,8 @@
 import itertools
 import re
 
-import pytest
 import gloo_ranks
+import pytest
 import torch
 import torch.distributed as dist
 from contrastive_cases import features, run
