@@ -130,7 +130,8 @@ def print_projection(entries: Sequence[Mapping[str, Any]], rates: Rates) -> None
         grid = Table(
             title_justify="left",
             title=(
-                f"{TITLE}: counted FLOPs and bytes of {dtype}, {group[0]['batch']:,} pairs per GPU, at "
+                f"{TITLE}: counted FLOPs and bytes of {dtype}, "
+                f"{group[0]['batch']:,} pairs per GPU, at "
                 f"{rates.matrix_tflops:g} TFLOP/s and {rates.link_gbs:g} GB/s per GPU"
             ),
         )
