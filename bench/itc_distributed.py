@@ -66,10 +66,9 @@ def inputs(job: Job, batch: int) -> Inputs:
 
 
 def ours(schedule: str, comm_dtype: torch.dtype | None = None) -> Loss:
-    from fastvlp.ops import contrastive
+    from fastvlp.losses import ClipLoss
 
-    options = {"group": dist.group.WORLD, "schedule": schedule, "comm_dtype": comm_dtype}
-    return lambda image, text, scale: contrastive(image, text, scale, **options)
+    return ClipLoss(**_across_ranks(), schedule=schedule, comm_dtype=comm_dtype)
 
 
 def open_clip() -> Loss:
@@ -77,12 +76,12 @@ def open_clip() -> Loss:
 
     # It gathers by a function that newer versions of torch deprecate, at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
-    return ClipLoss(
-        local_loss=True,
-        gather_with_grad=True,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-    )
+    return ClipLoss(**_across_ranks())
+
+
+def _across_ranks() -> dict[str, Any]:
+    return {"local_loss": True, "gather_with_grad": True, "rank": dist.get_rank(),
+            "world_size": dist.get_world_size()}
 
 
 def open_clip_autocast(dtype: torch.dtype, device: str) -> Loss:

@@ -251,7 +251,7 @@ def test_the_table_names_everything(capsys):
             harness.Contender("a rather long name of a peer", silent, bound=True),
         ]
     )
-    report.table(rows, rate=("items/s", "n"))
+    report.table([row | {"neighbours": 0.0} for row in rows], rate=("items/s", "n"))
     printed = capsys.readouterr().out
     assert "Other processes" not in printed
     report.table([row | {"neighbours": 0.4} for row in rows])
