@@ -95,6 +95,8 @@ void compute_tile(const ContrastiveProblem& p, int64_t row_block, int64_t col_bl
 // A softmax tile is stored either as logits or, where one shift serves all of it, as exp(z - shift):
 // then no pass after the first one has to take exponentials. The shift sits in the padding of the
 // tile's first column; NaN there means logits.
+// Beside it in every column waits the logit of its positive: a saturated softmax needs its
+// exponential relative to the log-sum-exp itself, where it is exactly 1.
 float& shift_of(const ContrastiveProblem& p, float* tile) { return tile[p.block_rows]; }
 float shift_of(const ContrastiveProblem& p, const float* tile) { return tile[p.block_rows]; }
 
@@ -181,7 +183,9 @@ void statistics_with(const ContrastiveProblem& p, int64_t block, void* scratch, 
     const int64_t first = j * p.block_cols, cols = p.cols_in(j);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = block * p.block_rows + i + p.offset - first;
-      if (at >= 0 && at < cols) positive[i] = tile[at * fastvlp::tile_stride(p) + i];
+      if (at < 0 || at >= cols) continue;
+      float* column = tile + at * fastvlp::tile_stride(p);
+      positive[i] = column[p.block_rows + 1] = column[i];
     }
     const bool keep = tiles != nullptr;
     if (p.use_rows && p.use_cols)
@@ -230,6 +234,8 @@ void shift_tile(const ContrastiveProblem& p, int64_t row_block, int64_t col_bloc
   if (!shifted) return;
   for (int64_t j = 0; j < cols; ++j) {
     float* z = tile + j * fastvlp::tile_stride(p);
+    const int64_t at = col_block * p.block_cols + j - p.offset - row_block * p.block_rows;
+    if (at >= 0 && at < rows) z[p.block_rows + 1] = z[at];
     for (int64_t i = 0; i < round_up(rows, kPanel); i += kLanes)
       store(z + i, exp(load(z + i) - shift));
   }
@@ -274,7 +280,13 @@ class TileGradient {
     else
       softmax_gradient<false, true>(z, n_, row_lse, p_.col_lse[col], 0.0f, p_.col_weight, g);
     const int64_t positive = col - p_.offset - first_row_;
-    if (positive >= 0 && positive < rows_) g[positive] -= p_.positive_weight;
+    if (positive < 0 || positive >= rows_) return;
+    if (shift_ == shift_)
+      g[positive] = fastvlp::softmax_logit_gradient(
+          z[p_.block_rows + 1], p_.use_rows ? row_lse[positive] : 0.0f,
+          p_.use_cols ? p_.col_lse[col] : 0.0f, p_.use_rows ? p_.row_weight : 0.0f,
+          p_.use_cols ? p_.col_weight : 0.0f);
+    g[positive] -= p_.positive_weight;
   }
 
  private:
