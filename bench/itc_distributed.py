@@ -80,8 +80,12 @@ def open_clip() -> Loss:
 
 
 def _across_ranks() -> dict[str, Any]:
-    return {"local_loss": True, "gather_with_grad": True, "rank": dist.get_rank(),
-            "world_size": dist.get_world_size()}
+    return {
+        "local_loss": True,
+        "gather_with_grad": True,
+        "rank": dist.get_rank(),
+        "world_size": dist.get_world_size(),
+    }
 
 
 def open_clip_autocast(dtype: torch.dtype, device: str) -> Loss:
