@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +25,15 @@ import ranks
 import report
 import torch
 import torch.distributed as dist
+from distributed_peers import PEER, contenders
 from distributed_projection import TITLE, Products, Rates, print_projection, project
 from distributed_traffic import RULE, Traffic, loopback_bytes
 from harness import DTYPES, OURS, Contender, Missing, Settings
-from itc_peers import Inputs, Loss, forward_backward
+from itc_peers import Inputs
 from timing import status
 
 OP = "contrastive_distributed"
 PACKAGES = ("open_clip_torch", "numpy")
-PEER = "open_clip"
 
 
 @dataclass(frozen=True)
@@ -63,62 +62,6 @@ def inputs(job: Job, batch: int) -> Inputs:
         side[mine].to(job.settings.device, DTYPES[job.dtype], copy=True) for side in everything
     )
     return Inputs(image, text, torch.tensor(job.scale, device=job.settings.device))
-
-
-def ours(schedule: str, comm_dtype: torch.dtype | None = None) -> Loss:
-    from fastvlp.losses import ClipLoss
-
-    return ClipLoss(**_across_ranks(), schedule=schedule, comm_dtype=comm_dtype)
-
-
-def open_clip() -> Loss:
-    from open_clip.loss import ClipLoss
-
-    # It gathers by a function that newer versions of torch deprecate, at every call.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
-    return ClipLoss(**_across_ranks())
-
-
-def _across_ranks() -> dict[str, Any]:
-    return {
-        "local_loss": True,
-        "gather_with_grad": True,
-        "rank": dist.get_rank(),
-        "world_size": dist.get_world_size(),
-    }
-
-
-def open_clip_autocast(dtype: torch.dtype, device: str) -> Loss:
-    loss = open_clip()
-
-    def call(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device, dtype):
-            return loss(image, text, scale)
-
-    return call
-
-
-def contenders(dtype: str, world_size: int, device: str) -> tuple[list[Contender], list[Missing]]:
-    """fastvlp by each of its schedules, and open_clip at each precision of its softmax."""
-
-    def one(name: str, make_loss: Callable[[], Loss], **extra: str) -> Contender:
-        return Contender(name, functools.partial(forward_backward, make_loss), extra=extra)
-
-    found = [one(OURS, functools.partial(ours, "gather"), softmax="fp32")]
-    if world_size > 1:
-        found.append(one(f"{OURS} ring", functools.partial(ours, "ring"), softmax="fp32"))
-        sent_as_bf16 = functools.partial(ours, "gather", torch.bfloat16)
-        found.append(one(f"{OURS} bf16 sent", sent_as_bf16, softmax="fp32"))
-    if not itc_peers.has_open_clip():
-        return found, [Missing(PEER, "not installed", "pip install 'fastvlp[bench]'")]
-    if dtype == "fp32":
-        return [*found, one(PEER, open_clip, softmax="fp32")], []
-    autocast = functools.partial(open_clip_autocast, DTYPES[dtype], device)
-    return [
-        *found,
-        one(f"{PEER} autocast", autocast, softmax="fp32"),
-        one(f"{PEER} {dtype}", open_clip, softmax=dtype),
-    ], []
 
 
 def _together(tensor: torch.Tensor) -> torch.Tensor:

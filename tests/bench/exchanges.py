@@ -177,12 +177,13 @@ def errors_of(job, local_gradient_only):
     """Errors of open_clip's loss; the other way is known to lose the gradient across ranks."""
     from functools import partial
 
+    import distributed_peers
     import itc_distributed
     from harness import Contender
     from itc_peers import forward_backward
     from open_clip.loss import ClipLoss
 
-    make_loss = itc_distributed.open_clip
+    make_loss = distributed_peers.open_clip
     if local_gradient_only:
         make_loss = partial(
             ClipLoss, True, False, rank=dist.get_rank(), world_size=dist.get_world_size()
