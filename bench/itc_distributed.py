@@ -32,6 +32,8 @@ from harness import DTYPES, OURS, Contender, Missing, Settings
 from itc_peers import Inputs
 from timing import status
 
+from fastvlp.distributed import all_gather_rows
+
 OP = "contrastive_distributed"
 PACKAGES = ("open_clip_torch", "numpy")
 
@@ -66,7 +68,7 @@ def inputs(job: Job, batch: int) -> Inputs:
 
 def _together(tensor: torch.Tensor) -> torch.Tensor:
     parts = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
-    dist.all_gather_into_tensor(parts, tensor.contiguous())
+    all_gather_rows(parts, tensor.contiguous())
     return parts
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 _MESSAGE_BYTES = 256
+# torch 2.14 has renamed it and warns of the old name at every call.
+all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def agree(
     header = torch.cat((numbers.view(torch.uint8), message)).to(device)
     world_size = dist.get_world_size(group)
     gathered = header.new_empty(world_size * header.numel())
-    dist.all_gather_into_tensor(gathered, header, group=group)
+    all_gather_rows(gathered, header, group=group)
     rows_of, facts_of = [], []
     for rank, other in enumerate(gathered.cpu().view(world_size, -1)):
         head = other[: numbers.numel() * 8].clone().view(torch.int64).tolist()
@@ -90,7 +92,7 @@ def agree(
 
 
 class Gather:
-    """An all-gather of row shards in flight; `wait` gives the shards in rank order.
+    """An all-gather of row shards in flight; `rows` waits for it and gives those of some ranks.
 
     Shards of different sizes travel padded to the largest one.
     """
@@ -103,13 +105,17 @@ class Gather:
             self._own = shard.new_zeros(largest, *shard.shape[1:])
             self._own[: len(shard)] = shard
         self._all = shard.new_empty(len(self._sizes), largest, *shard.shape[1:])
-        self._work = dist.all_gather_into_tensor(
+        self._work = all_gather_rows(
             self._all.flatten(0, 1), self._own, group=shards.group, async_op=True
         )
 
-    def wait(self) -> list[torch.Tensor]:
+    def rows(self, ranks: slice) -> torch.Tensor:
+        """The rows of these ranks one after another; no copy where nothing was padded."""
         self._work.wait()
-        return [part[:size] for part, size in zip(self._all, self._sizes, strict=True)]
+        parts, sizes = self._all[ranks], self._sizes[ranks]
+        if all(size == parts.shape[1] for size in sizes):
+            return parts.flatten(0, 1)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 class ScatterSum:
@@ -147,17 +153,20 @@ class ScatterSum:
 
 
 class Ring:
-    """Passes tensors to the next rank while the caller works on what it holds."""
+    """Passes tensors around while the caller works on what it holds.
 
-    def __init__(self, shards: Shards):
-        self._shards = shards
+    `direction` 1 passes to the next rank, -1 to the previous one.
+    """
+
+    def __init__(self, shards: Shards, direction: int = 1):
+        self._shards, self._direction = shards, direction
         ranks = dist.get_process_group_ranks(shards.group)
-        self._next = ranks[(shards.rank + 1) % shards.world_size]
-        self._previous = ranks[(shards.rank - 1) % shards.world_size]
+        self._to = ranks[(shards.rank + direction) % shards.world_size]
+        self._from = ranks[(shards.rank - direction) % shards.world_size]
 
     def holder(self, step: int) -> int:
         """Whose shard this rank holds after `step` passes."""
-        return (self._shards.rank - step) % self._shards.world_size
+        return (self._shards.rank - self._direction * step) % self._shards.world_size
 
     def start(self, step: int, tensor: torch.Tensor, tag: int) -> "Passing":
         """Sends `tensor`, the one held after `step` passes, and receives its successor.
@@ -169,8 +178,8 @@ class Ring:
         received = tensor.new_empty(rows, *tensor.shape[1:])
         group = self._shards.group
         operations = [
-            dist.P2POp(dist.isend, tensor, self._next, group, tag),
-            dist.P2POp(dist.irecv, received, self._previous, group, tag),
+            dist.P2POp(dist.isend, tensor, self._to, group, tag),
+            dist.P2POp(dist.irecv, received, self._from, group, tag),
         ]
         # The sent tensor is kept alive until the pass is over.
         return Passing(dist.batch_isend_irecv(operations), tensor, received)
@@ -188,6 +197,26 @@ class Passing:
         for work in self.works:
             work.wait()
         return self.received
+
+
+class RingSum:
+    """Sums that travel round a ring with their shards, each to its owner, terms added on the way.
+
+    A sum starts at the first rank that receives its shard and needs no pass before that.
+    """
+
+    def __init__(self, ring: Ring, dtype: torch.dtype):
+        self._ring, self._dtype = ring, dtype
+        self._passing: Passing | None = None
+
+    def add(self, step: int, part: torch.Tensor) -> None:
+        """Adds this rank's term for the shard it holds after `step` passes, 1 to W - 1."""
+        total = part if self._passing is None else self._passing.wait().float() + part
+        self._passing = self._ring.start(step, total.to(self._dtype), tag=3)
+
+    def home(self, own: torch.Tensor) -> torch.Tensor:
+        """The float32 sum for this rank's own shard, its own term added."""
+        return self._passing.wait().float() + own
 
 
 def merge_log_sum_exp(lse: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from . import ops
+from .ops._contrastive_group import WithMeanValue
 from .ops._contrastive_plan import DEFAULT_WORKSPACE_BYTES
 
 
@@ -92,7 +93,7 @@ class ClipLoss(nn.Module):
             comm_dtype=self.comm_dtype,
         )
         if self.group is not None and not self.local_loss:
-            loss = _WithMeanValue.apply(loss, self.group)
+            loss = WithMeanValue.apply(loss, self.group.group_name)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -177,20 +178,6 @@ def _group(rank: int, world_size: int, group: dist.ProcessGroup | None):
                 f"has them, got {rank}, {world_size}"
             )
     return group if group.size() > 1 else None
-
-
-class _WithMeanValue(torch.autograd.Function):
-    """Shows the mean over ranks and passes the gradient to this rank's share unchanged."""
-
-    @staticmethod
-    def forward(ctx, loss, group):
-        value = loss.clone()
-        dist.all_reduce(value, group=group)
-        return value / group.size()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
 
 
 def _autocast(*features: torch.Tensor) -> tuple[torch.Tensor, ...]:

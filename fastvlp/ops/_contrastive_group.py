@@ -7,9 +7,11 @@ every rank raise instead of leaving the others waiting.
 import math
 
 import torch
+import torch.distributed as dist
 
 from ..distributed import Shards, agree, group_device, resolve
-from ._contrastive_distributed import COMM_DTYPES, SCHEDULES, sigmoid_shares, softmax_shares
+from ._contrastive_distributed import COMM_DTYPES, SCHEDULES, softmax_shares
+from ._contrastive_ring import sigmoid_shares
 from ._saved_gradients import ScaledGradients
 
 DIRECTIONS = ("both", "image_to_text", "text_to_image")
@@ -92,6 +94,31 @@ def _(x, y, scale, bias, group_name, comm_dtype, gradients, workspace_bytes):
 
 def _fake_gradients(x, y, gradients):
     return tuple(t.new_empty((t.shape[0] if gradients else 0, t.shape[1])) for t in (x, y))
+
+
+@torch.library.custom_op("fastvlp::mean_over_ranks", mutates_args=())
+def mean_over_ranks(value: torch.Tensor, group_name: str) -> torch.Tensor:
+    group = resolve(group_name)
+    total = value.clone()
+    dist.all_reduce(total, group=group)
+    return total / group.size()
+
+
+@mean_over_ranks.register_fake
+def _(value, group_name):
+    return torch.empty_like(value)
+
+
+class WithMeanValue(torch.autograd.Function):
+    """Shows the mean over ranks and passes the gradient to this rank's own value unchanged."""
+
+    @staticmethod
+    def forward(ctx, value, group_name):
+        return torch.ops.fastvlp.mean_over_ranks(value, group_name)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
 
 
 class Distributed(torch.autograd.Function):

@@ -13,17 +13,28 @@ from . import _contrastive_cuda
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def local(name: str, value):
+    """The values of a DTensor that is whole on every rank; anything that is no DTensor as it is.
+
+    The gradient is taken to be replicated, too. Raises TypeError for a DTensor that is sharded or
+    not yet summed: which of its rows make pairs is for the caller to say.
+    """
+    if not isinstance(value, DTensor):
+        return value
+    if not all(placement.is_replicate() for placement in value.placements):
+        raise TypeError(
+            f"{name}: expected a plain tensor or a replicated DTensor, got a DTensor with "
+            f"placements {value.placements}; pass .to_local() of features sharded over the batch "
+            "(with group=), or .full_tensor()"
+        )
+    return value.to_local()
+
+
 def check_features(image_features: torch.Tensor, text_features: torch.Tensor) -> None:
     """Raises TypeError or ValueError unless both are [N, D] of one dtype and device, N, D > 0."""
     for name, t in (("image_features", image_features), ("text_features", text_features)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-        if isinstance(t, DTensor):
-            raise TypeError(
-                f"{name}: expected a plain tensor, got a DTensor with placements {t.placements}; "
-                "pass .to_local() of features sharded over the batch (with group=), or "
-                ".full_tensor()"
-            )
         if not t.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point dtype, got {t.dtype}")
         if t.dim() != 2:
@@ -65,6 +76,7 @@ def as_scalar(name: str, value, like: torch.Tensor, finite: bool = True) -> torc
     ValueError; on a GPU looking would stall the stream, so it shows as a loss that is not finite.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    value = local(name, value)
     if not isinstance(value, torch.Tensor):
         if not isinstance(value, Real):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")

@@ -1,44 +1,108 @@
-"""Contrastive statistics and gradients of local rows against one part of the columns.
+"""What the schedules of the distributed loss are made of.
 
-What the schedules of the distributed loss are made of.
+Contrastive statistics and gradients of local rows against one part of the columns, and how they
+add up to this rank's share.
 """
+
+from dataclasses import replace
 
 import torch
 
-from ._contrastive_plan import make_plan
+from ._contrastive_plan import Plan, make_plan
 from ._workspace import Lease
+
+
+class KeptLogits:
+    """One workspace for the logits that parts keep from statistics to gradients.
+
+    `slots` lists for each piece of the workspace the numbers of columns that parts will bring to
+    it, one part at a time; a slot's share of `workspace_bytes` follows its largest part.
+    """
+
+    def __init__(self, x: torch.Tensor, slots: list[set[int]], workspace_bytes: int, keep: bool):
+        keep = keep and x.device.type == "cpu"
+        widest = [max(columns) for columns in slots]
+        self._plans: list[dict[int, Plan]] = []
+        for columns, most in zip(slots, widest, strict=True):
+            share = max(1, workspace_bytes * most // sum(widest))
+            self._plans.append(
+                {n: make_plan(len(x), n, x.shape[1], x.dtype, share, keep) for n in columns}
+            )
+        sizes = [max(p.kept_floats(n) for n, p in plans.items()) for plans in self._plans]
+        self._lease = Lease(sum(sizes))
+        # On a GPU nothing is kept: no floats move.
+        self._pieces = self._lease.floats.to(x.device).split(sizes)
+
+    def slot(self, index: int, columns: int) -> tuple[Plan, torch.Tensor]:
+        """How to cut a part with so many columns, and where its logits stay."""
+        plan = self._plans[index][columns]
+        return plan, self._pieces[index][: plan.kept_floats(columns)]
+
+    def give_back(self) -> None:
+        """Lets the next step have the workspace."""
+        self._pieces = ()
+        self._lease.give_back()
 
 
 class Part:
     """The logits of `x` [M, D] against `y` [N, D], columns `first` onward of the global batch.
 
-    The positive of local row i is global column `positive` + i.
+    The positive of local row i is global column `positive` + i. `slot`: of a KeptLogits.
     """
 
-    def __init__(self, x, y, scale, positive: int, first: int, workspace_bytes: int, keep: bool):
+    def __init__(self, x, y, scale, positive: int, first: int, slot: tuple[Plan, torch.Tensor]):
         self.x, self.y, self.scale = x, y, scale
         self.first, self.offset = first, positive - first
-        keep = keep and x.device.type == "cpu"
-        self.plan = make_plan(len(x), len(y), x.shape[1], x.dtype, workspace_bytes, keep)
-        self.kept = Lease(self.plan.kept_floats(len(y)) if keep else 0)
+        self.plan, self._kept = slot
 
     def statistics(self, rows: bool, cols: bool):
         """(row_lse [M], col_lse [N], positive [M]); empty where not wanted, 0 where not here."""
         plan = self.plan
         return torch.ops.fastvlp.contrastive_statistics(
-            self.x, self.y, self.scale, self._kept(), self.offset, rows, cols, plan.block_rows,
+            self.x, self.y, self.scale, self._kept, self.offset, rows, cols, plan.block_rows,
             plan.block_cols, plan.keep_blocks,
         )  # fmt: skip
 
+    def restore(self, rows: bool, cols: bool) -> None:
+        """Prepares for gradients where another part has used the slot since the statistics."""
+        if self.plan.keep_blocks * self.plan.block_rows >= len(self.x):
+            self.statistics(rows, cols)
+        else:  # some are computed again anyway: then all of them, without a pass for statistics
+            self.plan, self._kept = replace(self.plan, keep_blocks=0), self._kept[:0]
+
     def gradients(self, row_lse, col_lse, weights):
-        """(dx, dy, dscale) as float32, to be summed over parts; gives up the kept logits."""
+        """(dx, dy, dscale) as float32, to be summed over parts."""
         plan = self.plan
         dx, dy, dscale = torch.ops.fastvlp.contrastive_gradients(
-            self.x, self.y, self.scale, row_lse, col_lse, weights, self._kept(), self.offset,
+            self.x, self.y, self.scale, row_lse, col_lse, weights, self._kept, self.offset,
             plan.block_rows, plan.block_cols, plan.keep_blocks, plan.chunk_rows, plan.chunk_cols,
         )  # fmt: skip
-        self.kept.give_back()
         return dx.float(), dy.float(), dscale
 
-    def _kept(self) -> torch.Tensor:
-        return self.kept.floats.to(self.x.device)  # on a GPU nothing is kept: no floats move
+
+class Sum:
+    """A running sum that takes over its first term, so that no zeros are made and added."""
+
+    total: torch.Tensor | None = None
+
+    def add(self, part: torch.Tensor) -> None:
+        self.total = part if self.total is None else self.total.add_(part)
+
+
+def loss_share(row_lse, own_col_lse, positive, shards, rows, cols):
+    sums = [(lse - positive).sum() for lse, on in ((row_lse, rows), (own_col_lse, cols)) if on]
+    return sum(sums) * (shards.world_size / (shards.total * len(sums)))
+
+
+def gradient_weights(scale, shards, rows, cols):
+    share = shards.world_size / shards.total
+    return scale.new_tensor([share / (rows + cols), share / (rows + cols), share])
+
+
+def no_gradients(x, y, scale):
+    return x.new_empty(0, x.shape[1]), y.new_empty(0, y.shape[1]), torch.zeros_like(scale)
+
+
+def sum_dtype(wire: torch.dtype, y: torch.Tensor) -> torch.dtype:
+    # Sums travel in float32 unless the caller asked for less than the features' own precision.
+    return wire if wire.itemsize < y.element_size() else torch.float32

@@ -28,6 +28,7 @@ from ._contrastive_inputs import (
     as_scalar,
     check_features,
     check_workspace,
+    local,
     unit_stride,
 )
 from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, make_plan
@@ -51,7 +52,8 @@ def contrastive(
 
     Args:
         image_features: [N, D], float32, bfloat16 or float16 (float64 through the reference);
-            normalised by the caller if the loss is to be over cosines.
+            normalised by the caller if the loss is to be over cosines. A DTensor has to be
+            replicated.
         text_features: [N, D], same dtype and device.
         logit_scale: s, already exponentiated: a number or a tensor of one element.
         logit_bias: b, a number or a tensor of one element. It changes neither loss nor gradient.
@@ -82,6 +84,8 @@ def contrastive(
     """
     distributed = group is not None and group.size() > 1
     try:
+        image_features = local("image_features", image_features)
+        text_features = local("text_features", text_features)
         check_features(image_features, text_features)
         _check_options(direction, workspace_bytes, schedule, comm_dtype)
         scale = as_scalar("logit_scale", logit_scale, image_features, finite=not distributed)

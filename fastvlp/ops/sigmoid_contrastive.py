@@ -21,6 +21,7 @@ from ._contrastive_inputs import (
     as_scalar,
     check_features,
     check_workspace,
+    local,
     unit_stride,
 )
 from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, make_plan
@@ -46,6 +47,8 @@ def sigmoid_contrastive(
     """
     distributed = group is not None and group.size() > 1
     try:
+        image_features = local("image_features", image_features)
+        text_features = local("text_features", text_features)
         check_features(image_features, text_features)
         check_workspace(workspace_bytes)
         if comm_dtype not in COMM_DTYPES:

@@ -49,10 +49,19 @@ def _rank(results, rank, world_size, port, function, args):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    try:
-        result = function(rank, *args)
-    except Exception as error:
-        result = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+    result = _attempt(function, rank, *args)
     results.put((rank, pickle.dumps(result)))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def several(rank, jobs):
+    """What each of `jobs`, (function, *args) by name, gives, one after another in one process."""
+    return {name: _attempt(function, rank, *args) for name, (function, *args) in jobs.items()}
+
+
+def _attempt(function, rank, *args):
+    try:
+        return function(rank, *args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}\n{traceback.format_exc()}"

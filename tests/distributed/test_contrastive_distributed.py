@@ -12,6 +12,7 @@ from tolerance import assert_as_accurate, epsilon
 
 SIZES = {2: (37, 70), 3: (64, 1, 40), 4: (16, 33, 5, 50)}
 SCALE, BIAS, DIM = 14.3, -9.0, 48
+AMPLE, SOME = 1 << 20, 20_000
 
 
 def batch(sizes, dtype):
@@ -25,17 +26,19 @@ def compute(rank, sizes, jobs):
     begin = sum(sizes[:rank])
     mine = slice(begin, begin + sizes[rank])
     found = {}
-    for dtype, schedule, direction, comm_dtype in jobs:
+    for job in jobs:
+        dtype, schedule, direction, comm_dtype, workspace_bytes = job
         image, text = (t[mine] for t in batch(sizes, dtype))
         if schedule == "sigmoid":
             loss, options = sigmoid_contrastive, {}
         else:
             loss, options = contrastive, {"schedule": schedule, "direction": direction}
         result = run(loss, image, text, SCALE, BIAS, group=dist.group.WORLD,
-                     comm_dtype=comm_dtype, **options)  # fmt: skip
+                     comm_dtype=comm_dtype, workspace_bytes=workspace_bytes,
+                     **options)  # fmt: skip
         scalars = torch.stack((result.loss, result.scale, result.bias))
         dist.all_reduce(scalars)
-        found[dtype, schedule, direction, comm_dtype] = (
+        found[job] = (
             result.image / len(sizes),
             result.text / len(sizes),
             scalars / len(sizes),
@@ -50,13 +53,16 @@ def test_gradients_of_the_full_batch(world_size):
     sizes = SIZES[world_size]
     directions = ("both", "image_to_text", "text_to_image")
     dtypes = (torch.float32, torch.bfloat16)
-    jobs = list(itertools.product(dtypes, ("gather", "ring"), directions, (None,)))
-    jobs += [(dtype, "sigmoid", "both", None) for dtype in dtypes]
-    jobs += [(torch.float32, s, "both", torch.bfloat16) for s in ("gather", "ring", "sigmoid")]
+    schedules = ("gather", "ring")
+    jobs = list(itertools.product(dtypes, schedules, directions, (None,), (AMPLE,)))
+    jobs += [(dtype, "sigmoid", "both", None, AMPLE) for dtype in dtypes]
+    jobs += [(torch.float32, s, "both", torch.bfloat16, AMPLE) for s in (*schedules, "sigmoid")]
+    # Workspaces that keep some of the logits and none.
+    jobs += itertools.product((torch.float32,), schedules, ("both",), (None,), (SOME, 1))
     found = gloo_ranks.run(world_size, compute, sizes, jobs)
     assert all(isinstance(result, dict) for result in found), found
     for job in jobs:
-        dtype, schedule, direction, comm_dtype = job
+        dtype, schedule, direction, comm_dtype, _ = job
         image, text = batch(sizes, dtype)
         if schedule == "sigmoid":
             reference, options = sigmoid_contrastive_reference, {}
@@ -91,26 +97,34 @@ def bad_rank(rank, fault):
     return contrastive(**arguments, group=dist.group.WORLD)
 
 
-@pytest.mark.parametrize(
-    "fault, message",
-    [
-        ({"logit_scale": float("nan")}, "rank 1 .*logit_scale: expected a finite value, got nan"),
-        ({"text_features": torch.zeros(7, 16)}, "rank 1 .*text_features: .*got (7, 16)"),
-        (
-            {"image_features": torch.zeros(8, 9), "text_features": torch.zeros(8, 9)},
-            "width: expected the same on every rank, got 16 on rank 0 .* and 9 on rank 1",
-        ),
-        ({"image_features": torch.zeros(8, 16).double()}, "rank 1 .*text_features: .*dtype"),
-        ({"schedule": "ring"}, "schedule: expected the same on every rank"),
-        ({"direction": "down"}, "rank 1 .*direction: expected one of"),
-        ({"workspace_bytes": 5}, "workspace_bytes: expected the same on every rank"),
-        ({"image_features": None}, "rank 1 .*image_features: expected a torch.Tensor, got None"),
-    ],
-)
-def test_every_rank_raises_and_names_the_one(fault, message):
+# What rank 1 passes, and what every rank then says.
+FAULTS = [
+    ({"logit_scale": float("nan")}, "rank 1 .*logit_scale: expected a finite value, got nan"),
+    ({"text_features": torch.zeros(7, 16)}, "rank 1 .*text_features: .*got (7, 16)"),
+    (
+        {"image_features": torch.zeros(8, 9), "text_features": torch.zeros(8, 9)},
+        "width: expected the same on every rank, got 16 on rank 0 .* and 9 on rank 1",
+    ),
+    ({"image_features": torch.zeros(8, 16).double()}, "rank 1 .*text_features: .*dtype"),
+    ({"schedule": "ring"}, "schedule: expected the same on every rank"),
+    ({"direction": "down"}, "rank 1 .*direction: expected one of"),
+    ({"workspace_bytes": 5}, "workspace_bytes: expected the same on every rank"),
+    ({"image_features": None}, "rank 1 .*image_features: expected a torch.Tensor, got None"),
+]
 
-    pattern = re.escape(message).replace(r"\.\*", ".*").replace(r"\ ", " ")
-    for result in gloo_ranks.run(3, bad_rank, fault, limit=40):
+
+@pytest.fixture(scope="module")
+def complaints():
+    # One group for all faults: it has to be of use after each of them.
+    jobs = {index: (bad_rank, fault) for index, (fault, _) in enumerate(FAULTS)}
+    return gloo_ranks.run(3, gloo_ranks.several, jobs, limit=60)
+
+
+@pytest.mark.parametrize("index", range(len(FAULTS)))
+def test_every_rank_raises_and_names_the_one(complaints, index):
+    pattern = re.escape(FAULTS[index][1]).replace(r"\.\*", ".*").replace(r"\ ", " ")
+    for results in complaints:
+        result = results[index]
         assert isinstance(result, str) and result.startswith("RuntimeError"), result
         assert re.search(pattern, result), result
 
@@ -140,17 +154,6 @@ def open_clip_pairs(rank):
     return found
 
 
-def test_same_as_open_clip_under_ddp():
-    for found in gloo_ranks.run(2, open_clip_pairs):
-        assert isinstance(found, dict), found
-        for local_loss in (True, False):
-            for ours, theirs in zip(
-                found["ours", local_loss], found["open_clip", local_loss], strict=True
-            ):
-                torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
-        torch.testing.assert_close(*found["sigmoid"], rtol=2e-5, atol=1e-6)
-
-
 def without_gather_with_grad(rank):
     from fastvlp import losses
 
@@ -161,18 +164,6 @@ def wrong_rank(rank):
     from fastvlp import losses
 
     return losses.SigLipLoss(rank=0, world_size=3)
-
-
-@pytest.mark.parametrize(
-    "function, message",
-    [
-        (without_gather_with_grad, "gather_with_grad: local_loss=True needs"),
-        (wrong_rank, "rank, world_size: expected"),
-    ],
-)
-def test_wrong_combinations_raise(function, message):
-    for result in gloo_ranks.run(2, function):
-        assert isinstance(result, str) and message in result, result
 
 
 def subgroup_and_compiled(rank):
@@ -213,23 +204,101 @@ def second_derivative(rank):
     gradient.sum().backward()
 
 
-def test_second_derivative_is_refused():
-    for result in gloo_ranks.run(2, second_derivative):
-        assert "no second derivative" in result
-
-
-def sharded_features(rank):
+def distributed_features(rank, placement, name="features"):
+    """The loss of DTensors of this placement, as its value, by features of the whole batch."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
-    from fastvlp.ops import contrastive
+    from fastvlp.ops import contrastive, contrastive_reference, sigmoid_contrastive
 
     mesh = init_device_mesh("cpu", (2,))
-    image, text = (distribute_tensor(t, mesh, [Shard(0)]) for t in
-                   features(8, 4, torch.float32, "cpu"))  # fmt: skip
-    return contrastive(image, text, 5.0)
+    plain = [t.requires_grad_() for t in features(8, 4, torch.float32, "cpu")]
+    scale = torch.tensor([5.0, 6.0])[:1].requires_grad_()
+    expected = torch.autograd.grad(contrastive_reference(*plain, scale), [*plain, scale])
+
+    def spread(t, on):
+        return distribute_tensor(t.detach(), mesh, [placement]).requires_grad_() if on else t
+
+    leaves = [*(spread(t, name == "features") for t in plain), spread(scale, name == "scale")]
+    sigmoid_contrastive(*leaves)
+    found = torch.autograd.grad(contrastive(*leaves), leaves)
+    found = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found]
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted)
+    return "equal"
 
 
-def test_dtensor_is_refused():
-    for result in gloo_ranks.run(2, sharded_features):
-        assert "TypeError: image_features: expected a plain tensor, got a DTensor" in result
+def compiled_losses(rank):
+    """Loss modules under torch.compile against themselves."""
+    from fastvlp import losses
+
+    image, text = (t.chunk(2)[rank].requires_grad_() for t in features(12, 8, torch.float32, "cpu"))
+    scalars = torch.tensor(5.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+    arguments, same = (image, text, *scalars), []
+    for loss in (
+        losses.ClipLoss(False, True, rank=rank, world_size=2),
+        losses.ClipLoss(True, True, rank=rank, world_size=2, schedule="ring"),
+        losses.SigLipLoss(rank=rank, world_size=2),
+    ):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        values = [module(*arguments) for module in (loss, compiled)]
+        gradients = [torch.autograd.grad(value, arguments) for value in values]
+        same += [torch.equal(*values), *map(torch.equal, *gradients)]
+    return same
+
+
+def jobs_of_two():
+    from torch.distributed.tensor import Replicate, Shard
+
+    return {
+        "open_clip": (open_clip_pairs,),
+        "without gather_with_grad": (without_gather_with_grad,),
+        "wrong rank": (wrong_rank,),
+        "second derivative": (second_derivative,),
+        "sharded features": (distributed_features, Shard(0)),
+        "sharded scale": (distributed_features, Shard(0), "scale"),
+        "replicated features": (distributed_features, Replicate()),
+        "replicated scale": (distributed_features, Replicate(), "scale"),
+        "compiled": (compiled_losses,),
+    }
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return gloo_ranks.run(2, gloo_ranks.several, jobs_of_two(), limit=120)
+
+
+def test_same_as_open_clip_under_ddp(pair):
+    for results in pair:
+        found = results["open_clip"]
+        assert isinstance(found, dict), found
+        for local_loss in (True, False):
+            for ours, theirs in zip(
+                found["ours", local_loss], found["open_clip", local_loss], strict=True
+            ):
+                torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(*found["sigmoid"], rtol=2e-5, atol=1e-6)
+
+
+REFUSED = {
+    "without gather_with_grad": "gather_with_grad: local_loss=True needs",
+    "wrong rank": "rank, world_size: expected",
+    "second derivative": "no second derivative",
+    "sharded features": "TypeError: image_features: expected a plain tensor or a replicated DTenso",
+    "sharded scale": "TypeError: logit_scale: expected a plain tensor or a replicated DTensor",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_named(pair, name):
+    for results in pair:
+        assert isinstance(results[name], str) and REFUSED[name] in results[name], results[name]
+
+
+@pytest.mark.parametrize("name", ["replicated features", "replicated scale"])
+def test_replicated_dtensors_are_taken(pair, name):
+    assert [results[name] for results in pair] == ["equal"] * 2
+
+
+def test_modules_inside_compile(pair):
+    assert [results["compiled"] for results in pair] == [[True] * 15] * 2
