@@ -1,43 +1,26 @@
 """GradCache against the step on the whole batch at once."""
 
 import copy
-import time
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
-from grad_cache_worker import WIDTH, WORLD_SIZE, Towers, batch, contrastive, gradients, main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_accurate, epsilon
 from torch import nn
+from two_towers import (
+    WIDTH,
+    Towers,
+    assert_equal_to_rounding,
+    batch,
+    contrastive,
+    gradients,
+    plain_step,
+    towers,
+)
 
 from fastvlp import GradCache
 from fastvlp.losses import ClipLoss, SigLipLoss
-
-SECONDS_FOR_ALL_RANKS = 120
-
-
-def towers(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    return Towers(**kwargs)
-
-
-def plain_step(model, loss, *inputs):
-    """Loss and gradients of the step on the whole batch, by a copy of `model`."""
-    model = copy.deepcopy(model)
-    model.zero_grad()
-    value = loss(*model(*inputs))
-    value.backward()
-    return value.detach(), gradients(model)
-
-
-def assert_equal_to_rounding(ours, plain, rows, width=WIDTH):
-    """Sums over the batch and the hidden features may differ by the order of their terms."""
-    assert ours.keys() == plain.keys()
-    for name, exact in plain.items():
-        floor = (rows + 3 * width) * epsilon(exact.dtype) * exact.norm().item()
-        assert_as_accurate(name, ours[name], exact, exact.double(), floor)
 
 
 def same_gradients(model, other):
@@ -450,68 +433,6 @@ def test_an_error_in_the_last_phase_gives_the_random_state_back():
     with pytest.raises(KeyError, match="the last chunk"):
         GradCache(model, contrastive, 4).step(X, Y)
     assert torch.equal(torch.rand(()), expected)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each rank of `grad_cache_worker.main` found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.start_processes(
-        main, args=(str(folder),), nprocs=WORLD_SIZE, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + SECONDS_FOR_ALL_RANKS
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"the ranks did not end in {SECONDS_FOR_ALL_RANKS} s")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
-
-
-@pytest.mark.parametrize(
-    "scenario",
-    [
-        "ddp",
-        "ddp_unlike_chunk_counts",
-        "ddp_two_wrappers",
-        "ddp_unused_parameters",
-        "ddp_accumulation",
-        "fsdp",
-    ],
-)
-def test_ranks_have_the_gradients_of_the_plain_distributed_step(ranks, scenario):
-    for rank in ranks:
-        plain, ours = rank[scenario]
-        for expected, found in zip(plain, ours, strict=True):
-            assert any(gradient.any() for gradient in expected.values())
-            assert_equal_to_rounding(found, expected, 6 * WORLD_SIZE)
-
-
-def test_gradients_are_exchanged_once_a_step(ranks):
-    for rank in ranks:
-        assert rank["ddp_reductions"] == 1
-        plain, ours = rank["fsdp_reductions"]
-        assert plain == ours > 0
-
-
-@pytest.mark.parametrize("schedule", ["gather", "ring"])
-def test_ranks_with_the_distributed_loss_have_the_gradients_of_one_process(ranks, schedule):
-    inputs = batch(6 * WORLD_SIZE, 0)
-    exact_loss, exact = plain_step(towers(dtype=torch.float32).double(), contrastive, *inputs)
-    narrow = batch(6 * WORLD_SIZE, 0, torch.float32)
-    eager_loss, eager = plain_step(towers(dtype=torch.float32), contrastive, *narrow)
-    for rank in ranks:
-        loss, found = rank[schedule]
-        ulp = epsilon(torch.float32)
-        assert_as_accurate("loss", loss, eager_loss, exact_loss, ulp * exact_loss.item())
-        for name, gradient in found.items():
-            floor = ulp * exact[name].norm().item()
-            assert_as_accurate(name, gradient, eager[name], exact[name], floor)
-
-
-def test_unlike_numbers_of_chunks_raise_on_every_sharded_rank(ranks):
-    for rank, chunks in zip(ranks, (3, 2), strict=True):
-        assert f"got {chunks} here and from 2 to 3 over all ranks" in rank["fsdp_error"]
 
 
 def test_static_graph_is_refused():

@@ -1,59 +1,26 @@
-"""One rank of the tests of GradCache over processes: runs every scenario, saves the gradients.
+"""GradCache over ranks: the gradients of the unchunked step, under DDP and FSDP2."""
 
-Plain modules only, because a spawned process imports this file by its name.
-"""
-
+import gloo_ranks
+import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from tolerance import assert_as_accurate, epsilon
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from two_towers import (
+    WIDTH,
+    Towers,
+    assert_equal_to_rounding,
+    batch,
+    contrastive,
+    gradients,
+    plain_step,
+    towers,
+)
 
 from fastvlp import GradCache, ops
 
 WORLD_SIZE = 2
-WIDTH = 6
-
-
-class Towers(nn.Module):
-    """Two small encoders and a temperature; a buffer that DDP broadcasts."""
-
-    def __init__(self, width=WIDTH, dropout=0.0, dtype=torch.float64, scalar=True):
-        super().__init__()
-        self.image = self._tower(width, dropout)
-        self.text = self._tower(width, dropout)
-        self.logit_scale = nn.Parameter(torch.tensor(1.5 if scalar else [1.5]))
-        self.register_buffer("shift", torch.full((width,), 0.1))
-        self.to(dtype)
-
-    def _tower(self, width, dropout):
-        return nn.Sequential(
-            nn.Linear(width, 3 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(3 * width, width)
-        )
-
-    def forward(self, images, texts):
-        x = F.normalize(self.image(images) + self.shift, dim=-1)
-        y = F.normalize(self.text(texts), dim=-1)
-        return x, y, self.logit_scale.exp().sum()
-
-
-class Switching(Towers):
-    """A tower with an extra layer that only chunks with a positive first element use."""
-
-    def __init__(self):
-        super().__init__()
-        self.extra = nn.Linear(WIDTH, WIDTH).double()
-
-    def forward(self, images, texts):
-        x, y, scale = super().forward(images, texts)
-        return (self.extra(x) if images[0, 0] > 0 else x), y, scale
-
-
-def contrastive(x, y, scale):
-    """The definition of the loss, in any dtype."""
-    logits = scale * x @ y.T
-    positives = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, positives) + F.cross_entropy(logits.T, positives)) / 2
 
 
 class Gather(torch.autograd.Function):
@@ -77,25 +44,16 @@ def gathered_contrastive(x, y, scale):
     return contrastive(Gather.apply(x), Gather.apply(y), scale)
 
 
-def batch(rows, seed, dtype=torch.float64, width=WIDTH):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, width, generator=g, dtype=torch.float64)
-    return x.to(dtype), (x + torch.randn(x.shape, generator=g, dtype=torch.float64)).to(dtype)
+class Switching(Towers):
+    """A tower with an extra layer that only chunks with a positive first element use."""
 
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(WIDTH, WIDTH).double()
 
-def gradients(model):
-    """The gradients by parameter name, of sharded parameters too, zeros where there is none."""
-    result = {}
-    for name, parameter in model.named_parameters():
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-        result[name.removeprefix("module.")] = grad.detach().clone()
-    return result
-
-
-def _towers(kind=Towers, **kwargs):
-    torch.manual_seed(0)
-    return kind(**kwargs)
+    def forward(self, images, texts):
+        x, y, scale = super().forward(images, texts)
+        return (self.extra(x) if images[0, 0] > 0 else x), y, scale
 
 
 def _shard(rank, seed):
@@ -121,7 +79,7 @@ def _plain(model, loss=gathered_contrastive):
 
 
 def _ddp(rank, chunk_sizes):
-    plain, ours = DistributedDataParallel(_towers()), DistributedDataParallel(_towers())
+    plain, ours = DistributedDataParallel(towers()), DistributedDataParallel(towers())
     step = GradCache(ours, gathered_contrastive, chunk_sizes[rank]).step
     return _three_steps(rank, plain, _plain(plain)), _three_steps(rank, ours, step)
 
@@ -132,9 +90,9 @@ def _two_wrappers(rank):
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
-            towers = _towers()
-            self.image = DistributedDataParallel(towers.image)
-            self.text = DistributedDataParallel(towers.text)
+            own = towers()
+            self.image = DistributedDataParallel(own.image)
+            self.text = DistributedDataParallel(own.text)
 
         def forward(self, images, texts):
             return self.image(images), self.text(texts)
@@ -147,13 +105,16 @@ def _two_wrappers(rank):
     return _three_steps(rank, plain, _plain(plain, loss)), _three_steps(rank, ours, step)
 
 
-def _unused_parameters(rank):
-    """A layer that no rank uses in the chunk that synchronises, only in earlier ones."""
+def _against_one_graph(rank, kind=Towers, **kwargs):
+    """Plain: the chunks' graphs in one, gradients averaged by hand. Ours: GradCache under DDP."""
     images, texts = _shard(rank, 7)
     images[:, 0] = torch.tensor([1.0, -1, -1, -1, -1, -1], dtype=torch.float64)
-    reference = _towers(Switching)
-    ours = DistributedDataParallel(_towers(Switching), find_unused_parameters=True)
+    reference = towers(kind=kind, **kwargs)
+    find = kind is Switching
+    ours = DistributedDataParallel(towers(kind=kind, **kwargs), find_unused_parameters=find)
+    torch.manual_seed(100 + rank)  # dropout differs between ranks
     GradCache(ours, gathered_contrastive, 2).step(images, texts)
+    torch.manual_seed(100 + rank)
     parts = [reference(x, y) for x, y in zip(images.split(2), texts.split(2), strict=True)]
     x, y, scales = zip(*parts, strict=True)
     gathered_contrastive(torch.cat(x), torch.cat(y), scales[0]).backward()
@@ -167,7 +128,7 @@ def _accumulation(rank):
     """Two steps, of which only the second one synchronises, by the caller's own no_sync."""
     found = []
     for chunked in (False, True):
-        model = DistributedDataParallel(_towers())
+        model = DistributedDataParallel(towers())
         cache = GradCache(model, gathered_contrastive, 4)
         step = cache.step if chunked else _plain(model)
         with model.no_sync():
@@ -187,7 +148,7 @@ def _sharded(rank):
     mesh = init_device_mesh("cpu", (WORLD_SIZE,))
     found, reductions = [], []
     for chunk_size in (None, 4):
-        model = _towers(scalar=False)
+        model = towers(scalar=False)
         for module in (model.image, model.text, model):
             fully_shard(module, mesh=mesh)
         step = _plain(model) if chunk_size is None else None
@@ -217,7 +178,7 @@ def _ddp_reductions(rank):
         done = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
         return done.then(lambda _: bucket.buffer() / WORLD_SIZE)
 
-    model = DistributedDataParallel(_towers())
+    model = DistributedDataParallel(towers())
     model.register_comm_hook(None, hook)
     GradCache(model, gathered_contrastive, 2).step(*_shard(rank, 0))
     return sum(calls)
@@ -227,7 +188,7 @@ def _fused_loss(rank, schedule):
     """Unequal shards in float32 with the operator's own exchange: the loss and its gradients."""
     images, texts = batch(6 * WORLD_SIZE, 0, torch.float32)
     own = (slice(0, 5), slice(5, None))[rank]
-    model = DistributedDataParallel(_towers(dtype=torch.float32))
+    model = DistributedDataParallel(towers(dtype=torch.float32))
 
     def loss(x, y, scale):
         return ops.contrastive(x, y, scale, group=dist.group.WORLD, schedule=schedule)
@@ -237,21 +198,72 @@ def _fused_loss(rank, schedule):
     return value / WORLD_SIZE, gradients(model)
 
 
-def main(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE
-    )
+def scenarios(rank):
     results = {
         "ddp": _ddp(rank, (4, 4)),
         "ddp_unlike_chunk_counts": _ddp(rank, (1, 8)),
         "ddp_two_wrappers": _two_wrappers(rank),
-        "ddp_unused_parameters": _unused_parameters(rank),
+        # A layer that no rank uses in the chunk that synchronises, only in earlier ones.
+        "ddp_unused_parameters": _against_one_graph(rank, Switching),
+        "ddp_dropout": _against_one_graph(rank, dropout=0.5),
         "ddp_accumulation": _accumulation(rank),
         "ddp_reductions": _ddp_reductions(rank),
         "gather": _fused_loss(rank, "gather"),
         "ring": _fused_loss(rank, "ring"),
     }
     results["fsdp"], results["fsdp_reductions"], results["fsdp_error"] = _sharded(rank)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    found = gloo_ranks.run(WORLD_SIZE, scenarios, limit=120)
+    assert all(isinstance(results, dict) for results in found), found
+    return found
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "ddp",
+        "ddp_unlike_chunk_counts",
+        "ddp_two_wrappers",
+        "ddp_unused_parameters",
+        "ddp_dropout",
+        "ddp_accumulation",
+        "fsdp",
+    ],
+)
+def test_ranks_have_the_gradients_of_the_plain_distributed_step(ranks, scenario):
+    for rank in ranks:
+        plain, ours = rank[scenario]
+        for expected, found in zip(plain, ours, strict=True):
+            assert any(gradient.any() for gradient in expected.values())
+            assert_equal_to_rounding(found, expected, 6 * WORLD_SIZE)
+
+
+def test_gradients_are_exchanged_once_a_step(ranks):
+    for rank in ranks:
+        assert rank["ddp_reductions"] == 1
+        plain, ours = rank["fsdp_reductions"]
+        assert plain == ours > 0
+
+
+@pytest.mark.parametrize("schedule", ["gather", "ring"])
+def test_ranks_with_the_distributed_loss_have_the_gradients_of_one_process(ranks, schedule):
+    inputs = batch(6 * WORLD_SIZE, 0)
+    exact_loss, exact = plain_step(towers(dtype=torch.float32).double(), contrastive, *inputs)
+    narrow = batch(6 * WORLD_SIZE, 0, torch.float32)
+    eager_loss, eager = plain_step(towers(dtype=torch.float32), contrastive, *narrow)
+    for rank in ranks:
+        loss, found = rank[schedule]
+        ulp = epsilon(torch.float32)
+        assert_as_accurate("loss", loss, eager_loss, exact_loss, ulp * exact_loss.item())
+        for name, gradient in found.items():
+            floor = ulp * exact[name].norm().item()
+            assert_as_accurate(name, gradient, eager[name], exact[name], floor)
+
+
+def test_unlike_numbers_of_chunks_raise_on_every_sharded_rank(ranks):
+    for rank, chunks in zip(ranks, (3, 2), strict=True):
+        assert f"got {chunks} here and from 2 to 3 over all ranks" in rank["fsdp_error"]
