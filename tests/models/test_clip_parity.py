@@ -1,13 +1,12 @@
 """The same weights give the same features as in open_clip and transformers."""
 
+import open_clip
 import pytest
 import torch
+import transformers
 from tolerance import assert_as_accurate, epsilon
 
 from fastvlp.models import clip
-
-open_clip = pytest.importorskip("open_clip")
-transformers = pytest.importorskip("transformers")
 
 SIZES = {
     "ViT-B/32": "ViT-B-32-quickgelu",
