@@ -73,11 +73,15 @@ def plain_step(model, loss, *inputs):
     return value.detach(), gradients(model)
 
 
+def rounding(name, exact, rows, width, dtype):
+    """What a gradient may differ by for the order of sums over the batch and hidden features."""
+    # The scale's gradient is a sum of logits, up to exp(1.5) in size, which may cancel.
+    size = max(exact.norm().item(), math.exp(1.5) if name == "logit_scale" else 0.0)
+    return (rows + 3 * width) * epsilon(dtype) * size
+
+
 def assert_equal_to_rounding(ours, plain, rows, width=WIDTH):
-    """Sums over the batch and the hidden features may differ by the order of their terms."""
     assert ours.keys() == plain.keys()
     for name, exact in plain.items():
-        # The scale's gradient is a sum of logits, up to exp(1.5) in size, which may cancel.
-        size = max(exact.norm().item(), math.exp(1.5) if name == "logit_scale" else 0.0)
-        floor = (rows + 3 * width) * epsilon(exact.dtype) * size
+        floor = rounding(name, exact, rows, width, exact.dtype)
         assert_as_accurate(name, ours[name], exact, exact.double(), floor)

@@ -171,9 +171,10 @@ def test_a_small_run_writes_every_row(tmp_path):
         assert each["op"] == "contrastive_distributed" and each["phase"] == "fwd+bwd"
         assert each["shape"] == {"world_size": 2, "batch": 64, "dim": 32}
         assert each["ms"] > 0 and each["peak_mb"] is not None
-        # bfloat16 keeps eight bits of what it carries.
+        # bfloat16 keeps eight bits of what it carries; a float32 logit near 100 is off by 2^-18,
+        # which exp makes a relative error, and open_clip's sums of 32 terms may be luckier.
         rounded = "bf16" in each["impl"]
-        assert each["error"] <= (2**-7 if rounded else 2 * rows["open_clip"]["error"])
+        assert each["error"] <= (2**-7 if rounded else 2 * rows["open_clip"]["error"] + 2**-18)
     assert rows["open_clip"]["bytes_sent"] == 4 * shard
     assert rows["open_clip"]["flops"] == 6 * 2 * 64 * 128 * 32
     assert shard < rows["fastvlp bf16 sent"]["bytes_sent"] < rows["fastvlp"]["bytes_sent"]
