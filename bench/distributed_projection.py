@@ -2,16 +2,18 @@
 
 From two things that are counted, not estimated, on a few ranks with B pairs each:
 
-- FLOPs of the matrix products of one rank, forward and backward. They are `products` times
-  2 B (B W) D on W ranks, so `products` is what is taken from the measured run.
+- FLOPs of the matrix products of one rank, forward and backward, of the form f + g W. Of fastvlp
+  not the counted ones, where a few ranks' logits fit into the workspace of a CPU and make 3
+  products enough, but 4 products, 8 B (B W) D: on a GPU, and on more ranks, logits are not kept.
 - bytes sent by one rank. With B fixed every exchange of the loss is of the form p + q W (an
-  all-gather sends (W-1) shards, a ring W-1 or W), so p and q come from a straight line
-  through the counts at two or more numbers of ranks W > 1.
+  all-gather sends W-1 shards, a ring W-2 or W-1).
+
+Both lines go through the counts at two or more numbers of ranks W > 1.
 
 and from two rates that are given, R FLOP/s of products and L bytes/s of the slowest link of a
 GPU in one direction:
 
-    compute  = products * 2 B^2 D W / R
+    compute  = (f + g W) / R
     transfer = (p + q W) / L
     step, nothing overlapped    = compute + transfer
     step, perfectly overlapped  = max(compute, transfer)
@@ -29,6 +31,7 @@ from typing import Any
 
 import numpy as np
 from distributed_traffic import Listener
+from harness import OURS
 from rich.console import Console
 from rich.table import Table
 
@@ -92,14 +95,18 @@ def project(
             counted.setdefault((row["dtype"], row["impl"]), []).append(row)
     found = []
     for (dtype, impl), group in counted.items():
+        shape = group[0]["shape"]
         ranks = [row["shape"]["world_size"] for row in group]
         if len(set(ranks)) < 2:
             raise ValueError(f"{impl} {dtype}: needs counts at two numbers of ranks, got {ranks}")
-        flops_per_rank = np.mean([row["flops"] / row["shape"]["world_size"] for row in group])
-        slope, start = np.polyfit(ranks, [row["bytes_sent"] for row in group], 1)
+        flops_line, bytes_line = (
+            np.polyfit(ranks, [row[key] for row in group], 1) for key in ("flops", "bytes_sent")
+        )
         for world_size in world_sizes:
-            flops = float(flops_per_rank * world_size)
-            sent = float(start + slope * world_size)
+            flops = float(np.polyval(flops_line, world_size))
+            if impl.startswith(OURS):
+                flops = 8.0 * shape["batch"] ** 2 * world_size * shape["dim"]
+            sent = float(np.polyval(bytes_line, world_size))
             compute = flops / (rates.matrix_tflops * 1e12) * 1e3
             transfer = sent / (rates.link_gbs * 1e9) * 1e3
             found.append(
@@ -108,7 +115,7 @@ def project(
                     "impl": impl,
                     "dtype": dtype,
                     "world_size": world_size,
-                    "batch": group[0]["shape"]["batch"],
+                    "batch": shape["batch"],
                     "flops": flops,
                     "bytes_sent": sent,
                     "compute_ms": compute,
@@ -130,7 +137,7 @@ def print_projection(entries: Sequence[Mapping[str, Any]], rates: Rates) -> None
         grid = Table(
             title_justify="left",
             title=(
-                f"{TITLE}: counted FLOPs and bytes of {dtype}, "
+                f"{TITLE}: counted bytes and FLOPs of {dtype} ({OURS}: 4 products), "
                 f"{group[0]['batch']:,} pairs per GPU, at "
                 f"{rates.matrix_tflops:g} TFLOP/s and {rates.link_gbs:g} GB/s per GPU"
             ),

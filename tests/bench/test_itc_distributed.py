@@ -124,6 +124,12 @@ def test_a_projection_is_the_formula_it_states():
     assert found["overlapped_ms"] == pytest.approx(max(compute, transfer))
 
 
+def test_a_projection_of_ours_keeps_no_logits():
+    rows = [row("fastvlp ring", w, 4 - 2 / w, 0) for w in (2, 4)]
+    (found,) = project(rows, Rates(), [512])
+    assert found["flops"] == 4 * 2 * 4096**2 * 512 * 512
+
+
 @given(st.integers(0, 10**7), st.integers(1, 10**8), st.integers(2, 4096))
 def test_counts_at_two_sizes_give_every_exchange(start, slope, world_size):
     rows = [row("fastvlp", w, 3, start + slope * w) for w in (2, 4)]
