@@ -29,7 +29,7 @@ from ._contrastive_parts import (
     gradient_weights,
     loss_share,
     no_gradients,
-    sum_dtype,
+    travel_dtypes,
 )
 from ._contrastive_ring import ring_shares
 
@@ -39,17 +39,17 @@ COMM_DTYPES = (None, torch.bfloat16, torch.float16, torch.float32)
 
 
 def softmax_shares(
-    x, y, scale, shards, rows, cols, schedule, wire, gradients, workspace_bytes
+    x, y, scale, shards, rows, cols, schedule, comm_dtype, gradients, workspace_bytes
 ) -> tuple[torch.Tensor, ...]:
     """(loss, dx, dy, dscale) of this rank; gradients empty where not wanted."""
     if schedule == "auto":
         gathered = shards.total * x.shape[1] * (x.element_size() + 4)
         schedule = "gather" if gathered <= 4 * workspace_bytes else "ring"
     run = _gather if schedule == "gather" else ring_shares
-    return run(x, y, scale, shards, rows, cols, wire, gradients, workspace_bytes)
+    return run(x, y, scale, shards, rows, cols, comm_dtype, gradients, workspace_bytes)
 
 
-def _gather(x, y, scale, shards, rows, cols, wire, gradients, workspace_bytes):
+def _gather(x, y, scale, shards, rows, cols, comm_dtype, gradients, workspace_bytes):
     first, last = shards.offset, shards.offset + len(y)
     # At most three parts: this rank's own columns, those before and those after.
     groups = [(0, slice(0, shards.rank)), (last, slice(shards.rank + 1, None))]
@@ -57,6 +57,7 @@ def _gather(x, y, scale, shards, rows, cols, wire, gradients, workspace_bytes):
     widths = [len(y), *(sum(shards.sizes[which]) for _, which in groups)]
     logits = KeptLogits(x, [{n} for n in widths], workspace_bytes, gradients)
 
+    wire, sums = travel_dtypes(comm_dtype, y)
     exchange = Gather(y.to(wire), shards)
     own = Part(x, y, scale, first, first, logits.slot(0, len(y)))
     row_lse, own_cols, positive = own.statistics(rows, cols)
@@ -85,7 +86,7 @@ def _gather(x, y, scale, shards, rows, cols, wire, gradients, workspace_bytes):
         dx.add(part_dx)
         dscale.add(part_dscale)
         outgoing[which] = part_dy.split(shards.sizes[which])
-    exchange = ScatterSum(outgoing, shards, y.new_empty(0, y.shape[1], dtype=sum_dtype(wire, y)))
+    exchange = ScatterSum(outgoing, shards, y.new_empty(0, y.shape[1], dtype=sums))
     own_dx, own_dy, own_dscale = own.gradients(row_lse, col_lse[first:last], weights)
     logits.give_back()
     dx.add(own_dx)

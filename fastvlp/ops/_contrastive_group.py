@@ -56,7 +56,7 @@ def contrastive_distributed(
     )  # fmt: skip
     rows, cols = direction != "text_to_image", direction != "image_to_text"
     return softmax_shares(
-        x, y, scale, shards, rows, cols, schedule, comm_dtype or y.dtype, gradients, workspace_bytes
+        x, y, scale, shards, rows, cols, schedule, comm_dtype, gradients, workspace_bytes
     )
 
 
@@ -81,9 +81,7 @@ def sigmoid_contrastive_distributed(
         x, {"logit_scale": scale, "logit_bias": bias}, group, 1, 0, 0,
         COMM_DTYPES.index(comm_dtype), gradients, workspace_bytes,
     )  # fmt: skip
-    return sigmoid_shares(
-        x, y, scale, bias, shards, comm_dtype or y.dtype, gradients, workspace_bytes
-    )
+    return sigmoid_shares(x, y, scale, bias, shards, comm_dtype, gradients, workspace_bytes)
 
 
 @sigmoid_contrastive_distributed.register_fake

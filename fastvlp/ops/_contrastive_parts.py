@@ -103,6 +103,6 @@ def no_gradients(x, y, scale):
     return x.new_empty(0, x.shape[1]), y.new_empty(0, y.shape[1]), torch.zeros_like(scale)
 
 
-def sum_dtype(wire: torch.dtype, y: torch.Tensor) -> torch.dtype:
-    # Sums travel in float32 unless the caller asked for less than the features' own precision.
-    return wire if wire.itemsize < y.element_size() else torch.float32
+def travel_dtypes(comm_dtype: torch.dtype | None, y: torch.Tensor) -> tuple[torch.dtype, ...]:
+    """Of the features and of the sums of their gradients on the wire."""
+    return comm_dtype or y.dtype, comm_dtype or torch.float32

@@ -13,18 +13,19 @@ from ._contrastive_parts import (
     gradient_weights,
     loss_share,
     no_gradients,
-    sum_dtype,
+    travel_dtypes,
 )
 from ._contrastive_plan import make_plan
 
 
-def ring_shares(x, y, scale, shards, rows, cols, wire, gradients, workspace_bytes):
+def ring_shares(x, y, scale, shards, rows, cols, comm_dtype, gradients, workspace_bytes):
     """(loss, dx, dy, dscale) of this rank for the softmax loss."""
     ring = _SoftmaxRing(x, y, scale, shards, rows, cols, workspace_bytes, gradients)
+    wire, sums = travel_dtypes(comm_dtype, y)
     ring.statistics(y.to(wire))
     loss = loss_share(ring.row_lse, ring.col_lse, ring.positive, shards, rows, cols)
     if gradients:
-        dx, dy, dscale = ring.gradients(sum_dtype(wire, y))
+        dx, dy, dscale = ring.gradients(sums)
     else:
         dx, dy, dscale = no_gradients(x, y, scale)
     ring.logits.give_back()
@@ -97,12 +98,13 @@ class _SoftmaxRing:
         return dx.total.to(self.x.dtype), own_dy.to(self.y.dtype), dscale.total
 
 
-def sigmoid_shares(x, y, scale, bias, shards, wire, gradients, workspace_bytes):
+def sigmoid_shares(x, y, scale, bias, shards, comm_dtype, gradients, workspace_bytes):
     """(loss, dx, dy, dscale, dbias) of this rank for the sigmoid loss, by the ring."""
     ring, last = Ring(shards), shards.world_size - 1
     weight = shards.world_size / shards.total
     loss, dx, dscale, dbias = Sum(), Sum(), Sum(), Sum()
-    dy, held = RingSum(ring, sum_dtype(wire, y)), y.to(wire)
+    wire, sums = travel_dtypes(comm_dtype, y)
+    dy, held = RingSum(ring, sums), y.to(wire)
     for step in range(shards.world_size):
         passing = ring.start(step, held, tag=1) if step < last else None
         columns = held.to(x.dtype) if step else y

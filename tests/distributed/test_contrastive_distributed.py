@@ -56,7 +56,9 @@ def test_gradients_of_the_full_batch(world_size):
     schedules = ("gather", "ring")
     jobs = list(itertools.product(dtypes, schedules, directions, (None,), (AMPLE,)))
     jobs += [(dtype, "sigmoid", "both", None, AMPLE) for dtype in dtypes]
-    jobs += [(torch.float32, s, "both", torch.bfloat16, AMPLE) for s in (*schedules, "sigmoid")]
+    jobs += itertools.product(
+        dtypes, (*schedules, "sigmoid"), ("both",), (torch.bfloat16,), (AMPLE,)
+    )
     # Workspaces that keep some of the logits and none.
     jobs += itertools.product((torch.float32,), schedules, ("both",), (None,), (SOME, 1))
     found = gloo_ranks.run(world_size, compute, sizes, jobs)
