@@ -46,29 +46,30 @@ struct BFloat16Dot {
 // How the words of A lie in memory: rows of K (a[m * ld + k]) or rows of M (a[k * ld + m]).
 enum class Order { kDepthContiguous, kRowContiguous };
 
-template <class Dot, Order order>
-inline void micro_kernel(const uint32_t* a, int64_t lda, const float* b, float* c, int64_t ldc,
-                         int64_t depth, float alpha, bool accumulate) {
-  Vec acc[kRegisterRows][kRegisterVectors] = {};
+// B lies as rows of `vectors` vectors, ldb words apart.
+template <class Dot, Order order, int vectors>
+inline void micro_kernel(const uint32_t* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                         int64_t ldc, int64_t depth, float alpha, bool accumulate) {
+  Vec acc[kRegisterRows][vectors] = {};
   const uint32_t* row[kRegisterRows];
   FASTVLP_UNROLL
   for (int i = 0; i < kRegisterRows; ++i)
     row[i] = order == Order::kDepthContiguous ? a + i * lda : a + i;
   for (int64_t k = 0; k < depth; ++k) {
-    Vec bv[kRegisterVectors];
+    Vec bv[vectors];
     FASTVLP_UNROLL
-    for (int j = 0; j < kRegisterVectors; ++j) bv[j] = load(b + k * kPanel + j * kLanes);
+    for (int j = 0; j < vectors; ++j) bv[j] = load(b + k * ldb + j * kLanes);
     FASTVLP_UNROLL
     for (int i = 0; i < kRegisterRows; ++i) {
       const uint32_t word = order == Order::kDepthContiguous ? row[i][k] : a[k * lda + i];
       FASTVLP_UNROLL
-      for (int j = 0; j < kRegisterVectors; ++j) acc[i][j] = Dot::step(acc[i][j], word, bv[j]);
+      for (int j = 0; j < vectors; ++j) acc[i][j] = Dot::step(acc[i][j], word, bv[j]);
     }
   }
   FASTVLP_UNROLL
   for (int i = 0; i < kRegisterRows; ++i)
     FASTVLP_UNROLL
-    for (int j = 0; j < kRegisterVectors; ++j) {
+    for (int j = 0; j < vectors; ++j) {
       float* p = c + i * ldc + j * kLanes;
       Vec v = acc[i][j] * alpha;
       if (accumulate) v = v + load(p);
@@ -86,9 +87,33 @@ void multiply(const uint32_t* a, int64_t lda, const float* b, float* c, int64_t 
     const uint32_t* ak = order == Order::kDepthContiguous ? a + k : a + k * lda;
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t i = 0; i < m; i += kRegisterRows)
-        micro_kernel<Dot, order>(order == Order::kDepthContiguous ? ak + i * lda : ak + i, lda,
-                                 b + (p * depth + k) * kPanel, c + i * ldc + p * kPanel, ldc, part,
-                                 alpha, accumulate || k > 0);
+        micro_kernel<Dot, order, kRegisterVectors>(
+            order == Order::kDepthContiguous ? ak + i * lda : ak + i, lda,
+            b + (p * depth + k) * kPanel, kPanel, c + i * ldc + p * kPanel, ldc, part, alpha,
+            accumulate || k > 0);
+  }
+}
+
+// The same with B [depth][vectors * kLanes] in rows that are ldb words apart.
+template <class Dot, Order order>
+void multiply_rows(const uint32_t* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                   int64_t ldc, int64_t m, int64_t vectors, int64_t depth, float alpha,
+                   bool accumulate) {
+  for (int64_t k = 0; k < depth; k += Dot::kMaxDepth) {
+    const int64_t part = depth - k < Dot::kMaxDepth ? depth - k : Dot::kMaxDepth;
+    const uint32_t* ak = order == Order::kDepthContiguous ? a + k : a + k * lda;
+    for (int64_t j = 0; j < vectors; j += kRegisterVectors)
+      for (int64_t i = 0; i < m; i += kRegisterRows) {
+        const uint32_t* ai = order == Order::kDepthContiguous ? ak + i * lda : ak + i;
+        const float* bj = b + k * ldb + j * kLanes;
+        float* cij = c + i * ldc + j * kLanes;
+        if (vectors - j >= kRegisterVectors)
+          micro_kernel<Dot, order, kRegisterVectors>(ai, lda, bj, ldb, cij, ldc, part, alpha,
+                                                     accumulate || k > 0);
+        else
+          micro_kernel<Dot, order, 1>(ai, lda, bj, ldb, cij, ldc, part, alpha,
+                                      accumulate || k > 0);
+      }
   }
 }
 
