@@ -23,7 +23,7 @@ namespace {
 
 AttentionInput input_of(const Tensor& t, const char* name) {
   const int64_t last = t.dim() - 1;
-  STD_TORCH_CHECK(t.size(last) <= 1 || t.stride(last) == 1, name,
+  STD_TORCH_CHECK(t.numel() == 0 || t.size(last) <= 1 || t.stride(last) == 1, name,
                   ": expected unit stride along the last dim");
   return {t.const_data_ptr(), t.stride(last - 2), t.stride(last - 1)};
 }

@@ -2,11 +2,16 @@
 // everything but the one exported table has internal linkage.
 #include "attention_kernel.h"
 #include "attention_pass.h"
+#include "attention_tiles.h"
 #include "isa_name.h"
 
 namespace {
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+#define FASTVLP_WITH_PRODUCTS(function, p)                                  \
+  ((p).element == fastvlp::Element::kBFloat16 ? function<TileProducts<1>> \
+                                              : function<TileProducts<3>>)
+#elif defined(__AVX512BF16__)
 #define FASTVLP_WITH_PRODUCTS(function, p)                                       \
   ((p).element == fastvlp::Element::kBFloat16 ? function<DotProducts<BFloat16Dot>> \
                                               : function<DotProducts<FloatDot>>)

@@ -19,7 +19,7 @@ struct Buffers {
   Buffers(const Products& x, bool dropout, int64_t queries, int64_t seen_keys, bool backward) {
     const int64_t n = x.padded_keys(seen_keys);
     const int64_t m = x.padded_queries(queries < x.kQueryBlock ? queries : x.kQueryBlock);
-    row = take(2 * m > 2 * x.padded_dim() ? 2 * m : 2 * x.padded_dim());
+    row = take(x.row_words());
     key_rows = take(x.key_rows_words(n));
     key_columns = take(x.key_columns_words(n));
     query_columns = take(x.query_columns_words(m));
@@ -55,7 +55,7 @@ struct Buffers {
 template <class Products>
 int64_t scratch_floats_with(const AttentionProblem& p, int64_t queries, int64_t seen_keys,
                             bool backward) {
-  return Buffers<Products>(Products{p.dim}, p.drop_below > 0, queries, seen_keys, backward).total;
+  return Buffers<Products>(Products(p.dim), p.drop_below > 0, queries, seen_keys, backward).total;
 }
 
 inline Features head_rows(const AttentionProblem& p, const AttentionInput& input, int64_t offset,
@@ -74,7 +74,8 @@ inline SeenRows seen_rows(const AttentionProblem& p, const AttentionTask& task,
 inline int64_t visible(const AttentionProblem& p, const AttentionTask& task, int64_t end) {
   if (!p.causal) return task.seen_keys;
   const int64_t limit = end - task.queries + task.keys;  // first key it may not see
-  if (task.seen == nullptr) return limit < 0 ? 0 : limit < task.keys ? limit : task.keys;
+  // Without a list the seen keys are all, or none where a mask hides every key of the call.
+  if (task.seen == nullptr) return limit < 0 ? 0 : limit < task.seen_keys ? limit : task.seen_keys;
   int64_t n = 0;
   while (n < task.seen_keys && task.seen[n] < limit) ++n;
   return n;
@@ -142,7 +143,7 @@ WeightBlock block_at(const Products& x, const AttentionProblem& p, const Attenti
 template <class Products>
 void forward_with(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
                   float* scratch) {
-  const Products x{p.dim};
+  const Products x(p.dim);
   const Buffers<Products> at(x, p.drop_below > 0, task.queries, task.seen_keys, false);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
   x.pack_key_rows(seen_rows(p, task, p.k, task.key_offset), words + at.key_rows);
@@ -159,7 +160,7 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
     const WeightBlock b = block_at(x, p, task, first);
     x.pack_query_columns(q, first, b.queries, p.scale < 0, words + at.query_columns,
                          words + at.row);
-    x.scores(words + at.key_rows, words + at.query_columns, b.n, b.m, weights);
+    x.scores(words + at.key_rows, words + at.query_columns, task.seen_keys, b.n, b.m, weights);
     exponentials(b, weights, largest, reciprocal);
     clear_padding(x, b, weights);
     const uint32_t* operand = words + at.weights;
@@ -168,7 +169,7 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
       operand = words + at.query_weights;
     }
     if (b.n > 0)
-      x.into_queries(operand, value_columns, b.n, b.m, scratch + at.into_queries);
+      x.into_queries(operand, value_columns, task.seen_keys, b.n, b.m, scratch + at.into_queries);
     else
       std::memset(scratch + at.into_queries, 0, x.into_queries_floats(b.m) * 4);
     store_queries(x, b, scratch + at.into_queries, reciprocal, scratch + at.row,
@@ -182,7 +183,7 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
 template <class Products>
 void backward_with(const AttentionProblem& p, const AttentionTask& task,
                    const AttentionBackward& out, float* scratch) {
-  const Products x{p.dim};
+  const Products x(p.dim);
   const Buffers<Products> at(x, p.drop_below > 0, task.queries, task.seen_keys, true);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
   const SeenRows keys = seen_rows(p, task, p.k, task.key_offset);
@@ -215,8 +216,8 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
     x.pack_query_columns(grad, first, b.queries, false, words + at.grad_columns, words + at.row);
     x.pack_query_rows(q, first, b.queries, words + at.query_rows);
     x.pack_query_rows(grad, first, b.queries, words + at.grad_rows);
-    x.scores(words + at.key_rows, words + at.query_columns, b.n, b.m, s);
-    x.scores(words + at.value_rows, words + at.grad_columns, b.n, b.m, t);
+    x.scores(words + at.key_rows, words + at.query_columns, task.seen_keys, b.n, b.m, s);
+    x.scores(words + at.value_rows, words + at.grad_columns, task.seen_keys, b.n, b.m, t);
     weights_again(b, largest, reciprocal, s, t, dropped, slope);
     clear_padding(x, b, dropped);
     const bool accumulate = p.causal || first > 0;
@@ -238,7 +239,7 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
       operand = words + at.query_weights;
     }
     if (b.n > 0)
-      x.into_queries(operand, key_columns, b.n, b.m, scratch + at.into_queries);
+      x.into_queries(operand, key_columns, task.seen_keys, b.n, b.m, scratch + at.into_queries);
     else
       std::memset(scratch + at.into_queries, 0, x.into_queries_floats(b.m) * 4);
     store_queries(x, b, scratch + at.into_queries, nullptr, scratch + at.row, out.dq);

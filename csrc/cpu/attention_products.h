@@ -30,16 +30,19 @@ struct DotProducts {
   // into_queries gives [dim][m].
   static constexpr bool kQueriesTransposed = true;
 
-  int64_t dim;
+  const int64_t dim;
+  explicit DotProducts(int64_t d) : dim(d) {}
 
   int64_t padded_keys(int64_t n) const { return round_up(n, kRegisterRows); }
   int64_t padded_queries(int64_t m) const { return round_up(m, kLanes * Dot::kPerWord); }
   int64_t padded_dim() const { return round_up(dim, kLanes); }
-  int64_t row_words() const { return round_up(depth_words<Dot>(dim), kRegisterRows); }
+  int64_t key_row_words() const { return round_up(depth_words<Dot>(dim), kRegisterRows); }
   int64_t column_words() const { return round_up(dim, kRegisterRows); }
 
-  // Words of each operand; the capacity n or m is a padded count.
-  int64_t key_rows_words(int64_t n) const { return n * row_words(); }
+  // Words of each operand; the capacity n or m is a padded count. `row` is scratch for packing and
+  // for one row of output.
+  int64_t row_words() const { return 2 * padded_dim(); }
+  int64_t key_rows_words(int64_t n) const { return n * key_row_words(); }
   int64_t key_columns_words(int64_t n) const {
     return kFloat ? 0 : depth_words<Dot>(n) * column_words();
   }
@@ -54,7 +57,7 @@ struct DotProducts {
   int64_t into_queries_floats(int64_t m) const { return column_words() * m; }
 
   void pack_key_rows(const SeenRows& x, uint32_t* out) const {
-    const int64_t words = depth_words<Dot>(dim), stride = row_words();
+    const int64_t words = depth_words<Dot>(dim), stride = key_row_words();
     for (int64_t r = 0; r < padded_keys(x.count); ++r) {
       if (r < x.count) word_row<Dot>(x.features, x[r], dim, out + r * stride);
       const int64_t used = r < x.count ? words : 0;
@@ -129,9 +132,10 @@ struct DotProducts {
 #endif
   }
 
-  void scores(const uint32_t* key_rows, const uint32_t* query_columns, int64_t n, int64_t m,
-              float* c) const {
-    multiply_rows<Dot, Order::kDepthContiguous>(key_rows, row_words(), floats(query_columns), m, c,
+  // Of the `keys` packed, the first n enter.
+  void scores(const uint32_t* key_rows, const uint32_t* query_columns, int64_t, int64_t n,
+              int64_t m, float* c) const {
+    multiply_rows<Dot, Order::kDepthContiguous>(key_rows, key_row_words(), floats(query_columns), m, c,
                                                 m, padded_keys(n), m / kLanes,
                                                 depth_words<Dot>(dim), 1.0f, false);
   }
@@ -144,9 +148,9 @@ struct DotProducts {
         padded_keys(n), padded_dim() / kLanes, depth_words<Dot>(queries), 1.0f, accumulate);
   }
 
-  void into_queries(const uint32_t* query_weights, const uint32_t* key_columns, int64_t n,
+  void into_queries(const uint32_t* query_weights, const uint32_t* key_columns, int64_t, int64_t n,
                     int64_t m, float* c) const {
-    multiply_rows<Dot, Order::kRowContiguous>(key_columns, kFloat ? row_words() : column_words(),
+    multiply_rows<Dot, Order::kRowContiguous>(key_columns, kFloat ? key_row_words() : column_words(),
                                               floats(query_weights), m, c, m, column_words(),
                                               m / kLanes, depth_words<Dot>(n), 1.0f, false);
   }

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "features.h"
+#include "element.h"
 
 namespace fastvlp {
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -31,7 +31,16 @@ inline Vec load(const float* p) {
   return v;
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, kVectorBytes); }
-inline Vec splat(float a) { return Vec{} + a; }
+// Not Vec{} + a: adding to zero keeps the compiler from broadcasting straight from memory.
+inline Vec splat(float a) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(a);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_set1_ps(a);
+#else
+  return Vec{a, a, a, a};
+#endif
+}
 inline VecI bits(Vec v) { return (VecI)v; }
 
 // NaN in `a` is ignored and NaN in `b` is kept, as the callers need for running maxima: a NaN

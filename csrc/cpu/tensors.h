@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "features.h"
+#include "element.h"
 
 namespace fastvlp {
 namespace {

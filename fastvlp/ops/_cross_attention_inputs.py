@@ -123,7 +123,7 @@ def longest(starts: torch.Tensor, bound: int | None, device: torch.device, rows:
 
 def unit_stride(t: torch.Tensor) -> torch.Tensor:
     """`t`, copied only where its last axis is not contiguous."""
-    return t if t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
+    return t if t.numel() == 0 or t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
 
 
 def native_reasons(q: torch.Tensor, *_, **__) -> list[str]:
