@@ -145,18 +145,23 @@ AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, c
   return p;
 }
 
-// Calls work(task, scratch) for every segment and head.
+// Calls work(task, scratch) for every segment and head. A thread takes several heads of a segment
+// one after another where there is enough work for all threads: their rows lie in the same pages, and
+// looking those up anew for each head takes longer than the products.
 template <class Work>
 void for_each_task(const Segments& segments, int64_t heads, int64_t scratch_floats,
                    const Work& work) {
   const int64_t tasks = segments.count() * heads;
   const int64_t slots = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
   if (slots == 0) return;
+  const int64_t run = std::clamp<int64_t>(tasks / (4 * slots), 1, heads);
+  const int64_t runs = (heads + run - 1) / run;
   std::atomic<int64_t> next = 0;
   torch::stable::parallel_for(0, slots, 1, [&](int64_t, int64_t) {
     const Buffer scratch = allocate_floats(scratch_floats);
-    for (int64_t i = next++; i < tasks; i = next++)
-      work(segments.task(i / heads, i % heads), scratch.get());
+    for (int64_t i = next++; i < segments.count() * runs; i = next++)
+      for (int64_t head = i % runs * run; head < std::min(heads, (i % runs + 1) * run); ++head)
+        work(segments.task(i / runs, head), scratch.get());
   });
 }
 

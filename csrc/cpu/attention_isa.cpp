@@ -8,9 +8,9 @@
 namespace {
 
 #if defined(__AMX_BF16__)
-#define FASTVLP_WITH_PRODUCTS(function, p)                                  \
-  ((p).element == fastvlp::Element::kBFloat16 ? function<TileProducts<1>> \
-                                              : function<TileProducts<3>>)
+#define FASTVLP_WITH_PRODUCTS(function, p)                             \
+  ((p).element == fastvlp::Element::kBFloat16 ? function<TileProducts> \
+                                              : function<DotProducts<FloatDot>>)
 #elif defined(__AVX512BF16__)
 #define FASTVLP_WITH_PRODUCTS(function, p)                                       \
   ((p).element == fastvlp::Element::kBFloat16 ? function<DotProducts<BFloat16Dot>> \

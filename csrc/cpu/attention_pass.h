@@ -88,7 +88,7 @@ inline void* output_row(const AttentionProblem& p, void* out, int64_t row, int64
 
 inline void store_row(const AttentionProblem& p, const float* in, void* out) {
   if (p.element == fastvlp::Element::kFloat32)
-    std::memcpy(out, in, p.dim * 4);
+    stream_row(in, p.dim, static_cast<float*>(out));
   else if (p.element == fastvlp::Element::kBFloat16)
     to_bfloat16_row(in, p.dim, static_cast<uint16_t*>(out));
   else
@@ -107,6 +107,7 @@ void store_queries(const Products& x, const WeightBlock& b, const float* in, con
     for (int64_t d = 0; d < b.p.dim; ++d) row[d] = from[d * step] * scale;
     store_row(b.p, row, output_row(b.p, out, b.task.first_query + b.first + i, b.task.head));
   }
+  finish_streams();
 }
 
 // The gradients of all the task's keys, zero for those not seen.
@@ -122,6 +123,7 @@ void store_keys(const Products& x, const AttentionProblem& p, const AttentionTas
     else
       std::memset(to, 0, p.dim * (p.element == fastvlp::Element::kFloat32 ? 4 : 2));
   }
+  finish_streams();
 }
 
 // Rows [n, padded n) of a block: no key is there.
@@ -160,7 +162,7 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
     const WeightBlock b = block_at(x, p, task, first);
     x.pack_query_columns(q, first, b.queries, p.scale < 0, words + at.query_columns,
                          words + at.row);
-    x.scores(words + at.key_rows, words + at.query_columns, task.seen_keys, b.n, b.m, weights);
+    x.scores(words + at.key_rows, words + at.query_columns, b.n, b.m, weights);
     exponentials(b, weights, largest, reciprocal);
     clear_padding(x, b, weights);
     const uint32_t* operand = words + at.weights;
@@ -169,7 +171,7 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
       operand = words + at.query_weights;
     }
     if (b.n > 0)
-      x.into_queries(operand, value_columns, task.seen_keys, b.n, b.m, scratch + at.into_queries);
+      x.into_queries(operand, value_columns, b.n, b.m, scratch + at.into_queries);
     else
       std::memset(scratch + at.into_queries, 0, x.into_queries_floats(b.m) * 4);
     store_queries(x, b, scratch + at.into_queries, reciprocal, scratch + at.row,
@@ -216,8 +218,8 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
     x.pack_query_columns(grad, first, b.queries, false, words + at.grad_columns, words + at.row);
     x.pack_query_rows(q, first, b.queries, words + at.query_rows);
     x.pack_query_rows(grad, first, b.queries, words + at.grad_rows);
-    x.scores(words + at.key_rows, words + at.query_columns, task.seen_keys, b.n, b.m, s);
-    x.scores(words + at.value_rows, words + at.grad_columns, task.seen_keys, b.n, b.m, t);
+    x.scores(words + at.key_rows, words + at.query_columns, b.n, b.m, s);
+    x.scores(words + at.value_rows, words + at.grad_columns, b.n, b.m, t);
     weights_again(b, largest, reciprocal, s, t, dropped, slope);
     clear_padding(x, b, dropped);
     const bool accumulate = p.causal || first > 0;
@@ -239,7 +241,7 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
       operand = words + at.query_weights;
     }
     if (b.n > 0)
-      x.into_queries(operand, key_columns, task.seen_keys, b.n, b.m, scratch + at.into_queries);
+      x.into_queries(operand, key_columns, b.n, b.m, scratch + at.into_queries);
     else
       std::memset(scratch + at.into_queries, 0, x.into_queries_floats(b.m) * 4);
     store_queries(x, b, scratch + at.into_queries, nullptr, scratch + at.row, out.dq);

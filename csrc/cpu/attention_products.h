@@ -19,7 +19,16 @@ struct SeenRows {
   const int32_t* seen;
   int64_t count;
   int64_t operator[](int64_t r) const { return seen ? seen[r] : r; }
+  // Rows of a head lie far apart, where the processor does not see them coming.
+  void prefetch(int64_t r, int64_t bytes) const {
+    if (r >= count) return;
+    const int64_t size = features.element == Element::kFloat32 ? 4 : 2;
+    const char* at = static_cast<const char*>(features.data) + (*this)[r] * features.stride * size;
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
+  }
 };
+
+constexpr int64_t kPrefetchRows = 24;
 
 template <class Dot>
 struct DotProducts {
@@ -59,6 +68,7 @@ struct DotProducts {
   void pack_key_rows(const SeenRows& x, uint32_t* out) const {
     const int64_t words = depth_words<Dot>(dim), stride = key_row_words();
     for (int64_t r = 0; r < padded_keys(x.count); ++r) {
+      x.prefetch(r + kPrefetchRows, words * 4);
       if (r < x.count) word_row<Dot>(x.features, x[r], dim, out + r * stride);
       const int64_t used = r < x.count ? words : 0;
       std::memset(out + r * stride + used, 0, (stride - used) * 4);
@@ -132,9 +142,8 @@ struct DotProducts {
 #endif
   }
 
-  // Of the `keys` packed, the first n enter.
-  void scores(const uint32_t* key_rows, const uint32_t* query_columns, int64_t, int64_t n,
-              int64_t m, float* c) const {
+  void scores(const uint32_t* key_rows, const uint32_t* query_columns, int64_t n, int64_t m,
+              float* c) const {
     multiply_rows<Dot, Order::kDepthContiguous>(key_rows, key_row_words(), floats(query_columns), m, c,
                                                 m, padded_keys(n), m / kLanes,
                                                 depth_words<Dot>(dim), 1.0f, false);
@@ -148,7 +157,7 @@ struct DotProducts {
         padded_keys(n), padded_dim() / kLanes, depth_words<Dot>(queries), 1.0f, accumulate);
   }
 
-  void into_queries(const uint32_t* query_weights, const uint32_t* key_columns, int64_t, int64_t n,
+  void into_queries(const uint32_t* query_weights, const uint32_t* key_columns, int64_t n,
                     int64_t m, float* c) const {
     multiply_rows<Dot, Order::kRowContiguous>(key_columns, kFloat ? key_row_words() : column_words(),
                                               floats(query_weights), m, c, m, column_words(),

@@ -142,12 +142,15 @@ inline Vec log1p_unit(Vec u) {
 #if defined(__AVX512BF16__)
 // Two vectors rounded to bfloat16 (nearest even), as pairs: the low half of each 32-bit lane from
 // `low`, the high half from `high`.
-inline void store_bf16_pairs(uint32_t* p, Vec low, Vec high) {
+inline Vec bf16_pairs(Vec low, Vec high) {
   const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   const __m512i order = _mm512_set_epi16(
       31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
       3, 18, 2, 17, 1, 16, 0);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, packed));
+  return (Vec)_mm512_permutexvar_epi16(order, packed);
+}
+inline void store_bf16_pairs(uint32_t* p, Vec low, Vec high) {
+  _mm512_storeu_si512(p, (__m512i)bf16_pairs(low, high));
 }
 
 // Two neighbouring vectors rounded to bfloat16 (nearest even) in their own order.
