@@ -40,6 +40,20 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   m.def(
       "contrastive_cuda_sigmoid(Tensor products, Tensor scale, Tensor bias, float factor, "
       "int offset, Tensor(a!) sums, Tensor(b!) out) -> ()");
+  // q [T, H, d]; k and v [n, L, H, d], or packed [S, H, d] with cu_seqlens_k; unit stride along d.
+  // cu_seqlens [n + 1] int32 or int64; key_mask [n, L] or [S] bool, true where a key is seen; seed
+  // [] int64. Returns out [T, H, d] and what the backward pass needs of the softmax, fp32 and
+  // opaque: [2, H, T] on the CPU, the log-sum-exps [H, T] on CUDA.
+  m.def(
+      "cross_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
+      "Tensor? cu_seqlens_k, Tensor? key_mask, Tensor seed, float scale, float dropout_p, "
+      "bool causal, int max_seqlen_q, int max_seqlen_k) -> (Tensor, Tensor)");
+  // The gradients by q, k and v, contiguous.
+  m.def(
+      "cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor statistics, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_mask, "
+      "Tensor seed, float scale, float dropout_p, bool causal, int max_seqlen_q, "
+      "int max_seqlen_k) -> (Tensor, Tensor, Tensor)");
   // Why the CUDA kernels do not run on this device; empty where they do.
   m.def("cuda_kernels_unavailable(int device) -> str");
   // Frees the buffers that the CPU kernels keep between calls.

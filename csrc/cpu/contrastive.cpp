@@ -7,25 +7,13 @@
 
 #include "contrastive_driver.h"
 #include "isa.h"
+#include "tensors.h"
 
 namespace fastvlp {
+
+FASTVLP_DEFINE_KERNELS(ContrastiveKernels, contrastive)
+
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Element element_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
-  }
-}
 
 Features features_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got ", t.dim());
@@ -38,9 +26,6 @@ float scalar_of(const Tensor& t, const char* name) {
                   ": expected one float32 value");
   return *static_cast<const float*>(t.const_data_ptr());
 }
-
-const float* floats_of(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-float* mutable_floats_of(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 ContrastiveProblem problem_of(const Tensor& x, const Tensor& y, const Tensor& scale, int64_t offset,
                               int64_t block_rows, int64_t block_cols) {
@@ -158,8 +143,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid(
 
 std::string cpu_instruction_sets() {
   std::string names;
-  for (const auto* kernels : available_contrastive_kernels())
-    names += names.empty() ? kernels->name : std::string(",") + kernels->name;
+  for (const Isa isa : available_isas())
+    names += names.empty() ? name_of(isa) : std::string(",") + name_of(isa);
   return names;
 }
 

@@ -4,15 +4,9 @@
 
 #include "../common/contrastive_math.h"
 #include "contrastive_rows.h"
+#include "isa_name.h"
 #include "pack.h"
 
-#ifndef FASTVLP_ISA
-#error "define FASTVLP_ISA"
-#endif
-#define FASTVLP_JOIN_(a, b) a##b
-#define FASTVLP_JOIN(a, b) FASTVLP_JOIN_(a, b)
-#define FASTVLP_STRING_(a) #a
-#define FASTVLP_STRING(a) FASTVLP_STRING_(a)
 
 namespace {
 
@@ -445,9 +439,9 @@ void col_gradient(const ContrastiveProblem& p, int64_t block, int64_t begin, int
 namespace fastvlp {
 
 const ContrastiveKernels& FASTVLP_JOIN(contrastive_kernels_, FASTVLP_ISA)() {
-  static constexpr ContrastiveKernels table = {
-      FASTVLP_STRING(FASTVLP_ISA), scratch_bytes, padded_dim, packed_floats, pack_cols,
-      pack_rows,                   statistics,    row_gradient, col_gradient};
+  static constexpr ContrastiveKernels table = {scratch_bytes, padded_dim, packed_floats,
+                                               pack_cols,     pack_rows,  statistics,
+                                               row_gradient,  col_gradient};
   return table;
 }
 

@@ -4,18 +4,11 @@
 
 #include <cstdint>
 
+#include "element.h"
+
 namespace fastvlp {
 
-enum class Element { kFloat32, kBFloat16, kFloat16 };
 enum class Loss { kSoftmax, kSigmoid };
-
-// [rows, dim] with unit stride along dim.
-struct Features {
-  const void* data;
-  int64_t rows;
-  int64_t stride;  // elements from one row to the next
-  Element element;
-};
 
 // The logits z[i, j] = scale * <x_i, y_j> + bias, cut into blocks of block_rows x block_cols. The
 // positive of row i is column i + offset.
@@ -63,7 +56,6 @@ struct SigmoidSums {
 };
 
 struct ContrastiveKernels {
-  const char* name;
   // Bytes of scratch (64-byte aligned) that one call of any function below needs.
   int64_t (*scratch_bytes)(const ContrastiveProblem&);
   // Row length, in floats, of the gradient accumulators: dim rounded up to whole vectors.
@@ -91,10 +83,5 @@ struct ContrastiveKernels {
                        void* scratch, const float* tiles, int64_t tile_step, const float* packed,
                        float* accumulator);
 };
-
-const ContrastiveKernels& contrastive_kernels_portable();
-const ContrastiveKernels& contrastive_kernels_avx2();
-const ContrastiveKernels& contrastive_kernels_avx512();
-const ContrastiveKernels& contrastive_kernels_avx512_bf16();
 
 }  // namespace fastvlp

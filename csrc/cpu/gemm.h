@@ -9,19 +9,13 @@
 
 namespace {
 
-constexpr int kPanelVectors = 2;
-constexpr int kPanel = kPanelVectors * kLanes;  // columns of one packed panel of B
-
-// The accumulators of one step: rows of A by panels of B. Sixteen vectors either way, but a step
-// of 4 x 2 panels loads 8 words and vectors for its 16 multiply-adds where 8 x 1 loads 10, more
-// than the load units of some processors bring. A last single panel takes kRegisterRows x 1.
 #if defined(__AVX512F__)
 constexpr int kRegisterRows = 8;
-constexpr int kWideRows = 4, kWidePanels = 2;
 #else
 constexpr int kRegisterRows = 4;
-constexpr int kWideRows = kRegisterRows, kWidePanels = 1;
 #endif
+constexpr int kRegisterVectors = 2;
+constexpr int kPanel = kRegisterVectors * kLanes;  // columns of one packed panel of B
 
 // Products add up to kMaxDepth words of K in registers before they go to memory.
 
@@ -30,11 +24,13 @@ struct FloatDot {
   static constexpr int kPerWord = 1;
   // One running sum over all of K rounds worse than a vendor's product; sums of 64 do not.
   static constexpr int64_t kMaxDepth = 64;
-  static Vec step(Vec acc, uint32_t a, Vec b) {
-    float f;
-    std::memcpy(&f, &a, 4);
-    return acc + b * splat(f);
+  // Reads the word as a float: the compiler then broadcasts straight from memory, where a word in
+  // a register costs a shuffle on a port that multiply-adds need.
+  static Vec broadcast(const uint32_t* a) {
+    typedef float __attribute__((may_alias)) Aliased;
+    return splat(*reinterpret_cast<const Aliased*>(a));
   }
+  static Vec step(Vec acc, Vec a, Vec b) { return acc + b * a; }
 };
 
 #if defined(__AVX512BF16__)
@@ -42,9 +38,11 @@ struct FloatDot {
 struct BFloat16Dot {
   static constexpr int kPerWord = 2;
   static constexpr int64_t kMaxDepth = 512;  // a packed panel stays in the first-level cache
-  static Vec step(Vec acc, uint32_t a, Vec b) {
-    return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)),
-                                 (__m512bh)b);
+  static Vec broadcast(const uint32_t* a) {
+    return (Vec)_mm512_set1_epi32(static_cast<int>(*a));
+  }
+  static Vec step(Vec acc, Vec a, Vec b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
 };
 #endif
@@ -52,30 +50,29 @@ struct BFloat16Dot {
 // How the words of A lie in memory: rows of K (a[m * ld + k]) or rows of M (a[k * ld + m]).
 enum class Order { kDepthContiguous, kRowContiguous };
 
-// `panel_step` floats lie between the panels of B.
-template <class Dot, Order order, int rows, int panels>
-inline void micro_kernel(const uint32_t* a, int64_t lda, const float* b, int64_t panel_step,
-                         float* c, int64_t ldc, int64_t depth, float alpha, bool accumulate) {
-  constexpr int vectors = panels * kPanelVectors;
-  Vec acc[rows][vectors] = {};
-  const uint32_t* row[rows];
+// B lies as rows of `vectors` vectors, ldb words apart.
+template <class Dot, Order order, int vectors>
+inline void micro_kernel(const uint32_t* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                         int64_t ldc, int64_t depth, float alpha, bool accumulate) {
+  Vec acc[kRegisterRows][vectors] = {};
+  const uint32_t* row[kRegisterRows];
   FASTVLP_UNROLL
-  for (int i = 0; i < rows; ++i)
+  for (int i = 0; i < kRegisterRows; ++i)
     row[i] = order == Order::kDepthContiguous ? a + i * lda : a + i;
   for (int64_t k = 0; k < depth; ++k) {
     Vec bv[vectors];
     FASTVLP_UNROLL
-    for (int j = 0; j < vectors; ++j)
-      bv[j] = load(b + j / kPanelVectors * panel_step + k * kPanel + j % kPanelVectors * kLanes);
+    for (int j = 0; j < vectors; ++j) bv[j] = load(b + k * ldb + j * kLanes);
     FASTVLP_UNROLL
-    for (int i = 0; i < rows; ++i) {
-      const uint32_t word = order == Order::kDepthContiguous ? row[i][k] : a[k * lda + i];
+    for (int i = 0; i < kRegisterRows; ++i) {
+      const Vec word =
+          Dot::broadcast(order == Order::kDepthContiguous ? row[i] + k : a + k * lda + i);
       FASTVLP_UNROLL
       for (int j = 0; j < vectors; ++j) acc[i][j] = Dot::step(acc[i][j], word, bv[j]);
     }
   }
   FASTVLP_UNROLL
-  for (int i = 0; i < rows; ++i)
+  for (int i = 0; i < kRegisterRows; ++i)
     FASTVLP_UNROLL
     for (int j = 0; j < vectors; ++j) {
       float* p = c + i * ldc + j * kLanes;
@@ -90,22 +87,38 @@ inline void micro_kernel(const uint32_t* a, int64_t lda, const float* b, int64_t
 template <class Dot, Order order>
 void multiply(const uint32_t* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t m,
               int64_t panels, int64_t depth, float alpha, bool accumulate) {
-  const int64_t panel_step = depth * kPanel, row_step = order == Order::kDepthContiguous ? lda : 1;
   for (int64_t k = 0; k < depth; k += Dot::kMaxDepth) {
     const int64_t part = depth - k < Dot::kMaxDepth ? depth - k : Dot::kMaxDepth;
     const uint32_t* ak = order == Order::kDepthContiguous ? a + k : a + k * lda;
-    const bool add = accumulate || k > 0;
-    int64_t p = 0;
-    for (; p + kWidePanels <= panels; p += kWidePanels)
-      for (int64_t i = 0; i < m; i += kWideRows)
-        micro_kernel<Dot, order, kWideRows, kWidePanels>(
-            ak + i * row_step, lda, b + p * panel_step + k * kPanel, panel_step,
-            c + i * ldc + p * kPanel, ldc, part, alpha, add);
-    for (; p < panels; ++p)
+    for (int64_t p = 0; p < panels; ++p)
       for (int64_t i = 0; i < m; i += kRegisterRows)
-        micro_kernel<Dot, order, kRegisterRows, 1>(
-            ak + i * row_step, lda, b + p * panel_step + k * kPanel, panel_step,
-            c + i * ldc + p * kPanel, ldc, part, alpha, add);
+        micro_kernel<Dot, order, kRegisterVectors>(
+            order == Order::kDepthContiguous ? ak + i * lda : ak + i, lda,
+            b + (p * depth + k) * kPanel, kPanel, c + i * ldc + p * kPanel, ldc, part, alpha,
+            accumulate || k > 0);
+  }
+}
+
+// The same with B [depth][vectors * kLanes] in rows that are ldb words apart.
+template <class Dot, Order order>
+void multiply_rows(const uint32_t* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                   int64_t ldc, int64_t m, int64_t vectors, int64_t depth, float alpha,
+                   bool accumulate) {
+  for (int64_t k = 0; k < depth; k += Dot::kMaxDepth) {
+    const int64_t part = depth - k < Dot::kMaxDepth ? depth - k : Dot::kMaxDepth;
+    const uint32_t* ak = order == Order::kDepthContiguous ? a + k : a + k * lda;
+    for (int64_t j = 0; j < vectors; j += kRegisterVectors)
+      for (int64_t i = 0; i < m; i += kRegisterRows) {
+        const uint32_t* ai = order == Order::kDepthContiguous ? ak + i * lda : ak + i;
+        const float* bj = b + k * ldb + j * kLanes;
+        float* cij = c + i * ldc + j * kLanes;
+        if (vectors - j >= kRegisterVectors)
+          micro_kernel<Dot, order, kRegisterVectors>(ai, lda, bj, ldb, cij, ldc, part, alpha,
+                                                     accumulate || k > 0);
+        else
+          micro_kernel<Dot, order, 1>(ai, lda, bj, ldb, cij, ldc, part, alpha,
+                                      accumulate || k > 0);
+      }
   }
 }
 

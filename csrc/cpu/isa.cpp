@@ -3,32 +3,79 @@
 #include <cstdlib>
 #include <stdexcept>
 
-namespace fastvlp {
+#if defined(FASTVLP_X86)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 
-std::vector<const ContrastiveKernels*> available_contrastive_kernels() {
-  std::vector<const ContrastiveKernels*> found;
+namespace fastvlp {
+namespace {
+
+#if defined(FASTVLP_X86)
+// Tiles of bfloat16 need the processor and, on Linux, a permission that a process asks for once.
+bool amx_usable() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = d >> 24 & 1, bf16 = d >> 22 & 1;
+  return tiles && bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+std::vector<Isa> find_isas() {
+  std::vector<Isa> found;
 #if defined(FASTVLP_X86)
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx512 && __builtin_cpu_supports("avx512bf16"))
-    found.push_back(&contrastive_kernels_avx512_bf16());
-  if (avx512) found.push_back(&contrastive_kernels_avx512());
-  if (avx2) found.push_back(&contrastive_kernels_avx2());
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && amx_usable()) found.push_back(Isa::kAmx);
+  if (bf16) found.push_back(Isa::kAvx512Bf16);
+  if (avx512) found.push_back(Isa::kAvx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    found.push_back(Isa::kAvx2);
 #endif
-  found.push_back(&contrastive_kernels_portable());
+  found.push_back(Isa::kPortable);
   return found;
 }
 
-const ContrastiveKernels& contrastive_kernels() {
-  const auto found = available_contrastive_kernels();
+}  // namespace
+
+const char* name_of(Isa isa) {
+  switch (isa) {
+    case Isa::kAmx:
+      return "amx";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
+}
+
+const std::vector<Isa>& available_isas() {
+  static const std::vector<Isa> found = find_isas();
+  return found;
+}
+
+Isa chosen_isa() {
+  const auto& found = available_isas();
   const char* forced = std::getenv("FASTVLP_CPU_ISA");
-  if (forced == nullptr || *forced == '\0') return *found.front();
+  if (forced == nullptr || *forced == '\0') return found.front();
   std::string names;
-  for (const auto* kernels : found) {
-    if (std::string(kernels->name) == forced) return *kernels;
-    names += names.empty() ? kernels->name : std::string(", ") + kernels->name;
+  for (const Isa isa : found) {
+    if (std::string(name_of(isa)) == forced) return isa;
+    names += names.empty() ? name_of(isa) : std::string(", ") + name_of(isa);
   }
   throw std::runtime_error("FASTVLP_CPU_ISA: expected one of " + names + ", got '" + forced +
                            "'; unset it to use the fastest");

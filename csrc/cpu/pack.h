@@ -1,7 +1,7 @@
 // Copies feature rows into the layouts that gemm.h reads, converting the element type on the way.
 #pragma once
 
-#include "contrastive_kernel.h"
+#include "element.h"
 #include "gemm.h"
 
 #if defined(__F16C__)

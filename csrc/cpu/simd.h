@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -31,7 +31,16 @@ inline Vec load(const float* p) {
   return v;
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, kVectorBytes); }
-inline Vec splat(float a) { return Vec{} + a; }
+// Not Vec{} + a: adding to zero keeps the compiler from broadcasting straight from memory.
+inline Vec splat(float a) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(a);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_set1_ps(a);
+#else
+  return Vec{a, a, a, a};
+#endif
+}
 inline VecI bits(Vec v) { return (VecI)v; }
 
 // NaN in `a` is ignored and NaN in `b` is kept, as the callers need for running maxima: a NaN
@@ -81,6 +90,35 @@ inline Vec exp(Vec x) {
   return x < floor ? splat(0.0f) : result;
 }
 
+// 2^x within 2 ulp, 0 far below the smallest float and at -inf; NaN stays NaN. For x up to 127.
+// Reduction x = n + r, |r| <= 1/2, then a minimax polynomial of degree 6 that is exactly 1 at r = 0
+// (relative error 2e-9).
+inline Vec exp2(Vec x) {
+#if defined(__AVX512DQ__)
+  const Vec r = (Vec)_mm512_reduce_ps((__m512)x, 0);  // 0 for infinities
+#else
+  const Vec floor = splat(-126.0f);
+  const Vec clamped = x < floor ? floor : x;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const Vec shifted = clamped + magic;
+  const Vec r = clamped - (shifted - magic);
+#endif
+  Vec p = splat(1.5353362e-4f);
+  p = p * r + 1.3398875e-3f;
+  p = p * r + 9.6184369e-3f;
+  p = p * r + 5.5503324e-2f;
+  p = p * r + 2.4022648e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512DQ__)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
+#else
+  const VecI power = (bits(shifted) << 23) + (127 << 23);
+  const Vec result = p * (Vec)power;
+  return x < floor ? splat(0.0f) : result;
+#endif
+}
+
 inline Vec absolute(Vec x) {
   return (Vec)(bits(x) & 0x7fffffff);
 }
@@ -104,12 +142,15 @@ inline Vec log1p_unit(Vec u) {
 #if defined(__AVX512BF16__)
 // Two vectors rounded to bfloat16 (nearest even), as pairs: the low half of each 32-bit lane from
 // `low`, the high half from `high`.
-inline void store_bf16_pairs(uint32_t* p, Vec low, Vec high) {
+inline Vec bf16_pairs(Vec low, Vec high) {
   const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   const __m512i order = _mm512_set_epi16(
       31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
       3, 18, 2, 17, 1, 16, 0);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, packed));
+  return (Vec)_mm512_permutexvar_epi16(order, packed);
+}
+inline void store_bf16_pairs(uint32_t* p, Vec low, Vec high) {
+  _mm512_storeu_si512(p, (__m512i)bf16_pairs(low, high));
 }
 
 // Two neighbouring vectors rounded to bfloat16 (nearest even) in their own order.

@@ -1,0 +1,70 @@
+// What the attention driver (baseline code, owns memory and threads) and the per-instruction-set
+// kernels (no allocation, no threads, no torch) say to each other.
+#pragma once
+
+#include <cstdint>
+
+#include "element.h"
+
+namespace fastvlp {
+
+// One tensor of rows and heads, with unit stride along the head's width.
+struct AttentionInput {
+  const void* data;
+  int64_t row;   // elements from one row to the next
+  int64_t head;  // elements from one head to the next
+};
+
+struct AttentionProblem {
+  AttentionInput q, k, v, grad;  // grad, of the output, for the backward pass only
+  Element element;               // of all four
+  int64_t heads;
+  int64_t dim;
+  int64_t total_queries;
+  float scale;
+  bool causal;
+  uint32_t drop_below;  // weights whose random word is below are dropped; 0: no dropout
+  float keep_scale;     // factor of the weights that stay
+  uint64_t seed;
+};
+
+// One head of one segment: every query row against every key row that is seen.
+struct AttentionTask {
+  int64_t head;
+  int64_t first_query;
+  int64_t queries;
+  int64_t keys;          // rows of the segment
+  int64_t key_offset;    // elements to its first row in k
+  int64_t value_offset;  // and in v
+  int64_t first_key;     // its first row in dk and dv
+  const int32_t* seen;   // the seen rows, ascending; null: all
+  int64_t seen_keys;
+};
+
+// Outputs are contiguous [rows, heads, dim] of the inputs' element type. Of the softmax two numbers
+// per head and query row are kept, [2][heads][total_queries]: the largest logit in units of ln 2
+// and the reciprocal of the sum of exponentials relative to it, 0 for a row that sees no key. The
+// backward pass finds from them the very weights of the forward pass.
+struct AttentionForward {
+  void* out;
+  float* statistics;
+};
+
+struct AttentionBackward {
+  const float* statistics;
+  void* dq;
+  void* dk;
+  void* dv;
+};
+
+struct AttentionKernels {
+  // Floats of 64-byte aligned scratch for a task of at most so many rows.
+  int64_t (*forward_scratch)(const AttentionProblem&, int64_t queries, int64_t seen_keys);
+  int64_t (*backward_scratch)(const AttentionProblem&, int64_t queries, int64_t seen_keys);
+  void (*forward)(const AttentionProblem&, const AttentionTask&, const AttentionForward&,
+                  float* scratch);
+  void (*backward)(const AttentionProblem&, const AttentionTask&, const AttentionBackward&,
+                   float* scratch);
+};
+
+}  // namespace fastvlp

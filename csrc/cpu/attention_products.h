@@ -1,0 +1,176 @@
+// The products of attention on vector registers. Weights lie transposed, [keys][queries]: then a
+// softmax over the keys runs along the lanes, and keys and values enter every product as rows, where
+// they are read by broadcast.
+//
+// A Products class offers, for one head of one segment with n key rows x [n, dim] and one block of m
+// query rows y [m, dim] (weights w are fp32 [padded n][padded m]):
+//   scores      C[n][m]  = x y^T           of x as key_rows and y as query_columns
+//   into_keys   C[n][d] += w y             of w as key_weights and y as query_rows
+//   into_queries           w^T x           of w as query_weights and x as key_columns
+#pragma once
+
+#include "pack.h"
+
+namespace {
+
+// Key rows of one head: row r of `rows` is row seen[r] of the features (r without `seen`).
+struct SeenRows {
+  Features features;
+  const int32_t* seen;
+  int64_t count;
+  int64_t operator[](int64_t r) const { return seen ? seen[r] : r; }
+  // Rows of a head lie far apart, where the processor does not see them coming.
+  void prefetch(int64_t r, int64_t bytes) const {
+    if (r >= count) return;
+    const int64_t size = features.element == Element::kFloat32 ? 4 : 2;
+    const char* at = static_cast<const char*>(features.data) + (*this)[r] * features.stride * size;
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
+  }
+};
+
+constexpr int64_t kPrefetchRows = 24;
+
+template <class Dot>
+struct DotProducts {
+  static constexpr bool kFloat = Dot::kPerWord == 1;
+  static constexpr int64_t kQueryBlock = 64;
+  // Floats enter the products as they are; the weights are their own operands.
+  static constexpr bool kWeightsInPlace = kFloat;
+  // into_queries gives [dim][m].
+  static constexpr bool kQueriesTransposed = true;
+
+  const int64_t dim;
+  explicit DotProducts(int64_t d) : dim(d) {}
+
+  int64_t padded_keys(int64_t n) const { return round_up(n, kRegisterRows); }
+  int64_t padded_queries(int64_t m) const { return round_up(m, kLanes * Dot::kPerWord); }
+  int64_t padded_dim() const { return round_up(dim, kLanes); }
+  int64_t key_row_words() const { return round_up(depth_words<Dot>(dim), kRegisterRows); }
+  int64_t column_words() const { return round_up(dim, kRegisterRows); }
+
+  // Words of each operand; the capacity n or m is a padded count. `row` is scratch for packing and
+  // for one row of output.
+  int64_t row_words() const { return 2 * padded_dim(); }
+  int64_t key_rows_words(int64_t n) const { return n * key_row_words(); }
+  int64_t key_columns_words(int64_t n) const {
+    return kFloat ? 0 : depth_words<Dot>(n) * column_words();
+  }
+  int64_t query_columns_words(int64_t m) const { return depth_words<Dot>(dim) * m; }
+  int64_t query_rows_words(int64_t m) const { return depth_words<Dot>(m) * padded_dim(); }
+  int64_t key_weights_words(int64_t n, int64_t m) const {
+    return kFloat ? 0 : n * depth_words<Dot>(m);
+  }
+  int64_t query_weights_words(int64_t n, int64_t m) const {
+    return kFloat ? 0 : depth_words<Dot>(n) * m;
+  }
+  int64_t into_queries_floats(int64_t m) const { return column_words() * m; }
+
+  void pack_key_rows(const SeenRows& x, uint32_t* out) const {
+    const int64_t words = depth_words<Dot>(dim), stride = key_row_words();
+    for (int64_t r = 0; r < padded_keys(x.count); ++r) {
+      x.prefetch(r + kPrefetchRows, words * 4);
+      if (r < x.count) word_row<Dot>(x.features, x[r], dim, out + r * stride);
+      const int64_t used = r < x.count ? words : 0;
+      std::memset(out + r * stride + used, 0, (stride - used) * 4);
+    }
+  }
+
+  // Where the columns of floats are the rows themselves, `out` is those.
+  void pack_key_columns(const SeenRows& x, uint32_t* out) const {
+    if constexpr (!kFloat) {
+      const int64_t stride = column_words();
+      for (int64_t w = 0; w < depth_words<Dot>(x.count); ++w) {
+        const uint16_t* first = half_row(x, 2 * w);
+        const bool pair = 2 * w + 1 < x.count;
+        const uint16_t* second = half_row(x, pair ? 2 * w + 1 : 2 * w);
+        const uint32_t keep = pair ? 0xffffu : 0u;
+        uint32_t* row = out + w * stride;
+        for (int64_t d = 0; d < dim; ++d) row[d] = first[d] | (second[d] & keep) << 16;
+        std::memset(row + dim, 0, (stride - dim) * 4);
+      }
+    }
+  }
+
+  // Query rows [begin, begin + count), negated where `negate`. `row` is scratch for a padded row.
+  void pack_query_columns(const Features& y, int64_t begin, int64_t count, bool negate,
+                          uint32_t* out, uint32_t* row) const {
+    const int64_t m = padded_queries(count), words = depth_words<Dot>(dim);
+    const uint32_t sign = !negate ? 0u : kFloat ? 0x80000000u : 0x80008000u;
+    for (int64_t r = 0; r < m; ++r) {
+      if (r < count)
+        word_row<Dot>(y, begin + r, dim, row);
+      else
+        std::memset(row, 0, words * 4);
+      for (int64_t k = 0; k < words; ++k) out[k * m + r] = row[k] ^ sign;
+    }
+  }
+
+  void pack_query_rows(const Features& y, int64_t begin, int64_t count, uint32_t* out) const {
+    const int64_t m = padded_queries(count), stride = padded_dim();
+    for (int64_t w = 0; w < depth_words<Dot>(m); ++w) {
+      uint32_t* row = out + w * stride;
+      std::memset(row, 0, stride * 4);
+      if constexpr (kFloat) {
+        if (w < count) word_row<Dot>(y, begin + w, dim, row);
+      } else {
+        if (2 * w >= count) continue;
+        const uint16_t* first = static_cast<const uint16_t*>(y.data) + (begin + 2 * w) * y.stride;
+        const bool pair = 2 * w + 1 < count;
+        for (int64_t d = 0; d < dim; ++d)
+          row[d] = first[d] | (pair ? static_cast<uint32_t>(first[y.stride + d]) << 16 : 0u);
+      }
+    }
+  }
+
+  void pack_key_weights([[maybe_unused]] const float* w, [[maybe_unused]] int64_t n,
+                        [[maybe_unused]] int64_t m, [[maybe_unused]] uint32_t* out) const {
+#if defined(__AVX512BF16__)
+    if constexpr (!kFloat)
+      for (int64_t at = 0; at < padded_keys(n) * m; at += 2 * kLanes)
+        store_bf16(out + at / 2, load(w + at), load(w + at + kLanes));
+#endif
+  }
+
+  void pack_query_weights([[maybe_unused]] const float* w, [[maybe_unused]] int64_t n,
+                          [[maybe_unused]] int64_t m, [[maybe_unused]] uint32_t* out) const {
+#if defined(__AVX512BF16__)
+    if constexpr (!kFloat)
+      for (int64_t r = 0; r < n; r += 2)
+        for (int64_t j = 0; j < m; j += kLanes)
+          store_bf16_pairs(out + r / 2 * m + j, load(w + r * m + j),
+                           r + 1 < n ? load(w + (r + 1) * m + j) : Vec{});
+#endif
+  }
+
+  void scores(const uint32_t* key_rows, const uint32_t* query_columns, int64_t n, int64_t m,
+              float* c) const {
+    multiply_rows<Dot, Order::kDepthContiguous>(key_rows, key_row_words(), floats(query_columns), m, c,
+                                                m, padded_keys(n), m / kLanes,
+                                                depth_words<Dot>(dim), 1.0f, false);
+  }
+
+  // `queries` of the m are no padding.
+  void into_keys(const uint32_t* key_weights, const uint32_t* query_rows, int64_t n, int64_t m,
+                 int64_t queries, float* c, bool accumulate) const {
+    multiply_rows<Dot, Order::kDepthContiguous>(
+        key_weights, depth_words<Dot>(m), floats(query_rows), padded_dim(), c, padded_dim(),
+        padded_keys(n), padded_dim() / kLanes, depth_words<Dot>(queries), 1.0f, accumulate);
+  }
+
+  void into_queries(const uint32_t* query_weights, const uint32_t* key_columns, int64_t n,
+                    int64_t m, float* c) const {
+    multiply_rows<Dot, Order::kRowContiguous>(key_columns, kFloat ? key_row_words() : column_words(),
+                                              floats(query_weights), m, c, m, column_words(),
+                                              m / kLanes, depth_words<Dot>(n), 1.0f, false);
+  }
+
+ private:
+  static const float* floats(const uint32_t* words) {
+    return reinterpret_cast<const float*>(words);
+  }
+  static const uint16_t* half_row(const SeenRows& x, int64_t r) {
+    return static_cast<const uint16_t*>(x.features.data) + x[r] * x.features.stride;
+  }
+};
+
+}  // namespace

@@ -1,0 +1,140 @@
+// The products of attention on AMX tiles, for bfloat16; see attention_products.h for what a Products
+// class is.
+#pragma once
+
+#include "attention_products.h"
+#include "tiles.h"
+
+#if defined(__AMX_BF16__)
+
+namespace {
+
+struct TileProducts {
+  static constexpr int64_t kQueryBlock = 128;
+  static constexpr bool kWeightsInPlace = false;
+  static constexpr bool kQueriesTransposed = false;
+
+  const int64_t dim;
+  const TileSession session;
+  explicit TileProducts(int64_t d) : dim(d) {}
+
+  int64_t padded_keys(int64_t n) const { return round_up(n, kTile); }
+  int64_t padded_queries(int64_t m) const { return round_up(m, 2 * kTile); }
+  int64_t padded_dim() const { return round_up(dim, kTile); }
+  int64_t dim_words() const { return pair_words(dim); }
+  static int64_t pair_words(int64_t n) { return round_up((n + 1) / 2, kTile); }
+
+  int64_t row_words() const { return kTile * dim_words(); }
+  int64_t key_rows_words(int64_t n) const { return n * dim_words(); }
+  int64_t key_columns_words(int64_t n) const { return pair_words(n) * padded_dim(); }
+  int64_t query_columns_words(int64_t m) const { return dim_words() * m; }
+  int64_t query_rows_words(int64_t m) const { return m / 2 * padded_dim(); }
+  int64_t key_weights_words(int64_t n, int64_t m) const { return n * (m / 2); }
+  int64_t query_weights_words(int64_t n, int64_t m) const { return m * pair_words(n); }
+  int64_t into_queries_floats(int64_t m) const { return m * padded_dim(); }
+
+  void pack_key_rows(const SeenRows& x, uint32_t* out) const {
+    for (int64_t r = 0; r < padded_keys(x.count); ++r) {
+      x.prefetch(r + kPrefetchRows, dim * 2);
+      pack_row(x.features, r < x.count ? x[r] : -1, out + r * dim_words());
+    }
+  }
+
+  void pack_key_columns(const SeenRows& x, uint32_t* out) const {
+    for (int64_t w = 0; w < pair_words(x.count); ++w) {
+      x.prefetch(2 * w + kPrefetchRows, dim * 2);
+      x.prefetch(2 * w + 1 + kPrefetchRows, dim * 2);
+      pack_pair(x.features, 2 * w < x.count ? x[2 * w] : -1,
+                2 * w + 1 < x.count ? x[2 * w + 1] : -1, out + w * padded_dim());
+    }
+  }
+
+  void pack_query_columns(const Features& y, int64_t begin, int64_t count, bool negate,
+                          uint32_t* out, uint32_t* row) const {
+    const int64_t m = padded_queries(count), words = dim_words();
+    const int32_t sign = negate ? static_cast<int32_t>(0x80008000) : 0;
+    for (int64_t r = 0; r < m; r += kTile) {
+      // Sixteen rows of words, transposed a tile at a time.
+      for (int64_t i = 0; i < kTile; ++i)
+        pack_row(y, r + i < count ? begin + r + i : -1, row + i * words);
+      for (int64_t k = 0; k < words; k += kTile) {
+        Vec tile[kTile];
+        for (int64_t i = 0; i < kTile; ++i)
+          tile[i] = (Vec)((VecI)load(reinterpret_cast<float*>(row + i * words + k)) ^ sign);
+        store_transposed(tile, out + k * m + r, m);
+      }
+    }
+  }
+
+  void pack_query_rows(const Features& y, int64_t begin, int64_t count, uint32_t* out) const {
+    for (int64_t w = 0; w < padded_queries(count) / 2; ++w)
+      pack_pair(y, 2 * w < count ? begin + 2 * w : -1, 2 * w + 1 < count ? begin + 2 * w + 1 : -1,
+                out + w * padded_dim());
+  }
+
+  void pack_key_weights(const float* w, int64_t n, int64_t m, uint32_t* out) const {
+    for (int64_t at = 0; at < padded_keys(n) * m; at += 2 * kLanes)
+      store_bf16(out + at / 2, load(w + at), load(w + at + kLanes));
+  }
+
+  void pack_query_weights(const float* w, int64_t n, int64_t m, uint32_t* out) const {
+    const int64_t stride = pair_words(n);
+    for (int64_t r = 0; r < 2 * stride; r += 2 * kTile)
+      for (int64_t j = 0; j < m; j += kTile) {
+        Vec tile[kTile];
+        for (int64_t i = 0; i < kTile; ++i) {
+          const int64_t low = r + 2 * i;
+          tile[i] = bf16_pairs(low < n ? load(w + low * m + j) : Vec{},
+                               low + 1 < n ? load(w + (low + 1) * m + j) : Vec{});
+        }
+        store_transposed(tile, out + j * stride + r / 2, stride);
+      }
+  }
+
+  void scores(const uint32_t* key_rows, const uint32_t* query_columns, int64_t n, int64_t m,
+              float* c) const {
+    multiply_tiles({key_rows, dim_words()}, {query_columns, m}, c, m, padded_keys(n), m,
+                   dim_words(), false);
+  }
+
+  void into_keys(const uint32_t* key_weights, const uint32_t* query_rows, int64_t n, int64_t m,
+                 int64_t, float* c, bool accumulate) const {
+    multiply_tiles({key_weights, m / 2}, {query_rows, padded_dim()}, c, padded_dim(),
+                   padded_keys(n), padded_dim(), m / 2, accumulate);
+  }
+
+  void into_queries(const uint32_t* query_weights, const uint32_t* key_columns, int64_t n,
+                    int64_t m, float* c) const {
+    multiply_tiles({query_weights, pair_words(n)}, {key_columns, padded_dim()}, c, padded_dim(), m,
+                   padded_dim(), pair_words(n), false);
+  }
+
+ private:
+  static const uint16_t* row_of(const Features& x, int64_t row) {
+    return static_cast<const uint16_t*>(x.data) + row * x.stride;
+  }
+
+  // One row, or zeros for row -1, as words along dim.
+  void pack_row(const Features& x, int64_t row, uint32_t* out) const {
+    const int64_t words = dim_words(), used = row < 0 ? 0 : dim;
+    std::memset(out + used / 2, 0, (words - used / 2) * 4);
+    if (used > 0) std::memcpy(out, row_of(x, row), used * 2);
+  }
+
+  // Two rows, zeros for row -1, as words that pair them.
+  void pack_pair(const Features& x, int64_t low, int64_t high, uint32_t* out) const {
+    for (int64_t d = 0; d < padded_dim(); d += kTile) {
+      const int64_t left = dim - d < kTile ? dim - d : kTile;
+      const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1);
+      const __m512i a = _mm512_cvtepu16_epi32(
+          _mm256_maskz_loadu_epi16(low < 0 ? 0 : mask, row_of(x, low < 0 ? 0 : low) + d));
+      const __m512i b = _mm512_cvtepu16_epi32(
+          _mm256_maskz_loadu_epi16(high < 0 ? 0 : mask, row_of(x, high < 0 ? 0 : high) + d));
+      _mm512_storeu_si512(out + d, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+    }
+  }
+};
+
+}  // namespace
+
+#endif

@@ -1,0 +1,124 @@
+// Products on AMX tiles. A is [m][k] words in rows, B is [k][n] words in rows, where a word is a
+// pair of bfloat16 that are neighbours along K, and C is [m][n] floats; m, n and k are multiples of
+// 16, the side of a tile.
+#pragma once
+
+#if defined(__AMX_BF16__)
+
+#include "simd.h"
+
+namespace {
+
+constexpr int64_t kTile = 16;
+
+// The compiler does not know that tile instructions read memory: all of it is up to date from here.
+inline void publish(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+
+// All eight tiles 16 rows of 64 bytes, while the object lives.
+class TileSession {
+ public:
+  TileSession() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+    publish(&config);
+    _tile_loadconfig(&config);
+  }
+  ~TileSession() { _tile_release(); }
+  TileSession(const TileSession&) = delete;
+};
+
+struct TileOperand {
+  const uint32_t* words;
+  int64_t stride;  // words from one row to the next
+};
+
+// One step along K for a block of rows x cols tiles of C.
+template <int rows, int cols>
+inline void tile_step(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb) {
+  _tile_loadd(4, a, lda * 4);
+  if constexpr (rows > 1) _tile_loadd(5, a + kTile * lda, lda * 4);
+  _tile_loadd(6, b, ldb * 4);
+  if constexpr (cols > 1) _tile_loadd(7, b + kTile, ldb * 4);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (cols > 1) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (rows > 1) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (rows > 1 && cols > 1) _tile_dpbf16ps(3, 5, 7);
+}
+
+template <int rows, int cols>
+inline void tile_block(const TileOperand& a, const TileOperand& b, float* c, int64_t ldc, int64_t k,
+                       bool accumulate) {
+  if (accumulate) {
+    _tile_loadd(0, c, ldc * 4);
+    if constexpr (cols > 1) _tile_loadd(1, c + kTile, ldc * 4);
+    if constexpr (rows > 1) _tile_loadd(2, c + kTile * ldc, ldc * 4);
+    if constexpr (rows > 1 && cols > 1) _tile_loadd(3, c + kTile * ldc + kTile, ldc * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t at = 0; at < k; at += kTile)
+    tile_step<rows, cols>(a.words + at, a.stride, b.words + at * b.stride, b.stride);
+  _tile_stored(0, c, ldc * 4);
+  if constexpr (cols > 1) _tile_stored(1, c + kTile, ldc * 4);
+  if constexpr (rows > 1) _tile_stored(2, c + kTile * ldc, ldc * 4);
+  if constexpr (rows > 1 && cols > 1) _tile_stored(3, c + kTile * ldc + kTile, ldc * 4);
+}
+
+// C[m][n] (+)= A B; needs a TileSession.
+inline void multiply_tiles(const TileOperand& a, const TileOperand& b, float* c, int64_t ldc, int64_t m,
+                    int64_t n, int64_t k, bool accumulate) {
+  publish(c);
+  for (int64_t i = 0; i < m; i += 2 * kTile) {
+    const TileOperand ai = {a.words + i * a.stride, a.stride};
+    for (int64_t j = 0; j < n; j += 2 * kTile) {
+      const TileOperand bj = {b.words + j, b.stride};
+      float* cij = c + i * ldc + j;
+      const bool tall = m - i > kTile, wide = n - j > kTile;
+      if (tall && wide)
+        tile_block<2, 2>(ai, bj, cij, ldc, k, accumulate);
+      else if (tall)
+        tile_block<2, 1>(ai, bj, cij, ldc, k, accumulate);
+      else if (wide)
+        tile_block<1, 2>(ai, bj, cij, ldc, k, accumulate);
+      else
+        tile_block<1, 1>(ai, bj, cij, ldc, k, accumulate);
+    }
+  }
+  publish(c);
+}
+
+// out[i * stride + j] = rows[j], lane i.
+inline void store_transposed(const Vec rows[16], uint32_t* out, int64_t stride) {
+  __m512i t[16], u[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int half = 0; half < 2; ++half) {
+      u[i + 2 * half] = _mm512_unpacklo_epi64(t[i + half], t[i + 2 + half]);
+      u[i + 2 * half + 1] = _mm512_unpackhi_epi64(t[i + half], t[i + 2 + half]);
+    }
+  // u[4 g + c] holds, in quarter q, column 4 q + c of rows 4 g to 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(u[c], u[4 + c], 0x44);
+    const __m512i b = _mm512_shuffle_i32x4(u[c], u[4 + c], 0xee);
+    const __m512i d = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0x44);
+    const __m512i e = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0xee);
+    _mm512_storeu_si512(out + c * stride, _mm512_shuffle_i32x4(a, d, 0x88));
+    _mm512_storeu_si512(out + (4 + c) * stride, _mm512_shuffle_i32x4(a, d, 0xdd));
+    _mm512_storeu_si512(out + (8 + c) * stride, _mm512_shuffle_i32x4(b, e, 0x88));
+    _mm512_storeu_si512(out + (12 + c) * stride, _mm512_shuffle_i32x4(b, e, 0xdd));
+  }
+}
+
+}  // namespace
+
+#endif
