@@ -15,6 +15,8 @@ from .support import attention_supported
 LOG2E = 1.4426950408889634
 # Vectors of 16 bytes are loaded where every stride is a multiple of them.
 VECTOR_BYTES = 16
+# Offsets within a tile are 32 bits wide: at most so many elements between rows, 128 rows in a tile.
+LARGEST_STRIDE = 2**31 // 128
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def launch_arguments(
 ) -> dict[str, Any]:
     """The arguments that all attention kernels share, by name."""
     packed = cu_seqlens_k is not None
+    q, k, v = (t if t.stride(-3) < LARGEST_STRIDE else t.contiguous() for t in (q, k, v))
     k4, v4 = (t[None] if packed else t for t in (k, v))
     strides = {
         **dict(zip(("stride_qt", "stride_qh"), q.stride(), strict=False)),
@@ -132,9 +135,7 @@ def empty_result(like: torch.Tensor) -> torch.Tensor:
     `rounded` rounds them.
     """
     wide = INTERPRETED and like.dtype is torch.bfloat16
-    return torch.empty(
-        like.shape, dtype=torch.float32 if wide else like.dtype, device=like.device
-    )
+    return torch.empty(like.shape, dtype=torch.float32 if wide else like.dtype, device=like.device)
 
 
 def rounded(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -80,8 +80,12 @@ def attention_kernel(
     row = start + tl.arange(0, BLOCK_M)
     inside = row < rows
     q_base = query_base(q_ptr, first_row, head, stride_qt, stride_qh, UNIT)
-    k_base = key_base(k_ptr, segment, first_key, head, stride_kn, stride_kt, stride_kh, PACKED, UNIT)
-    v_base = key_base(v_ptr, segment, first_key, head, stride_vn, stride_vt, stride_vh, PACKED, UNIT)
+    k_base = key_base(
+        k_ptr, segment, first_key, head, stride_kn, stride_kt, stride_kh, PACKED, UNIT
+    )
+    v_base = key_base(
+        v_ptr, segment, first_key, head, stride_vn, stride_vt, stride_vh, PACKED, UNIT
+    )
     q = load_rows(q_base, start, inside, stride_qt * UNIT, BLOCK_M, D, WIDTH, UPCAST)
 
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -118,6 +122,7 @@ def attention_kernel(
     out = acc * (inverse_keep / tl.where(total == 0, 1.0, total))[:, None]
     out_base = query_base(out_ptr, first_row, head, heads * D, D, 1)
     store_rows(out_base, start, inside, heads * D, out, BLOCK_M, D, WIDTH)
+    # log2(0) = -inf for rows that saw nothing.
     lse = (tl.where(top == -float("inf"), 0.0, top) + tl.log2(total)) * LN2
     tl.store(lse_ptr + head.to(tl.int64) * total_q + first_row + row, lse, mask=inside)
 
@@ -152,8 +157,8 @@ def cross_attention_forward(
 
     q [total_q, H, d]; k, v [n, L, H, d], or [total_k, H, d] with cu_seqlens_k; one dtype of
     float32, bfloat16, float16, d at most 128 with unit stride, any other strides. cu_seqlens
-    [n + 1], int32 or int64; key_mask bool [n, L] or [total_k], True = attend, or None; seed an int64
-    tensor of one element; all on one device. max_seqlen_q and max_seqlen_k bound the rows and keys
+    [n + 1], int32 or int64; key_mask bool [n, L] or [total_k], True = attend, or None; seed an
+    int64 tensor of one element; all on one device. max_seqlen_q and max_seqlen_k bound the rows and keys
     of every segment from above. Raises ValueError on inputs the kernels do not take.
     """
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask)

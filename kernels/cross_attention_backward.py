@@ -152,8 +152,12 @@ def query_gradient_kernel(
     row = start + tl.arange(0, BLOCK_M)
     inside = row < rows
     q_base = query_base(q_ptr, first_row, head, stride_qt, stride_qh, UNIT)
-    k_base = key_base(k_ptr, segment, first_key, head, stride_kn, stride_kt, stride_kh, PACKED, UNIT)
-    v_base = key_base(v_ptr, segment, first_key, head, stride_vn, stride_vt, stride_vh, PACKED, UNIT)
+    k_base = key_base(
+        k_ptr, segment, first_key, head, stride_kn, stride_kt, stride_kh, PACKED, UNIT
+    )
+    v_base = key_base(
+        v_ptr, segment, first_key, head, stride_vn, stride_vt, stride_vh, PACKED, UNIT
+    )
     do_base = query_base(do_ptr, first_row, head, heads * D, D, 1)
     out_base = query_base(out_ptr, first_row, head, heads * D, D, 1)
     dk_base = query_base(dk_ptr, first_key, head, heads * D, D, 1)
@@ -180,10 +184,10 @@ def query_gradient_kernel(
             q, k, lse2, row, key, visible, keys - rows, first_row + start, block, head,
             seed_ptr, threshold, scale_log2, DROPOUT, CAUSAL, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        # A selection for keys that nobody sees: a NaN in a query must not reach them either.
-        used = visible[:, None] & (rows > 0)
-        zero = tl.zeros((BLOCK_N, WIDTH), tl.float32)
         if FUSED:
+            # A selection for keys that nobody sees: a NaN in a query must not reach them either.
+            used = visible[:, None] & (rows > 0)
+            zero = tl.zeros((BLOCK_N, WIDTH), tl.float32)
             dv = tl.where(used, value_gradient(p, do, zero, DROPOUT) * inverse_keep, 0.0)
             store_rows(dv_base, block, key < keys, heads * D, dv, BLOCK_N, D, WIDTH)
         ds = logit_gradient(p, v, do, delta, inverse_keep, DROPOUT).to(q.dtype)
@@ -218,8 +222,12 @@ def key_gradient_kernel(
     key = block + tl.arange(0, BLOCK_N)
     visible = visible_keys(mask_ptr, first_key, key, keys, MASKED)
     q_base = query_base(q_ptr, first_row, head, stride_qt, stride_qh, UNIT)
-    k_base = key_base(k_ptr, segment, first_key, head, stride_kn, stride_kt, stride_kh, PACKED, UNIT)
-    v_base = key_base(v_ptr, segment, first_key, head, stride_vn, stride_vt, stride_vh, PACKED, UNIT)
+    k_base = key_base(
+        k_ptr, segment, first_key, head, stride_kn, stride_kt, stride_kh, PACKED, UNIT
+    )
+    v_base = key_base(
+        v_ptr, segment, first_key, head, stride_vn, stride_vt, stride_vh, PACKED, UNIT
+    )
     do_base = query_base(do_ptr, first_row, head, heads * D, D, 1)
     k = load_rows(k_base, block, visible, stride_kt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
     v = load_rows(v_base, block, visible, stride_vt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
@@ -290,9 +298,7 @@ def cross_attention_backward(
     shared = launch_arguments(sizes, *inputs, seed, scale, dropout_p, causal)
     shared |= {"do_ptr": grad.contiguous(), "lse_ptr": lse, "dk_ptr": dk, "dv_ptr": dv}
     by_query = {"out_ptr": out.contiguous(), "dq_ptr": dq}
-    tile = fused_tile(
-        tiles_of(FUSED_TILES, FUSED_INTERPRETED, q), sizes, processors(q.device)
-    )
+    tile = fused_tile(tiles_of(FUSED_TILES, FUSED_INTERPRETED, q), sizes, processors(q.device))
     with on_device(q):
         if tile is not None:
             _launch(

@@ -61,7 +61,9 @@ def attention_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> li
     """Reasons why the attention kernels cannot take q [total_q, H, d] and k, v [..., H, d]."""
     reasons = _device_reasons(q.device)
     if not q.device == k.device == v.device:
-        reasons.append(f"q is on {q.device}, k on {k.device}, v on {v.device}; one device is needed")
+        reasons.append(
+            f"q is on {q.device}, k on {k.device}, v on {v.device}; one device is needed"
+        )
     if q.dtype not in DTYPES:
         reasons.append(f"dtype {q.dtype} has no kernel; float32, bfloat16 and float16 have")
     if not q.dtype == k.dtype == v.dtype:
