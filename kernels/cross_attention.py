@@ -39,21 +39,29 @@ from ._attention_tiles import (
     store_rows,
     visible_keys,
 )
-from ._launch import CAPABILITIES, on_device
+from ._launch import on_device
 from .cross_attention_backward import cross_attention_backward
 
 __all__ = ["cross_attention_backward", "cross_attention_forward"]
 
 LN2 = tl.constexpr(0.6931471805599453)
 TILES: Table = {
-    (capability, element, width): tiles
-    for capability in CAPABILITIES
-    for element, width, tiles in (
-        (2, 64, (Tile(32, 64, 2, 3), Tile(64, 64, 4, 3), Tile(128, 64, 4, 3))),
-        (2, 128, (Tile(32, 32, 2, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2))),
-        (4, 64, (Tile(32, 32, 4, 2),)),
-        (4, 128, (Tile(32, 32, 4, 2),)),
-    )
+    (80, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 32, 4, 3), Tile(128, 64, 8, 3)),
+    (80, 2, 128): (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
+    (80, 4, 64): (Tile(32, 32, 4, 2),),
+    (80, 4, 128): (Tile(32, 32, 8, 2),),
+    (90, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (90, 2, 128): (Tile(32, 32, 2, 2), Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
+    (90, 4, 64): (Tile(32, 32, 4, 2),),
+    (90, 4, 128): (Tile(32, 32, 8, 2),),
+    (100, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (100, 2, 128): (Tile(32, 32, 2, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+    (100, 4, 64): (Tile(32, 32, 4, 2),),
+    (100, 4, 128): (Tile(32, 32, 8, 2),),
+    (120, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (120, 2, 128): (Tile(32, 32, 2, 2), Tile(64, 32, 4, 2)),
+    (120, 4, 64): (Tile(32, 32, 4, 2),),
+    (120, 4, 128): (Tile(32, 32, 8, 2),),
 }
 TILES_INTERPRETED = (Tile(32, 32, 4, 1), Tile(128, 64, 4, 1))
 
@@ -158,8 +166,8 @@ def cross_attention_forward(
     q [total_q, H, d]; k, v [n, L, H, d], or [total_k, H, d] with cu_seqlens_k; one dtype of
     float32, bfloat16, float16, d at most 128 with unit stride, any other strides. cu_seqlens
     [n + 1], int32 or int64; key_mask bool [n, L] or [total_k], True = attend, or None; seed an
-    int64 tensor of one element; all on one device. max_seqlen_q and max_seqlen_k bound the rows and keys
-    of every segment from above. Raises ValueError on inputs the kernels do not take.
+    int64 tensor of one element; all on one device. max_seqlen_q and max_seqlen_k bound the rows and
+    keys of every segment from above. Raises ValueError on inputs the kernels do not take.
     """
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask)
     sizes = check(*inputs, max_seqlen_q, max_seqlen_k)
