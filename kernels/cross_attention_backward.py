@@ -47,6 +47,8 @@ from ._attention_tiles import (
 from ._launch import on_device
 from ._tiles import LOG2E
 
+# The largest tiles that do not spill. Without wgmma the queries of a tile are an operand that every
+# warp holds in registers: at 128 wide that leaves room for 16 rows, and more take the general path.
 FUSED_TILES: Table = {
     (80, 2, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),
     (80, 2, 128): (Tile(16, 32, 4, 2),),
