@@ -5,6 +5,8 @@ import importlib.util
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The widest head of the attention kernels: their tiles span a head.
+LARGEST_HEAD = 128
 
 
 def interpreting() -> bool:
@@ -53,4 +55,26 @@ def supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
         for name, tensor in (("x", x), ("y", y)):
             if tensor.shape[1] > 1 and tensor.stride(1) != 1:
                 reasons.append(f"the last axis of {name} is not contiguous; call .contiguous()")
+    return reasons
+
+
+def attention_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
+    """Reasons why the attention kernels cannot take q [total_q, H, d] and k, v [..., H, d]."""
+    reasons = _device_reasons(q.device)
+    if not q.device == k.device == v.device:
+        reasons.append(
+            f"q is on {q.device}, k on {k.device}, v on {v.device}; one device is needed"
+        )
+    if q.dtype not in DTYPES:
+        reasons.append(f"dtype {q.dtype} has no kernel; float32, bfloat16 and float16 have")
+    if not q.dtype == k.dtype == v.dtype:
+        reasons.append(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; one dtype is needed")
+    if q.dim() != 3 or k.dim() not in (3, 4) or k.shape != v.shape or k.shape[-2:] != q.shape[1:]:
+        shapes = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        reasons.append(f"q must be [total_q, H, d], k and v [..., H, d]; the shapes are {shapes}")
+    elif q.shape[-1] > LARGEST_HEAD:
+        reasons.append(f"heads {q.shape[-1]} wide have no kernel; up to {LARGEST_HEAD} have")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            reasons.append(f"the last axis of {name} is not contiguous; call .contiguous()")
     return reasons

@@ -71,3 +71,32 @@ def test_other_features_are_refused_with_one_reason(any_device, x, y, reason):
 def test_every_gpu_finds_tiles_that_fit_it(capability, key):
     assert capability_key(*capability) == key
     assert key in CAPABILITIES and key in SHARED_LIMIT
+
+
+@pytest.mark.parametrize("dtype", support.DTYPES)
+def test_usual_attention_inputs_are_taken(any_device, dtype):
+    q = torch.zeros(7, 2, 3, 64, dtype=dtype)[:, :, 0]
+    keys = torch.zeros(2, 9, 2, 2, 64, dtype=dtype)
+    assert support.attention_supported(q, keys[:, :, 0], keys[:, :, 1]) == []
+    assert support.attention_supported(q, q, q) == []
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"k": torch.zeros(5, 2, 8).half()}, "one dtype is needed"),
+        ({"v": torch.zeros(5, 2, 8, device="meta")}, "one device is needed"),
+        ({"v": torch.zeros(5, 2, 7)}, "k and v [..., H, d]; the shapes are"),
+        ({"k": torch.zeros(5, 3, 8), "v": torch.zeros(5, 3, 8)}, "q must be [total_q, H, d]"),
+        ({"q": torch.zeros(4, 8, 2).mT}, "last axis of q is not contiguous"),
+    ],
+)
+def test_other_attention_inputs_are_refused_with_one_reason(any_device, change, reason):
+    usual = {"q": torch.zeros(4, 2, 8), "k": torch.zeros(5, 2, 8), "v": torch.zeros(5, 2, 8)}
+    found = support.attention_supported(**usual | change)
+    assert len(found) == 1 and reason in found[0]
+
+
+def test_wide_heads_are_refused(any_device):
+    q = torch.zeros(4, 2, support.LARGEST_HEAD + 1)
+    assert support.attention_supported(q, q, q) == ["heads 129 wide have no kernel; up to 128 have"]
