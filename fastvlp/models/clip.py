@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlp.models.layers import ACTIVATIONS, LayerNorm, Transformer
+from fastvlp.models.layers import ACTIVATIONS, Transformer
+from fastvlp.nn import LayerNorm
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)

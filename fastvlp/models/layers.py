@@ -1,4 +1,4 @@
-"""Layers that the models share: attention, layer norm, activations and the residual block.
+"""Layers that the models share: self-attention, activations and the residual block.
 
 Parameter names are those of ``torch.nn.MultiheadAttention`` and of OpenAI's CLIP, which published
 checkpoints use.
@@ -12,43 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LAYER_NORM_EPS = 1e-5
-LONGEST_BY_PRODUCTS = 256
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
-    """softmax(query keyᵀ / sqrt(head_dim)) value. The models' only way to attention.
-
-    Args:
-        query: [batch, heads, queries, head_dim], float32, float64, bfloat16 or float16.
-        key, value: [batch, heads, keys, head_dim], same dtype.
-        causal: let query i see keys 0 .. i only.
-
-    Returns:
-        [batch, heads, queries, head_dim] in the dtype of ``query``.
-    """
-    if _products_are_faster(query, key):
-        return _attention_by_products(query, key, value, causal)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
-
-
-def _products_are_faster(query: Tensor, key: Tensor) -> bool:
-    # The backward pass of PyTorch's fused CPU kernel in half precision takes several times as
-    # long as the plain products. These keep all the weights, hence the limit on their number.
-    return (
-        query.device.type == "cpu"
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.requires_grad
-        and key.shape[2] <= LONGEST_BY_PRODUCTS
-    )
-
-
-def _attention_by_products(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    return scores.softmax(dim=-1) @ value
+from fastvlp.nn import LayerNorm, attention
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -57,21 +21,6 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm over the last dimension, computed in float32 and returned in the input's dtype."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=LAYER_NORM_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in (torch.float32, torch.float64):
-            return super().forward(x)
-        # Not left to the kernel: on the CPU its backward pass in half precision also adds up the
-        # gradients of the gains in half precision, which over many rows loses them.
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -89,9 +38,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:
         """[batch, length, width] → the same shape."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        heads = attention(*qkv.unbind(0), causal=causal)
-        return self.out_proj(heads.transpose(1, 2).flatten(2))
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))
+        return self.out_proj(attention(*qkv.unbind(2), causal=causal).flatten(2))
 
 
 class Mlp(nn.Module):

@@ -11,11 +11,20 @@ BACKENDS = ("native", "triton", "reference")
 # Per operator, in order of preference: a backend's name and a function of the operator's own
 # arguments that lists the reasons why it cannot run (empty: it can).
 _CANDIDATES: dict[str, dict[str, Callable[..., list[str]]]] = {}
+# Per operator: the environment variable that forces one of its backends.
+_VARIABLES: dict[str, str] = {}
 
 
-def register(op: str, **candidates: Callable[..., list[str]]) -> None:
-    """Declares the backends of `op`, the preferred one first."""
+def register(
+    op: str, *, variable: str = "FASTVLP_BACKEND", **candidates: Callable[..., list[str]]
+) -> None:
+    """Declares the backends of `op`, the preferred one first.
+
+    `variable` is the environment variable that forces one; FASTVLP_BACKEND knows BACKENDS, any
+    other one the candidates' names.
+    """
     _CANDIDATES[op] = candidates
+    _VARIABLES[op] = variable
 
 
 def operators() -> list[str]:
@@ -41,17 +50,18 @@ class Explanation:
 def explain(op: str, *args, **kwargs) -> Explanation:
     """Says which implementation `fastvlp.ops.<op>(*args, **kwargs)` would run and why no other.
 
-    Honours the environment variable FASTVLP_BACKEND (native, triton or reference). Raises
-    ValueError for an unknown operator or an unknown forced backend.
+    Honours the environment variable FASTVLP_BACKEND (native, triton or reference), for attention
+    FASTVLP_ATTENTION. Raises ValueError for an unknown operator or an unknown forced backend.
     """
     if op not in _CANDIDATES:
         raise ValueError(f"op: expected one of {', '.join(operators())}; got {op!r}")
-    forced = _forced()
+    variable = _VARIABLES[op]
+    forced = forced_backend(op)
     chosen, reasons = None, {}
     for name, why_not in _CANDIDATES[op].items():
         why = why_not(*args, **kwargs)
         if not why and forced not in (None, name):
-            why = [f"FASTVLP_BACKEND={forced} asks for another"]
+            why = [f"{variable}={forced} asks for another"]
         if not why and chosen is not None:
             why = [f"{chosen} is preferred"]
         if why:
@@ -72,8 +82,11 @@ def choose(op: str, *args, **kwargs) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _forced() -> str | None:
-    forced = os.environ.get("FASTVLP_BACKEND") or None
-    if forced not in (None, *BACKENDS):
-        raise ValueError(f"FASTVLP_BACKEND: expected one of {', '.join(BACKENDS)}; got {forced!r}")
+def forced_backend(op: str) -> str | None:
+    """The backend that the operator's environment variable asks for, if any."""
+    variable = _VARIABLES[op]
+    known = BACKENDS if variable == "FASTVLP_BACKEND" else tuple(_CANDIDATES[op])
+    forced = os.environ.get(variable) or None
+    if forced not in (None, *known):
+        raise ValueError(f"{variable}: expected one of {', '.join(known)}; got {forced!r}")
     return forced
