@@ -1,6 +1,14 @@
-"""Layers on the operators: attention and layer norm."""
+"""Layers on the operators: attention, layer norm, and the fusion layer of text and images."""
 
 from .attention import attention, attention_reference
+from .fusion import FusionLayer, PaddedFusionLayer, load_bert_layer
 from .norm import LayerNorm
 
-__all__ = ["LayerNorm", "attention", "attention_reference"]
+__all__ = [
+    "FusionLayer",
+    "LayerNorm",
+    "PaddedFusionLayer",
+    "attention",
+    "attention_reference",
+    "load_bert_layer",
+]
