@@ -57,16 +57,14 @@ def packed_forward(layer, text, images, **kwargs):
     """Padded texts in, the result of each pair's tokens padded in the order of PAIRS out."""
     texts, pairs = layout(text.device)
     tokens = pairs.expand(texts.pack(text))
-    lengths = dict(max_seqlen_pairs=pairs.max_seqlen_pairs)
+    kwargs |= dict(max_seqlen_pairs=pairs.max_seqlen_pairs)
     if images is not None:
-        kwargs.setdefault("cu_seqlens_images", pairs.cu_seqlens_images)
-        lengths |= dict(images=images, max_seqlen_images=pairs.max_seqlen_images)
-    out = layer(tokens, pairs.cu_seqlens_pairs, **lengths, **kwargs)
-    out, *probs = out if isinstance(out, tuple) else (out,)
-    in_pair_order = pairs.select(range(len(PAIRS)))
+        kwargs |= dict(images=images, cu_seqlens_images=pairs.cu_seqlens_images)
+        kwargs |= dict(max_seqlen_images=pairs.max_seqlen_images)
+    out = layer(tokens, pairs.cu_seqlens_pairs, **kwargs)
+    in_pair_order = pairs.select(range(len(PAIRS)))(out)
     by_pair = TextLayout.from_lengths([LENGTHS[t] for t, _ in PAIRS], max(LENGTHS), text.device)
-    results = [by_pair.unpack(in_pair_order(x)) for x in (out, *probs)]
-    return tuple(results) if probs else results[0]
+    return by_pair.unpack(in_pair_order)
 
 
 def text_mask(device="cpu"):
