@@ -7,6 +7,7 @@ from pathlib import Path
 import attention_inputs
 import attention_peers
 import cross_attention
+import fusion_layer_peers
 import harness
 import pytest
 import torch
@@ -131,14 +132,10 @@ def bench(tmp_path, *flags):
 
 def test_a_quick_run_writes_every_row(tmp_path):
     sizes = ["--images", "2", "--heads", "2", "--dim", "8", "--keys", "20", "--queries", "6"]
-    found, printed = bench(tmp_path, *sizes)
-    for part, dtype in ((part, dtype) for part in PARTS for dtype in ("fp32", "bf16")):
-        measured = case(part, images=2, queries=6, dtype=dtype)
-        rows = {
-            row["impl"]: row
-            for row in found["rows"]
-            if row["dtype"] == dtype and row["op"] == measured.op()
-        }
+    found, printed = bench(tmp_path, *sizes, "--dtype", "bf16", "--part", "cross,self")
+    for part in ("cross", "self"):
+        measured = case(part, images=2, queries=6, dtype="bf16")
+        rows = {row["impl"]: row for row in found["rows"] if row["op"] == measured.op()}
         expected, _ = attention_peers.contenders(measured, True)
         assert set(rows) == {each.name for each in expected if not each.compiled}
         for name, row in rows.items():
@@ -146,7 +143,28 @@ def test_a_quick_run_writes_every_row(tmp_path):
             assert row["shape"] == measured.shape() and row["phase"] == "fwd+bwd"
             assert (row["error"] is None) == bound and (row["peak_mb"] is None) == bound
     assert {"flash-attn", "xformers"} <= {each["name"] for each in found["meta"]["missing"]}
-    assert len(found["meta"]["work"]) == 6 and "pip install" in printed
+    assert len(found["meta"]["work"]) == 2 and "pip install" in printed
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_every_layer_computes_the_same(drawn):
+    measured = fusion_layer_peers.LayerCase(2, 9, "fp32", drawn, "cpu", width=24, heads=3)
+    inputs = fusion_layer_peers.draw(measured)
+    truth = fusion_layer_peers.reference(inputs)
+    assert {"out", "d_text", "d_images"} < set(truth)
+    for contender in fusion_layer_peers.contenders():
+        call = None if contender.compiled else contender.make(inputs)
+        if call is None:
+            continue
+        if contender.bound:
+            assert call() is None
+            continue
+        found = call()
+        if contender.unify:
+            found = contender.unify(inputs, found)
+        assert set(found) == set(truth)
+        for name, value in truth.items():
+            torch.testing.assert_close(found[name].double(), value, rtol=1e-3, atol=1e-4)
 
 
 def test_dropout_and_forward_alone(tmp_path):
