@@ -1,0 +1,181 @@
+"""Time of the attention of text to image tokens, forward and backward, against its peers.
+
+    python bench/cross_attention.py --queries 30,120 --dtype fp32,bf16
+    python bench/cross_attention.py --layer --batch 16
+
+Three attentions are measured: `cross`, every image with the same number of query rows;
+`ragged`, captions of drawn lengths, which fastvlp takes packed and its peers padded; and
+`self`, the self-attention of such captions. With --layer: a whole fusion layer on the pairs of
+one training step, which fastvlp groups by image, against the padded layer that projects an
+image's keys and values once for every pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attention_inputs
+import attention_peers
+import fusion_layer_peers
+import harness
+import report
+from attention_inputs import PARTS, Case
+from harness import BOUND, OURS
+from itc_throughput import dtypes
+
+PACKAGES = ("transformers", "flash-attn", "xformers", "triton", "numpy")
+PHASES = ("fwd", "fwd+bwd")
+
+
+def choices(allowed: Sequence[str], text: str) -> list[str]:
+    """A comma-separated choice among `allowed`."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found or set(found) - set(allowed):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose among {', '.join(allowed)}")
+    return found
+
+
+def counts(text: str) -> list[int]:
+    """A comma-separated list of positive integers."""
+    found = [int(part) for part in text.split(",") if part.strip()]
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected positive numbers")
+    return found
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags.add_argument("--images", type=int, default=32, help="images (4 if quick)")
+    flags.add_argument("--heads", type=int, default=12)
+    flags.add_argument("--dim", type=int, default=64, help="width of a head")
+    flags.add_argument("--keys", type=int, default=577, help="image tokens")
+    flags.add_argument(
+        "--queries", type=counts, help="query rows per image (default 30,120; 30 if quick)"
+    )
+    flags.add_argument("--dtype", type=dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16")
+    flags.add_argument(
+        "--phase",
+        type=functools.partial(choices, PHASES),
+        help="fwd, fwd+bwd (default both; fwd+bwd if quick)",
+    )
+    flags.add_argument(
+        "--part",
+        type=functools.partial(choices, PARTS),
+        default=list(PARTS),
+        help=f"which attention: {', '.join(PARTS)}",
+    )
+    flags.add_argument("--mask", action="store_true", help="a key mask with a hole in each image")
+    flags.add_argument("--dropout", type=float, default=0.0, help="of the attention weights")
+    flags.add_argument("--layer", action="store_true", help="a whole fusion layer instead")
+    flags.add_argument("--batch", type=int, default=16, help="images of --layer (2 if quick)")
+    flags.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    flags.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    args = flags.parse_args(argv)
+    for name in ("images", "heads", "dim", "keys", "batch"):
+        if getattr(args, name) < 1:
+            flags.error(f"--{name} must be positive")
+    if not 0 <= args.dropout < 1:
+        flags.error("--dropout must be in [0, 1)")
+    if args.quick:
+        args.images, args.batch = min(args.images, 4), min(args.batch, 2)
+    args.queries = args.queries or ([30] if args.quick else [30, 120])
+    args.phase = args.phase or (["fwd+bwd"] if args.quick else list(PHASES))
+    report.require_plotting(args.plot)
+    return args
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """Every attention to be measured; the self-attention does not depend on --queries."""
+    found = []
+    for part, dtype in itertools.product(args.part, args.dtype):
+        for queries in args.queries[:1] if part == "self" else args.queries:
+            found.append(
+                Case(part, args.images, args.heads, args.dim, args.keys, queries, dtype,
+                     args.mask, args.dropout, args.device)
+            )  # fmt: skip
+    return found
+
+
+def measure(
+    case: Case, phase: str, settings: harness.Settings, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[harness.Missing]]:
+    backward = phase == "fwd+bwd"
+    contenders, absent = attention_peers.contenders(case, backward)
+    if args.no_compile:
+        contenders = [each for each in contenders if not each.compiled]
+    reference = functools.partial(attention_inputs.float64_reference, backward)
+    rows, failed = harness.compare(
+        case.op(),
+        contenders,
+        functools.partial(attention_inputs.draw, case),
+        functools.partial(attention_inputs.draw, case.tiny()),
+        settings,
+        dtype=case.dtype,
+        shape=case.shape(),
+        phase=phase,
+        # Every contender draws its own dropout mask: there is no common result.
+        reference=None if case.dropout else reference,
+        measure_memory=not args.no_memory,
+    )
+    return rows, absent + failed
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    settings = harness.settings_from(args)
+    rows: list[dict[str, Any]] = []
+    missing: list[harness.Missing] = []
+    work = []
+    if args.layer:
+        found, missing = fusion_layer_peers.measure(args, settings)
+        rows += found
+    else:
+        for case, phase in itertools.product(cases(args), args.phase):
+            found, absent = measure(case, phase, settings, args)
+            rows += found
+            missing += [each for each in absent if each not in missing]
+            facts = {"op": case.op(), "dtype": case.dtype, "shape": case.shape()}
+            facts |= attention_inputs.work(attention_inputs.draw(case))
+            work += [facts] if facts not in work else []
+    facts = report.meta(settings, PACKAGES, missing, work=work)
+    report.table(rows)
+    report.print_missing(missing)
+    print(summary(rows))
+    if args.json:
+        report.write_json(args.json, facts, rows)
+    if args.plot:
+        key, label = ("images", "images") if args.layer else ("queries", "query rows per image")
+        report.plot(args.plot, [row for row in rows if key in row["shape"]], facts, key, label)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each comparison: fastvlp against its best peer and the bounds."""
+    lines = [""]
+    for group in report.groups(rows):
+        ours = next(row for row in group if row["impl"] == OURS)
+        timed = [row for row in group if row["ms"]]
+        peers = [row for row in timed if row["impl"] != OURS and not is_bound(row)]
+        shape = ", ".join(f"{key} {value}" for key, value in ours["shape"].items())
+        parts = [f"{OURS} {ours['ms']:.1f} ms"]
+        if peers:
+            best = min(peers, key=lambda row: row["ms"])
+            parts.append(f"{best['ms'] / ours['ms']:.2f}x as fast as {best['impl']}")
+        for bound in filter(is_bound, timed):
+            share = bound["ms"] / ours["ms"]
+            parts.append(f"{share:.0%} of the floor of {bound['products']} products")
+        lines.append(
+            f"{ours['op']} {ours['phase']} {ours['dtype']}, {shape}: " + ", ".join(parts) + "."
+        )
+    return "\n".join(lines)
+
+
+def is_bound(row: Mapping[str, Any]) -> bool:
+    return row["impl"].startswith(BOUND)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import attention_inputs
+import attention_peers
+import cross_attention
+import fusion_layer_peers
+import harness
+import pytest
+import torch
+from attention_inputs import PARTS, Case
+from torch.utils.flop_counter import FlopCounterMode
+
+BENCH = Path(attention_peers.__file__).parent
+SMALL = Case(images=3, heads=2, dim=8, keys=20, queries=7)
+FIELDS = {"op", "impl", "dtype", "shape", "phase", "ms", "peak_mb", "error"}
+
+
+def case(part="cross", **changes):
+    return Case(**(vars(SMALL) | {"part": part, "queries": 30 if part != "cross" else 7} | changes))
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_contender_computes_the_same(part, mask, backward):
+    measured = case(part, mask=mask)
+    inputs = attention_inputs.draw(measured)
+    truth = attention_inputs.float64_reference(backward, inputs)
+    assert set(truth) == ({"out", "d_q", "d_k", "d_v"} if backward else {"out"})
+    contenders, _ = attention_peers.contenders(measured, backward)
+    for contender in contenders:
+        if contender.bound or contender.compiled:
+            continue
+        found = contender.make(inputs)()
+        if contender.unify:
+            found = contender.unify(inputs, found)
+        assert set(found) == set(truth)
+        for name, value in truth.items():
+            torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_are_the_same_each_time_and_as_long_as_told():
+    ragged = case("ragged", queries=90)
+    one, other = attention_inputs.draw(ragged), attention_inputs.draw(ragged)
+    assert torch.equal(one.q, other.q) and one.q_lengths == other.q_lengths
+    assert all(3 * 5 <= length <= 90 for length in one.q_lengths)
+    assert len(one.q) == sum(one.q_lengths) == int(one.cu_q[-1])
+    mask = attention_inputs.draw(case(mask=True)).key_mask
+    assert mask[:, 0].all() and not mask.all(1).any()
+
+
+def test_padding_and_packing_are_inverse():
+    lengths, rows = (3, 0, 5), torch.randn(8, 2, 4)
+    padded = attention_inputs.pad(rows, lengths)
+    assert padded.shape == (3, 5, 2, 4) and not padded[1].any()
+    assert torch.equal(padded[attention_inputs.filled(lengths)], rows)
+
+
+@pytest.mark.parametrize("names", [("S", "O"), ("S", "O", "dV", "dP", "dQ", "dK", "S")])
+def test_the_floor_does_exactly_the_products_it_names(names):
+    inputs = attention_inputs.draw(SMALL)
+    call = attention_peers.products(names, inputs)
+    with FlopCounterMode(display=False) as counter:
+        call()
+    expected = len(names) * 1e9 * attention_inputs.work(inputs)["gflop_per_product"]
+    assert counter.get_total_flops() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_contenders_have_names_of_their_own_and_absent_ones_a_reason(part):
+    for backward in (False, True):
+        found, missing = attention_peers.contenders(case(part), backward)
+        names = [each.name for each in found]
+        assert names[0] == harness.OURS and len(set(names)) == len(names)
+        absent = {each.name: each for each in missing}
+        assert {"flash-attn", "xformers"} <= set(absent)
+        assert all("pip install" in absent[name].remedy for name in ("flash-attn", "xformers"))
+        assert ("flex_attention" in absent) == backward
+        assert ("sdpa, heads first" in names) == (part != "self")
+    dropped, missing = attention_peers.contenders(case(part, dropout=0.1), True)
+    assert "flex_attention" in {each.name for each in missing}
+
+
+def test_the_summary_names_the_best_peer_and_the_bounds():
+    def row(impl, ms, **extra):
+        shared = {"op": "cross_attention", "dtype": "fp32", "shape": {"queries": 30}}
+        return shared | {"impl": impl, "phase": "fwd", "ms": ms} | extra
+
+    text = cross_attention.summary(
+        [
+            row("fastvlp", 10.0),
+            row("floor", 8.0, products=6),
+            row("sdpa", 30.0),
+            row("eager", 25.0),
+            row("flash-attn", None),
+        ]
+    )
+    assert "2.50x as fast as eager" in text and "80% of the floor of 6 products" in text
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--queries", "0"],
+        ["--dtype", "int8"],
+        ["--part", "half"],
+        ["--dropout", "1"],
+        ["--dim", "0"],
+    ],
+)
+def test_wrong_flags_end_with_a_message(flags, capsys):
+    with pytest.raises(SystemExit):
+        cross_attention.parse(flags)
+    assert flags[0] in capsys.readouterr().err
+
+
+def bench(tmp_path, *flags):
+    target = tmp_path / "attention.json"
+    command = [sys.executable, str(BENCH / "cross_attention.py"), "--quick", "--no-compile"]
+    command += ["--threads", "2", "--json", str(target), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(target.read_text())
+    assert found["meta"]["threads"] == 2
+    assert all(FIELDS <= set(row) and row["ms"] > 0 for row in found["rows"])
+    return found, done.stdout
+
+
+def test_a_quick_run_writes_every_row(tmp_path):
+    sizes = ["--images", "2", "--heads", "2", "--dim", "8", "--keys", "20", "--queries", "6"]
+    found, printed = bench(tmp_path, *sizes, "--dtype", "bf16", "--part", "cross,self")
+    for part in ("cross", "self"):
+        measured = case(part, images=2, queries=6, dtype="bf16")
+        rows = {row["impl"]: row for row in found["rows"] if row["op"] == measured.op()}
+        expected, _ = attention_peers.contenders(measured, True)
+        assert set(rows) == {each.name for each in expected if not each.compiled}
+        for name, row in rows.items():
+            bound = name.startswith(harness.BOUND)
+            assert row["shape"] == measured.shape() and row["phase"] == "fwd+bwd"
+            assert (row["error"] is None) == bound and (row["peak_mb"] is None) == bound
+    assert {"flash-attn", "xformers"} <= {each["name"] for each in found["meta"]["missing"]}
+    assert len(found["meta"]["work"]) == 2 and "pip install" in printed
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_every_layer_computes_the_same(drawn):
+    measured = fusion_layer_peers.LayerCase(2, 9, "fp32", drawn, "cpu", width=24, heads=3)
+    inputs = fusion_layer_peers.draw(measured)
+    truth = fusion_layer_peers.reference(inputs)
+    assert {"out", "d_text", "d_images"} < set(truth)
+    for contender in fusion_layer_peers.contenders():
+        call = None if contender.compiled else contender.make(inputs)
+        if call is None:
+            continue
+        if contender.bound:
+            assert call() is None
+            continue
+        found = call()
+        if contender.unify:
+            found = contender.unify(inputs, found)
+        assert set(found) == set(truth)
+        for name, value in truth.items():
+            torch.testing.assert_close(found[name].double(), value, rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_and_forward_alone(tmp_path):
+    sizes = ["--images", "2", "--heads", "2", "--dim", "8", "--keys", "20", "--queries", "6"]
+    flags = ["--dropout", "0.1", "--mask", "--phase", "fwd", "--part", "cross", "--no-memory"]
+    found, _ = bench(tmp_path, *sizes, *flags)
+    assert {row["op"] for row in found["rows"]} == {"cross_attention, key mask, dropout"}
+    assert all(row["error"] is None and row["peak_mb"] is None for row in found["rows"])
+
+
+def test_inputs_and_contenders_can_be_sent_to_another_process():
+    import pickle
+
+    contenders, _ = attention_peers.contenders(case(), True)
+    made = [functools.partial(attention_inputs.draw, case()), *(each.make for each in contenders)]
+    assert len(pickle.loads(pickle.dumps(made))) == len(made)
