@@ -53,9 +53,10 @@ def _build() -> list[str]:
 
 def _backends() -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    features = torch.zeros(2, 8, device=device)
+    features, heads = torch.zeros(2, 8, device=device), torch.zeros(2, 1, 8, device=device)
+    examples = {"cross_attention": (heads, heads, heads)}
     return [f"backends for float32 tensors on {device}:"] + [
-        str(explain(op, features, features)) for op in operators()
+        str(explain(op, *examples.get(op, (features, features)))) for op in operators()
     ]
 
 

@@ -6,6 +6,6 @@ so this package imports on a machine that has none. The kernel modules themselve
 (`fastvlp.kernels.contrastive`, ...) import Triton at the top.
 """
 
-from .support import device_reasons, supported
+from .support import attention_supported, supported
 
-__all__ = ["device_reasons", "supported"]
+__all__ = ["attention_supported", "supported"]

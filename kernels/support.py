@@ -60,7 +60,7 @@ def supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
 
 def attention_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
     """Reasons why the attention kernels cannot take q [total_q, H, d] and k, v [..., H, d]."""
-    reasons = _device_reasons(q.device)
+    reasons = device_reasons(q.device)
     if not q.device == k.device == v.device:
         reasons.append(
             f"q is on {q.device}, k on {k.device}, v on {v.device}; one device is needed"

@@ -7,10 +7,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from .. import _native
-from ..kernels import device_reasons
+from ..kernels import attention_supported
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_MAX_DIM = 128
 
 
 def check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale, dropout_p) -> None:
@@ -67,13 +66,17 @@ def _check_starts(name: str, starts: torch.Tensor, rows: int, device: torch.devi
         raise ValueError(f"{name}: expected shape [segments + 1], got {tuple(starts.shape)}")
     if starts.device != device:
         raise ValueError(f"{name}: expected the device of q, {device}, got {starts.device}")
-    if device.type != "cpu" or torch.compiler.is_compiling() or isinstance(
-        starts, torch._subclasses.FakeTensor
+    if (
+        device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or isinstance(starts, torch._subclasses.FakeTensor)
     ):
         return  # looking would stall the stream, or cannot be traced
     values = starts.tolist()
-    if values[0] != 0 or values[-1] != rows or any(
-        a > b for a, b in zip(values[:-1], values[1:], strict=True)
+    if (
+        values[0] != 0
+        or values[-1] != rows
+        or any(a > b for a, b in zip(values[:-1], values[1:], strict=True))
     ):
         raise ValueError(
             f"{name}: expected values from 0 to the number of rows, {rows}, that never decrease, "
@@ -136,18 +139,13 @@ def native_reasons(q: torch.Tensor, *_, **__) -> list[str]:
     return reasons
 
 
-def triton_reasons(q: torch.Tensor, *_, **__) -> list[str]:
+def triton_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_, **__) -> list[str]:
     """Why the Triton kernels cannot take these tensors."""
     reasons = list(_native.load())
     if q.device.type != "cuda":
-        reasons.append(f"the Triton kernels run on CUDA devices, the tensors are on {q.device}")
-    else:
-        reasons += device_reasons(q.device)
-    if q.dtype not in _NATIVE_DTYPES:
-        reasons.append(f"dtype {q.dtype} has no kernel; float32, bfloat16, float16 have")
-    if q.shape[-1] > _TRITON_MAX_DIM:
-        reasons.append(f"heads are {q.shape[-1]} wide, at most {_TRITON_MAX_DIM} has a kernel")
-    return reasons
+        return [*reasons, f"the Triton kernels run on CUDA devices, the tensors are on {q.device}"]
+    # The last axis is made contiguous before any kernel runs.
+    return reasons + attention_supported(*(unit_stride(t) for t in (q, k, v)))
 
 
 def reference_reasons(*_, **__) -> list[str]:

@@ -25,9 +25,7 @@ def _backward_fake(grad, q, k, v, *_):
 
 def _names(options) -> dict:
     return dict(
-        zip(
-            ("scale", "dropout_p", "causal", "max_seqlen_q", "max_seqlen_k"), options, strict=True
-        )
+        zip(("scale", "dropout_p", "causal", "max_seqlen_q", "max_seqlen_k"), options, strict=True)
     )
 
 

@@ -12,7 +12,7 @@ from . import _dropout
 def attend_with_probs(
     q, k, v, cu_seqlens_q, cu_seqlens_k, *, key_mask, causal, scale, dropout_p, dropout_seed
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [total_q, H, d], weights before dropout [total_q, H, most keys]); see cross_attention."""
+    """The output [total_q, H, d] and the weights before dropout [total_q, H, most keys]."""
     q_segment, q_place, q_counts = _places(cu_seqlens_q, len(q))
     if cu_seqlens_k is None:
         k_counts = torch.full_like(q_counts, k.shape[1])
