@@ -129,6 +129,15 @@ def unit_stride(t: torch.Tensor) -> torch.Tensor:
     return t if t.numel() == 0 or t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
 
 
+def distinct(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors, a repeated one as a view: torch.compile refuses one that is passed twice."""
+    found = []
+    for t in tensors:
+        repeated = t is not None and any(t is other for other in found)
+        found.append(t.view_as(t) if repeated else t)
+    return found
+
+
 def native_reasons(q: torch.Tensor, *_, **__) -> list[str]:
     """Why the compiled kernels cannot take these tensors."""
     reasons = list(_native.load())

@@ -23,7 +23,14 @@ sums; softmax and sums are float32 always.
 import torch
 
 from . import _cross_attention_library, _dropout
-from ._cross_attention_inputs import CANDIDATES, check_inputs, longest, seed_tensor, unit_stride
+from ._cross_attention_inputs import (
+    CANDIDATES,
+    check_inputs,
+    distinct,
+    longest,
+    seed_tensor,
+    unit_stride,
+)
 from ._cross_attention_probs import attend_with_probs
 from ._dispatch import choose, register
 
@@ -94,9 +101,10 @@ def cross_attention(
     max_q = longest(cu_seqlens_q, max_seqlen_q, q.device, len(q))
     max_k = k.shape[1] if k.dim() == 4 else longest(cu_seqlens_k, max_seqlen_k, q.device, len(k))
     key_mask = None if key_mask is None else key_mask.contiguous()
+    rows = (unit_stride(t) for t in (q, k, v))
     return _CrossAttention.apply(
-        unit_stride(q), unit_stride(k), unit_stride(v), cu_seqlens_q, cu_seqlens_k, key_mask, seed,
-        scale, dropout_p, causal, max_q, max_k,
+        *distinct(*rows, cu_seqlens_q, cu_seqlens_k), key_mask, seed, scale, dropout_p, causal,
+        max_q, max_k,
     )  # fmt: skip
 
 
