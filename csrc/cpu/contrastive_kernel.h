@@ -4,9 +4,10 @@
 
 #include <cstdint>
 
+#include "../common/element.h"
+
 namespace fastvlp {
 
-enum class Element { kFloat32, kBFloat16, kFloat16 };
 enum class Loss { kSoftmax, kSigmoid };
 
 // [rows, dim] with unit stride along dim.

@@ -34,4 +34,14 @@ const ContrastiveKernels& contrastive_kernels() {
                            "'; unset it to use the fastest");
 }
 
+const EmaKernels& ema_kernels() {
+  const std::string name = contrastive_kernels().name;
+#if defined(FASTVLP_X86)
+  if (name == "avx512_bf16") return ema_kernels_avx512_bf16();
+  if (name == "avx512") return ema_kernels_avx512();
+  if (name == "avx2") return ema_kernels_avx2();
+#endif
+  return ema_kernels_portable();
+}
+
 }  // namespace fastvlp

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "contrastive_kernel.h"
+#include "ema_kernel.h"
 
 namespace fastvlp {
 
@@ -14,5 +15,8 @@ std::vector<const ContrastiveKernels*> available_contrastive_kernels();
 // The fastest of them, or the one that the environment variable FASTVLP_CPU_ISA names. Throws
 // std::runtime_error when that one is unknown here.
 const ContrastiveKernels& contrastive_kernels();
+
+// The same choice of the multi-tensor kernels.
+const EmaKernels& ema_kernels();
 
 }  // namespace fastvlp
