@@ -16,8 +16,13 @@ namespace {
 
 using namespace fastvlp;
 
-void ema_block(float* __restrict momentum, const float* __restrict source, int n, EmaWeights w) {
-  for (int i = 0; i < n; ++i) momentum[i] = ema(momentum[i], source[i], w);
+template <bool kFromSource>
+void ema_loop(float* __restrict momentum, const float* __restrict source, int n, float weight) {
+  for (int i = 0; i < n; ++i) momentum[i] = ema(momentum[i], source[i], {weight, kFromSource});
+}
+
+void ema_block(float* momentum, const float* source, int n, EmaWeights w) {
+  (w.from_source ? ema_loop<true> : ema_loop<false>)(momentum, source, n, w.weight);
 }
 
 void adamw_block(float* __restrict weight, const float* __restrict gradient,

@@ -4,6 +4,9 @@ from ._dispatch import explain
 from ._workspace import release_workspace
 from .contrastive import contrastive, contrastive_reference
 from .sigmoid_contrastive import sigmoid_contrastive, sigmoid_contrastive_reference
+from ._multi_tensor import last_exceeding
+from .adamw_ema import adamw_ema, adamw_ema_reference
+from .ema import ema, ema_reference
 
 __all__ = [
     "contrastive",
@@ -12,4 +15,9 @@ __all__ = [
     "release_workspace",
     "sigmoid_contrastive",
     "sigmoid_contrastive_reference",
+    "adamw_ema",
+    "adamw_ema_reference",
+    "ema",
+    "ema_reference",
+    "last_exceeding",
 ]
