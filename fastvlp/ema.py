@@ -154,7 +154,9 @@ class EmaModel(nn.Module):
 
     def _refuse_while_swapped(self, what: str) -> None:
         if self._swapped:
-            raise RuntimeError(f"{what}: the model and its momentum are swapped; leave swap() first")
+            raise RuntimeError(
+                f"{what}: the model and its momentum are swapped; leave swap() first"
+            )
 
     def state_dict(self, *args, **kwargs):
         self._refuse_while_swapped("state_dict()")
@@ -189,9 +191,11 @@ def _momentum_module(model, module, dtype):
         if dtype is not None:
             smaller = torch.finfo(dtype).bits
             module = module._apply(
-                lambda t: t.to(dtype)
-                if t.is_floating_point() and torch.finfo(t.dtype).bits < smaller
-                else t
+                lambda t: (
+                    t.to(dtype)
+                    if t.is_floating_point() and torch.finfo(t.dtype).bits < smaller
+                    else t
+                )
             )
     for parameter in module.parameters():
         parameter.requires_grad_(False)

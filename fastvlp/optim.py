@@ -26,7 +26,8 @@ class AdamWEma(torch.optim.Optimizer):
     step (frozen, without gradient, in no group) and buffers are brought up to date beside it.
 
     Args:
-        params, lr, betas, eps, weight_decay, maximize: as torch.optim.AdamW; lr may be a CPU tensor.
+        params, lr, betas, eps, weight_decay, maximize: as torch.optim.AdamW; lr may be a
+            CPU tensor.
         ema: the momentum model to update with each step, or None.
         copy: a low-precision module like the model, for example
             `copy.deepcopy(model).to(torch.bfloat16)`, which receives the new weights. A parameter
@@ -75,14 +76,18 @@ class AdamWEma(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             for name in _REFUSED:
                 if group.get(name):
-                    raise ValueError(f"{name}: AdamWEma does not support it (group {i}); leave it out")
+                    raise ValueError(
+                        f"{name}: AdamWEma does not support it (group {i}); leave it out"
+                    )
 
     def load_state_dict(self, state_dict) -> None:
         """Loads the state of an AdamWEma or of a torch.optim.AdamW."""
         for i, group in enumerate(state_dict["param_groups"]):
             for name in _REFUSED:
                 if group.get(name):
-                    raise ValueError(f"{name}: AdamWEma does not support it (group {i} of the state)")
+                    raise ValueError(
+                        f"{name}: AdamWEma does not support it (group {i} of the state)"
+                    )
         super().load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

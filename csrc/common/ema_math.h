@@ -25,6 +25,8 @@ FASTVLP_HD bool is_decay(double decay) { return decay >= 0.0 && decay <= 1.0; }
 FASTVLP_HD float ema(float momentum, float source, EmaWeights w) {
   const float base = w.from_source ? source : momentum;
   const float other = w.from_source ? momentum : source;
+  // Infinite values (masks) stay what they are, where the difference would be NaN.
+  if (w.weight == 0.0f || other == base) return base;
   return base + w.weight * (other - base);
 }
 

@@ -1,12 +1,12 @@
 """The operators: one public function each, its reference beside it, and `explain`."""
 
 from ._dispatch import explain
-from ._workspace import release_workspace
-from .contrastive import contrastive, contrastive_reference
-from .sigmoid_contrastive import sigmoid_contrastive, sigmoid_contrastive_reference
 from ._multi_tensor import last_exceeding
+from ._workspace import release_workspace
 from .adamw_ema import adamw_ema, adamw_ema_reference
+from .contrastive import contrastive, contrastive_reference
 from .ema import ema, ema_reference
+from .sigmoid_contrastive import sigmoid_contrastive, sigmoid_contrastive_reference
 
 __all__ = [
     "contrastive",

@@ -5,7 +5,7 @@ The compiled operators check everything before they write anything. Only when th
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 
 import torch
@@ -67,9 +67,10 @@ def _check_tensor(name: str, t: torch.Tensor, model_name: str, model: torch.Tens
             )
 
 
-def is_sharded(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether one of the tensors is a DTensor."""
-    return any(isinstance(t, DTensor) for t in tensors)
+def is_mixed(lists: Iterable[Sequence[torch.Tensor]]) -> bool:
+    """Whether there are DTensors or several devices, which the operators cannot see or compare."""
+    tensors = [t for tensors in lists for t in tensors]
+    return len({t.device for t in tensors}) > 1 or any(isinstance(t, DTensor) for t in tensors)
 
 
 def local(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

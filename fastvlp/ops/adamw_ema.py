@@ -71,7 +71,7 @@ def adamw_ema(
     _check_numbers(step, lr, betas, eps, weight_decay)
     if not lists["weights"]:
         return check()
-    if any(multi.is_sharded(tensors) for tensors in lists.values()):
+    if multi.is_mixed(lists.values()):
         check()
     decay_tensor, decay_value = multi.checked_decay(decay, lists["weights"][0])
     parts = [multi.local(tensors) for tensors in lists.values()]

@@ -67,13 +67,15 @@ def ema(
         return torch.tensor(-1) if check_finite else None
     if not all(isinstance(t, torch.Tensor) for tensors in lists.values() for t in tensors):
         check()
-    if any(multi.is_sharded(tensors) for tensors in lists.values()):
+    if multi.is_mixed(lists.values()):
         check()
     decay_tensor, decay_value = multi.checked_decay(decay, momentum[0])
     native = choose("ema", momentum, source, decay, copies) == "native"
     if not native:
         check()
-    found = multi.last_exceeding(source, native=native, limit=_limit(source)) if check_finite else None
+    found = (
+        multi.last_exceeding(source, native=native, limit=_limit(source)) if check_finite else None
+    )
     parts = [multi.local(tensors) for tensors in (momentum, source, copies)]
     if native:
         multi.explained(
@@ -101,7 +103,11 @@ def ema_reference(
     decay = float(decay)
     for i, (m, s) in enumerate(zip(momentum, source, strict=True)):
         wide = torch.float64 if m.dtype == torch.float64 else torch.float32
-        value = m.to(wide).lerp(s.to(wide), 1.0 - decay)
+        value, target = m.to(wide), s.to(wide)
+        if decay == 0.0:
+            value = target
+        elif decay < 1.0:  # equal infinities, whose difference is NaN, stay
+            value = torch.where(value == target, value, value.lerp(target, 1.0 - decay))
         m.copy_(value)
         if copies:
             copies[i].copy_(value)
