@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dtype="fp32",
             shape={"parameters": count},
             phase=phase,
-            measure_memory=False,  # the momentum and the copies are the inputs' size, whoever writes
+            measure_memory=False,  # what is written is the same for all
         )
         rows += found
         missing += absent + failed
