@@ -33,8 +33,14 @@ struct HostTable {
   int64_t chunk_elements = 0;
 
   TableView view() const {
-    return {entries.data(), geometries.data(), chunk_entry.data(),
-            static_cast<int64_t>(chunk_entry.size()), chunk_elements};
+    auto flat = [](const TableEntry& entry) { return entry.geometry < 0; };
+    return {entries.data(),
+            geometries.data(),
+            chunk_entry.data(),
+            static_cast<int64_t>(chunk_entry.size()),
+            chunk_elements,
+            std::any_of(entries.begin(), entries.end(), flat),
+            !std::all_of(entries.begin(), entries.end(), flat)};
   }
 };
 

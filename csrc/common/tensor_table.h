@@ -34,6 +34,8 @@ struct TableView {
   const int32_t* chunk_entry;  // [chunks]
   int64_t chunks;
   int64_t chunk_elements;
+  bool some_flat;     // whether there are entries without a geometry,
+  bool some_strided;  // and with one
 };
 
 // Where element `index`, counted along the last dimension first, lies in the tensor of `list`.

@@ -48,10 +48,10 @@ void upload(const HostTable& table, const Tensor& like, OnDevice& out) {
   Tensor device = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
   torch::stable::copy_(device, host, true);
   const char* base = static_cast<const char*>(device.const_data_ptr());
-  out.view = {reinterpret_cast<const TableEntry*>(base),
-              reinterpret_cast<const Geometry*>(base + entries),
-              reinterpret_cast<const int32_t*>(base + entries + geometries),
-              static_cast<int64_t>(table.chunk_entry.size()), table.chunk_elements};
+  out.view = table.view();
+  out.view.entries = reinterpret_cast<const TableEntry*>(base);
+  out.view.geometries = reinterpret_cast<const Geometry*>(base + entries);
+  out.view.chunk_entry = reinterpret_cast<const int32_t*>(base + entries + geometries);
   out.bytes = device;
 }
 

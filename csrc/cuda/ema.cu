@@ -5,6 +5,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstring>
+#include <type_traits>
+
 #include "ema.h"
 #include "launch.h"
 
@@ -14,21 +17,41 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kVector = 4;  // elements of a thread at a time
 
-// The elements of a chunk that a thread visits, four neighbours at a time.
+// The elements of a chunk that a thread visits, kWidth neighbours at a time: kVector of an entry
+// without gaps, single ones of a strided entry, each of the two by a kernel of its own.
+template <int kWidth>
 struct Chunk {
+  static constexpr bool kStrided = kWidth == 1;
+  static constexpr int64_t kStep = kThreads * kWidth;
   const TableEntry& entry;
   const Geometry* geometry;
   int64_t begin, end;
 
   __device__ explicit Chunk(const TableView& table)
       : entry(table.entries[table.chunk_entry[blockIdx.x]]),
-        geometry(entry.geometry < 0 ? nullptr : table.geometries + entry.geometry),
+        geometry(table.geometries + entry.geometry),
         begin((static_cast<int64_t>(blockIdx.x) - entry.first_chunk) * table.chunk_elements),
         end(begin + table.chunk_elements < entry.numel ? begin + table.chunk_elements
                                                        : entry.numel) {}
-  __device__ int64_t first() const { return begin + threadIdx.x * kVector; }
-  static constexpr int64_t kStep = kThreads * kVector;
+  __device__ bool is_mine() const { return (entry.geometry >= 0) == kStrided; }
+  __device__ int64_t first() const { return begin + threadIdx.x * kWidth; }
+  __device__ int64_t offset(int list, int64_t at) const {
+    return kStrided ? offset_of(*geometry, list, at) : at;
+  }
+  // Whether the neighbours at `at` are all there, and begin where one access may.
+  __device__ bool is_whole(int list, int64_t at) const {
+    const uintptr_t bytes = entry.element[list] == Element::kFloat32 ? 16 : 8;
+    return !kStrided && at + kWidth <= end &&
+           reinterpret_cast<uintptr_t>(entry.data[list]) % bytes == 0;
+  }
 };
+
+template <class T>
+__device__ constexpr Element element_of() {
+  return sizeof(T) == 4                          ? Element::kFloat32
+         : std::is_same<T, __nv_bfloat16>::value ? Element::kBFloat16
+                                                 : Element::kFloat16;
+}
 
 __device__ __forceinline__ float load(const void* data, Element element, int64_t at) {
   if (element == Element::kFloat32) return static_cast<const float*>(data)[at];
@@ -48,58 +71,64 @@ __device__ __forceinline__ void store(void* data, Element element, int64_t at, f
 
 // Four neighbours that begin at a multiple of their own size, in one access.
 struct alignas(8) Halves {
-  uint16_t bits[kVector];
+  unsigned char bytes[8];
 };
 
-__device__ __forceinline__ bool is_whole(const Chunk& c, const void* data, Element element,
-                                         int64_t at) {
-  const uintptr_t bytes = element == Element::kFloat32 ? 16 : 8;
-  return c.geometry == nullptr && at + kVector <= c.end &&
-         reinterpret_cast<uintptr_t>(data) % bytes == 0;
+template <class T>
+__device__ __forceinline__ void load_halves(const void* data, int64_t at, float* v) {
+  const Halves raw = *reinterpret_cast<const Halves*>(static_cast<const T*>(data) + at);
+  T four[kVector];
+  memcpy(four, &raw, sizeof(raw));
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) v[k] = load(four, element_of<T>(), k);
 }
 
-__device__ __forceinline__ void load4(const Chunk& c, int list, int64_t at, float* v) {
+template <class T>
+__device__ __forceinline__ void store_halves(void* data, int64_t at, const float* v) {
+  T four[kVector];
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) store(four, element_of<T>(), k, v[k]);
+  Halves raw;
+  memcpy(&raw, four, sizeof(raw));
+  *reinterpret_cast<Halves*>(static_cast<T*>(data) + at) = raw;
+}
+
+template <int kWidth>
+__device__ __forceinline__ void load(const Chunk<kWidth>& c, int list, int64_t at, float* v) {
   const void* data = c.entry.data[list];
   const Element element = c.entry.element[list];
-  if (is_whole(c, data, element, at)) {
-    if (element == Element::kFloat32) {
+  if constexpr (kWidth == kVector) {
+    if (c.is_whole(list, at)) {
+      if (element == Element::kBFloat16) return load_halves<__nv_bfloat16>(data, at, v);
+      if (element == Element::kFloat16) return load_halves<__half>(data, at, v);
       const float4 four = *reinterpret_cast<const float4*>(static_cast<const float*>(data) + at);
       v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
       return;
     }
-    const Halves four = *reinterpret_cast<const Halves*>(static_cast<const uint16_t*>(data) + at);
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) v[k] = load(four.bits, element, k);
-    return;
   }
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) {
-    v[k] = 0.0f;
-    if (at + k < c.end)
-      v[k] = load(data, element, c.geometry ? offset_of(*c.geometry, list, at + k) : at + k);
-  }
+  for (int k = 0; k < kWidth; ++k)
+    v[k] = at + k < c.end ? load(data, element, c.offset(list, at + k)) : 0.0f;
 }
 
 // Nothing where the list is absent.
-__device__ __forceinline__ void store4(const Chunk& c, int list, int64_t at, const float* v) {
+template <int kWidth>
+__device__ __forceinline__ void store(const Chunk<kWidth>& c, int list, int64_t at,
+                                      const float* v) {
   void* data = c.entry.data[list];
   if (data == nullptr) return;
   const Element element = c.entry.element[list];
-  if (is_whole(c, data, element, at)) {
-    if (element == Element::kFloat32) {
+  if constexpr (kWidth == kVector) {
+    if (c.is_whole(list, at)) {
+      if (element == Element::kBFloat16) return store_halves<__nv_bfloat16>(data, at, v);
+      if (element == Element::kFloat16) return store_halves<__half>(data, at, v);
       *reinterpret_cast<float4*>(static_cast<float*>(data) + at) = float4{v[0], v[1], v[2], v[3]};
       return;
     }
-    Halves four;
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) store(four.bits, element, k, v[k]);
-    *reinterpret_cast<Halves*>(static_cast<uint16_t*>(data) + at) = four;
-    return;
   }
 #pragma unroll
-  for (int k = 0; k < kVector; ++k)
-    if (at + k < c.end)
-      store(data, element, c.geometry ? offset_of(*c.geometry, list, at + k) : at + k, v[k]);
+  for (int k = 0; k < kWidth; ++k)
+    if (at + k < c.end) store(data, element, c.offset(list, at + k), v[k]);
 }
 
 // The weights of the update; false where nothing is to be written.
@@ -114,47 +143,51 @@ __device__ __forceinline__ bool ready(const Decay& decay, const int64_t* nonfini
   return is_decay(value);
 }
 
+template <int kWidth>
 __global__ void __launch_bounds__(kThreads)
     update_ema(TableView table, Decay decay, const int64_t* nonfinite) {
   EmaWeights w;
   if (!ready(decay, nonfinite, &w)) return;
-  const Chunk c(table);
-  for (int64_t at = c.first(); at < c.end; at += Chunk::kStep) {
-    float m[kVector], s[kVector];
-    load4(c, kMomentum, at, m);
-    load4(c, kSource, at, s);
+  const Chunk<kWidth> c(table);
+  if (!c.is_mine()) return;
+  for (int64_t at = c.first(); at < c.end; at += Chunk<kWidth>::kStep) {
+    float m[kWidth], s[kWidth];
+    load(c, kMomentum, at, m);
+    load(c, kSource, at, s);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) m[k] = ema(m[k], s[k], w);
-    store4(c, kMomentum, at, m);
-    store4(c, kMomentumCopy, at, m);
+    for (int k = 0; k < kWidth; ++k) m[k] = ema(m[k], s[k], w);
+    store(c, kMomentum, at, m);
+    store(c, kMomentumCopy, at, m);
   }
 }
 
+template <int kWidth>
 __global__ void __launch_bounds__(kThreads)
     step_adamw(TableView table, AdamWFactors factors, Decay decay, const int64_t* nonfinite) {
   EmaWeights w;
   if (!ready(decay, nonfinite, &w)) return;
-  const Chunk c(table);
+  const Chunk<kWidth> c(table);
+  if (!c.is_mine()) return;
   const bool momentum = c.entry.data[kWeightMomentum] != nullptr;
-  for (int64_t at = c.first(); at < c.end; at += Chunk::kStep) {
-    float p[kVector], g[kVector], first[kVector], second[kVector], e[kVector];
-    load4(c, kWeight, at, p);
-    load4(c, kGradient, at, g);
-    load4(c, kFirst, at, first);
-    load4(c, kSecond, at, second);
-    if (momentum) load4(c, kWeightMomentum, at, e);
+  for (int64_t at = c.first(); at < c.end; at += Chunk<kWidth>::kStep) {
+    float p[kWidth], g[kWidth], first[kWidth], second[kWidth], e[kWidth];
+    load(c, kWeight, at, p);
+    load(c, kGradient, at, g);
+    load(c, kFirst, at, first);
+    load(c, kSecond, at, second);
+    if (momentum) load(c, kWeightMomentum, at, e);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) {
+    for (int k = 0; k < kWidth; ++k) {
       adamw(g[k], p[k], first[k], second[k], factors);
       if (momentum) e[k] = ema(e[k], p[k], w);
     }
-    store4(c, kWeight, at, p);
-    store4(c, kFirst, at, first);
-    store4(c, kSecond, at, second);
-    store4(c, kWeightCopy, at, p);
+    store(c, kWeight, at, p);
+    store(c, kFirst, at, first);
+    store(c, kSecond, at, second);
+    store(c, kWeightCopy, at, p);
     if (momentum) {
-      store4(c, kWeightMomentum, at, e);
-      store4(c, kWeightMomentumCopy, at, e);
+      store(c, kWeightMomentum, at, e);
+      store(c, kWeightMomentumCopy, at, e);
     }
   }
 }
@@ -162,15 +195,17 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void clear_last(int64_t* last) { *last = -1; }
 
 // The largest position wins, whichever block comes first: an exact, order-free reduction.
+template <int kWidth>
 __global__ void __launch_bounds__(kThreads)
     find_exceeding(TableView table, float limit, int64_t* last) {
-  const Chunk c(table);
+  const Chunk<kWidth> c(table);
+  if (!c.is_mine()) return;
   bool found = false;
-  for (int64_t at = c.first(); at < c.end; at += Chunk::kStep) {
-    float v[kVector];
-    load4(c, 0, at, v);
+  for (int64_t at = c.first(); at < c.end; at += Chunk<kWidth>::kStep) {
+    float v[kWidth];
+    load(c, 0, at, v);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) found = found || exceeds(v[k], limit);
+    for (int k = 0; k < kWidth; ++k) found = found || exceeds(v[k], limit);
   }
   if (found) atomicMax(reinterpret_cast<long long*>(last), static_cast<long long>(c.entry.index));
 }
@@ -178,25 +213,33 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 const char* ema_update(Queue queue, const TableView& table, Decay decay, const int64_t* nonfinite) {
-  if (table.chunks == 0) return nullptr;
   return submit(queue, [&](cudaStream_t stream) {
-    update_ema<<<grid(table.chunks), kThreads, 0, stream>>>(table, decay, nonfinite);
+    const unsigned blocks = grid(table.chunks);
+    if (table.some_flat)
+      update_ema<kVector><<<blocks, kThreads, 0, stream>>>(table, decay, nonfinite);
+    if (table.some_strided)
+      update_ema<1><<<blocks, kThreads, 0, stream>>>(table, decay, nonfinite);
   });
 }
 
 const char* adamw_ema(Queue queue, const TableView& table, const AdamWFactors& factors, Decay decay,
                       const int64_t* nonfinite) {
-  if (table.chunks == 0) return nullptr;
   return submit(queue, [&](cudaStream_t stream) {
-    step_adamw<<<grid(table.chunks), kThreads, 0, stream>>>(table, factors, decay, nonfinite);
+    const unsigned blocks = grid(table.chunks);
+    if (table.some_flat)
+      step_adamw<kVector><<<blocks, kThreads, 0, stream>>>(table, factors, decay, nonfinite);
+    if (table.some_strided)
+      step_adamw<1><<<blocks, kThreads, 0, stream>>>(table, factors, decay, nonfinite);
   });
 }
 
 const char* last_exceeding(Queue queue, const TableView& table, float limit, int64_t* last) {
   return submit(queue, [&](cudaStream_t stream) {
     clear_last<<<1, 1, 0, stream>>>(last);
-    if (table.chunks > 0)
-      find_exceeding<<<grid(table.chunks), kThreads, 0, stream>>>(table, limit, last);
+    const unsigned blocks = grid(table.chunks);
+    if (table.some_flat)
+      find_exceeding<kVector><<<blocks, kThreads, 0, stream>>>(table, limit, last);
+    if (table.some_strided) find_exceeding<1><<<blocks, kThreads, 0, stream>>>(table, limit, last);
   });
 }
 

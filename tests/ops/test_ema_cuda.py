@@ -2,6 +2,7 @@
 tensors, bit for bit what the CPU kernels of the baseline instruction set compute."""
 
 import math
+from pathlib import Path
 
 import cuda_passes
 import pytest
@@ -17,7 +18,11 @@ OURS = torch.ops.fastvlp
 def kernels(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ema_cu")
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-    cuda_passes.compile_cuda("ema.cu", "ema_entry.cpp", folder, target, "-ffp-contract=off")
+    libraries = Path(torch.__file__).parent / "lib"
+    cuda_passes.compile_cuda(
+        "ema.cu", "ema_entry.cpp", folder, target, "-ffp-contract=off",
+        f"-L{libraries}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10",
+    )  # fmt: skip
     return torch.ops.fastvlp_emulated
 
 
