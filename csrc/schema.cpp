@@ -60,4 +60,20 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   m.def("release_cpu_buffers() -> ()");
   // The instruction sets compiled in that this processor runs, fastest first, comma-separated.
   m.def("cpu_instruction_sets() -> str");
+  // The multi-tensor operators: lists of equal length (or empty where a list is optional), tensors
+  // of one position alike in shape, any strides, fp32, bf16 or fp16 each. The decay is a number or a
+  // tensor of one value; `nonfinite` [] int64: nothing is written unless it is -1.
+  // momentum = decay * momentum + (1 - decay) * source, and the same rounded to `copies`.
+  m.def(
+      "ema_update(Tensor(a!)[] momentum, Tensor[] source, Tensor(b!)[] copies, "
+      "Tensor? decay_tensor, float decay, Tensor? nonfinite) -> ()");
+  // A step of AdamW, then the momentum update by the new weights.
+  m.def(
+      "adamw_ema(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[] first_moments, "
+      "Tensor(c!)[] second_moments, Tensor(d!)[] momentum, Tensor(e!)[] weight_copies, "
+      "Tensor(f!)[] momentum_copies, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, float step, bool maximize, Tensor? decay_tensor, float decay, "
+      "Tensor? nonfinite) -> ()");
+  // [] int64: the last position whose tensor has a NaN or a magnitude above the limit, else -1.
+  m.def("last_exceeding(Tensor[] tensors, float limit) -> Tensor");
 }

@@ -1,13 +1,15 @@
 """fastvlp: fast, exact and small kernels for vision-language pretraining.
 
 `fastvlp.ops` holds the operators, `fastvlp.losses` the modules a trainer uses in their place.
+`fastvlp.EmaModel` keeps a momentum copy of a model, `fastvlp.optim` has optimisers that update it.
 `fastvlp.GradCache` takes exact steps on batches whose activations do not fit into memory.
 `python -m fastvlp.info` prints what was built and what would run on this machine.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import losses, ops
+from . import losses, ops, optim
+from .ema import EmaModel, EmaWarmup
 from .grad_cache import GradCache
 
 try:
@@ -15,4 +17,4 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["GradCache", "losses", "ops", "__version__"]
+__all__ = ["EmaModel", "EmaWarmup", "GradCache", "losses", "ops", "optim", "__version__"]

@@ -19,6 +19,8 @@ ALLOWED = {
     "evaluate": {"ops"},
     "grad_cache": set(),
     "info": {"ops", "_native"},
+    "ema": {"ops"},
+    "optim": {"ema", "ops"},
 }
 FORBIDDEN_IN_KERNELS = ("torch.autograd", "torch.distributed", "torch.nn")
 

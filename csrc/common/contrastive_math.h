@@ -4,13 +4,7 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define FASTVLP_HD __host__ __device__ __forceinline__
-#else
-// Internal linkage: the CPU kernels compile this header once per instruction set, and the linker
-// must not share one of those copies with code that runs on older processors.
-#define FASTVLP_HD static inline
-#endif
+#include "host_device.h"
 
 namespace fastvlp {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "element.h"
+#include "feature_rows.h"
 
 namespace fastvlp {
 

@@ -1,12 +1,9 @@
 // Copies feature rows into the layouts that gemm.h reads, converting the element type on the way.
 #pragma once
 
-#include "element.h"
+#include "convert.h"
+#include "feature_rows.h"
 #include "gemm.h"
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -17,40 +14,9 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-inline float half_to_float(uint16_t h) {
-  // Shift the half's exponent and mantissa into place, then fix the exponent bias by a product,
-  // which also normalises subnormals; infinities and NaN get their exponent set by hand.
-  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
-  float f;
-  std::memcpy(&f, &magnitude, 4);
-  f *= 5.192296858534828e33f;  // 2^112
-  uint32_t b;
-  std::memcpy(&b, &f, 4);
-  if ((h & 0x7c00) == 0x7c00) b = magnitude | 0x7f800000;
-  b |= static_cast<uint32_t>(h & 0x8000) << 16;
-  std::memcpy(&f, &b, 4);
-  return f;
-}
-
 inline void convert_row(const Features& m, int64_t row, int64_t dim, float* out) {
-  if (m.element == Element::kFloat32) {
-    std::memcpy(out, static_cast<const float*>(m.data) + row * m.stride, dim * 4);
-    return;
-  }
-  const uint16_t* in = static_cast<const uint16_t*>(m.data) + row * m.stride;
-  int64_t d = 0;
-  if (m.element == Element::kBFloat16) {
-    for (; d < dim; ++d) {
-      const uint32_t b = static_cast<uint32_t>(in[d]) << 16;
-      std::memcpy(out + d, &b, 4);
-    }
-    return;
-  }
-#if defined(__F16C__)
-  for (; d + 8 <= dim; d += 8)
-    _mm256_storeu_ps(out + d, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(in + d))));
-#endif
-  for (; d < dim; ++d) out[d] = half_to_float(in[d]);
+  const int64_t bytes = m.element == Element::kFloat32 ? 4 : 2;
+  to_floats(static_cast<const char*>(m.data) + row * m.stride * bytes, m.element, dim, out);
 }
 
 template <class Dot>

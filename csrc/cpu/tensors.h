@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "element.h"
+#include "feature_rows.h"
 
 namespace fastvlp {
 namespace {

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "contrastive.h"
+#include "launch.h"
 
 namespace fastvlp::cuda {
 namespace {
@@ -306,21 +307,6 @@ __global__ void __launch_bounds__(kThreads)
 int64_t gradient_tiles(const Products& p) {
   return div_up(p.rows, kGradientRows) * div_up(p.cols, kGradientCols);
 }
-
-const char* words(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-// Runs `launch(blocks, stream)` on the queue's device. The runtime linked into this library is not
-// torch's: it has to be told the device itself. A failed launch stays the last error until asked.
-template <class Launch>
-const char* submit(Queue queue, Launch launch) {
-  if (const char* error = words(cudaSetDevice(queue.device))) return error;
-  launch(static_cast<cudaStream_t>(queue.stream));
-  return words(cudaGetLastError());
-}
-
-unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }
 
 // Calls `use` with a value of the output's element type.
 template <class Use>

@@ -6,14 +6,10 @@
 #include <cstdint>
 
 #include "../common/contrastive_math.h"
+#include "../common/element.h"
+#include "queue.h"
 
 namespace fastvlp::cuda {
-
-// Where a launch goes: work queued on `stream` (a cudaStream_t) of `device`.
-struct Queue {
-  int device;
-  void* stream;
-};
 
 // Products <x_i, y_j> [rows, cols], unit stride along the columns. The logit is scale * product
 // (+ bias); the positive of row i is column i + offset.
@@ -25,8 +21,6 @@ struct Products {
   int64_t offset;
   bool vectorized;  // rows start at multiples of 16 bytes
 };
-
-enum class Element { kFloat32, kBFloat16, kFloat16 };
 
 // The logit gradients, shaped like the products.
 struct Output {

@@ -1,9 +1,12 @@
 """The operators: one public function each, its reference beside it, and `explain`."""
 
 from ._dispatch import explain
+from ._multi_tensor import last_exceeding
 from ._workspace import release_workspace
+from .adamw_ema import adamw_ema, adamw_ema_reference
 from .contrastive import contrastive, contrastive_reference
 from .cross_attention import cross_attention, cross_attention_reference
+from .ema import ema, ema_reference
 from .sigmoid_contrastive import sigmoid_contrastive, sigmoid_contrastive_reference
 
 __all__ = [
@@ -15,4 +18,9 @@ __all__ = [
     "release_workspace",
     "sigmoid_contrastive",
     "sigmoid_contrastive_reference",
+    "adamw_ema",
+    "adamw_ema_reference",
+    "ema",
+    "ema_reference",
+    "last_exceeding",
 ]

@@ -28,19 +28,24 @@ def compile_library(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def compiled(folder: Path) -> SimpleNamespace:
-    """The kernels of contrastive.cu; scratch memory begins as NaN."""
-    source = (CSRC / "cuda" / "contrastive.cu").read_text()
+def compile_cuda(name: str, entry: str, folder: Path, *flags: str) -> ctypes.CDLL:
+    """csrc/cuda/`name` and cuda_on_cpu/`entry` as one shared library for the CPU."""
+    source = (CSRC / "cuda" / name).read_text()
     launches = re.compile(r"(\w+(?:<[\w()]+>)?)<<<(.+?)>>>\(", re.DOTALL)
     source, count = launches.subn(r"emulated::launch(\1, \2)(", source)
     assert count == source.count("emulated::launch") > 0 and "<<<" not in source
-    torch_headers = Path(torch.__file__).parent / "include"
-    library = compile_library(
-        source + (HERE / "cuda_on_cpu" / "entry.cpp").read_text(),
+    torch_root = Path(torch.__file__).parent
+    return compile_library(
+        source + (HERE / "cuda_on_cpu" / entry).read_text(),
         folder,
-        f"-I{HERE / 'cuda_on_cpu'}", f"-I{CSRC / 'cuda'}", f"-I{torch_headers}",
-        "-Wno-unknown-pragmas",
+        f"-I{HERE / 'cuda_on_cpu'}", f"-I{CSRC / 'cuda'}", f"-I{torch_root / 'include'}",
+        "-Wno-unknown-pragmas", *flags,
     )  # fmt: skip
+
+
+def compiled(folder: Path) -> SimpleNamespace:
+    """The kernels of contrastive.cu; scratch memory begins as NaN."""
+    library = compile_cuda("contrastive.cu", "entry.cpp", folder)
     for name in ("run_statistics", "run_gradient", "run_sigmoid"):
         getattr(library, name).restype = ctypes.c_char_p
 

@@ -34,6 +34,8 @@ using __nv_bfloat16 = c10::BFloat16;
 using __half = c10::Half;
 inline __nv_bfloat16 __float2bfloat16_rn(float v) { return v; }
 inline __half __float2half_rn(float v) { return v; }
+inline float __bfloat162float(__nv_bfloat16 v) { return v; }
+inline float __half2float(__half v) { return v; }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
@@ -42,6 +44,10 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*) {
+  return cudaSuccess;
+}
 inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
 
 namespace emulated {
@@ -153,3 +159,6 @@ T __shfl_down_sync(unsigned, T value, int delta) {
   return emulated::from_lane(value, threadIdx.x % emulated::kLanes + delta);
 }
 inline void __syncthreads() { emulated::meet(emulated::block); }
+inline void atomicMax(long long* at, long long value) {
+  if (*at < value) *at = value;
+}

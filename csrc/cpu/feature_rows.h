@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace fastvlp {
+#include "../common/element.h"
 
-enum class Element { kFloat32, kBFloat16, kFloat16 };
+namespace fastvlp {
 
 // [rows, dim] with unit stride along dim.
 struct Features {

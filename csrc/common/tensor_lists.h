@@ -1,0 +1,285 @@
+// From lists of tensors to the table of a multi-tensor kernel: validation, and a cache, so that a
+// step whose tensors lie where they lay before builds nothing. Host code, torch's stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <unordered_map>
+#include <vector>
+
+#include "tensor_table.h"
+
+namespace fastvlp {
+
+using torch::stable::Tensor;
+
+struct TensorList {
+  const char* name;
+  const std::vector<Tensor>& tensors;
+  bool written;
+  bool optional;  // may be empty whatever the length of the first list
+};
+
+struct HostTable {
+  std::vector<TableEntry> entries;
+  std::vector<Geometry> geometries;
+  std::vector<int32_t> chunk_entry;
+  int64_t chunk_elements = 0;
+
+  TableView view() const {
+    auto flat = [](const TableEntry& entry) { return entry.geometry < 0; };
+    return {entries.data(),
+            geometries.data(),
+            chunk_entry.data(),
+            static_cast<int64_t>(chunk_entry.size()),
+            chunk_elements,
+            std::any_of(entries.begin(), entries.end(), flat),
+            !std::all_of(entries.begin(), entries.end(), flat)};
+  }
+};
+
+// Everything the table depends on: addresses, dtypes, shapes, strides and devices.
+using Signature = std::vector<int64_t>;
+
+namespace lists {
+
+inline Element element_of(const Tensor& t, const char* name, size_t i) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Element::kFloat32;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, "[", i, "]: expected float32, bfloat16 or float16");
+  }
+}
+
+inline int64_t bytes_of(Element e) { return e == Element::kFloat32 ? 4 : 2; }
+
+inline Signature signature_of(const std::vector<TensorList>& given) {
+  Signature s;
+  for (const TensorList& list : given) {
+    s.push_back(static_cast<int64_t>(list.tensors.size()));
+    for (const Tensor& t : list.tensors) {
+      const auto sizes = t.sizes(), strides = t.strides();
+      s.push_back(static_cast<int64_t>(reinterpret_cast<intptr_t>(t.data_ptr())));
+      s.push_back(static_cast<int64_t>(t.scalar_type()) << 32 |
+                  static_cast<int64_t>(t.get_device() + 1) << 16 |
+                  static_cast<int64_t>(sizes.size()));
+      s.insert(s.end(), sizes.begin(), sizes.end());
+      s.insert(s.end(), strides.begin(), strides.end());
+    }
+  }
+  return s;
+}
+
+// The dimensions of `t` longer than one, by falling stride.
+inline std::vector<int> order_of(const Tensor& t) {
+  std::vector<int> dims;
+  for (int d = 0; d < static_cast<int>(t.dim()); ++d)
+    if (t.size(d) > 1) dims.push_back(d);
+  std::stable_sort(dims.begin(), dims.end(), [&](int a, int b) { return t.stride(a) > t.stride(b); });
+  return dims;
+}
+
+enum class Memory { kDense, kGaps, kOverlaps };
+
+// Whether the elements of `t` fill its memory, leave gaps, or may lie on one another.
+inline Memory memory_of(const Tensor& t, const std::vector<int>& order) {
+  int64_t extent = 1;
+  bool dense = true;
+  for (auto d = order.rbegin(); d != order.rend(); ++d) {
+    if (t.stride(*d) < extent) return Memory::kOverlaps;
+    dense = dense && t.stride(*d) == extent;
+    extent += (t.size(*d) - 1) * t.stride(*d);
+  }
+  return dense ? Memory::kDense : Memory::kGaps;
+}
+
+inline bool same_strides(const Tensor& a, const Tensor& b, const std::vector<int>& dims) {
+  return std::all_of(dims.begin(), dims.end(), [&](int d) { return a.stride(d) == b.stride(d); });
+}
+
+// Checks the i-th tensors and describes them; the geometry is left for the caller to place.
+inline TableEntry entry_of(const std::vector<TensorList>& given, size_t i, Geometry& geometry) {
+  const Tensor& first = given[0].tensors[i];
+  TableEntry entry = {};
+  entry.numel = first.numel();
+  entry.index = static_cast<int32_t>(i);
+  entry.geometry = -1;
+  const std::vector<int> order = order_of(first);
+  if (memory_of(first, order) != Memory::kDense) entry.geometry = 0;
+  for (size_t l = 0; l < given.size(); ++l) {
+    if (given[l].tensors.empty()) continue;
+    const Tensor& t = given[l].tensors[i];
+    const char* name = given[l].name;
+    const auto sizes = t.sizes(), wanted = first.sizes();
+    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end()), name, "[",
+                    i, "]: expected the shape of ", given[0].name, "[", i, "]");
+    STD_TORCH_CHECK(t.get_device() == given[0].tensors[0].get_device(), name, "[", i,
+                    "]: expected the device of ", given[0].name, "[0]");
+    STD_TORCH_CHECK(!given[l].written || memory_of(t, order_of(t)) != Memory::kOverlaps, name, "[",
+                    i, "]: expected every element at an address of its own");
+    entry.element[l] = element_of(t, name, i);
+    entry.data[l] = t.data_ptr();
+    if (!same_strides(first, t, order)) entry.geometry = 0;
+    for (size_t d = 0; d < order.size() && d < kMaxDims; ++d)
+      geometry.strides[l][d] = t.stride(order[d]);
+  }
+  if (entry.geometry < 0) return entry;
+  STD_TORCH_CHECK(order.size() <= kMaxDims, given[0].name, "[", i, "]: expected at most ", kMaxDims,
+                  " dimensions where tensors are not laid out alike");
+  geometry.dims = static_cast<int32_t>(order.size());
+  for (size_t d = 0; d < order.size(); ++d) geometry.sizes[d] = first.size(order[d]);
+  return entry;
+}
+
+// Two entries may share what they write only by being the same in every list (tied parameters):
+// the second one is dropped. Entries with gaps are compared by their first address alone.
+inline void drop_tied(const std::vector<TensorList>& given, std::vector<TableEntry>& entries,
+                      const std::vector<Geometry>& geometries) {
+  std::unordered_map<void*, const TableEntry*> seen;
+  std::vector<TableEntry> kept;
+  auto same = [&](const TableEntry& a, const TableEntry& b) {
+    if (a.numel != b.numel || (a.geometry < 0) != (b.geometry < 0)) return false;
+    for (size_t l = 0; l < given.size(); ++l) {
+      if (a.data[l] != b.data[l] || a.element[l] != b.element[l]) return false;
+      if (a.geometry < 0) continue;
+      const Geometry &g = geometries[a.geometry], &h = geometries[b.geometry];
+      if (g.dims != h.dims || !std::equal(g.strides[l], g.strides[l] + g.dims, h.strides[l]) ||
+          !std::equal(g.sizes, g.sizes + g.dims, h.sizes))
+        return false;
+    }
+    return true;
+  };
+  for (const TableEntry& entry : entries) {
+    const auto [at, fresh] = seen.emplace(entry.data[0], &entry);
+    if (fresh) {
+      kept.push_back(entry);
+      continue;
+    }
+    STD_TORCH_CHECK(same(*at->second, entry), given[0].name, "[", entry.index, "]: shares memory with ",
+                    given[0].name, "[", at->second->index,
+                    "], so expected the same tensors beside it in the other lists");
+  }
+  entries = std::move(kept);
+}
+
+struct Range {
+  uintptr_t begin, end;
+  size_t list;
+  int32_t index;
+  bool written;
+};
+
+// Nothing written may overlap anything else: chunks run in any order. A tensor that stands twice in
+// one entry (a source that is its own momentum) is read and written element by element, which is
+// safe. Views with gaps are not compared: their ranges interleave.
+inline void check_apart(const std::vector<TensorList>& given,
+                        const std::vector<TableEntry>& entries) {
+  std::vector<Range> ranges;
+  for (const TableEntry& entry : entries) {
+    if (entry.geometry >= 0) continue;
+    const size_t own = ranges.size();
+    for (size_t l = 0; l < given.size(); ++l) {
+      if (entry.data[l] == nullptr) continue;
+      const auto begin = reinterpret_cast<uintptr_t>(entry.data[l]);
+      const uintptr_t end = begin + entry.numel * bytes_of(entry.element[l]);
+      auto twin = std::find_if(ranges.begin() + own, ranges.end(), [&](const Range& r) {
+        return r.begin == begin && r.end == end && entry.element[r.list] == entry.element[l] &&
+               !(r.written && given[l].written);
+      });
+      if (twin != ranges.end())
+        twin->written = twin->written || given[l].written;
+      else
+        ranges.push_back({begin, end, l, entry.index, given[l].written});
+    }
+  }
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  const Range *any = nullptr, *written = nullptr;  // of those before, the one that ends last
+  for (const Range& r : ranges) {
+    const Range* other = r.written ? any : written;
+    STD_TORCH_CHECK(other == nullptr || r.begin >= other->end, given[r.list].name, "[", r.index,
+                    "]: overlaps ", given[other ? other->list : 0].name, "[",
+                    other ? other->index : 0, "], and one of them is written");
+    if (any == nullptr || r.end > any->end) any = &r;
+    if (r.written && (written == nullptr || r.end > written->end)) written = &r;
+  }
+}
+
+inline HostTable build(const std::vector<TensorList>& given, int64_t chunk_elements) {
+  const size_t n = given[0].tensors.size();
+  for (const TensorList& list : given)
+    STD_TORCH_CHECK(list.tensors.size() == n || (list.optional && list.tensors.empty()), list.name,
+                    ": expected ", n, " tensors as in ", given[0].name, ", got ",
+                    list.tensors.size());
+  HostTable table;
+  table.chunk_elements = chunk_elements;
+  for (size_t i = 0; i < n; ++i) {
+    Geometry geometry = {};
+    TableEntry entry = entry_of(given, i, geometry);
+    if (entry.numel == 0) continue;
+    if (entry.geometry >= 0) {
+      entry.geometry = static_cast<int32_t>(table.geometries.size());
+      table.geometries.push_back(geometry);
+    }
+    table.entries.push_back(entry);
+  }
+  if (std::any_of(given.begin(), given.end(), [](const TensorList& l) { return l.written; })) {
+    drop_tied(given, table.entries, table.geometries);
+    check_apart(given, table.entries);
+  }
+  for (size_t e = 0; e < table.entries.size(); ++e) {
+    TableEntry& entry = table.entries[e];
+    entry.first_chunk = static_cast<int64_t>(table.chunk_entry.size());
+    const int64_t chunks = (entry.numel + chunk_elements - 1) / chunk_elements;
+    table.chunk_entry.insert(table.chunk_entry.end(), chunks, static_cast<int32_t>(e));
+  }
+  return table;
+}
+
+}  // namespace lists
+
+// The tables of the latest calls, each with what `Extra` the caller keeps beside it.
+template <class Extra>
+class TableCache {
+ public:
+  struct Item {
+    Signature signature;
+    HostTable table;
+    Extra extra;
+  };
+
+  std::shared_ptr<Item> find_or_build(const std::vector<TensorList>& given, int64_t chunk_elements) {
+    Signature signature = lists::signature_of(given);
+    const std::lock_guard<std::mutex> hold(mutex_);
+    for (auto at = items_.begin(); at != items_.end(); ++at)
+      if ((*at)->signature == signature) {
+        items_.splice(items_.begin(), items_, at);
+        return items_.front();
+      }
+    auto item = std::make_shared<Item>();
+    item->table = lists::build(given, chunk_elements);
+    item->signature = std::move(signature);
+    items_.push_front(item);
+    if (items_.size() > kKept) items_.pop_back();
+    return item;
+  }
+
+ private:
+  static constexpr size_t kKept = 64;
+  std::mutex mutex_;
+  std::list<std::shared_ptr<Item>> items_;
+};
+
+}  // namespace fastvlp

@@ -1,0 +1,154 @@
+// The multi-tensor operators on CUDA tensors: tables kept in device memory, the current stream.
+#define USE_CUDA  // for aoti_torch_get_current_cuda_stream
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "../common/tensor_lists.h"
+#include "ema.h"
+
+namespace fastvlp::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::accelerator::DeviceGuard;
+using Tensors = std::vector<Tensor>;
+
+struct OnDevice {
+  std::optional<Tensor> bytes;
+  TableView view;
+};
+using Cache = TableCache<OnDevice>;
+
+Queue queue_of(const Tensor& t) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return {t.get_device_index(), stream};
+}
+
+// The table in device memory. The copy goes from pinned memory, so that nothing waits for it.
+void upload(const HostTable& table, const Tensor& like, OnDevice& out) {
+  const size_t entries = table.entries.size() * sizeof(TableEntry);
+  const size_t geometries = table.geometries.size() * sizeof(Geometry);
+  const size_t chunks = table.chunk_entry.size() * sizeof(int32_t);
+  const int64_t bytes = static_cast<int64_t>(entries + geometries + chunks);
+  Tensor host = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt,
+                                     torch::stable::Device(torch::headeronly::DeviceType::CPU), true);
+  char* at = static_cast<char*>(host.mutable_data_ptr());
+  std::memcpy(at, table.entries.data(), entries);
+  std::memcpy(at + entries, table.geometries.data(), geometries);
+  std::memcpy(at + entries + geometries, table.chunk_entry.data(), chunks);
+  Tensor device = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  torch::stable::copy_(device, host, true);
+  const char* base = static_cast<const char*>(device.const_data_ptr());
+  out.view = table.view();
+  out.view.entries = reinterpret_cast<const TableEntry*>(base);
+  out.view.geometries = reinterpret_cast<const Geometry*>(base + entries);
+  out.view.chunk_entry = reinterpret_cast<const int32_t*>(base + entries + geometries);
+  out.bytes = device;
+}
+
+// A captured graph reads its table each time it is replayed, so such a table is kept for good.
+std::shared_ptr<Cache::Item> table_of(const std::vector<TensorList>& given, Queue queue) {
+  static auto& cache = *new Cache;
+  static auto& captured = *new std::vector<std::shared_ptr<Cache::Item>>;
+  auto item = cache.find_or_build(given, kEmaChunk);
+  const bool capturing = is_capturing(queue);
+  if (!item->extra.bytes.has_value()) {
+    STD_TORCH_CHECK(!capturing, given[0].name,
+                    ": expected one call with the same tensors before a graph is captured");
+    upload(item->table, given[0].tensors[0], item->extra);
+  }
+  if (capturing) captured.push_back(item);
+  return item;
+}
+
+void require_success(const char* error) {
+  STD_TORCH_CHECK(error == nullptr, "fastvlp's CUDA kernels could not be queued: ", error);
+}
+
+Decay decay_of(const std::optional<Tensor>& tensor, double value, const Tensor& like) {
+  if (!tensor.has_value()) {
+    STD_TORCH_CHECK(is_decay(value), "decay: expected a value between 0 and 1, got ", value);
+    return {nullptr, false, value};
+  }
+  const bool wide = tensor->scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(tensor->is_cuda() && tensor->get_device_index() == like.get_device_index() &&
+                      tensor->numel() == 1 && (wide || tensor->scalar_type() == ScalarType::Float),
+                  "decay: expected one float32 or float64 value on the tensors' device");
+  return {tensor->const_data_ptr(), wide, 0.0};
+}
+
+const int64_t* flag_of(const std::optional<Tensor>& nonfinite, const Tensor& like) {
+  if (!nonfinite.has_value()) return nullptr;
+  STD_TORCH_CHECK(nonfinite->is_cuda() && nonfinite->get_device_index() == like.get_device_index() &&
+                      nonfinite->numel() == 1 && nonfinite->scalar_type() == ScalarType::Long,
+                  "nonfinite: expected one int64 value on the tensors' device");
+  return static_cast<const int64_t*>(nonfinite->const_data_ptr());
+}
+
+void ema_update(const Tensors& momentum, const Tensors& source, const Tensors& copies,
+                const std::optional<Tensor>& decay_tensor, double decay,
+                const std::optional<Tensor>& nonfinite) {
+  const Tensor& like = momentum.at(0);
+  const DeviceGuard guard(like.get_device_index());
+  const Queue queue = queue_of(like);
+  const auto item = table_of({{"momentum", momentum, true, false},
+                              {"source", source, false, false},
+                              {"copies", copies, true, true}},
+                             queue);
+  require_success(ema_update(queue, item->extra.view, decay_of(decay_tensor, decay, like),
+                             flag_of(nonfinite, like)));
+}
+
+void adamw_ema(const Tensors& weights, const Tensors& gradients, const Tensors& first,
+               const Tensors& second, const Tensors& momentum, const Tensors& weight_copies,
+               const Tensors& momentum_copies, double lr, double beta1, double beta2, double eps,
+               double weight_decay, double step, bool maximize,
+               const std::optional<Tensor>& decay_tensor, double decay,
+               const std::optional<Tensor>& nonfinite) {
+  const Tensor& like = weights.at(0);
+  const DeviceGuard guard(like.get_device_index());
+  const Queue queue = queue_of(like);
+  const auto item = table_of({{"weights", weights, true, false},
+                              {"gradients", gradients, false, false},
+                              {"first_moments", first, true, false},
+                              {"second_moments", second, true, false},
+                              {"momentum", momentum, true, true},
+                              {"weight_copies", weight_copies, true, true},
+                              {"momentum_copies", momentum_copies, true, true}},
+                             queue);
+  STD_TORCH_CHECK(momentum_copies.empty() || !momentum.empty(),
+                  "momentum_copies: expected none without momentum");
+  const AdamWFactors factors =
+      adamw_factors(lr, beta1, beta2, eps, weight_decay, step, maximize);
+  require_success(adamw_ema(queue, item->extra.view, factors, decay_of(decay_tensor, decay, like),
+                            flag_of(nonfinite, like)));
+}
+
+Tensor last_exceeding(const Tensors& tensors, double limit) {
+  const Tensor& like = tensors.at(0);
+  const DeviceGuard guard(like.get_device_index());
+  const Queue queue = queue_of(like);
+  const auto item = table_of({{"tensors", tensors, false, false}}, queue);
+  Tensor found = torch::stable::new_empty(like, {}, ScalarType::Long);
+  require_success(last_exceeding(queue, item->extra.view, static_cast<float>(limit),
+                                 static_cast<int64_t*>(found.mutable_data_ptr())));
+  return found;
+}
+
+}  // namespace
+}  // namespace fastvlp::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(fastvlp, CUDA, m) {
+  m.impl("ema_update", TORCH_BOX(&fastvlp::cuda::ema_update));
+  m.impl("adamw_ema", TORCH_BOX(&fastvlp::cuda::adamw_ema));
+  m.impl("last_exceeding", TORCH_BOX(&fastvlp::cuda::last_exceeding));
+}

@@ -1,0 +1,27 @@
+// Launching kernels and reporting what went wrong; for CUDA sources.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "queue.h"
+
+namespace fastvlp::cuda {
+
+inline const char* words(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Runs `launch(stream)` on the queue's device. The runtime linked into this library is not
+// torch's: it has to be told the device itself. A failed launch stays the last error until asked.
+template <class Launch>
+const char* submit(Queue queue, Launch launch) {
+  if (const char* error = words(cudaSetDevice(queue.device))) return error;
+  launch(static_cast<cudaStream_t>(queue.stream));
+  return words(cudaGetLastError());
+}
+
+inline unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }
+
+}  // namespace fastvlp::cuda

@@ -1,0 +1,224 @@
+"""`AdamWEma`: AdamW that also keeps a momentum model and low-precision copies, in one pass."""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .ema import EmaModel, unwrap
+from .ops import adamw_ema, last_exceeding
+from .ops._multi_tensor import square_limit
+
+_REFUSED = ("amsgrad", "capturable", "differentiable")
+
+
+class AdamWEma(torch.optim.Optimizer):
+    """torch.optim.AdamW, the update of an `EmaModel` and low-precision copies, in one pass.
+
+        ema = EmaModel(model, decay=0.995, copy_dtype=torch.bfloat16)
+        optimizer = AdamWEma(model.parameters(), lr=1e-4, ema=ema)
+        ...
+        loss.backward()
+        optimizer.step()                # weights, momentum, momentum copy
+
+    A step does what AdamW.step() and ema.update() do. Parameters of the momentum model that get no
+    step (frozen, without gradient, in no group) and buffers are brought up to date beside it.
+
+    Args:
+        params, lr, betas, eps, weight_decay, maximize: as torch.optim.AdamW; lr may be a
+            CPU tensor.
+        ema: the momentum model to update with each step, or None.
+        copy: a low-precision module like the model, for example
+            `copy.deepcopy(model).to(torch.bfloat16)`, which receives the new weights. A parameter
+            without gradient of its own takes the one of its copy, so that the copy may be what
+            computes the loss; zero_grad() clears both.
+        model: the module that `copy` is a copy of; taken from `ema` where there is one.
+        check_finite: looks through gradients and weights first; a NaN, an infinity or a gradient
+            whose square overflows raises FloatingPointError before anything is written. On a GPU
+            this waits for the device.
+
+    The state (step, exp_avg, exp_avg_sq) is AdamW's: a state_dict of either loads into the other.
+    amsgrad, capturable and differentiable are not supported and refused, in a loaded state too.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        ema: EmaModel | None = None,
+        copy: nn.Module | None = None,
+        model: nn.Module | None = None,
+        check_finite: bool = False,
+    ):
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not 0.0 <= value:
+                raise ValueError(f"{name}: expected at least 0, got {value!r}")
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas: expected two values in [0, 1), got {betas!r}")
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "amsgrad": amsgrad, "maximize": maximize, "foreach": None, "capturable": False,
+            "differentiable": False, "fused": None, "decoupled_weight_decay": True,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        self._refuse_options()
+        self.ema, self.check_finite = ema, check_finite
+        self._copies = _copies(copy, model if ema is None else ema.model)
+
+    def _refuse_options(self) -> None:
+        for i, group in enumerate(self.param_groups):
+            for name in _REFUSED:
+                if group.get(name):
+                    raise ValueError(
+                        f"{name}: AdamWEma does not support it (group {i}); leave it out"
+                    )
+
+    def load_state_dict(self, state_dict) -> None:
+        """Loads the state of an AdamWEma or of a torch.optim.AdamW."""
+        for i, group in enumerate(state_dict["param_groups"]):
+            for name in _REFUSED:
+                if group.get(name):
+                    raise ValueError(
+                        f"{name}: AdamWEma does not support it (group {i} of the state)"
+                    )
+        super().load_state_dict(state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of the parameters and of their copies."""
+        super().zero_grad(set_to_none)
+        for copy in self._copies.values():
+            if copy.grad is None:
+                continue
+            if set_to_none:
+                copy.grad = None
+            else:
+                copy.grad.detach_().zero_()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """One step; returns the closure's loss.
+
+        Everything is checked before the first write. Should a later part of the step fail all the
+        same, RuntimeError says which parts were written; their `step` counts it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.ema is not None:
+            self.ema._refuse_while_swapped("step()")
+        batches = self._batches()
+        if self.check_finite:
+            self._refuse_nonfinite([row for batch in batches.values() for row in batch])
+        done: set[int] = set()
+        total = sum(map(len, batches.values()))
+        try:
+            for key, rows in batches.items():
+                self._run(key, rows)
+                done |= {id(row[0]) for row in rows}
+        except Exception as error:
+            if not done:
+                raise
+            raise RuntimeError(
+                f"the step was taken for {len(done)} of {total} parameters (those before this "
+                f"batch of {len(rows)}), with their momentum and copies, and for no other: {error}"
+            ) from error
+        if self.ema is not None:
+            self.ema._update(frozenset(done))
+        return loss
+
+    def _batches(self) -> dict[tuple, list[tuple]]:
+        """What one call can take: rows of one group, step, device and kind."""
+        pairs = {} if self.ema is None else self.ema.pairs()
+        batches = defaultdict(list)
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                copy = self._copies.get(id(p))
+                g = _gradient(p, copy)
+                if g is None:
+                    continue
+                state = self.state.get(p) or _fresh_state(p)
+                momentum, momentum_copy = pairs.get(id(p), (None, None))
+                row = (
+                    p, g, state["exp_avg"], state["exp_avg_sq"], momentum, copy, momentum_copy,
+                    state["step"], state,
+                )  # fmt: skip
+                kind = tuple(t is not None for t in row[4:7])
+                batches[index, float(state["step"]) + 1, p.device, kind].append(row)
+        return batches
+
+    def _run(self, key: tuple, rows: list[tuple]) -> None:
+        index, step, _, kind = key
+        group = self.param_groups[index]
+        columns = list(zip(*rows, strict=True))
+        extra = [c if there else () for c, there in zip(columns[4:7], kind, strict=True)]
+        adamw_ema(
+            *columns[:4], *extra, step=step, lr=float(group["lr"]), betas=group["betas"],
+            eps=group["eps"], weight_decay=group["weight_decay"], maximize=group["maximize"],
+            decay=0.0 if self.ema is None else self.ema.current_decay(),
+        )  # fmt: skip
+        torch._foreach_add_(list(columns[7]), 1.0)
+        for row in rows:
+            self.state[row[0]] = row[8]
+
+    def _refuse_nonfinite(self, rows: list[tuple]) -> None:
+        by_device = defaultdict(list)
+        for row in rows:
+            by_device[row[0].device].append(row)
+        for found in by_device.values():
+            for what, at, limit in (("gradient", 1, square_limit()), ("weight", 0, None)):
+                limits = {} if limit is None else {"limit": limit}
+                last = last_exceeding([row[at] for row in found], **limits).item()
+                if last >= 0:
+                    raise FloatingPointError(
+                        f"the {what} of {self._name(found[last][0])}: expected finite values; "
+                        "nothing was written"
+                    )
+
+    def _name(self, parameter: torch.Tensor) -> str:
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                if p is parameter:
+                    return f"parameter {j} of group {i} with shape {tuple(p.shape)}"
+        return "a parameter"
+
+
+def _copies(copy: nn.Module | None, model: nn.Module | None) -> dict[int, torch.Tensor]:
+    if copy is None:
+        return {}
+    if model is None:
+        raise ValueError("copy: expected `model` beside it, to know which parameter is whose copy")
+    theirs = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    ours = dict(copy.named_parameters(remove_duplicate=False))
+    if theirs.keys() != ours.keys():
+        names = sorted(theirs.keys() ^ ours.keys())
+        raise ValueError(f"copy: expected the model's parameters; they differ in {names[:5]}")
+    return {id(p): ours[name] for name, p in theirs.items()}
+
+
+def _fresh_state(p: torch.Tensor) -> dict[str, torch.Tensor]:
+    moments = {
+        name: torch.zeros_like(p, memory_format=torch.preserve_format)
+        for name in ("exp_avg", "exp_avg_sq")
+    }
+    return {"step": torch.tensor(0.0), **moments}
+
+
+def _gradient(p: torch.Tensor, copy: torch.Tensor | None) -> torch.Tensor | None:
+    other = None if copy is None else copy.grad
+    if p.grad is not None and other is not None:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(p.shape)} and its copy both have a gradient; call "
+            "zero_grad() before each backward pass, through one of the two"
+        )
+    g = other if p.grad is None else p.grad
+    if g is not None and g.is_sparse:
+        raise RuntimeError("AdamWEma does not support sparse gradients; use torch.optim.SparseAdam")
+    return g
