@@ -16,7 +16,8 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _device_reasons(device: torch.device) -> list[str]:
+def device_reasons(device: torch.device) -> list[str]:
+    """Why Triton kernels cannot run on `device`, one sentence each."""
     if importlib.util.find_spec("triton") is None:
         return ["Triton is not installed"]
     if interpreting():
@@ -36,7 +37,7 @@ def supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
 
     An empty list means they can. Every reason is one sentence for a person.
     """
-    reasons = _device_reasons(x.device)
+    reasons = device_reasons(x.device)
     if x.device != y.device:
         reasons.append(f"x is on {x.device} and y on {y.device}; both must be on one device")
     if x.dtype not in DTYPES:

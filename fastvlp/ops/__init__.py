@@ -4,6 +4,11 @@ from ._dispatch import explain
 from ._workspace import release_workspace
 from .contrastive import contrastive, contrastive_reference
 from .sigmoid_contrastive import sigmoid_contrastive, sigmoid_contrastive_reference
+from .soft_cross_entropy import (
+    select_rows,
+    soft_cross_entropy,
+    soft_cross_entropy_reference,
+)
 
 __all__ = [
     "contrastive",
@@ -12,4 +17,7 @@ __all__ = [
     "release_workspace",
     "sigmoid_contrastive",
     "sigmoid_contrastive_reference",
+    "select_rows",
+    "soft_cross_entropy",
+    "soft_cross_entropy_reference",
 ]

@@ -10,7 +10,7 @@ from fastvlp.kernels.aot import SHARED_LIMIT
 @pytest.fixture
 def any_device(monkeypatch):
     """As if the device were no obstacle, so that only the tensors decide."""
-    monkeypatch.setattr(support, "_device_reasons", lambda device: [])
+    monkeypatch.setattr(support, "device_reasons", lambda device: [])
 
 
 def test_the_cpu_is_named_as_the_reason():
@@ -31,7 +31,7 @@ def test_triton_missing_is_named_as_the_reason(monkeypatch):
 def test_old_gpus_are_refused(monkeypatch, capability, reasons):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = support._device_reasons(torch.device("cuda", 0))
+    found = support.device_reasons(torch.device("cuda", 0))
     assert len(found) == reasons
     assert not reasons or "compute capability 8.0" in found[0]
 
