@@ -13,9 +13,11 @@ import torch
 
 from .. import _native
 from . import _soft_cross_entropy_products as products
+from ._contrastive_cuda import storage_factor
 
-# Logits that exist at once beside the kept ones: the pass finds them in a large cache.
-_CHUNK_BYTES = 32 << 20
+# Logits that exist at once beside the kept ones: fewer rows multiply slower (bench/NOTES.md).
+_CHUNK_ROWS = 512
+_CHUNK_BYTES = 64 << 20
 _SINGLE = torch.float32
 
 
@@ -32,7 +34,7 @@ def make_plan(rows: int, cols: int, dtype: torch.dtype, workspace_bytes: int) ->
     """Cuts [rows, cols] logits whose gradients are kept in `dtype`. At least one row is kept."""
     length = products.row_length(cols, dtype)
     group = max(1, min(rows, workspace_bytes // (length * dtype.itemsize)))
-    most = max(1, min(group, _CHUNK_BYTES // (length * dtype.itemsize)))
+    most = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // (length * dtype.itemsize)))
     chunk = -(-group // -(-group // most))
     return Plan(chunk, group, group * length * dtype.itemsize // 4)
 
@@ -71,19 +73,24 @@ class Problem:
         `gradient` [rows, V] is in the products' dtype.
         """
         cols = len(self.student.weight)
-        chunk = min(self.chunk_rows, rows.stop - rows.start)
-        dtype = self.student.logits_dtype()
-        in_place = gradient is not None and gradient.dtype == dtype
+        chunk = min(self.chunk_rows, _len(rows))
+        in_place = gradient is not None and gradient.dtype == self.student.logits_dtype()
         own = None if in_place else _scratch(self.student, chunk, cols)
         other = None if self.teacher is None else _scratch(self.teacher, chunk, cols)
+        if in_place:
+            products.logits(self.student.hidden[rows], self.student.weight, gradient)
         for start in range(rows.start, rows.stop, self.chunk_rows):
             part = slice(start, min(rows.stop, start + self.chunk_rows))
-            out = None if gradient is None else gradient[part.start - rows.start :][: _len(part)]
-            self._chunk(part, out if in_place else own[: _len(part)], other, losses[part], out)
+            out = None if gradient is None else gradient[start - rows.start :][: _len(part)]
+            if in_place:
+                logits = out
+            else:
+                logits = own[: _len(part)]
+                products.logits(self.student.hidden[part], self.student.weight, logits)
+            self._pass(part, logits, other, losses[part], out)
 
-    def _chunk(self, part, logits, teacher_logits, losses, gradient):
+    def _pass(self, part, logits, teacher_logits, losses, gradient):
         none = logits.new_empty(0, 0)
-        products.logits(self.student.hidden[part], self.student.weight, logits)
         if self.teacher is not None:
             teacher_logits = teacher_logits[: _len(part)]
             products.logits(self.teacher.hidden[part], self.teacher.weight, teacher_logits)
@@ -205,7 +212,7 @@ def _add(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
 
 def _group_gradients(gradient, hidden, weight, row_weights, sums_dtype, needed):
     by_hidden, by_weight, by_bias = _empty_gradients(hidden, weight, [False] * 3)
-    stored = products.storage_factor(gradient.dtype)
+    stored = storage_factor(gradient.dtype)
     factor, relative = _split(row_weights, stored)
     if needed[0]:
         by_hidden = products.hidden_gradient(gradient, weight, factor)

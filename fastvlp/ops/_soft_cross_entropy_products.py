@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
-# Rows of the vocabulary converted at once: 12 MB at a width of 768.
-_CONVERTED_ROWS = 4096
+# Rows of the vocabulary in one product, and converted at once: 12 MB of float32 at a width of 768.
+_BLOCK = 4096
+# Rows of hidden states in one bfloat16 product with all of the vocabulary (bench/NOTES.md).
+_LOW_ROWS = 512
 # Row starts of the logits are multiples of this many bytes.
 _ALIGNED_BYTES = 64
 
@@ -30,11 +32,6 @@ def _multiplies_bf16() -> bool:
     return torch.ops.fastvlp.cpu_instruction_set() == "avx512_bf16"
 
 
-def storage_factor(dtype: torch.dtype) -> float:
-    """What kept gradients are multiplied by: float16 would lose small ones to underflow."""
-    return 2.0**14 if dtype == torch.float16 else 1.0
-
-
 def row_length(cols: int, dtype: torch.dtype) -> int:
     """Elements from one row of kept gradients to the next."""
     step = _ALIGNED_BYTES // dtype.itemsize
@@ -49,22 +46,29 @@ def matrix(storage: torch.Tensor, rows: int, cols: int, dtype: torch.dtype) -> t
 
 def logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """out [M, V] = hidden [M, D] @ weight [V, D].T, out in float32 or the products' dtype."""
-    if out.dtype != hidden.dtype and out.is_cuda:
-        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    if out.is_cuda:
+        wider = {} if out.dtype == hidden.dtype else {"out_dtype": out.dtype}
+        torch.mm(hidden, weight.T, out=out, **wider)
         return
     hidden = hidden.to(out.dtype)
-    for block, converted in _blocks(weight, out.dtype):
-        torch.mm(hidden, converted.T, out=out[:, block])
+    for block in _slices(len(weight), _BLOCK):
+        torch.mm(hidden, weight[block].to(out.dtype).T, out=out[:, block])
 
 
 def hidden_gradient(gradient: torch.Tensor, weight: torch.Tensor, factor: Factor) -> torch.Tensor:
     """factor * gradient [M, V] @ weight [V, D], in float32 or, in one rounding, weight's dtype."""
     if gradient.is_cuda:
         return _product_on_cuda(gradient, weight).mul_(factor)
-    out = gradient.new_empty(gradient.shape[0], weight.shape[1])
-    for block, converted in _blocks(weight, gradient.dtype):
-        beta = 1 if block.start else 0
-        torch.addmm(out, gradient[:, block], converted, beta=beta, alpha=factor, out=out)
+    rows, cols = gradient.shape
+    # Zeros, not empty: a factor of 0 before the old value does not silence NaN in every product.
+    out = gradient.new_zeros(rows, weight.shape[1])
+    low = gradient.dtype == torch.bfloat16
+    # A converted copy of all weights would be larger than the derivatives of many rows.
+    depth = cols if weight.dtype == gradient.dtype else _BLOCK
+    for block in _slices(cols, depth):
+        converted, beta = weight[block].to(gradient.dtype), 1 if block.start else 0
+        for part in _slices(rows, _LOW_ROWS if low else rows):
+            out[part].addmm_(gradient[part, block], converted, beta=beta, alpha=factor)
     return out
 
 
@@ -77,10 +81,11 @@ def weight_gradient(
     hidden = hidden.to(gradient.dtype)
     out = hidden.new_empty(gradient.shape[1], hidden.shape[1], dtype=dtype)
     if out.dtype == gradient.dtype:
-        return torch.addmm(out, gradient.T, hidden, beta=0, alpha=factor, out=out)
-    for block in _slices(len(out)):
-        part = hidden.new_empty(block.stop - block.start, hidden.shape[1])
-        out[block] = torch.addmm(part, gradient[:, block].T, hidden, beta=0, alpha=factor, out=part)
+        # Fresh pages are cheaper to touch in order than in the midst of the product.
+        return out.zero_().addmm_(gradient.T, hidden, beta=0, alpha=factor)
+    for block in _slices(len(out), _BLOCK):
+        part = hidden.new_zeros(block.stop - block.start, hidden.shape[1])
+        out[block] = part.addmm_(gradient[:, block].T, hidden, beta=0, alpha=factor)
     return out
 
 
@@ -97,15 +102,6 @@ def _product_on_cuda(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _slices(rows: int) -> Iterator[slice]:
-    for start in range(0, rows, _CONVERTED_ROWS):
-        yield slice(start, min(rows, start + _CONVERTED_ROWS))
-
-
-def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The weights in `dtype`: whole where they are of it, else converted block by block."""
-    if weight.dtype == dtype:
-        yield slice(0, len(weight)), weight
-        return
-    for block in _slices(len(weight)):
-        yield block, weight[block].to(dtype)
+def _slices(count: int, step: int) -> Iterator[slice]:
+    for start in range(0, count, step):
+        yield slice(start, min(count, start + step))

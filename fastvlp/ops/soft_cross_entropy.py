@@ -15,8 +15,8 @@ section 3.3, equation 7.
 Cost, for M rows, width D and vocabulary V: products of 2 M D V FLOP, one each forward (two with a
 teacher) and two backward. The derivatives of all M V logits are kept between the two in the dtype
 of the products, where they fit into `workspace_bytes`; a larger M computes those of the remaining
-rows again, one or two products more for them. Beside that some 32 MB of logits exist at a time for
-student and teacher each, and weights in a wider dtype than the products' are rounded to a copy.
+rows again, one or two products more for them. Beside that at most 64 MB of logits exist at a time
+for student and teacher each, and weights in a wider dtype than the products' are rounded to a copy.
 
 Precision: softmax, sums and losses are float32 or better. float32 inputs have float32 products.
 On a CPU bfloat16 inputs have bfloat16 products with float32 sums where the processor has them, and
@@ -40,7 +40,7 @@ from ._soft_cross_entropy_products import products_dtype
 from ._workspace import Lease
 
 REDUCTIONS = ("mean", "sum", "none")
-# Keeps 2,300 rows of a vocabulary of 30,522 in float32, 4,600 in half precision.
+# Keeps 2,470 rows of a vocabulary of 30,522 in float32, 4,940 in half precision.
 DEFAULT_WORKSPACE_BYTES = 288 << 20
 
 
@@ -95,7 +95,9 @@ def soft_cross_entropy(
     _check_options(ignore_index, max_rows, reduction)
     if not isinstance(alpha, torch.Tensor) and alpha == 0:
         teacher_hidden = teacher_weight = teacher_bias = None
-    teacher = (teacher_hidden, teacher_weight, teacher_bias)
+    teacher = [
+        None if t is None else t.detach() for t in (teacher_hidden, teacher_weight, teacher_bias)
+    ]
     backend = choose("soft_cross_entropy", hidden, weight)
     if not torch.compiler.is_compiling():
         library.check_labels(labels, weight.shape[0], ignore_index)
@@ -139,7 +141,7 @@ def _row_losses(hidden, weight, bias, labels, teacher, alpha, ignore_index, rows
         alpha = torch.full((), float(alpha), device=hidden.device)
     losses = _SoftCrossEntropy.apply(
         hidden, weight, None if bias is None else bias.float(), labels, teacher_hidden,
-        teacher[1], None if teacher[2] is None else teacher[2].detach().float(),
+        teacher[1], None if teacher[2] is None else teacher[2].float(),
         alpha.detach().reshape(()).float(), ignore_index, workspace_bytes,
     )  # fmt: skip
     return losses, (labels != ignore_index).sum().clamp(min=1)
