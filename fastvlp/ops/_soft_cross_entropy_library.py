@@ -8,6 +8,7 @@ other groups' again, one after another.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -47,12 +48,12 @@ class Head:
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    @staticmethod
-    def of(hidden, weight, bias) -> "Head":
-        # Master weights are rounded once, whole; widening goes block by block, where it is needed.
-        dtype = products.products_dtype(hidden)
-        narrower = dtype.itemsize < weight.dtype.itemsize
-        return Head(hidden, weight.to(dtype) if narrower else weight, bias)
+    @cached_property
+    def rounded(self) -> torch.Tensor:
+        """The weights, those wider than the products' dtype rounded to it. Others are not widened:
+        the products do that block by block."""
+        dtype = products.products_dtype(self.hidden)
+        return self.weight.to(dtype) if dtype.itemsize < self.weight.itemsize else self.weight
 
     def logits_dtype(self) -> torch.dtype:
         return _SINGLE if self.hidden.is_cuda else products.products_dtype(self.hidden)
@@ -67,7 +68,9 @@ class Problem:
     ignore_index: int
     chunk_rows: int
 
-    def losses(self, rows: slice, losses: torch.Tensor, gradient: torch.Tensor | None) -> None:
+    def write_losses(
+        self, rows: slice, losses: torch.Tensor, gradient: torch.Tensor | None
+    ) -> None:
         """Writes the losses [M] of some rows and, where wanted, their derivatives by the logits.
 
         `gradient` [rows, V] is in the products' dtype.
@@ -78,7 +81,8 @@ class Problem:
         own = None if in_place else _scratch(self.student, chunk, cols)
         other = None if self.teacher is None else _scratch(self.teacher, chunk, cols)
         if in_place:
-            products.logits(self.student.hidden[rows], self.student.weight, gradient)
+            once = self.student.rounded if gradient.is_cuda else self.student.weight
+            products.logits(self.student.hidden[rows], once, gradient)
         for start in range(rows.start, rows.stop, self.chunk_rows):
             part = slice(start, min(rows.stop, start + self.chunk_rows))
             out = None if gradient is None else gradient[start - rows.start :][: _len(part)]
@@ -86,14 +90,14 @@ class Problem:
                 logits = out
             else:
                 logits = own[: _len(part)]
-                products.logits(self.student.hidden[part], self.student.weight, logits)
+                products.logits(self.student.hidden[part], self.student.rounded, logits)
             self._pass(part, logits, other, losses[part], out)
 
     def _pass(self, part, logits, teacher_logits, losses, gradient):
         none = logits.new_empty(0, 0)
         if self.teacher is not None:
             teacher_logits = teacher_logits[: _len(part)]
-            products.logits(self.teacher.hidden[part], self.teacher.weight, teacher_logits)
+            products.logits(self.teacher.hidden[part], self.teacher.rounded, teacher_logits)
         _pass(logits)(
             logits,
             _bias(self.student),
@@ -135,9 +139,9 @@ def _problem(
 ) -> Problem:  # fmt: skip
     teacher = None
     if teacher_hidden is not None:
-        teacher = Head.of(teacher_hidden, teacher_weight, teacher_bias)
+        teacher = Head(teacher_hidden, teacher_weight, teacher_bias)
     check_labels(labels, len(weight), ignore_index)
-    return Problem(Head.of(hidden, weight, bias), teacher, labels, alpha, ignore_index, chunk_rows)
+    return Problem(Head(hidden, weight, bias), teacher, labels, alpha, ignore_index, chunk_rows)
 
 
 def check_labels(labels: torch.Tensor, cols: int, ignore_index: int) -> None:
@@ -172,9 +176,9 @@ def _losses(*arguments):
     losses = hidden.new_empty(rows, dtype=_SINGLE)
     if kept.numel() > 0:
         group = min(rows, group_rows)
-        problem.losses(slice(0, group), losses, _kept_gradient(problem, kept, group))
+        problem.write_losses(slice(0, group), losses, _kept_gradient(problem, kept, group))
     if group < rows:
-        problem.losses(slice(group, rows), losses, None)
+        problem.write_losses(slice(group, rows), losses, None)
     return losses
 
 
@@ -197,9 +201,9 @@ def _gradients(hidden, weight, *arguments):
         part = slice(start, min(rows, start + group_rows))
         gradient = _kept_gradient(problem, kept, _len(part))
         if start > 0 or not is_kept:
-            problem.losses(part, hidden.new_empty(rows, dtype=_SINGLE), gradient)
+            problem.write_losses(part, hidden.new_empty(rows, dtype=_SINGLE), gradient)
         own, *others = _group_gradients(
-            gradient, hidden[part], problem.student.weight, row_weights[part], sums_dtype, needed
+            gradient, hidden[part], problem.student, row_weights[part], sums_dtype, needed
         )
         by_hidden.append(own)
         sums = [_add(total, other) for total, other in zip(sums, others, strict=True)]
@@ -210,12 +214,12 @@ def _add(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
     return part if total is None else total.add_(part)
 
 
-def _group_gradients(gradient, hidden, weight, row_weights, sums_dtype, needed):
-    by_hidden, by_weight, by_bias = _empty_gradients(hidden, weight, [False] * 3)
+def _group_gradients(gradient, hidden, student, row_weights, sums_dtype, needed):
+    by_hidden, by_weight, by_bias = _empty_gradients(hidden, student.weight, [False] * 3)
     stored = storage_factor(gradient.dtype)
     factor, relative = _split(row_weights, stored)
     if needed[0]:
-        by_hidden = products.hidden_gradient(gradient, weight, factor)
+        by_hidden = products.hidden_gradient(gradient, student.rounded, factor)
         if relative is not None:
             by_hidden = by_hidden * relative[:, None]
         by_hidden = by_hidden.to(hidden.dtype)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from soft_cross_entropy_cases import draw, run
 
+from fastvlp.ops import _soft_cross_entropy_library as library
 from fastvlp.ops import explain, soft_cross_entropy
 from fastvlp.ops._soft_cross_entropy_library import make_plan
 from fastvlp.ops._soft_cross_entropy_products import products_dtype
@@ -156,3 +157,34 @@ def test_fake_tensors_on_a_device_that_is_not_here():
         assert by_hidden.dtype == torch.bfloat16 and by_hidden.shape == (9, 8)
         assert by_weight.dtype == torch.float32 and by_weight.shape == (70, 8)
         assert by_bias.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_products_on_a_gpu_fit_together(monkeypatch, dtype):
+    # Their shapes and dtypes, without the GPU: the pass between them has tests of its own.
+    passes = []
+
+    def record(*arguments):
+        passes.append(arguments)
+
+    monkeypatch.setattr(library, "_pass", lambda logits: record)
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+
+        def empty(*shape, dtype=torch.float32):
+            return torch.empty(shape, device="cuda", dtype=dtype)
+
+        hidden, weight = empty(9, 8, dtype=dtype), empty(70, 8)
+        labels = empty(9, dtype=torch.int64)
+        common = (hidden, weight, empty(70), labels, hidden, weight, None, empty(), -100)
+        plan = make_plan(9, 70, dtype, 4 << 10)
+        kept = empty(plan.group_floats)
+        losses = library._losses(*common, kept, plan.group_rows, plan.chunk_rows)
+        gradients = library._gradients(
+            *common, losses, kept, True, plan.group_rows, plan.chunk_rows, [True] * 3
+        )
+    assert [g.dtype for g in gradients] == [dtype, torch.float32, torch.float32]
+    assert [tuple(g.shape) for g in gradients] == [(9, 8), (70, 8), (70,)]
+    for logits, _, teacher, *_, gradient in passes:
+        assert logits.dtype == teacher.dtype == torch.float32 and logits.shape == teacher.shape
+        assert gradient.numel() == 0 or gradient.dtype == dtype
+    assert sum(len(arguments[0]) for arguments in passes) >= 9
