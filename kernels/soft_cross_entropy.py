@@ -21,16 +21,18 @@ from ._tiles import exp_difference
 from .contrastive_backward import storage_factor
 
 # Columns at a time, and warps. A test with a few dozen columns crosses several blocks.
-BLOCK, WARPS = (32, 1) if INTERPRETED else (4096, 8)
+BLOCK, WARPS = (32, 1) if INTERPRETED else (2048, 8)
 # A running maximum must be finite: -infinity minus itself is no number.
 LOWEST = tl.constexpr(-3.0e38)
+IMPOSSIBLE = tl.constexpr(float("-inf"))
+NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
 def load_logits(ptr, bias_ptr, row, col, V, stride, BIAS: tl.constexpr):
     """Logits of some columns of a row; -infinity past the end."""
     inside = col < V
-    z = tl.load(ptr + row * stride + col, mask=inside, other=-float("inf"))
+    z = tl.load(ptr + row * stride + col, mask=inside, other=IMPOSSIBLE)
     if BIAS:
         z += tl.load(bias_ptr + col, mask=inside, other=0.0)
     return z
@@ -76,7 +78,7 @@ def rows_kernel(
 
         valid = (label >= 0) & (label < V)
         hard = 1.0
-        positive = tl.load(z_ptr + row * stride_z + label, mask=valid, other=float("nan"))
+        positive = tl.load(z_ptr + row * stride_z + label, mask=valid, other=NAN)
         if BIAS:
             positive += tl.load(bias_ptr + label, mask=valid, other=0.0)
         if TEACHER:
@@ -88,7 +90,7 @@ def rows_kernel(
         tl.store(loss_ptr + row, loss)
 
         if STORE:
-            own = tl.where(valid, 1.0 / s_z, float("nan"))
+            own = tl.where(valid, 1.0 / s_z, NAN)
             for start in range(0, V, BLOCK):
                 col = start + lane
                 z = load_logits(z_ptr, bias_ptr, row, col, V, stride_z, BIAS)

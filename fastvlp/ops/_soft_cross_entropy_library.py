@@ -34,10 +34,20 @@ class Plan:
 def make_plan(rows: int, cols: int, dtype: torch.dtype, workspace_bytes: int) -> Plan:
     """Cuts [rows, cols] logits whose gradients are kept in `dtype`. At least one row is kept."""
     length = products.row_length(cols, dtype)
-    group = max(1, min(rows, workspace_bytes // (length * dtype.itemsize)))
-    most = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // (length * dtype.itemsize)))
-    chunk = -(-group // -(-group // most))
-    return Plan(chunk, group, group * length * dtype.itemsize // 4)
+    row_bytes = length * dtype.itemsize
+    group, scratch_bytes = rows, _CHUNK_BYTES
+    if rows * row_bytes > workspace_bytes:
+        # The logits made again take room too, at the time when memory is at its highest.
+        scratch_bytes = min(_CHUNK_BYTES, workspace_bytes // 3)
+        group = _even(rows, (workspace_bytes - scratch_bytes) // row_bytes)
+    group = max(1, group)
+    chunk = _even(group, min(_CHUNK_ROWS, scratch_bytes // row_bytes))
+    return Plan(chunk, group, group * row_bytes // 4)
+
+
+def _even(count: int, most: int) -> int:
+    """The size of the fewest parts of `count` that are at most `most` (at least 1) each."""
+    return -(-count // -(-count // max(1, most)))
 
 
 @dataclass(frozen=True)
@@ -49,11 +59,9 @@ class Head:
     bias: torch.Tensor | None
 
     @cached_property
-    def rounded(self) -> torch.Tensor:
-        """The weights, those wider than the products' dtype rounded to it. Others are not widened:
-        the products do that block by block."""
-        dtype = products.products_dtype(self.hidden)
-        return self.weight.to(dtype) if dtype.itemsize < self.weight.itemsize else self.weight
+    def weight_in_products(self) -> torch.Tensor:
+        """On a GPU rounded as a whole to the products' dtype; on a CPU block by block, later."""
+        return self.weight.to(self.hidden.dtype) if self.hidden.is_cuda else self.weight
 
     def logits_dtype(self) -> torch.dtype:
         return _SINGLE if self.hidden.is_cuda else products.products_dtype(self.hidden)
@@ -81,8 +89,7 @@ class Problem:
         own = None if in_place else _scratch(self.student, chunk, cols)
         other = None if self.teacher is None else _scratch(self.teacher, chunk, cols)
         if in_place:
-            once = self.student.rounded if gradient.is_cuda else self.student.weight
-            products.logits(self.student.hidden[rows], once, gradient)
+            products.logits(self.student.hidden[rows], self.student.weight_in_products, gradient)
         for start in range(rows.start, rows.stop, self.chunk_rows):
             part = slice(start, min(rows.stop, start + self.chunk_rows))
             out = None if gradient is None else gradient[start - rows.start :][: _len(part)]
@@ -90,14 +97,16 @@ class Problem:
                 logits = out
             else:
                 logits = own[: _len(part)]
-                products.logits(self.student.hidden[part], self.student.rounded, logits)
+                products.logits(self.student.hidden[part], self.student.weight_in_products, logits)
             self._pass(part, logits, other, losses[part], out)
 
     def _pass(self, part, logits, teacher_logits, losses, gradient):
         none = logits.new_empty(0, 0)
         if self.teacher is not None:
             teacher_logits = teacher_logits[: _len(part)]
-            products.logits(self.teacher.hidden[part], self.teacher.rounded, teacher_logits)
+            products.logits(
+                self.teacher.hidden[part], self.teacher.weight_in_products, teacher_logits
+            )
         _pass(logits)(
             logits,
             _bias(self.student),
@@ -219,7 +228,7 @@ def _group_gradients(gradient, hidden, student, row_weights, sums_dtype, needed)
     stored = storage_factor(gradient.dtype)
     factor, relative = _split(row_weights, stored)
     if needed[0]:
-        by_hidden = products.hidden_gradient(gradient, student.rounded, factor)
+        by_hidden = products.hidden_gradient(gradient, student.weight_in_products, factor)
         if relative is not None:
             by_hidden = by_hidden * relative[:, None]
         by_hidden = by_hidden.to(hidden.dtype)

@@ -56,20 +56,25 @@ def logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Non
 
 
 def hidden_gradient(gradient: torch.Tensor, weight: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """factor * gradient [M, V] @ weight [V, D], in float32 or, in one rounding, weight's dtype."""
+    """factor * gradient [M, V] @ weight [V, D], in the gradient's dtype or float32."""
     if gradient.is_cuda:
         return _product_on_cuda(gradient, weight).mul_(factor)
-    rows, cols = gradient.shape
+    if weight.dtype != gradient.dtype:
+        return _converted_product(gradient, weight).mul_(factor)
+    rows = len(gradient)
     # Zeros, not empty: a factor of 0 before the old value does not silence NaN in every product.
     out = gradient.new_zeros(rows, weight.shape[1])
-    low = gradient.dtype == torch.bfloat16
-    # A converted copy of all weights would be larger than the derivatives of many rows.
-    depth = cols if weight.dtype == gradient.dtype else _BLOCK
-    for block in _slices(cols, depth):
-        converted, beta = weight[block].to(gradient.dtype), 1 if block.start else 0
-        for part in _slices(rows, _LOW_ROWS if low else rows):
-            out[part].addmm_(gradient[part, block], converted, beta=beta, alpha=factor)
+    for part in _slices(rows, _LOW_ROWS if gradient.dtype == torch.bfloat16 else rows):
+        out[part].addmm_(gradient[part], weight, beta=0, alpha=factor)
     return out
+
+
+def _converted_product(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    # A converted copy of all weights would be as large as the derivatives of many rows.
+    total = gradient.new_zeros((len(gradient), weight.shape[1]), dtype=torch.float32)
+    for block in _slices(len(weight), _BLOCK):
+        total += torch.mm(gradient[:, block], weight[block].to(gradient.dtype))
+    return total
 
 
 def weight_gradient(
@@ -83,7 +88,7 @@ def weight_gradient(
     if out.dtype == gradient.dtype:
         # Fresh pages are cheaper to touch in order than in the midst of the product.
         return out.zero_().addmm_(gradient.T, hidden, beta=0, alpha=factor)
-    for block in _slices(len(out), _BLOCK):
+    for block in _slices(len(out), _BLOCK // 2):  # memory is at its highest here
         part = hidden.new_zeros(block.stop - block.start, hidden.shape[1])
         out[block] = part.addmm_(gradient[:, block].T, hidden, beta=0, alpha=factor)
     return out

@@ -16,7 +16,7 @@ Cost, for M rows, width D and vocabulary V: products of 2 M D V FLOP, one each f
 teacher) and two backward. The derivatives of all M V logits are kept between the two in the dtype
 of the products, where they fit into `workspace_bytes`; a larger M computes those of the remaining
 rows again, one or two products more for them. Beside that at most 64 MB of logits exist at a time
-for student and teacher each, and weights in a wider dtype than the products' are rounded to a copy.
+for student and teacher each.
 
 Precision: softmax, sums and losses are float32 or better. float32 inputs have float32 products.
 On a CPU bfloat16 inputs have bfloat16 products with float32 sums where the processor has them, and
@@ -76,7 +76,8 @@ def soft_cross_entropy(
             they are counted, which on a GPU waits for the device; and torch.compile, which cannot
             count, computes the ignored rows too and gives them no weight.
         reduction: "mean" over the labelled rows, "sum", or "none" ([..], 0 at ignored rows).
-        workspace_bytes: bound on the derivatives of logits kept for the backward pass.
+        workspace_bytes: bound on the derivatives of logits kept for the backward pass; less of it
+            than for all rows is shared with the logits that are made again.
 
     Returns:
         float32 (float64 for float64), zero-dimensional, or [..] for "none".

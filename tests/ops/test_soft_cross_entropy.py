@@ -46,24 +46,24 @@ def check(case, seed=0, **options):
     exact = run(soft_cross_entropy_reference, case.to(torch.float64), upstream, **reference)
     slopes, largest = row_gradients(case, upstream)
     dtype = case.hidden.dtype
-    # Logits are rounded to the products' dtype, and so are their derivatives: what that does to
-    # one row, and to sums over rows or the vocabulary, whose roundings have random signs.
+    # Logits are rounded to the products' dtype, and so are their derivatives: what that does to a
+    # loss, and to the sums of a gradient, whose terms are rounded with random signs.
     rounding = (SINGLE + (epsilon(dtype) if dtype != torch.float32 else 0)) * (largest + 1)
     rounding += SINGLE * math.log(len(case.weight))
     assert ours[0].dtype == torch.float32 and ours[0].shape == case.labels.shape
     assert_as_accurate("loss", ours[0], eager[0], exact[0], rounding * math.sqrt(rows))
+    squares = slopes.square()
     terms = {
-        "hidden": slopes @ case.weight.double().abs(),
-        "weight": slopes.T @ case.hidden.double().abs(),
-        "bias": slopes.sum(0),
+        "hidden": squares @ case.weight.double().square(),
+        "weight": squares.T @ case.hidden.double().square(),
+        "bias": squares.sum(0),
     }
     for name, our, near, true in zip(LEAVES, ours[1:], eager[1:], exact[1:], strict=True):
         if true is None:
             assert our is None
             continue
         assert our.dtype == getattr(case, name).dtype
-        size = len(case.weight) if name == "hidden" else rows
-        floor = rounding * terms[name].norm().item() / math.sqrt(size)
+        floor = rounding * terms[name].sum().sqrt().item()
         floor += epsilon(our.dtype) * true.norm().item()
         assert_as_accurate(name, our, near, true, floor)
     return ours
