@@ -22,20 +22,16 @@ from .contrastive_backward import storage_factor
 
 # Columns at a time, and warps. A test with a few dozen columns crosses several blocks.
 BLOCK, WARPS = (32, 1) if INTERPRETED else (2048, 8)
-# A running maximum must be finite: -infinity minus itself is no number.
-LOWEST = tl.constexpr(-3.0e38)
-IMPOSSIBLE = tl.constexpr(float("-inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
 def load_logits(ptr, bias_ptr, row, col, V, stride, BIAS: tl.constexpr):
     """Logits of some columns of a row; -infinity past the end."""
     inside = col < V
-    z = tl.load(ptr + row * stride + col, mask=inside, other=IMPOSSIBLE)
+    z = tl.load(ptr + row * stride + col, mask=inside, other=0.0)
     if BIAS:
         z += tl.load(bias_ptr + col, mask=inside, other=0.0)
-    return z
+    return tl.where(inside, z, -float("inf"))
 
 
 @triton.jit
@@ -56,8 +52,9 @@ def rows_kernel(
             for start in range(0, V, BLOCK):
                 tl.store(g_ptr + row * stride_g + start + lane, zero, mask=start + lane < V)
     else:
-        # Running maxima m, sums s relative to them, and d = sum_j exp(t_j - m_t) (z_j - m_z).
-        m_z, s_z, m_t, s_t, d = LOWEST, 0.0, LOWEST, 0.0, 0.0
+        # Running maxima m (finite: -infinity minus itself is no number), sums s relative to them,
+        # and d = sum_j exp(t_j - m_t) (z_j - m_z).
+        m_z, s_z, m_t, s_t, d = -3.0e38, 0.0, -3.0e38, 0.0, 0.0
         for start in range(0, V, BLOCK):
             col = start + lane
             z = load_logits(z_ptr, bias_ptr, row, col, V, stride_z, BIAS)
@@ -78,7 +75,8 @@ def rows_kernel(
 
         valid = (label >= 0) & (label < V)
         hard = 1.0
-        positive = tl.load(z_ptr + row * stride_z + label, mask=valid, other=NAN)
+        positive = tl.load(z_ptr + row * stride_z + label, mask=valid, other=0.0)
+        positive = tl.where(valid, positive, float("nan"))
         if BIAS:
             positive += tl.load(bias_ptr + label, mask=valid, other=0.0)
         if TEACHER:
@@ -90,7 +88,7 @@ def rows_kernel(
         tl.store(loss_ptr + row, loss)
 
         if STORE:
-            own = tl.where(valid, 1.0 / s_z, NAN)
+            own = tl.where(valid, 1.0 / s_z, float("nan"))
             for start in range(0, V, BLOCK):
                 col = start + lane
                 z = load_logits(z_ptr, bias_ptr, row, col, V, stride_z, BIAS)

@@ -205,40 +205,33 @@ def _gradients(hidden, weight, *arguments):
         return tuple(t.zero_() for t in _empty_gradients(hidden, weight, needed))
     problem = _problem(hidden, weight, *inputs, chunk_rows)
     sums_dtype = weight.dtype if group_rows >= rows else _SINGLE
-    by_hidden, sums = [], [None, None]
+    by_hidden, by_weight, by_bias = [], None, None
     for start in range(0, rows, group_rows):
         part = slice(start, min(rows, start + group_rows))
         gradient = _kept_gradient(problem, kept, _len(part))
         if start > 0 or not is_kept:
             problem.write_losses(part, hidden.new_empty(rows, dtype=_SINGLE), gradient)
-        own, *others = _group_gradients(
-            gradient, hidden[part], problem.student, row_weights[part], sums_dtype, needed
-        )
-        by_hidden.append(own)
-        sums = [_add(total, other) for total, other in zip(sums, others, strict=True)]
-    return torch.cat(by_hidden), sums[0].to(weight.dtype), sums[1]
+        stored = storage_factor(gradient.dtype)
+        factor, relative = _split(row_weights[part], stored)
+        if needed[0]:
+            found = products.hidden_gradient(gradient, problem.student.weight_in_products, factor)
+            by_hidden.append(_scaled(found, relative, hidden.dtype))
+        if needed[1]:
+            own = _scaled(hidden[part], relative, hidden.dtype)
+            by_weight = products.weight_gradient(gradient, own, factor, sums_dtype, by_weight)
+        if needed[2]:
+            found = products.bias_gradient(gradient, row_weights[part] / stored)
+            by_bias = found if by_bias is None else by_bias.add_(found)
+    nothing = _empty_gradients(hidden, weight, [False] * 3)
+    return (
+        torch.cat(by_hidden) if needed[0] else nothing[0],
+        by_weight.to(weight.dtype) if needed[1] else nothing[1],
+        by_bias if needed[2] else nothing[2],
+    )
 
 
-def _add(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
-    return part if total is None else total.add_(part)
-
-
-def _group_gradients(gradient, hidden, student, row_weights, sums_dtype, needed):
-    by_hidden, by_weight, by_bias = _empty_gradients(hidden, student.weight, [False] * 3)
-    stored = storage_factor(gradient.dtype)
-    factor, relative = _split(row_weights, stored)
-    if needed[0]:
-        by_hidden = products.hidden_gradient(gradient, student.weight_in_products, factor)
-        if relative is not None:
-            by_hidden = by_hidden * relative[:, None]
-        by_hidden = by_hidden.to(hidden.dtype)
-    if needed[1]:
-        if relative is not None:
-            hidden = (hidden * relative[:, None]).to(hidden.dtype)
-        by_weight = products.weight_gradient(gradient, hidden, factor, sums_dtype)
-    if needed[2]:
-        by_bias = products.bias_gradient(gradient, row_weights / stored)
-    return by_hidden, by_weight, by_bias
+def _scaled(rows: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    return (rows if factors is None else rows * factors[:, None]).to(dtype)
 
 
 def _split(row_weights: torch.Tensor, stored: float) -> tuple[products.Factor, torch.Tensor | None]:

@@ -41,7 +41,10 @@ def row_length(cols: int, dtype: torch.dtype) -> int:
 def matrix(storage: torch.Tensor, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
     """[rows, cols] with aligned rows, over the beginning of contiguous float32 storage."""
     length = row_length(cols, dtype)
-    return storage.view(dtype)[: rows * length].view(rows, length)[:, :cols]
+    whole = storage.view(dtype)[: rows * length].view(rows, length)
+    # A bfloat16 product along an odd number of columns reads one more and multiplies it by 0.
+    whole[:, cols:].zero_()
+    return whole[:, :cols]
 
 
 def logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
@@ -78,20 +81,32 @@ def _converted_product(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Te
 
 
 def weight_gradient(
-    gradient: torch.Tensor, hidden: torch.Tensor, factor: Factor, dtype: torch.dtype
+    gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    factor: Factor,
+    dtype: torch.dtype,
+    total: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """factor * gradient [M, V].T @ hidden [M, D], in `dtype`, rounded once."""
+    """factor * gradient [M, V].T @ hidden [M, D], in `dtype`, rounded once, or added to `total`."""
     if gradient.is_cuda:
-        return _product_on_cuda(gradient.T, hidden).mul_(factor).to(dtype)
+        found = _product_on_cuda(gradient.T, hidden).mul_(factor)
+        return found.to(dtype) if total is None else total.add_(found)
     hidden = hidden.to(gradient.dtype)
-    out = hidden.new_empty(gradient.shape[1], hidden.shape[1], dtype=dtype)
-    if out.dtype == gradient.dtype:
-        # Fresh pages are cheaper to touch in order than in the midst of the product.
-        return out.zero_().addmm_(gradient.T, hidden, beta=0, alpha=factor)
-    for block in _slices(len(out), _BLOCK // 2):  # memory is at its highest here
+    first = total is None
+    if first:
+        total = hidden.new_empty(gradient.shape[1], hidden.shape[1], dtype=dtype)
+    if total.dtype == gradient.dtype:
+        if first:  # fresh pages are cheaper to touch in order than in the midst of the product
+            total.zero_()
+        return total.addmm_(gradient.T, hidden, beta=0 if first else 1, alpha=factor)
+    for block in _slices(len(total), _BLOCK // 2):  # memory is at its highest here
         part = hidden.new_zeros(block.stop - block.start, hidden.shape[1])
-        out[block] = part.addmm_(gradient[:, block].T, hidden, beta=0, alpha=factor)
-    return out
+        part.addmm_(gradient[:, block].T, hidden, beta=0, alpha=factor)
+        if first:
+            total[block] = part
+        else:
+            total[block] += part
+    return total
 
 
 def bias_gradient(gradient: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
