@@ -76,4 +76,32 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "Tensor? nonfinite) -> ()");
   // [] int64: the last position whose tensor has a NaN or a magnitude above the limit, else -1.
   m.def("last_exceeding(Tensor[] tensors, float limit) -> Tensor");
+  // The one of them in use: the fastest, or the one that FASTVLP_CPU_ISA names.
+  m.def("cpu_instruction_set() -> str");
+
+  // hidden [M, D], weight [V, D], bias [V] fp32, labels [M] int64, alpha [] fp32, and the same
+  // three of the teacher or none of them. Returns the rows' losses [M] fp32, 0 where the label is
+  // ignore_index. The derivatives by the logits of the first group_rows rows go to `kept` (opaque,
+  // fp32 storage, [0] where nothing is kept). chunk_rows rows of logits exist at a time.
+  m.def(
+      "soft_cross_entropy_losses(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+      "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor alpha, "
+      "int ignore_index, Tensor(a!) kept, int group_rows, int chunk_rows) -> Tensor");
+  // Gradients by hidden, weight and bias (each [0] where not needed) of the sum of row_weights [M]
+  // fp32 times the losses. `kept` as the losses left it where is_kept; it is overwritten where
+  // there are more than group_rows rows.
+  m.def(
+      "soft_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+      "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor alpha, "
+      "int ignore_index, Tensor row_weights, Tensor(a!) kept, bool is_kept, int group_rows, "
+      "int chunk_rows, bool[3] needed) -> (Tensor, Tensor, Tensor)");
+  // The pass over rows of logits [M, V] (fp32 or bf16, bias [V] not yet added, [0] where there is
+  // none; the teacher's [0, 0] where there is none): losses [M], and the derivatives by the logits
+  // in `gradient` (the logits' dtype; may be the logits themselves; [0, 0] where not wanted).
+  m.def(
+      "soft_cross_entropy_rows(Tensor logits, Tensor bias, Tensor teacher, Tensor teacher_bias, "
+      "Tensor labels, Tensor alpha, int ignore_index, Tensor(a!) losses, Tensor(b!) gradient) -> "
+      "()");
+  // weights [M] fp32 times matrix [M, V] (fp32 or bf16): [V] fp32.
+  m.def("soft_cross_entropy_column_sums(Tensor matrix, Tensor weights) -> Tensor");
 }

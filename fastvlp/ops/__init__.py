@@ -8,6 +8,11 @@ from .contrastive import contrastive, contrastive_reference
 from .cross_attention import cross_attention, cross_attention_reference
 from .ema import ema, ema_reference
 from .sigmoid_contrastive import sigmoid_contrastive, sigmoid_contrastive_reference
+from .soft_cross_entropy import (
+    select_rows,
+    soft_cross_entropy,
+    soft_cross_entropy_reference,
+)
 
 __all__ = [
     "contrastive",
@@ -23,4 +28,7 @@ __all__ = [
     "ema",
     "ema_reference",
     "last_exceeding",
+    "select_rows",
+    "soft_cross_entropy",
+    "soft_cross_entropy_reference",
 ]

@@ -64,7 +64,7 @@ def gradients(
 ):  # fmt: skip
     """fastvlp::contrastive_gradients, in chunks of the plan's size."""
     largest = weights.abs().amax()
-    stored = _storage_factor(x.dtype)
+    stored = storage_factor(x.dtype)
     # All weights 0 means gradients of 0, not 0 / 0.
     relative = weights / torch.where(largest == 0, 1, largest) * stored
 
@@ -83,7 +83,7 @@ def sigmoid(
 ):
     """fastvlp::contrastive_sigmoid, in chunks of the plan's size."""
     sums = torch.zeros(2, dtype=torch.float64, device=x.device)
-    stored = _storage_factor(x.dtype)
+    stored = storage_factor(x.dtype)
 
     def logit_gradient(products, rows, cols, out):
         torch.ops.fastvlp.contrastive_cuda_sigmoid(
@@ -174,7 +174,7 @@ def _chunk(x: torch.Tensor, rows: int, cols: int) -> tuple[int, int]:
     return max(1, fitting - fitting % min(_TILE, max(fitting, 1))), cols
 
 
-def _storage_factor(dtype: torch.dtype) -> float:
+def storage_factor(dtype: torch.dtype) -> float:
     return 2.0**14 if dtype == torch.float16 else 1.0
 
 

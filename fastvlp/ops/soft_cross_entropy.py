@@ -1,0 +1,309 @@
+"""A vocabulary head and its cross entropy, with an optional teacher, without all the logits.
+
+    z = h E^T + b,  p = softmax(z),  p' = softmax(h' E'^T + b')
+    loss_i = (1 - a) (-log p_i[y_i]) + a (-sum_j p'_ij log p_ij)
+
+Rows whose label is `ignore_index` are left out before anything is computed; `reduction="mean"` is
+the mean over the others, and 0 where there are none. Differentiable once by h, E and b; the
+teacher, its weights and `a` get no gradient. A token that the teacher rules out (p' = 0) adds
+nothing, even where the student's logit is -infinity.
+
+Source: the masked language modelling head of Devlin et al., "BERT", arXiv 1810.04805, section 3.1,
+and its distillation from a momentum model in Li et al., "Align before Fuse", arXiv 2107.07651,
+section 3.3, equation 7.
+
+Cost, for M rows, width D and vocabulary V: products of 2 M D V FLOP, one each forward (two with a
+teacher) and two backward. The derivatives of all M V logits are kept between the two in the dtype
+of the products, where they fit into `workspace_bytes`; a larger M computes those of the remaining
+rows again, one or two products more for them. Beside that at most 64 MB of logits exist at a time
+for student and teacher each.
+
+Precision: softmax, sums and losses are float32 or better. float32 inputs have float32 products.
+On a CPU bfloat16 inputs have bfloat16 products with float32 sums where the processor has them, and
+logits rounded to bfloat16 as `F.linear` rounds them; else, and for float16, products are float32.
+On a GPU half precision products give float32 logits.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from . import _soft_cross_entropy_library as library
+from ._contrastive_inputs import check_workspace
+from ._dispatch import choose, register
+from ._soft_cross_entropy_inputs import (
+    CANDIDATES,
+    check_head,
+    check_labels_tensor,
+    check_teacher,
+)
+from ._soft_cross_entropy_products import products_dtype
+from ._workspace import Lease
+
+REDUCTIONS = ("mean", "sum", "none")
+# Keeps 2,470 rows of a vocabulary of 30,522 in float32, 4,940 in half precision.
+DEFAULT_WORKSPACE_BYTES = 288 << 20
+
+
+def soft_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_weight: torch.Tensor | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    alpha: torch.Tensor | float = 0.0,
+    ignore_index: int = -100,
+    max_rows: int | None = None,
+    reduction: str = "mean",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> torch.Tensor:
+    """Cross entropy of hidden @ weight.T + bias against labels and against a teacher's softmax.
+
+    Args:
+        hidden: [.., D], float32, bfloat16 or float16 (float64 through the reference). Under
+            torch.autocast it is rounded as `F.linear` would.
+        weight: [V, D], the dtype of hidden, or float32 master weights beside half precision.
+        bias: [V], any floating dtype, or None.
+        labels: [..], int64 or int32: 0 to V - 1, or ignore_index.
+        teacher_hidden: [.., D'], of its own dtype and width if need be; None: no teacher.
+        teacher_weight: [V, D'], as weight.
+        teacher_bias: [V] or None.
+        alpha: weight of the teacher, 0 to 1: a number, or a tensor of one element on the device.
+        ignore_index: the label of rows to leave out.
+        max_rows: an upper bound of the number of labelled rows, see `select_rows`. Without it
+            they are counted, which on a GPU waits for the device; and torch.compile, which cannot
+            count, computes the ignored rows too and gives them no weight.
+        reduction: "mean" over the labelled rows, "sum", or "none" ([..], 0 at ignored rows).
+        workspace_bytes: bound on the derivatives of logits kept for the backward pass; less of it
+            than for all rows is shared with the logits that are made again.
+
+    Returns:
+        float32 (float64 for float64), zero-dimensional, or [..] for "none".
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it, and the row
+            of a label out of range. (A GPU cannot raise: there such a row's loss is NaN.)
+        RuntimeError: FASTVLP_BACKEND forces an implementation that cannot run, or a second
+            derivative is asked for.
+    """
+    hidden, teacher_hidden = _as_autocast(hidden), _as_autocast(teacher_hidden)
+    check_head("", hidden, weight, bias)
+    check_labels_tensor(labels, hidden)
+    check_teacher(hidden, teacher_hidden, teacher_weight, teacher_bias, alpha, weight.shape[0])
+    check_workspace(workspace_bytes)
+    _check_options(ignore_index, max_rows, reduction)
+    if not isinstance(alpha, torch.Tensor) and alpha == 0:
+        teacher_hidden = teacher_weight = teacher_bias = None
+    teacher = [
+        None if t is None else t.detach() for t in (teacher_hidden, teacher_weight, teacher_bias)
+    ]
+    backend = choose("soft_cross_entropy", hidden, weight)
+    if not torch.compiler.is_compiling():
+        library.check_labels(labels, weight.shape[0], ignore_index)
+    if backend == "reference":
+        return soft_cross_entropy_reference(
+            hidden, weight, bias, labels, teacher_hidden=teacher_hidden,
+            teacher_weight=teacher_weight, teacher_bias=teacher_bias, alpha=alpha,
+            ignore_index=ignore_index, reduction=reduction,
+        )  # fmt: skip
+    rows = _labelled_rows(labels, ignore_index, max_rows)
+    losses, count = _row_losses(
+        hidden, weight, bias, labels, teacher, alpha, ignore_index, rows, workspace_bytes
+    )
+    if reduction == "sum":
+        return losses.sum()
+    if reduction == "mean":
+        return losses.sum() / count
+    if rows is not None:
+        losses = losses.new_zeros(labels.numel()).index_put((rows,), losses)
+    return losses.reshape(labels.shape)
+
+
+def _check_options(ignore_index, max_rows, reduction):
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 0):
+        raise ValueError(f"max_rows: expected a number of rows or None, got {max_rows!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+
+
+def _row_losses(hidden, weight, bias, labels, teacher, alpha, ignore_index, rows, workspace_bytes):
+    """Losses of the chosen rows (None: of all), and how many of them are labelled."""
+    if rows is None:
+        labels = labels.reshape(-1)
+    else:
+        labels = _take_labels(labels, rows, ignore_index)
+    labels = labels.long()
+    hidden, teacher_hidden = (None if t is None else _take(t, rows) for t in (hidden, teacher[0]))
+    if not isinstance(alpha, torch.Tensor):
+        alpha = torch.full((), float(alpha), device=hidden.device)
+    losses = _SoftCrossEntropy.apply(
+        hidden, weight, None if bias is None else bias.float(), labels, teacher_hidden,
+        teacher[1], None if teacher[2] is None else teacher[2].float(),
+        alpha.detach().reshape(()).float(), ignore_index, workspace_bytes,
+    )  # fmt: skip
+    return losses, (labels != ignore_index).sum().clamp(min=1)
+
+
+def _as_autocast(hidden):
+    if not isinstance(hidden, torch.Tensor) or not hidden.is_floating_point():
+        return hidden  # None, or for the checks to refuse
+    device = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
+
+
+def select_rows(
+    labels: torch.Tensor,
+    *hidden: torch.Tensor,
+    ignore_index: int = -100,
+    max_rows: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """The labelled rows: labels [..] and every hidden [.., D] become [K] and [K, D].
+
+    With `max_rows` K is that number (or that of all rows), nothing waits for a GPU and
+    torch.compile sees a fixed shape; rows to spare have the label ignore_index. Where more rows
+    are labelled than `max_rows`, a ValueError says so on a CPU; on a GPU, and in compiled code,
+    all labels are made invalid, so that the loss is NaN rather than silently that of fewer rows.
+    Without `max_rows` K is counted, on a GPU by waiting for it. Does nothing where all rows are
+    labelled.
+    """
+    rows = _labelled_rows(labels, ignore_index, max_rows)
+    if rows is None:
+        return labels.reshape(-1), *(_take(t, None) for t in hidden)
+    return _take_labels(labels, rows, ignore_index), *(_take(t, rows) for t in hidden)
+
+
+def _labelled_rows(labels, ignore_index, max_rows) -> torch.Tensor | None:
+    """Indices of the labelled rows (with `max_rows`, then of others), or None for all rows."""
+    labelled = labels.reshape(-1) != ignore_index
+    if max_rows is not None:
+        if not torch.compiler.is_compiling() and labels.device.type == "cpu":
+            if (count := int(labelled.sum())) > max_rows:
+                raise ValueError(
+                    f"max_rows: expected at least the {count} labelled rows, got {max_rows}"
+                )
+        # Labelled rows first, each kind in its own order.
+        return (~labelled).int().argsort(stable=True)[:max_rows]
+    if torch.compiler.is_compiling() or bool(labelled.all()):
+        return None
+    return labelled.nonzero().squeeze(1)
+
+
+def _take(hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    return hidden if rows is None else hidden.index_select(0, rows)
+
+
+def _take_labels(labels: torch.Tensor, rows: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    labels = labels.reshape(-1)
+    invalid = -1 if ignore_index != -1 else -2
+    too_many = (labels != ignore_index).sum() > rows.numel()
+    return torch.where(too_many, invalid, labels[rows])
+
+
+def soft_cross_entropy_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_weight: torch.Tensor | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    alpha: torch.Tensor | float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """The definition of `soft_cross_entropy`: any floating dtype, memory for M V logits."""
+    labelled = labels != ignore_index
+    targets = labels[labelled].long()
+
+    def log_softmax(hidden, weight, bias):
+        hidden = hidden[labelled]
+        bias = None if bias is None else bias.to(hidden.dtype)
+        logits = F.linear(hidden, weight.to(hidden.dtype), bias)
+        return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+
+    log_p = log_softmax(hidden, weight, bias)
+    losses = -log_p.gather(1, targets[:, None]).squeeze(1)
+    if teacher_hidden is not None:
+        with torch.no_grad():
+            teacher = log_softmax(teacher_hidden, teacher_weight, teacher_bias).exp()
+        soft = -torch.where(teacher == 0, 0, teacher * log_p).sum(1)
+        losses = (1 - alpha) * losses + alpha * soft
+    if reduction == "none":
+        return losses.new_zeros(labels.shape).masked_scatter(labelled, losses)
+    return losses.sum() if reduction == "sum" else losses.sum() / max(len(targets), 1)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, *arguments):
+        *teacher, alpha, ignore_index, workspace_bytes = arguments
+        plan = library.make_plan(
+            hidden.shape[0], weight.shape[0], products_dtype(hidden), workspace_bytes
+        )
+        floats = plan.group_floats if any(ctx.needs_input_grad[:3]) else 0
+        # The compiler plans memory itself, and on a GPU torch's allocator keeps it.
+        ctx.lease = None
+        if torch.compiler.is_compiling() or hidden.device.type != "cpu":
+            kept = hidden.new_empty(floats, dtype=torch.float32)
+        else:
+            ctx.lease = Lease(floats)
+            kept = ctx.lease.floats
+        losses = torch.ops.fastvlp.soft_cross_entropy_losses(
+            hidden, weight, bias, labels, *teacher, alpha, ignore_index, kept, plan.group_rows,
+            plan.chunk_rows,
+        )  # fmt: skip
+        ctx.plan, ctx.ignore_index = plan, ignore_index
+        ctx.save_for_backward(
+            hidden, weight, bias, labels, *teacher, alpha, *(() if ctx.lease else (kept,))
+        )
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs = ctx.saved_tensors
+        if ctx.lease is None:
+            *inputs, kept = inputs
+        else:
+            kept = ctx.lease.floats
+        is_kept = kept is not None
+        if not is_kept:  # a second backward pass: the derivatives went with the first one
+            kept = grad.new_empty(ctx.plan.group_floats)
+        needed = ctx.needs_input_grad[:3]
+        gradients = _Gradients.apply(
+            grad, *inputs, ctx.ignore_index, kept, is_kept, ctx.plan, needed
+        )
+        if ctx.lease is not None:
+            ctx.lease.give_back()
+        found = (g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
+        return *found, *[None] * 7
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass, a function of its own so that a second derivative is refused."""
+
+    @staticmethod
+    def forward(ctx, grad, *arguments):
+        *inputs, kept, is_kept, plan, needed = arguments
+        return torch.ops.fastvlp.soft_cross_entropy_gradients(
+            *inputs, grad.contiguous(), kept, is_kept, plan.group_rows, plan.chunk_rows,
+            list(needed),
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "soft_cross_entropy has no second derivative; for one, call "
+            "soft_cross_entropy_reference, which plain autograd differentiates twice"
+        )
+
+
+library.register()
+register("soft_cross_entropy", **CANDIDATES)
