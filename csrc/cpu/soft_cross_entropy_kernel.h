@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "contrastive_kernel.h"
+#include "feature_rows.h"
 
 namespace fastvlp {
 
