@@ -46,4 +46,15 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   m.def("release_cpu_buffers() -> ()");
   // The instruction sets compiled in that this processor runs, fastest first, comma-separated.
   m.def("cpu_instruction_sets() -> str");
+  // x [B, Lx, D] and y [B, Ly, D], padding masks [B, Lx] and [B, Ly] (true: left out). Returns the
+  // distances [B], the plans [B, Lx, Ly] and what the gradients need of each row of x and of y:
+  // [2, B, Lx] and [2, B, Ly], the factor that normalises it (0: padding) and its share, the sum
+  // over its part of the plan of plan times cosine. All float32.
+  m.def(
+      "word_patch_alignment(Tensor x, Tensor y, Tensor x_padding, Tensor y_padding, float beta, "
+      "int iterations, int inner) -> (Tensor, Tensor, Tensor, Tensor)");
+  // upstream [B] fp32. Returns dx and dy in the features' dtype.
+  m.def(
+      "word_patch_alignment_gradients(Tensor upstream, Tensor x, Tensor y, Tensor plan, "
+      "Tensor x_rows, Tensor y_rows) -> (Tensor, Tensor)");
 }

@@ -34,4 +34,14 @@ const ContrastiveKernels& contrastive_kernels() {
                            "'; unset it to use the fastest");
 }
 
+const WordPatchAlignmentKernels& word_patch_alignment_kernels() {
+  const std::string name = contrastive_kernels().name;
+#if defined(FASTVLP_X86)
+  if (name == "avx512_bf16") return word_patch_alignment_kernels_avx512_bf16();
+  if (name == "avx512") return word_patch_alignment_kernels_avx512();
+  if (name == "avx2") return word_patch_alignment_kernels_avx2();
+#endif
+  return word_patch_alignment_kernels_portable();
+}
+
 }  // namespace fastvlp

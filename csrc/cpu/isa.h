@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "contrastive_kernel.h"
+#include "word_patch_alignment_kernel.h"
 
 namespace fastvlp {
 
@@ -14,5 +15,8 @@ std::vector<const ContrastiveKernels*> available_contrastive_kernels();
 // The fastest of them, or the one that the environment variable FASTVLP_CPU_ISA names. Throws
 // std::runtime_error when that one is unknown here.
 const ContrastiveKernels& contrastive_kernels();
+
+// The same choice for the other operators.
+const WordPatchAlignmentKernels& word_patch_alignment_kernels();
 
 }  // namespace fastvlp

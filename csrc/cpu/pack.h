@@ -53,6 +53,49 @@ inline void convert_row(const Features& m, int64_t row, int64_t dim, float* out)
   for (; d < dim; ++d) out[d] = half_to_float(in[d]);
 }
 
+inline uint16_t float_to_bfloat16(float f) {
+  uint32_t b;
+  std::memcpy(&b, &f, 4);
+  if (f != f) return static_cast<uint16_t>(b >> 16 | 0x40);  // rounding could clear a NaN's mantissa
+  return static_cast<uint16_t>((b + 0x7fff + (b >> 16 & 1)) >> 16);
+}
+
+inline uint16_t float_to_half(float f) {
+  uint32_t b;
+  std::memcpy(&b, &f, 4);
+  const uint16_t sign = static_cast<uint16_t>(b >> 16 & 0x8000);
+  b &= 0x7fffffff;
+  if (b > 0x7f800000) return sign | 0x7e00;
+  if (b >= 0x477ff000) return sign | 0x7c00;  // rounds to 65536 or more
+  if (b >= 0x38800000)
+    return sign | static_cast<uint16_t>((b - 0x38000000 + 0xfff + (b >> 13 & 1)) >> 13);
+  // Below the smallest normal half: adding 0.5 rounds to the spacing of its subnormals.
+  float small;
+  std::memcpy(&small, &b, 4);
+  small += 0.5f;
+  std::memcpy(&b, &small, 4);
+  return sign | static_cast<uint16_t>(b - 0x3f000000);
+}
+
+// Writes n floats as elements [at, at + n) of `out`, rounded to nearest even.
+inline void store_row(const float* in, int64_t n, Element element, void* out, int64_t at) {
+  if (element == Element::kFloat32) {
+    std::memcpy(static_cast<float*>(out) + at, in, n * 4);
+    return;
+  }
+  uint16_t* to = static_cast<uint16_t*>(out) + at;
+  int64_t d = 0;
+  if (element == Element::kBFloat16) {
+    for (; d < n; ++d) to[d] = float_to_bfloat16(in[d]);
+    return;
+  }
+#if defined(__F16C__)
+  for (; d + 8 <= n; d += 8)
+    _mm_storeu_si128((__m128i*)(to + d), _mm256_cvtps_ph(_mm256_loadu_ps(in + d), 0));
+#endif
+  for (; d < n; ++d) to[d] = float_to_half(in[d]);
+}
+
 template <class Dot>
 int64_t depth_words(int64_t n) {
   return (n + Dot::kPerWord - 1) / Dot::kPerWord;

@@ -136,6 +136,6 @@ CANDIDATES = {
 
 def unit_stride(features: torch.Tensor) -> torch.Tensor:
     """`features`, copied only where its last axis is not contiguous."""
-    if features.shape[1] == 1 or features.stride(1) == 1:
+    if features.shape[-1] == 1 or features.stride(-1) == 1:
         return features
     return features.contiguous()
