@@ -61,10 +61,10 @@ LARGEST_ALIGNMENT = 64 * 256
 
 
 def alignment_supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
-    """Reasons why the word-patch alignment kernels cannot take `x` [B, Lx, D] and `y` [B, Ly, D]."""
+    """Reasons why the alignment kernels cannot take `x` [B, Lx, D] and `y` [B, Ly, D]."""
     reasons = _device_reasons(x.device)
     if x.dtype not in DTYPES or x.dtype != y.dtype:
-        reasons.append(f"x is {x.dtype} and y {y.dtype}; one of float32, bfloat16, float16 is taken")
+        reasons.append(f"x is {x.dtype}, y {y.dtype}; one of float32, bfloat16, float16 is taken")
     if x.dim() == 3 and y.dim() == 3:
         words, patches = alignment_block(x.shape[1]), alignment_block(y.shape[1])
         if words * patches > LARGEST_ALIGNMENT:

@@ -1,4 +1,4 @@
-"""Checks of the word-patch alignment's arguments, for people, and which implementations take them."""
+"""Checks of the word-patch alignment's arguments, for people, and what can run them."""
 
 import math
 from numbers import Real
@@ -78,7 +78,9 @@ def native_reasons(text_features, image_features, *_, **__) -> list[str]:
     """Why the compiled kernels cannot take these features."""
     reasons = list(_native.load())
     if text_features.device.type != "cpu":
-        reasons.append(f"the native kernels run on CPUs, the features are on {text_features.device}")
+        reasons.append(
+            f"the native kernels run on CPUs, the features are on {text_features.device}"
+        )
     if text_features.dtype not in _NATIVE_DTYPES:
         reasons.append(
             f"dtype {text_features.dtype} has no kernel; float32, bfloat16, float16 have"

@@ -1,0 +1,310 @@
+"""Word-patch alignment (ViLT's optimal-transport distance): one program holds one pair.
+
+The costs of a pair come from one product; its kernel matrix and its plan then stay in registers
+for all iterations. Products of half-precision features run on tensor cores and are normalised
+afterwards, which is exact to fp32 rounding: the products themselves are. Gradients are products
+with the plan, in fp32.
+
+The plan, [words, patches], and what the gradients need of each row leave the program: the factor
+that normalises it (0 at padding) and its share, the sum of plan times cosine.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import aot
+from ._launch import CAPABILITIES, INTERPRETED, on_device
+from .support import alignment_block, alignment_supported
+
+SMALLEST_NORM = tl.constexpr(1e-5)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Depth of a product step, warps, pipeline stages."""
+
+    block_k: int
+    warps: int
+    stages: int
+
+
+# By elements of a pair's block, up to which a row holds, and bytes of a feature. A thread keeps
+# 32 elements of each of the two matrices.
+ALIGN = {
+    (1024, 2): Launch(64, 4, 2),
+    (4096, 2): Launch(64, 4, 2),
+    (8192, 2): Launch(64, 8, 2),
+    (16384, 2): Launch(32, 16, 2),
+    (1024, 4): Launch(32, 4, 2),
+    (4096, 4): Launch(32, 4, 2),
+    (8192, 4): Launch(16, 8, 2),
+    (16384, 4): Launch(16, 16, 2),
+}
+GRADIENT_ROWS, GRADIENT_COLS = 64, 64
+GRADIENT = {2: Launch(16, 8, 2), 4: Launch(16, 8, 2)}
+
+
+@triton.jit
+def load_rows(ptr, row, stride, depth, D, valid):
+    """Elements [row, depth], 0 past the width and in rows that are not valid."""
+    at = ptr + row.to(tl.int64)[:, None] * stride + depth[None, :]
+    return tl.load(at, mask=valid[:, None] & (depth < D)[None, :], other=0.0)
+
+
+@triton.jit
+def balance(total, count):
+    """1 / (count * total), and 0 for a sum of nothing."""
+    return tl.where(total == 0.0, 0.0, 1.0 / (total * count))
+
+
+@triton.jit
+def store_results(ptr, pair, pairs, row, rows, square, valid, share):
+    """The factor of each row and, behind all factors, its share."""
+    norm = tl.sqrt(square)
+    factor = tl.where(valid, 1.0 / tl.maximum(norm, SMALLEST_NORM), 0.0)
+    at = ptr + pair * rows + row
+    tl.store(at, factor, mask=row < rows)
+    # A row at the smallest norm is only scaled: nothing is taken off its gradient.
+    tl.store(at + pairs * rows, tl.where(norm < SMALLEST_NORM, 0.0, share), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["iterations", "inner"])
+def alignment_kernel(
+    x_ptr, y_ptr, x_padding_ptr, y_padding_ptr, row_distance_ptr, plan_ptr, x_rows_ptr, y_rows_ptr,
+    X, Y, D, stride_xb, stride_xr, stride_yb, stride_yr, inverse_beta, iterations, inner,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Everything of pair program_id(0): plan, rows' results, and the distance by rows of x."""
+    pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    i, j = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_Y)
+    x_valid = tl.load(x_padding_ptr + pair * X + i, mask=i < X, other=1) == 0
+    y_valid = tl.load(y_padding_ptr + pair * Y + j, mask=j < Y, other=1) == 0
+
+    cosine = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+    x_square = tl.zeros((BLOCK_X,), tl.float32)
+    y_square = tl.zeros((BLOCK_Y,), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        depth = start + tl.arange(0, BLOCK_K)
+        x = load_rows(x_ptr + pair * stride_xb, i, stride_xr, depth, D, x_valid)
+        y = load_rows(y_ptr + pair * stride_yb, j, stride_yr, depth, D, y_valid)
+        x_wide, y_wide = x.to(tl.float32), y.to(tl.float32)
+        x_square += tl.sum(x_wide * x_wide, 1)
+        y_square += tl.sum(y_wide * y_wide, 1)
+        if UPCAST:  # the interpreter multiplies bf16 bit patterns as integers
+            x, y = x_wide, y_wide
+        cosine = tl.dot(x, tl.trans(y), cosine, input_precision="ieee")
+    cosine *= (1.0 / tl.maximum(tl.sqrt(x_square), SMALLEST_NORM))[:, None]
+    cosine *= (1.0 / tl.maximum(tl.sqrt(y_square), SMALLEST_NORM))[None, :]
+
+    # The cosines wait where the plan will be: three matrices do not fit into the registers.
+    at = plan_ptr + pair * X * Y + i[:, None] * Y + j[None, :]
+    within = (i < X)[:, None] & (j < Y)[None, :]
+    tl.store(at, cosine, mask=within)
+    inside = x_valid[:, None] & y_valid[None, :]
+    a = tl.where(inside, tl.exp((cosine - 1.0) * inverse_beta), 0.0)
+    words = tl.sum(x_valid.to(tl.float32), 0)
+    patches = tl.sum(y_valid.to(tl.float32), 0)
+    # A common factor of the plan cancels in delta, so that it may start from ones.
+    q = tl.where(inside, 1.0, 0.0)
+    sigma = tl.zeros((BLOCK_X,), tl.float32) + 1.0 / tl.maximum(words, 1.0)
+    delta = tl.full((BLOCK_Y,), 1.0, tl.float32)
+    for _ in range(iterations):
+        q = q * delta[None, :] * sigma[:, None] * a
+        for _ in range(inner):
+            delta = balance(tl.sum(q * sigma[:, None], 0), patches)
+            sigma = balance(tl.sum(q * delta[None, :], 1), words)
+    q = q * delta[None, :] * sigma[:, None]
+
+    tl.debug_barrier()
+    cosine = tl.load(at, mask=within, other=0.0)
+    tl.debug_barrier()
+    tl.store(at, q, mask=within)
+    # By rows: Triton before 3.8 fails to compile a scalar that is reduced from a product on
+    # compute capability 10.
+    tl.store(row_distance_ptr + pair * X + i, tl.sum(q * (1.0 - cosine), 1), mask=i < X)
+    cosine *= q
+    store_results(x_rows_ptr, pair, pairs, i, X, x_square, x_valid, tl.sum(cosine, 1))
+    store_results(y_rows_ptr, pair, pairs, j, Y, y_square, y_valid, tl.sum(cosine, 0))
+
+
+@triton.jit
+def gradient_kernel(
+    upstream_ptr, own_ptr, other_ptr, plan_ptr, own_rows_ptr, other_rows_ptr, out_ptr,
+    OWN, OTHER, D, stride_own_b, stride_own_r, stride_other_b, stride_other_r,
+    stride_plan_own, stride_plan_other,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one side: rows program_id(1), columns program_id(2) of pair program_id(0).
+
+    own, other: the features of this side and of the other one. The plan's strides say which of its
+    axes is whose.
+    """
+    pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    plan_at = plan_ptr + pair * OWN * OTHER + row[:, None] * stride_plan_own
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, OTHER, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        plan_inside = (row < OWN)[:, None] & (k < OTHER)[None, :]
+        plan = tl.load(plan_at + k[None, :] * stride_plan_other, mask=plan_inside, other=0.0)
+        factor = tl.load(other_rows_ptr + pair * OTHER + k, mask=k < OTHER, other=0.0)
+        other = load_rows(other_ptr + pair * stride_other_b, k, stride_other_r, col, D, factor != 0)
+        unit = other.to(tl.float32) * factor[:, None]
+        sums = tl.dot(plan, unit, sums, input_precision="ieee")
+    at = own_rows_ptr + pair * OWN + row
+    factor = tl.load(at, mask=row < OWN, other=0.0)
+    share = tl.load(at + pairs * OWN, mask=row < OWN, other=0.0)
+    own = load_rows(own_ptr + pair * stride_own_b, row, stride_own_r, col, D, factor != 0)
+    sums -= own.to(tl.float32) * (factor * share)[:, None]
+    scale = tl.where(factor == 0, 0.0, -tl.load(upstream_ptr + pair) * factor)
+    gradient = tl.where((factor == 0)[:, None], 0.0, sums * scale[:, None])
+    out_at = out_ptr + (pair * OWN + row)[:, None] * D + col[None, :]
+    tl.store(out_at, gradient, mask=(row < OWN)[:, None] & (col < D)[None, :])
+
+
+def _align_launch(elements: int, size: int) -> Launch:
+    return ALIGN[
+        min(limit for limit, bytes_ in ALIGN if bytes_ == size and limit >= elements), size
+    ]
+
+
+def _options(launch: Launch) -> dict[str, int | bool]:
+    return {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+
+
+def word_patch_alignment(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    x_padding: torch.Tensor,
+    y_padding: torch.Tensor,
+    *,
+    beta: float = 0.5,
+    iterations: int = 50,
+    inner: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Distances [B], plans [B, Lx, Ly] and results by rows [2, B, Lx], [2, B, Ly], all float32.
+
+    x [B, Lx, D] and y [B, Ly, D], one dtype of float32, bfloat16, float16, unit stride along D;
+    contiguous bool masks, True at padding. Raises ValueError on inputs the kernel does not take.
+    """
+    if reasons := alignment_supported(x, y):
+        raise ValueError("the Triton alignment kernels cannot run: " + "; ".join(reasons))
+    pairs, words, width = x.shape
+    patches = y.shape[1]
+    like = {"dtype": torch.float32, "device": x.device}
+    row_distance = torch.empty(pairs, words, **like)
+    plan = torch.empty(pairs, words, patches, **like)
+    x_rows, y_rows = torch.empty(2, pairs, words, **like), torch.empty(2, pairs, patches, **like)
+    block_x, block_y = alignment_block(words), alignment_block(patches)
+    launch = _align_launch(block_x * block_y, x.element_size())
+    if pairs:
+        with on_device(x):
+            alignment_kernel[(pairs,)](
+                x, y, x_padding.view(torch.uint8), y_padding.view(torch.uint8), row_distance, plan,
+                x_rows, y_rows, words, patches, width, x.stride(0), x.stride(1), y.stride(0),
+                y.stride(1), 1.0 / beta, iterations, inner,
+                BLOCK_X=block_x, BLOCK_Y=block_y, BLOCK_K=launch.block_k,
+                UPCAST=INTERPRETED and x.dtype is torch.bfloat16, **_options(launch),
+            )  # fmt: skip
+    return row_distance.sum(1), plan, x_rows, y_rows
+
+
+def word_patch_alignment_gradients(
+    upstream: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    plan: torch.Tensor,
+    x_rows: torch.Tensor,
+    y_rows: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients by x and y in their dtype, from what `word_patch_alignment` returned."""
+    strides = plan.stride(1), plan.stride(2)
+    dx = _gradient(upstream, x, y, plan, x_rows, y_rows, strides)
+    return dx, _gradient(upstream, y, x, plan, y_rows, x_rows, strides[::-1])
+
+
+def _gradient(upstream, own, other, plan, own_rows, other_rows, strides) -> torch.Tensor:
+    pairs, rows, width = own.shape
+    # The interpreter truncates where it should round to bf16: there the result is rounded after.
+    wide = INTERPRETED and own.dtype is torch.bfloat16
+    out = torch.empty(own.shape, dtype=torch.float32 if wide else own.dtype, device=own.device)
+    launch = GRADIENT[own.element_size()]
+    grid = (pairs, triton.cdiv(rows, GRADIENT_ROWS), triton.cdiv(width, GRADIENT_COLS))
+    if out.numel():
+        with on_device(own):
+            gradient_kernel[grid](
+                upstream, own, other, plan, own_rows, other_rows, out, rows, other.shape[1], width,
+                own.stride(0), own.stride(1), other.stride(0), other.stride(1), *strides,
+                BLOCK_M=GRADIENT_ROWS, BLOCK_N=GRADIENT_COLS, BLOCK_K=launch.block_k,
+                **_options(launch),
+            )  # fmt: skip
+    return out.to(own.dtype)
+
+
+def aot_cases() -> list[aot.Case]:
+    """Every configuration of the two kernels, for ahead-of-time compilation."""
+    return [
+        case
+        for capability in CAPABILITIES
+        for kind, size in (("bf16", 2), ("fp16", 2), ("fp32", 4))
+        for case in _cases(capability, kind, size)
+    ]
+
+
+def _cases(capability: int, kind: str, size: int) -> list[aot.Case]:
+    floats = ["row_distance_ptr", "plan_ptr", "x_rows_ptr", "y_rows_ptr"]
+    cases = []
+    # fp16 differs from bf16 in one instruction: its largest block alone.
+    for block_x, block_y in ((64, 256), (16, 64))[: 1 if kind == "fp16" else 2]:
+        launch = _align_launch(block_x * block_y, size)
+        cases.append(
+            aot.Case(
+                name=f"alignment {kind} {block_x}x{block_y}x{launch.block_k}",
+                kernel=alignment_kernel,
+                signature={
+                    "x_ptr": f"*{kind}", "y_ptr": f"*{kind}",
+                    "x_padding_ptr": "*u8", "y_padding_ptr": "*u8",
+                    **dict.fromkeys(floats, "*fp32"),
+                    **dict.fromkeys(("X", "Y", "D", "iterations", "inner"), "i32"),
+                    **dict.fromkeys(("stride_xb", "stride_xr", "stride_yb", "stride_yr"), "i32"),
+                    "inverse_beta": "fp32",
+                },
+                constants={
+                    "BLOCK_X": block_x, "BLOCK_Y": block_y, "BLOCK_K": launch.block_k,
+                    "UPCAST": False,
+                },
+                capability=capability,
+                warps=launch.warps,
+                stages=launch.stages,
+                aligned=("D", "stride_xb", "stride_xr", "stride_yb", "stride_yr"),
+                tensor_cores=kind != "fp32",
+            )
+        )  # fmt: skip
+    launch = GRADIENT[size]
+    strides = [f"stride_{side}_{axis}" for side in ("own", "other") for axis in "br"]
+    cases.append(
+        aot.Case(
+            name=f"alignment gradient {kind} {GRADIENT_ROWS}x{GRADIENT_COLS}x{launch.block_k}",
+            kernel=gradient_kernel,
+            signature={
+                **dict.fromkeys(("own_ptr", "other_ptr", "out_ptr"), f"*{kind}"),
+                **dict.fromkeys(
+                    ("upstream_ptr", "plan_ptr", "own_rows_ptr", "other_rows_ptr"), "*fp32"
+                ),
+                **dict.fromkeys(("OWN", "OTHER", "D", *strides), "i32"),
+                **dict.fromkeys(("stride_plan_own", "stride_plan_other"), "i32"),
+            },
+            constants={
+                "BLOCK_M": GRADIENT_ROWS, "BLOCK_N": GRADIENT_COLS, "BLOCK_K": launch.block_k,
+            },
+            capability=capability,
+            warps=launch.warps,
+            stages=launch.stages,
+            aligned=("D", *strides),
+        )
+    )  # fmt: skip
+    return cases
