@@ -1,11 +1,11 @@
-"""Word-patch alignment (ViLT's optimal-transport distance): one program holds one pair.
+"""Word-patch alignment (ViLT's optimal-transport distance): one program solves one pair.
 
-The costs of a pair come from one product; its kernel matrix and its plan then stay in registers
-for all iterations. Products of half-precision features run on tensor cores and are normalised
-afterwards, which is exact to fp32 rounding: the products themselves are. Gradients are products
-with the plan, in fp32.
+The cosines of all pairs come from tiles of products; half-precision features go through tensor
+cores and are normalised afterwards, which is exact to fp32 rounding: the products themselves are.
+Then a program takes a pair through all its iterations with the matrices in registers. Gradients
+are products with the plan, in fp32.
 
-The plan, [words, patches], and what the gradients need of each row leave the program: the factor
+The plan, [words, patches], and what the gradients need of each row leave the kernels: the factor
 that normalises it (0 at padding) and its share, the sum of plan times cosine.
 """
 
@@ -31,20 +31,10 @@ class Launch:
     stages: int
 
 
-# By elements of a pair's block, up to which a row holds, and bytes of a feature. A thread keeps
-# 32 elements of each of the two matrices.
-ALIGN = {
-    (1024, 2): Launch(64, 4, 2),
-    (4096, 2): Launch(64, 4, 2),
-    (8192, 2): Launch(64, 8, 2),
-    (16384, 2): Launch(32, 16, 2),
-    (1024, 4): Launch(32, 4, 2),
-    (4096, 4): Launch(32, 4, 2),
-    (8192, 4): Launch(16, 8, 2),
-    (16384, 4): Launch(16, 16, 2),
-}
-GRADIENT_ROWS, GRADIENT_COLS = 64, 64
-GRADIENT = {2: Launch(16, 8, 2), 4: Launch(16, 8, 2)}
+BLOCK_ROWS, BLOCK_COLS = 64, 32  # of every product's tile
+COSINE = {2: Launch(64, 4, 2), 4: Launch(16, 4, 2)}  # by bytes of a feature
+GRADIENT = Launch(16, 4, 2)
+THREAD_ELEMENTS = 32  # of each of a pair's two matrices that a thread keeps
 
 
 @triton.jit
@@ -61,29 +51,45 @@ def balance(total, count):
 
 
 @triton.jit
-def store_results(ptr, pair, pairs, row, rows, square, valid, share):
-    """The factor of each row and, behind all factors, its share."""
-    norm = tl.sqrt(square)
-    factor = tl.where(valid, 1.0 / tl.maximum(norm, SMALLEST_NORM), 0.0)
-    at = ptr + pair * rows + row
-    tl.store(at, factor, mask=row < rows)
+def is_valid(padding_ptr, row, rows):
+    """Which of one pair's rows exist and are not padding."""
+    return tl.load(padding_ptr + row, mask=row < rows, other=1) == 0
+
+
+@triton.jit
+def factor_of(square):
+    return 1.0 / tl.maximum(tl.sqrt(square), SMALLEST_NORM)
+
+
+@triton.jit
+def store_factors(ptr, pairs, row, rows, square, valid):
+    """The factor of each row and, behind all factors, what its share will be multiplied by."""
+    tl.store(ptr + row, tl.where(valid, factor_of(square), 0.0), mask=row < rows)
     # A row at the smallest norm is only scaled: nothing is taken off its gradient.
-    tl.store(at + pairs * rows, tl.where(norm < SMALLEST_NORM, 0.0, share), mask=row < rows)
+    weight = tl.where(tl.sqrt(square) < SMALLEST_NORM, 0.0, 1.0)
+    tl.store(ptr + pairs * rows + row, weight, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["iterations", "inner"])
-def alignment_kernel(
-    x_ptr, y_ptr, x_padding_ptr, y_padding_ptr, row_distance_ptr, plan_ptr, x_rows_ptr, y_rows_ptr,
-    X, Y, D, stride_xb, stride_xr, stride_yb, stride_yr, inverse_beta, iterations, inner,
+@triton.jit
+def store_share(ptr, pairs, row, rows, share):
+    at = ptr + pairs * rows + row
+    inside = row < rows
+    tl.store(at, tl.load(at, mask=inside, other=0.0) * share, mask=inside)
+
+
+@triton.jit
+def cosine_kernel(
+    x_ptr, y_ptr, x_padding_ptr, y_padding_ptr, plan_ptr, x_rows_ptr, y_rows_ptr,
+    X, Y, D, stride_xb, stride_xr, stride_yb, stride_yr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Everything of pair program_id(0): plan, rows' results, and the distance by rows of x."""
+    """Cosines of pair program_id(0), 0 at padding, to where its plan will be; rows' factors."""
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    i, j = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_Y)
-    x_valid = tl.load(x_padding_ptr + pair * X + i, mask=i < X, other=1) == 0
-    y_valid = tl.load(y_padding_ptr + pair * Y + j, mask=j < Y, other=1) == 0
-
-    cosine = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+    i = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
+    j = tl.program_id(2) * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    x_valid = is_valid(x_padding_ptr + pair * X, i, X)
+    y_valid = is_valid(y_padding_ptr + pair * Y, j, Y)
+    product = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
     x_square = tl.zeros((BLOCK_X,), tl.float32)
     y_square = tl.zeros((BLOCK_Y,), tl.float32)
     for start in range(0, D, BLOCK_K):
@@ -95,18 +101,33 @@ def alignment_kernel(
         y_square += tl.sum(y_wide * y_wide, 1)
         if UPCAST:  # the interpreter multiplies bf16 bit patterns as integers
             x, y = x_wide, y_wide
-        cosine = tl.dot(x, tl.trans(y), cosine, input_precision="ieee")
-    cosine *= (1.0 / tl.maximum(tl.sqrt(x_square), SMALLEST_NORM))[:, None]
-    cosine *= (1.0 / tl.maximum(tl.sqrt(y_square), SMALLEST_NORM))[None, :]
+        product = tl.dot(x, tl.trans(y), product, input_precision="ieee")
+    cosine = product * factor_of(x_square)[:, None] * factor_of(y_square)[None, :]
+    at = plan_ptr + (pair * X + i)[:, None] * Y + j[None, :]
+    tl.store(at, cosine, mask=(i < X)[:, None] & (j < Y)[None, :])
+    if tl.program_id(2) == 0:
+        store_factors(x_rows_ptr + pair * X, pairs, i, X, x_square, x_valid)
+    if tl.program_id(1) == 0:
+        store_factors(y_rows_ptr + pair * Y, pairs, j, Y, y_square, y_valid)
 
-    # The cosines wait where the plan will be: three matrices do not fit into the registers.
-    at = plan_ptr + pair * X * Y + i[:, None] * Y + j[None, :]
+
+@triton.jit(do_not_specialize=["iterations", "inner"])
+def transport_kernel(
+    x_padding_ptr, y_padding_ptr, distance_ptr, plan_ptr, x_rows_ptr, y_rows_ptr,
+    X, Y, inverse_beta, iterations, inner, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
+):  # fmt: skip
+    """Pair program_id(0) from its cosines to its plan, in place; its distance and shares."""
+    pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    i, j = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_Y)
+    x_valid = is_valid(x_padding_ptr + pair * X, i, X)
+    y_valid = is_valid(y_padding_ptr + pair * Y, j, Y)
+    words, patches = tl.sum(x_valid.to(tl.float32), 0), tl.sum(y_valid.to(tl.float32), 0)
+    own = plan_ptr + pair * X * Y
+    offset = i[:, None] * Y + j[None, :]
     within = (i < X)[:, None] & (j < Y)[None, :]
-    tl.store(at, cosine, mask=within)
     inside = x_valid[:, None] & y_valid[None, :]
+    cosine = tl.load(own + offset, mask=within, other=0.0)
     a = tl.where(inside, tl.exp((cosine - 1.0) * inverse_beta), 0.0)
-    words = tl.sum(x_valid.to(tl.float32), 0)
-    patches = tl.sum(y_valid.to(tl.float32), 0)
     # A common factor of the plan cancels in delta, so that it may start from ones.
     q = tl.where(inside, 1.0, 0.0)
     sigma = tl.zeros((BLOCK_X,), tl.float32) + 1.0 / tl.maximum(words, 1.0)
@@ -118,16 +139,13 @@ def alignment_kernel(
             sigma = balance(tl.sum(q * delta[None, :], 1), words)
     q = q * delta[None, :] * sigma[:, None]
 
-    tl.debug_barrier()
-    cosine = tl.load(at, mask=within, other=0.0)
-    tl.debug_barrier()
-    tl.store(at, q, mask=within)
-    # By rows: Triton before 3.8 fails to compile a scalar that is reduced from a product on
-    # compute capability 10.
-    tl.store(row_distance_ptr + pair * X + i, tl.sum(q * (1.0 - cosine), 1), mask=i < X)
+    cosine = tl.load(own + offset, mask=within, other=0.0)
+    tl.debug_barrier()  # every thread has read the cosines before a plan takes their place
+    tl.store(own + offset, q, mask=within)
+    tl.store(distance_ptr + pair, tl.sum(tl.sum(q * (1.0 - cosine), 1), 0))
     cosine *= q
-    store_results(x_rows_ptr, pair, pairs, i, X, x_square, x_valid, tl.sum(cosine, 1))
-    store_results(y_rows_ptr, pair, pairs, j, Y, y_square, y_valid, tl.sum(cosine, 0))
+    store_share(x_rows_ptr + pair * X, pairs, i, X, tl.sum(cosine, 1))
+    store_share(y_rows_ptr + pair * Y, pairs, j, Y, tl.sum(cosine, 0))
 
 
 @triton.jit
@@ -166,10 +184,8 @@ def gradient_kernel(
     tl.store(out_at, gradient, mask=(row < OWN)[:, None] & (col < D)[None, :])
 
 
-def _align_launch(elements: int, size: int) -> Launch:
-    return ALIGN[
-        min(limit for limit, bytes_ in ALIGN if bytes_ == size and limit >= elements), size
-    ]
+def _transport_warps(elements: int) -> int:
+    return max(4, elements // (32 * THREAD_ELEMENTS))
 
 
 def _options(launch: Launch) -> dict[str, int | bool]:
@@ -196,21 +212,28 @@ def word_patch_alignment(
     pairs, words, width = x.shape
     patches = y.shape[1]
     like = {"dtype": torch.float32, "device": x.device}
-    row_distance = torch.empty(pairs, words, **like)
+    distance = torch.empty(pairs, **like)
     plan = torch.empty(pairs, words, patches, **like)
     x_rows, y_rows = torch.empty(2, pairs, words, **like), torch.empty(2, pairs, patches, **like)
     block_x, block_y = alignment_block(words), alignment_block(patches)
-    launch = _align_launch(block_x * block_y, x.element_size())
+    launch = COSINE[x.element_size()]
+    # At least one program on each axis: a side without rows still leaves its other side's factors.
+    grid = (pairs, triton.cdiv(max(words, 1), BLOCK_ROWS), triton.cdiv(max(patches, 1), BLOCK_COLS))
+    masks = x_padding.view(torch.uint8), y_padding.view(torch.uint8)
     if pairs:
         with on_device(x):
-            alignment_kernel[(pairs,)](
-                x, y, x_padding.view(torch.uint8), y_padding.view(torch.uint8), row_distance, plan,
-                x_rows, y_rows, words, patches, width, x.stride(0), x.stride(1), y.stride(0),
-                y.stride(1), 1.0 / beta, iterations, inner,
-                BLOCK_X=block_x, BLOCK_Y=block_y, BLOCK_K=launch.block_k,
+            cosine_kernel[grid](
+                x, y, *masks, plan, x_rows, y_rows, words, patches, width,
+                x.stride(0), x.stride(1), y.stride(0), y.stride(1),
+                BLOCK_X=BLOCK_ROWS, BLOCK_Y=BLOCK_COLS, BLOCK_K=launch.block_k,
                 UPCAST=INTERPRETED and x.dtype is torch.bfloat16, **_options(launch),
             )  # fmt: skip
-    return row_distance.sum(1), plan, x_rows, y_rows
+            transport_kernel[(pairs,)](
+                *masks, distance, plan, x_rows, y_rows, words, patches, 1.0 / beta, iterations,
+                inner, BLOCK_X=block_x, BLOCK_Y=block_y,
+                num_warps=_transport_warps(block_x * block_y), enable_fp_fusion=True,
+            )  # fmt: skip
+    return distance, plan, x_rows, y_rows
 
 
 def word_patch_alignment_gradients(
@@ -232,79 +255,91 @@ def _gradient(upstream, own, other, plan, own_rows, other_rows, strides) -> torc
     # The interpreter truncates where it should round to bf16: there the result is rounded after.
     wide = INTERPRETED and own.dtype is torch.bfloat16
     out = torch.empty(own.shape, dtype=torch.float32 if wide else own.dtype, device=own.device)
-    launch = GRADIENT[own.element_size()]
-    grid = (pairs, triton.cdiv(rows, GRADIENT_ROWS), triton.cdiv(width, GRADIENT_COLS))
+    grid = (pairs, triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(width, BLOCK_COLS))
     if out.numel():
         with on_device(own):
             gradient_kernel[grid](
                 upstream, own, other, plan, own_rows, other_rows, out, rows, other.shape[1], width,
                 own.stride(0), own.stride(1), other.stride(0), other.stride(1), *strides,
-                BLOCK_M=GRADIENT_ROWS, BLOCK_N=GRADIENT_COLS, BLOCK_K=launch.block_k,
-                **_options(launch),
+                BLOCK_M=BLOCK_ROWS, BLOCK_N=BLOCK_COLS, BLOCK_K=GRADIENT.block_k,
+                **_options(GRADIENT),
             )  # fmt: skip
     return out.to(own.dtype)
 
 
 def aot_cases() -> list[aot.Case]:
-    """Every configuration of the two kernels, for ahead-of-time compilation."""
-    return [
-        case
-        for capability in CAPABILITIES
-        for kind, size in (("bf16", 2), ("fp16", 2), ("fp32", 4))
-        for case in _cases(capability, kind, size)
-    ]
-
-
-def _cases(capability: int, kind: str, size: int) -> list[aot.Case]:
-    floats = ["row_distance_ptr", "plan_ptr", "x_rows_ptr", "y_rows_ptr"]
+    """Every configuration of the three kernels, for ahead-of-time compilation."""
     cases = []
-    # fp16 differs from bf16 in one instruction: its largest block alone.
-    for block_x, block_y in ((64, 256), (16, 64))[: 1 if kind == "fp16" else 2]:
-        launch = _align_launch(block_x * block_y, size)
-        cases.append(
-            aot.Case(
-                name=f"alignment {kind} {block_x}x{block_y}x{launch.block_k}",
-                kernel=alignment_kernel,
-                signature={
-                    "x_ptr": f"*{kind}", "y_ptr": f"*{kind}",
-                    "x_padding_ptr": "*u8", "y_padding_ptr": "*u8",
-                    **dict.fromkeys(floats, "*fp32"),
-                    **dict.fromkeys(("X", "Y", "D", "iterations", "inner"), "i32"),
-                    **dict.fromkeys(("stride_xb", "stride_xr", "stride_yb", "stride_yr"), "i32"),
-                    "inverse_beta": "fp32",
-                },
-                constants={
-                    "BLOCK_X": block_x, "BLOCK_Y": block_y, "BLOCK_K": launch.block_k,
-                    "UPCAST": False,
-                },
-                capability=capability,
-                warps=launch.warps,
-                stages=launch.stages,
-                aligned=("D", "stride_xb", "stride_xr", "stride_yb", "stride_yr"),
-                tensor_cores=kind != "fp32",
-            )
-        )  # fmt: skip
-    launch = GRADIENT[size]
-    strides = [f"stride_{side}_{axis}" for side in ("own", "other") for axis in "br"]
-    cases.append(
-        aot.Case(
-            name=f"alignment gradient {kind} {GRADIENT_ROWS}x{GRADIENT_COLS}x{launch.block_k}",
-            kernel=gradient_kernel,
-            signature={
-                **dict.fromkeys(("own_ptr", "other_ptr", "out_ptr"), f"*{kind}"),
-                **dict.fromkeys(
-                    ("upstream_ptr", "plan_ptr", "own_rows_ptr", "other_rows_ptr"), "*fp32"
-                ),
-                **dict.fromkeys(("OWN", "OTHER", "D", *strides), "i32"),
-                **dict.fromkeys(("stride_plan_own", "stride_plan_other"), "i32"),
-            },
-            constants={
-                "BLOCK_M": GRADIENT_ROWS, "BLOCK_N": GRADIENT_COLS, "BLOCK_K": launch.block_k,
-            },
-            capability=capability,
-            warps=launch.warps,
-            stages=launch.stages,
-            aligned=("D", *strides),
-        )
-    )  # fmt: skip
+    for capability in CAPABILITIES:
+        for kind, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+            cases += [
+                _cosine_case(capability, kind, COSINE[size]),
+                _gradient_case(capability, kind),
+            ]
+        # The largest blocks, and the smallest.
+        for block_x, block_y in ((64, 256), (16, 1024), (16, 16)):
+            cases.append(_transport_case(capability, block_x, block_y))
     return cases
+
+
+def _cosine_case(capability: int, kind: str, launch: Launch) -> aot.Case:
+    strides = ("stride_xb", "stride_xr", "stride_yb", "stride_yr")
+    return aot.Case(
+        name=f"alignment cosine {kind} {BLOCK_ROWS}x{BLOCK_COLS}x{launch.block_k}",
+        kernel=cosine_kernel,
+        signature={
+            **dict.fromkeys(("x_ptr", "y_ptr"), f"*{kind}"),
+            **dict.fromkeys(("x_padding_ptr", "y_padding_ptr"), "*u8"),
+            **dict.fromkeys(("plan_ptr", "x_rows_ptr", "y_rows_ptr"), "*fp32"),
+            **dict.fromkeys(("X", "Y", "D", *strides), "i32"),
+        },
+        constants={
+            "BLOCK_X": BLOCK_ROWS,
+            "BLOCK_Y": BLOCK_COLS,
+            "BLOCK_K": launch.block_k,
+            "UPCAST": False,
+        },
+        capability=capability,
+        warps=launch.warps,
+        stages=launch.stages,
+        aligned=("D", *strides),
+        tensor_cores=kind != "fp32",
+    )
+
+
+def _transport_case(capability: int, block_x: int, block_y: int) -> aot.Case:
+    pointers = ("distance_ptr", "plan_ptr", "x_rows_ptr", "y_rows_ptr")
+    return aot.Case(
+        name=f"alignment transport {block_x}x{block_y}",
+        kernel=transport_kernel,
+        signature={
+            **dict.fromkeys(("x_padding_ptr", "y_padding_ptr"), "*u8"),
+            **dict.fromkeys(pointers, "*fp32"),
+            **dict.fromkeys(("X", "Y", "iterations", "inner"), "i32"),
+            "inverse_beta": "fp32",
+        },
+        constants={"BLOCK_X": block_x, "BLOCK_Y": block_y},
+        capability=capability,
+        warps=_transport_warps(block_x * block_y),
+        stages=3,
+    )
+
+
+def _gradient_case(capability: int, kind: str) -> aot.Case:
+    strides = [f"stride_{side}_{axis}" for side in ("own", "other") for axis in "br"]
+    floats = ("upstream_ptr", "plan_ptr", "own_rows_ptr", "other_rows_ptr")
+    return aot.Case(
+        name=f"alignment gradient {kind} {BLOCK_ROWS}x{BLOCK_COLS}x{GRADIENT.block_k}",
+        kernel=gradient_kernel,
+        signature={
+            **dict.fromkeys(("own_ptr", "other_ptr", "out_ptr"), f"*{kind}"),
+            **dict.fromkeys(floats, "*fp32"),
+            **dict.fromkeys(("OWN", "OTHER", "D", *strides), "i32"),
+            **dict.fromkeys(("stride_plan_own", "stride_plan_other"), "i32"),
+        },
+        constants={"BLOCK_M": BLOCK_ROWS, "BLOCK_N": BLOCK_COLS, "BLOCK_K": GRADIENT.block_k},
+        capability=capability,
+        warps=GRADIENT.warps,
+        stages=GRADIENT.stages,
+        aligned=("D", *strides),
+    )

@@ -82,13 +82,23 @@ void sweep(const Transport& t, int64_t first) {
   }
 }
 
+// The last columns: at most V vectors of them, all at once, because a lone vector would wait for
+// its own sums.
+template <int V, bool advance>
+void sweep_rest(const Transport& t, int64_t first) {
+  if (first + V * kLanes == t.stride)
+    sweep<V, advance>(t, first);
+  else if constexpr (V > 1)
+    sweep_rest<V - 1, advance>(t, first);
+}
+
 template <bool advance>
 void iterate_once(const Transport& t) {
   constexpr int V = 4;
   std::memset(t.partial, 0, t.rows * kVectorBytes);
   int64_t first = 0;
-  for (; first + V * kLanes <= t.stride; first += V * kLanes) sweep<V, advance>(t, first);
-  for (; first < t.stride; first += kLanes) sweep<1, advance>(t, first);
+  for (; first + 2 * V * kLanes <= t.stride; first += V * kLanes) sweep<V, advance>(t, first);
+  sweep_rest<2 * V - 1, advance>(t, first);
   for (int64_t i = 0; i < t.rows; ++i) {
     const float sum = horizontal_sum(load(t.partial + i * kLanes));
     t.sigma[i] = sum == 0.0f ? 0.0f : 1.0f / (sum * static_cast<float>(t.rows));

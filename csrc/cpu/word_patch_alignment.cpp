@@ -126,6 +126,9 @@ std::tuple<Tensor, Tensor> word_patch_alignment_gradients(const Tensor& upstream
   char* dx_data = static_cast<char*>(dx.mutable_data_ptr());
   char* dy_data = static_cast<char*>(dy.mutable_data_ptr());
   const int64_t row_bytes = p.dim * element_bytes(left.element);
+  // Faulting in gradients of many MB a small page at a time would take as long as computing them.
+  advise_huge_pages(dx_data, left.pairs * left.rows * row_bytes);
+  advise_huge_pages(dy_data, left.pairs * right.rows * row_bytes);
   for_each_pair(left.pairs, kernels.scratch_floats(p), [&](int64_t b, float* scratch) {
     const AlignmentPair pair = {left.pair(b), right.pair(b),
                                 floats(plan) + b * p.x_rows * p.y_rows};

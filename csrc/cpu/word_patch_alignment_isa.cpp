@@ -84,10 +84,19 @@ void scale_row(const float* in, float factor, int64_t n, float* out) {
   for (int64_t d = 0; d < n; d += kLanes) store(out + d, load(in + d) * factor);
 }
 
-// Row `r` of the features as floats, zeros after them.
-void read_row(const AlignmentSide& side, int64_t r, const AlignmentProblem& p, float* out) {
-  convert_row(side.features, r, p.dim, out);
-  std::memset(out + p.dim, 0, (padded_dim(p) - p.dim) * 4);
+// Whether rows of floats need no padding and no conversion: they are read and written in place.
+bool stays_in_place(const AlignmentProblem& p, const AlignmentSide& side) {
+  return side.features.element == Element::kFloat32 && p.dim == padded_dim(p);
+}
+
+// Row `r` of the features as floats, zeros after them; in `buffer` unless it can stay in place.
+const float* read_row(const AlignmentProblem& p, const AlignmentSide& side, int64_t r,
+                      float* buffer) {
+  if (stays_in_place(p, side))
+    return static_cast<const float*>(side.features.data) + r * side.features.stride;
+  convert_row(side.features, r, p.dim, buffer);
+  std::memset(buffer + p.dim, 0, (padded_dim(p) - p.dim) * 4);
+  return buffer;
 }
 
 // Positions of the rows that are not padding.
@@ -102,10 +111,10 @@ int64_t gather_valid(const AlignmentSide& side, int32_t* index) {
 
 // The valid rows, normalised, and zero rows up to whole tiles of products.
 void normalise(const AlignmentProblem& p, const AlignmentSide& side, const int32_t* index,
-               int64_t count, int64_t tile, float* row, float* out) {
+               int64_t count, int64_t tile, float* buffer, float* out) {
   const int64_t width = padded_dim(p);
   for (int64_t r = 0; r < count; ++r) {
-    read_row(side, index[r], p, row);
+    const float* row = read_row(p, side, index[r], buffer);
     const float length = norm(row, width);
     const float factor = 1.0f / (length < kSmallestNorm ? kSmallestNorm : length);
     scale_row(row, factor, width, out + r * width);
@@ -186,9 +195,9 @@ int64_t gather_used(const AlignmentSide& side, int32_t* index) {
 
 // Normalised rows as the B operand of a product along the rows: panels of [count][kPanel].
 void pack_normalised(const AlignmentProblem& p, const AlignmentSide& side, const int32_t* index,
-                     int64_t count, float* row, float* out) {
+                     int64_t count, float* buffer, float* out) {
   for (int64_t r = 0; r < count; ++r) {
-    read_row(side, index[r], p, row);
+    const float* row = read_row(p, side, index[r], buffer);
     for (int64_t d = 0; d < padded_dim(p); d += kPanel)
       scale_row(row + d, side.factor[index[r]], kPanel, out + d * count + r * kPanel);
   }
@@ -203,12 +212,14 @@ void store_gradient(const AlignmentProblem& p, const AlignmentSide& side, const 
     const int64_t at = index[first + r];
     const float scale = -upstream * side.factor[at], share = side.share[at];
     float* sum = sums + r * padded_dim(p);
+    const bool in_place = stays_in_place(p, side);
+    float* to = in_place ? static_cast<float*>(out) + at * p.dim : sum;
     for (int64_t d = 0; d < padded_dim(p); d += kPanel)
       for (int64_t v = d; v < d + kPanel; v += kLanes) {
         const Vec own = load(packed + d * total + (first + r) * kPanel + (v - d));
-        store(sum + v, (load(sum + v) - own * share) * scale);
+        store(to + v, (load(sum + v) - own * share) * scale);
       }
-    store_row(sum, p.dim, side.features.element, out, at * p.dim);
+    if (!in_place) store_row(sum, p.dim, side.features.element, out, at * p.dim);
   }
 }
 

@@ -7,7 +7,7 @@ import torch
 
 from .. import _native
 from ..kernels import alignment_supported
-from ._contrastive_inputs import reference_reasons, unit_stride
+from ._contrastive_inputs import check_same_kind, reference_reasons, unit_stride
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_BETA = 0.04
@@ -29,16 +29,7 @@ def check_inputs(text, image, text_padding, image_padding, beta, iterations, inn
             "image_features: expected the number of pairs and the width of text_features "
             f"{tuple(text.shape)}, got {tuple(image.shape)}"
         )
-    if text.dtype != image.dtype:
-        raise TypeError(
-            f"image_features: expected the dtype of text_features, {text.dtype}, got "
-            f"{image.dtype}; cast one of them"
-        )
-    if text.device != image.device:
-        raise ValueError(
-            f"image_features: expected the device of text_features, {text.device}, got "
-            f"{image.device}; move one of them"
-        )
+    check_same_kind("image_features", image, "text_features", text)
     _check_padding("text_padding", text_padding, text)
     _check_padding("image_padding", image_padding, image)
     _check_numbers(beta, iterations, inner, text.dtype)
@@ -67,7 +58,7 @@ def _check_numbers(beta, iterations, inner, dtype: torch.dtype) -> None:
     if not isinstance(beta, Real):
         raise TypeError(f"beta: expected a number, got {type(beta).__name__}")
     lowest = 0.0 if dtype == torch.float64 else SMALLEST_BETA
-    if not math.isfinite(beta) or beta <= 0 or beta < lowest:
+    if not (beta > 0 and lowest <= beta < math.inf):
         raise ValueError(
             f"beta: expected a finite number of at least {SMALLEST_BETA} (float64 features: above "
             f"0), got {beta!r}; a small beta leaves the range of float32"

@@ -101,6 +101,12 @@ def sharpness(beta=0.5, iterations=50, **_):
     return torch.finfo(torch.float32).eps * (1 + iterations / beta)
 
 
+def distance_rounding(true):
+    """What a distance is off when the norms and factors of two rows and its own sum are rounded."""
+    scale = len(true.distance) ** 0.5 + true.distance.norm().item()
+    return 2 * torch.finfo(torch.float32).eps * scale
+
+
 def exact(case, **kwargs):
     return run(word_patch_alignment_reference, case, torch.float64, **kwargs)
 
