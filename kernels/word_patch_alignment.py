@@ -114,19 +114,22 @@ def cosine_kernel(
 @triton.jit(do_not_specialize=["iterations", "inner"])
 def transport_kernel(
     x_padding_ptr, y_padding_ptr, distance_ptr, plan_ptr, x_rows_ptr, y_rows_ptr,
-    X, Y, inverse_beta, iterations, inner, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
+    X, Y, plan_stride, inverse_beta, iterations, inner,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
 ):  # fmt: skip
-    """Pair program_id(0) from its cosines to its plan, in place; its distance and shares."""
+    """Pair program_id(0) from its cosines to its plan, in place; its distance and shares.
+
+    plan_stride is Y under a name of its own: the addresses after the loop are then other values
+    than those before it, and do not occupy registers in between.
+    """
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     i, j = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_Y)
     x_valid = is_valid(x_padding_ptr + pair * X, i, X)
     y_valid = is_valid(y_padding_ptr + pair * Y, j, Y)
     words, patches = tl.sum(x_valid.to(tl.float32), 0), tl.sum(y_valid.to(tl.float32), 0)
-    own = plan_ptr + pair * X * Y
-    offset = i[:, None] * Y + j[None, :]
-    within = (i < X)[:, None] & (j < Y)[None, :]
     inside = x_valid[:, None] & y_valid[None, :]
-    cosine = tl.load(own + offset, mask=within, other=0.0)
+    own = plan_ptr + pair * X * Y
+    cosine = tl.load(own + i[:, None] * Y + j[None, :], mask=inside, other=0.0)
     a = tl.where(inside, tl.exp((cosine - 1.0) * inverse_beta), 0.0)
     # A common factor of the plan cancels in delta, so that it may start from ones.
     q = tl.where(inside, 1.0, 0.0)
@@ -139,9 +142,11 @@ def transport_kernel(
             sigma = balance(tl.sum(q * delta[None, :], 1), words)
     q = q * delta[None, :] * sigma[:, None]
 
-    cosine = tl.load(own + offset, mask=within, other=0.0)
+    at = plan_ptr + pair * X * plan_stride + i[:, None] * plan_stride + j[None, :]
+    within = (i < X)[:, None] & (j < plan_stride)[None, :]
+    cosine = tl.load(at, mask=within, other=0.0)
     tl.debug_barrier()  # every thread has read the cosines before a plan takes their place
-    tl.store(own + offset, q, mask=within)
+    tl.store(at, q, mask=within)
     tl.store(distance_ptr + pair, tl.sum(tl.sum(q * (1.0 - cosine), 1), 0))
     cosine *= q
     store_share(x_rows_ptr + pair * X, pairs, i, X, tl.sum(cosine, 1))
@@ -229,8 +234,8 @@ def word_patch_alignment(
                 UPCAST=INTERPRETED and x.dtype is torch.bfloat16, **_options(launch),
             )  # fmt: skip
             transport_kernel[(pairs,)](
-                *masks, distance, plan, x_rows, y_rows, words, patches, 1.0 / beta, iterations,
-                inner, BLOCK_X=block_x, BLOCK_Y=block_y,
+                *masks, distance, plan, x_rows, y_rows, words, patches, patches, 1.0 / beta,
+                iterations, inner, BLOCK_X=block_x, BLOCK_Y=block_y,
                 num_warps=_transport_warps(block_x * block_y), enable_fp_fusion=True,
             )  # fmt: skip
     return distance, plan, x_rows, y_rows
@@ -315,7 +320,7 @@ def _transport_case(capability: int, block_x: int, block_y: int) -> aot.Case:
         signature={
             **dict.fromkeys(("x_padding_ptr", "y_padding_ptr"), "*u8"),
             **dict.fromkeys(pointers, "*fp32"),
-            **dict.fromkeys(("X", "Y", "iterations", "inner"), "i32"),
+            **dict.fromkeys(("X", "Y", "plan_stride", "iterations", "inner"), "i32"),
             "inverse_beta": "fp32",
         },
         constants={"BLOCK_X": block_x, "BLOCK_Y": block_y},

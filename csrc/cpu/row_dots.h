@@ -32,13 +32,12 @@ inline void dot_tile(const float* x, const float* y, int64_t stride, int64_t dep
     for (int j = 0; j < kDotRowsY; ++j) c[i * c_stride + j] = horizontal_sum(sum[i][j]);
 }
 
-// C[rows_x][rows_y] of rows padded to whole tiles; depth is a multiple of kLanes. The few rows of Y
-// of a tile stay in the first-level cache while all of X passes by.
-inline void row_dots(const float* x, int64_t rows_x, const float* y, int64_t rows_y, int64_t stride,
-                     int64_t depth, float* c, int64_t c_stride) {
-  for (int64_t j = 0; j < rows_y; j += kDotRowsY)
-    for (int64_t i = 0; i < rows_x; i += kDotRowsX)
-      dot_tile(x + i * stride, y + j * stride, stride, depth, c + i * c_stride + j, c_stride);
+// C[rows_x][kDotRowsY] of kDotRowsY rows of Y, which stay in the first-level cache while all of X
+// passes by; X is padded to whole tiles and depth is a multiple of kLanes.
+inline void row_dots(const float* x, int64_t rows_x, const float* y, int64_t stride, int64_t depth,
+                     float* c, int64_t c_stride) {
+  for (int64_t i = 0; i < rows_x; i += kDotRowsX)
+    dot_tile(x + i * stride, y, stride, depth, c + i * c_stride, c_stride);
 }
 
 }  // namespace

@@ -32,6 +32,8 @@ struct AlignmentPair {
   AlignmentSide x;
   AlignmentSide y;
   float* plan;  // [x_rows, y_rows]
+  // The y features of the pair that comes next, fetched while this one computes; data may be null.
+  Features next;
 };
 
 // Gradients [rows, dim] of one pair, contiguous, in the element type of the features.
