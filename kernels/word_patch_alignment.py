@@ -2,7 +2,7 @@
 
 The cosines of all pairs come from tiles of products; half-precision features go through tensor
 cores and are normalised afterwards, which is exact to fp32 rounding: the products themselves are.
-Then a program takes a pair through all its iterations with the matrices in registers. Gradients
+Then a program takes a pair through all its iterations with Q in registers. Gradients
 are products with the plan, in fp32.
 
 The plan, [words, patches], and what the gradients need of each row leave the kernels: the factor
@@ -34,7 +34,7 @@ class Launch:
 BLOCK_ROWS, BLOCK_COLS = 64, 32  # of every product's tile
 COSINE = {2: Launch(64, 4, 2), 4: Launch(16, 4, 2)}  # by bytes of a feature
 GRADIENT = Launch(16, 4, 2)
-THREAD_ELEMENTS = 32  # of each of a pair's two matrices that a thread keeps
+THREAD_ELEMENTS = 32  # of a pair's matrix that a thread keeps
 
 
 @triton.jit
@@ -81,6 +81,7 @@ def store_share(ptr, pairs, row, rows, share):
 def cosine_kernel(
     x_ptr, y_ptr, x_padding_ptr, y_padding_ptr, plan_ptr, x_rows_ptr, y_rows_ptr,
     X, Y, D, stride_xb, stride_xr, stride_yb, stride_yr,
+    PLAN_X: tl.constexpr, PLAN_Y: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Cosines of pair program_id(0), 0 at padding, to where its plan will be; rows' factors."""
@@ -103,8 +104,8 @@ def cosine_kernel(
             x, y = x_wide, y_wide
         product = tl.dot(x, tl.trans(y), product, input_precision="ieee")
     cosine = product * factor_of(x_square)[:, None] * factor_of(y_square)[None, :]
-    at = plan_ptr + (pair * X + i)[:, None] * Y + j[None, :]
-    tl.store(at, cosine, mask=(i < X)[:, None] & (j < Y)[None, :])
+    at = plan_ptr + (pair * PLAN_X + i)[:, None] * PLAN_Y + j[None, :]
+    tl.store(at, cosine, mask=(i < PLAN_X)[:, None] & (j < PLAN_Y)[None, :])
     if tl.program_id(2) == 0:
         store_factors(x_rows_ptr + pair * X, pairs, i, X, x_square, x_valid)
     if tl.program_id(1) == 0:
@@ -114,13 +115,11 @@ def cosine_kernel(
 @triton.jit(do_not_specialize=["iterations", "inner"])
 def transport_kernel(
     x_padding_ptr, y_padding_ptr, distance_ptr, plan_ptr, x_rows_ptr, y_rows_ptr,
-    X, Y, plan_stride, inverse_beta, iterations, inner,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
+    X, Y, inverse_beta, iterations, inner, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
 ):  # fmt: skip
     """Pair program_id(0) from its cosines to its plan, in place; its distance and shares.
 
-    plan_stride is Y under a name of its own: the addresses after the loop are then other values
-    than those before it, and do not occupy registers in between.
+    The matrices lie as whole blocks: addresses are constants and take no registers.
     """
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     i, j = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_Y)
@@ -128,25 +127,24 @@ def transport_kernel(
     y_valid = is_valid(y_padding_ptr + pair * Y, j, Y)
     words, patches = tl.sum(x_valid.to(tl.float32), 0), tl.sum(y_valid.to(tl.float32), 0)
     inside = x_valid[:, None] & y_valid[None, :]
-    own = plan_ptr + pair * X * Y
-    cosine = tl.load(own + i[:, None] * Y + j[None, :], mask=inside, other=0.0)
-    a = tl.where(inside, tl.exp((cosine - 1.0) * inverse_beta), 0.0)
+    at = plan_ptr + pair * (BLOCK_X * BLOCK_Y) + i[:, None] * BLOCK_Y + j[None, :]
     # A common factor of the plan cancels in delta, so that it may start from ones.
     q = tl.where(inside, 1.0, 0.0)
     sigma = tl.zeros((BLOCK_X,), tl.float32) + 1.0 / tl.maximum(words, 1.0)
     delta = tl.full((BLOCK_Y,), 1.0, tl.float32)
     for _ in range(iterations):
-        q = q * delta[None, :] * sigma[:, None] * a
+        # Read and exponentiated anew each time (volatile, or the compiler would do it once): with
+        # this matrix in registers as well, the program would spill.
+        a = tl.exp((tl.load(at, volatile=True) - 1.0) * inverse_beta)
+        q = q * delta[None, :] * sigma[:, None] * tl.where(inside, a, 0.0)
         for _ in range(inner):
             delta = balance(tl.sum(q * sigma[:, None], 0), patches)
             sigma = balance(tl.sum(q * delta[None, :], 1), words)
     q = q * delta[None, :] * sigma[:, None]
 
-    at = plan_ptr + pair * X * plan_stride + i[:, None] * plan_stride + j[None, :]
-    within = (i < X)[:, None] & (j < plan_stride)[None, :]
-    cosine = tl.load(at, mask=within, other=0.0)
+    cosine = tl.load(at)
     tl.debug_barrier()  # every thread has read the cosines before a plan takes their place
-    tl.store(at, q, mask=within)
+    tl.store(at, q)
     tl.store(distance_ptr + pair, tl.sum(tl.sum(q * (1.0 - cosine), 1), 0))
     cosine *= q
     store_share(x_rows_ptr + pair * X, pairs, i, X, tl.sum(cosine, 1))
@@ -218,27 +216,27 @@ def word_patch_alignment(
     patches = y.shape[1]
     like = {"dtype": torch.float32, "device": x.device}
     distance = torch.empty(pairs, **like)
-    plan = torch.empty(pairs, words, patches, **like)
     x_rows, y_rows = torch.empty(2, pairs, words, **like), torch.empty(2, pairs, patches, **like)
     block_x, block_y = alignment_block(words), alignment_block(patches)
+    plan = torch.empty(pairs, block_x, block_y, **like)
     launch = COSINE[x.element_size()]
-    # At least one program on each axis: a side without rows still leaves its other side's factors.
-    grid = (pairs, triton.cdiv(max(words, 1), BLOCK_ROWS), triton.cdiv(max(patches, 1), BLOCK_COLS))
+    grid = (pairs, triton.cdiv(block_x, BLOCK_ROWS), triton.cdiv(block_y, BLOCK_COLS))
     masks = x_padding.view(torch.uint8), y_padding.view(torch.uint8)
     if pairs:
         with on_device(x):
             cosine_kernel[grid](
                 x, y, *masks, plan, x_rows, y_rows, words, patches, width,
                 x.stride(0), x.stride(1), y.stride(0), y.stride(1),
+                PLAN_X=block_x, PLAN_Y=block_y,
                 BLOCK_X=BLOCK_ROWS, BLOCK_Y=BLOCK_COLS, BLOCK_K=launch.block_k,
                 UPCAST=INTERPRETED and x.dtype is torch.bfloat16, **_options(launch),
             )  # fmt: skip
             transport_kernel[(pairs,)](
-                *masks, distance, plan, x_rows, y_rows, words, patches, patches, 1.0 / beta,
-                iterations, inner, BLOCK_X=block_x, BLOCK_Y=block_y,
+                *masks, distance, plan, x_rows, y_rows, words, patches, 1.0 / beta, iterations,
+                inner, BLOCK_X=block_x, BLOCK_Y=block_y,
                 num_warps=_transport_warps(block_x * block_y), enable_fp_fusion=True,
             )  # fmt: skip
-    return distance, plan, x_rows, y_rows
+    return distance, plan[:, :words, :patches].contiguous(), x_rows, y_rows
 
 
 def word_patch_alignment_gradients(
@@ -299,6 +297,8 @@ def _cosine_case(capability: int, kind: str, launch: Launch) -> aot.Case:
             **dict.fromkeys(("X", "Y", "D", *strides), "i32"),
         },
         constants={
+            "PLAN_X": 64,
+            "PLAN_Y": 256,
             "BLOCK_X": BLOCK_ROWS,
             "BLOCK_Y": BLOCK_COLS,
             "BLOCK_K": launch.block_k,
@@ -320,7 +320,7 @@ def _transport_case(capability: int, block_x: int, block_y: int) -> aot.Case:
         signature={
             **dict.fromkeys(("x_padding_ptr", "y_padding_ptr"), "*u8"),
             **dict.fromkeys(pointers, "*fp32"),
-            **dict.fromkeys(("X", "Y", "plan_stride", "iterations", "inner"), "i32"),
+            **dict.fromkeys(("X", "Y", "iterations", "inner"), "i32"),
             "inverse_beta": "fp32",
         },
         constants={"BLOCK_X": block_x, "BLOCK_Y": block_y},
