@@ -104,4 +104,15 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "()");
   // weights [M] fp32 times matrix [M, V] (fp32 or bf16): [V] fp32.
   m.def("soft_cross_entropy_column_sums(Tensor matrix, Tensor weights) -> Tensor");
+  // x [B, Lx, D] and y [B, Ly, D], padding masks [B, Lx] and [B, Ly] (true: left out). Returns the
+  // distances [B], the plans [B, Lx, Ly] and what the gradients need of each row of x and of y:
+  // [2, B, Lx] and [2, B, Ly], the factor that normalises it (0: padding) and its share, the sum
+  // over its part of the plan of plan times cosine. All float32.
+  m.def(
+      "word_patch_alignment(Tensor x, Tensor y, Tensor x_padding, Tensor y_padding, float beta, "
+      "int iterations, int inner) -> (Tensor, Tensor, Tensor, Tensor)");
+  // upstream [B] fp32. Returns dx and dy in the features' dtype.
+  m.def(
+      "word_patch_alignment_gradients(Tensor upstream, Tensor x, Tensor y, Tensor plan, "
+      "Tensor x_rows, Tensor y_rows) -> (Tensor, Tensor)");
 }

@@ -25,6 +25,7 @@ MODULES = (
     "cross_attention",
     "cross_attention_backward",
     "soft_cross_entropy",
+    "word_patch_alignment",
 )
 # Shared memory one block may use, in bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}

@@ -78,3 +78,28 @@ def attention_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> li
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             reasons.append(f"the last axis of {name} is not contiguous; call .contiguous()")
     return reasons
+
+
+# A pair's matrix lives in the registers of one program: words and patches, each rounded up to a
+# power of two, may have this many elements.
+LARGEST_ALIGNMENT = 64 * 256
+
+
+def alignment_supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
+    """Reasons why the alignment kernels cannot take `x` [B, Lx, D] and `y` [B, Ly, D]."""
+    reasons = device_reasons(x.device)
+    if x.dtype not in DTYPES or x.dtype != y.dtype:
+        reasons.append(f"x is {x.dtype}, y {y.dtype}; one of float32, bfloat16, float16 is taken")
+    if x.dim() == 3 and y.dim() == 3:
+        words, patches = alignment_block(x.shape[1]), alignment_block(y.shape[1])
+        if words * patches > LARGEST_ALIGNMENT:
+            reasons.append(
+                f"{x.shape[1]} words and {y.shape[1]} patches make a block of {words} x {patches}, "
+                f"more than the {LARGEST_ALIGNMENT} elements that one program holds"
+            )
+    return reasons
+
+
+def alignment_block(length: int) -> int:
+    """The power of two, at least 16, that holds `length` positions."""
+    return max(16, 1 << max(0, length - 1).bit_length())

@@ -19,6 +19,12 @@ inline void convert_row(const Features& m, int64_t row, int64_t dim, float* out)
   to_floats(static_cast<const char*>(m.data) + row * m.stride * bytes, m.element, dim, out);
 }
 
+// Writes n floats as elements [at, at + n) of `out`, rounded to nearest even.
+inline void store_row(const float* in, int64_t n, Element element, void* out, int64_t at) {
+  const int64_t bytes = element == Element::kFloat32 ? 4 : 2;
+  from_floats(in, n, element, static_cast<char*>(out) + at * bytes);
+}
+
 template <class Dot>
 int64_t depth_words(int64_t n) {
   return (n + Dot::kPerWord - 1) / Dot::kPerWord;

@@ -12,9 +12,15 @@ from .soft_cross_entropy import (
     select_rows,
     soft_cross_entropy,
     soft_cross_entropy_reference,
+from .word_patch_alignment import (
+    alignment_padding,
+    word_patch_alignment,
+    word_patch_alignment_loss,
+    word_patch_alignment_reference,
 )
 
 __all__ = [
+    "alignment_padding",
     "contrastive",
     "contrastive_reference",
     "cross_attention",
@@ -31,4 +37,7 @@ __all__ = [
     "select_rows",
     "soft_cross_entropy",
     "soft_cross_entropy_reference",
+    "word_patch_alignment",
+    "word_patch_alignment_loss",
+    "word_patch_alignment_reference",
 ]

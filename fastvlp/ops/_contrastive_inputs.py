@@ -49,15 +49,20 @@ def check_features(image_features: torch.Tensor, text_features: torch.Tensor) ->
             "image_features: expected at least one pair and a width of at least 1, got shape "
             f"{tuple(image_features.shape)}; skip the step when a batch is empty"
         )
-    if image_features.dtype != text_features.dtype:
+    check_same_kind("text_features", text_features, "image_features", image_features)
+
+
+def check_same_kind(name: str, t: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """Raises TypeError or ValueError unless `t` has the dtype and the device of `like`."""
+    if t.dtype != like.dtype:
         raise TypeError(
-            f"text_features: expected the dtype of image_features, {image_features.dtype}, got "
-            f"{text_features.dtype}; cast one of them"
+            f"{name}: expected the dtype of {like_name}, {like.dtype}, got {t.dtype}; "
+            "cast one of them"
         )
-    if image_features.device != text_features.device:
+    if t.device != like.device:
         raise ValueError(
-            f"text_features: expected the device of image_features, {image_features.device}, got "
-            f"{text_features.device}; move one of them"
+            f"{name}: expected the device of {like_name}, {like.device}, got {t.device}; "
+            "move one of them"
         )
 
 
@@ -148,6 +153,6 @@ CANDIDATES = {
 
 def unit_stride(features: torch.Tensor) -> torch.Tensor:
     """`features`, copied only where its last axis is not contiguous."""
-    if features.shape[1] == 1 or features.stride(1) == 1:
+    if features.shape[-1] == 1 or features.stride(-1) == 1:
         return features
     return features.contiguous()

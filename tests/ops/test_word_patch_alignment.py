@@ -1,0 +1,239 @@
+"""word_patch_alignment against its float64 reference, and that against ViLT written out."""
+
+import math
+
+import pytest
+import torch
+from alignment_cases import (
+    KINDS,
+    distance_rounding,
+    entry_by_entry,
+    exact,
+    gradient_terms,
+    pairs,
+    run,
+    sharpness,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_as_accurate, epsilon
+
+from fastvlp.ops import (
+    alignment_padding,
+    word_patch_alignment,
+    word_patch_alignment_loss,
+    word_patch_alignment_reference,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SINGLE = epsilon(torch.float32)
+
+
+def check(case, **kwargs):
+    ours = run(word_patch_alignment, case, **kwargs)
+    eager = run(word_patch_alignment_reference, case, **kwargs)
+    true = exact(case, **kwargs)
+    assert ours.distance.dtype == ours.plan.dtype == torch.float32
+    growth = sharpness(**kwargs)
+    assert_as_accurate(
+        "distance", ours.distance, eager.distance, true.distance, distance_rounding(true)
+    )
+    assert_as_accurate("plan", ours.plan, eager.plan, true.plan, growth * true.plan.norm().item())
+    for name, terms in zip(("text", "image"), gradient_terms(case, true.plan), strict=True):
+        got, wanted = getattr(ours, name), getattr(true, name)
+        assert got.dtype == case.text.dtype
+        floor = growth * terms + epsilon(got.dtype) * wanted.norm().item()
+        assert_as_accurate(name, got, getattr(eager, name), wanted, floor)
+    for padding, gradient in ((case.text_padding, ours.text), (case.image_padding, ours.image)):
+        assert (gradient[padding] == 0).all()
+    outside = case.text_padding[:, :, None] | case.image_padding[:, None, :]
+    assert (ours.plan[outside] == 0).all()
+    return ours
+
+
+@settings(max_examples=150)
+@given(
+    count=st.sampled_from([1, 2, 5]),
+    words=st.sampled_from([1, 2, 3, 7, 12, 40]),
+    patches=st.sampled_from([1, 5, 15, 16, 17, 50, 65]),
+    dim=st.sampled_from([1, 2, 7, 16, 33, 64, 129]),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(KINDS),
+    masks=st.sampled_from(["none", "lengths", "holes"]),
+    scale=st.sampled_from([1.0, 1e-3, 300.0]),
+    strided=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_matches_float64(device, count, words, patches, dim, dtype, **drawn):
+    check(pairs(count, words, patches, dim, dtype, device, **drawn))
+
+
+@settings(max_examples=40)
+@given(
+    beta=st.sampled_from([0.05, 0.1, 1.0, 7.5]),
+    iterations=st.sampled_from([1, 2, 20, 120]),
+    inner_iterations=st.sampled_from([1, 2, 5]),
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 5),
+)
+def test_every_setting(device, kind, seed, **settings):
+    check(pairs(2, 9, 33, 24, torch.float32, device, kind=kind, seed=seed), **settings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_shape_of_vilt(device, dtype):
+    case = pairs(3, 40, 200, 768, dtype, device)
+    ours, eager = run(word_patch_alignment, case), run(word_patch_alignment_reference, case)
+    true = exact(case)
+    for name in ("distance", "plan", "text", "image"):
+        wanted = getattr(true, name)
+        # The results' own rounding alone: nothing else is exact by luck at this size.
+        floor = SINGLE * wanted.norm().item()
+        assert_as_accurate(name, getattr(ours, name), getattr(eager, name), wanted, floor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set(monkeypatch, dtype, isa):
+    if isa not in torch.ops.fastvlp.cpu_instruction_sets().split(","):
+        pytest.skip(f"this processor does not run {isa}")
+    monkeypatch.setenv("FASTVLP_CPU_ISA", isa)
+    for shape in ((1, 1, 1, 1), (3, 7, 50, 19), (2, 33, 130, 96)):
+        for kind in ("drawn", "matching"):
+            check(pairs(*shape, dtype, kind=kind))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e-4, 1e12, 1e30])
+def test_extreme_features(device, scale):
+    # From below the smallest norm to squares that leave the range of float32.
+    check(pairs(3, 9, 30, 40, torch.float32, device, scale=scale))
+
+
+@pytest.mark.parametrize("masks", ["none", "lengths", "holes"])
+def test_the_reference_is_vilt_written_out(masks):
+    case = pairs(4, 5, 9, 6, torch.float64, masks=masks, seed=2)
+    for chosen in ({}, {"beta": 0.2, "iterations": 7, "inner_iterations": 3}):
+        found = word_patch_alignment_reference(case.text, case.image, *case.masks(), **chosen)
+        keys = {"inner_iterations": "inner"}
+        expected = entry_by_entry(case, **{keys.get(k, k): v for k, v in chosen.items()})
+        torch.testing.assert_close(found, expected)
+
+
+def test_reference_by_hand():
+    # Two words equal to two patches: all mass goes to the matches, at no cost.
+    text = torch.eye(2, dtype=torch.float64)[None]
+    nothing = torch.zeros(1, 2, dtype=torch.bool)
+    distance, plan = word_patch_alignment_reference(
+        text, 3 * text, nothing, nothing, return_plan=True
+    )
+    torch.testing.assert_close(plan, torch.eye(2, dtype=torch.float64)[None] / 2)
+    assert distance.item() == pytest.approx(0, abs=1e-12)
+    # Orthogonal features: every plan costs 1.
+    assert word_patch_alignment_reference(
+        text[:, :1], text[:, 1:], nothing[:, :1], nothing[:, 1:]
+    ).item() == pytest.approx(1)
+
+
+def test_plans_have_uniform_margins(device):
+    case = pairs(4, 12, 30, 16, torch.float32, device, masks="holes")
+    _, plan = word_patch_alignment(case.text, case.image, *case.masks(), return_plan=True)
+    words = (~case.text_padding).float()
+    # sigma comes last: each word's row is exact, the columns converge to theirs.
+    torch.testing.assert_close(plan.sum(2), words / words.sum(1, keepdim=True))
+    torch.testing.assert_close(plan.sum((1, 2)), torch.ones(4, device=device))
+
+
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_a_pair_without_a_side_is_at_no_distance(device, side):
+    case = pairs(3, 6, 11, 8, torch.float32, device, masks="none")
+    getattr(case, f"{side}_padding")[1] = True
+    ours = check(case)
+    assert ours.distance[1] == 0 and not ours.text[1].any() and not ours.image[1].any()
+    assert ours.distance[0] > 0
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 8), (2, 0, 5, 8), (2, 4, 0, 8)])
+def test_empty_inputs(device, shape):
+    ours = check(pairs(*shape, torch.float32, device, masks="none"))
+    assert ours.distance.shape == shape[:1] and not ours.distance.any()
+
+
+def test_nan_in_a_word_stays_in_its_pair(device):
+    for value in (math.nan, math.inf):
+        case = pairs(3, 6, 11, 8, torch.float32, device, masks="none")
+        case.text[1, 2, 3] = value
+        ours = run(word_patch_alignment, case)
+        assert ours.distance.isnan().tolist() == [False, True, False]
+        assert ours.image[1].isnan().any()
+        assert not ours.text[0].isnan().any() and not ours.image[2].isnan().any()
+
+
+def test_dying_entries_leave_no_trace(device):
+    # Plans of tiny entries must not change how the process treats subnormal numbers afterwards.
+    check(pairs(2, 12, 40, 16, torch.float32, device, kind="matching", masks="none"), beta=0.05)
+    tiny = torch.tensor(1e-39)
+    assert (tiny * 0.5).item() > 0
+
+
+def test_bitwise_deterministic(device):
+    for dtype in DTYPES:
+        case = pairs(5, 20, 70, 48, dtype, device)
+        first, second = run(word_patch_alignment, case), run(word_patch_alignment, case)
+        for name in ("distance", "plan", "text", "image"):
+            assert torch.equal(getattr(first, name), getattr(second, name)), (dtype, name)
+
+
+def test_the_plan_is_held_fixed_and_carries_no_gradient(device):
+    case = pairs(2, 5, 7, 6, torch.float64, device)
+    for function in (word_patch_alignment, word_patch_alignment_reference):
+        for dtype in (torch.float32, torch.float64):
+            text = case.text.to(dtype).requires_grad_()
+            distance, plan = function(text, case.image.to(dtype), *case.masks(), return_plan=True)
+            assert distance.requires_grad and not plan.requires_grad
+    kept = case.text.masked_fill(case.text_padding[..., None], 0).requires_grad_()
+    image = case.image.masked_fill(case.image_padding[..., None], 0)
+    cosine = torch.nn.functional.cosine_similarity(kept[:, :, None], image[:, None], dim=-1)
+    (expected,) = torch.autograd.grad(((1 - cosine) * plan).sum(), kept)
+    (found,) = torch.autograd.grad(distance.sum(), text)
+    torch.testing.assert_close(found, expected)
+
+
+def test_gradient_only_where_asked(device):
+    case = pairs(2, 5, 7, 6, torch.float32, device)
+    case.image.requires_grad_()
+    word_patch_alignment(case.text, case.image, *case.masks()).sum().backward()
+    assert case.text.grad is None and case.image.grad is not None
+    assert not word_patch_alignment(case.text, case.text, *case.masks()[:1] * 2).requires_grad
+
+
+def test_transposed_features_are_copied_not_misread(device):
+    case = pairs(2, 5, 7, 6, torch.float32, device)
+    case.text = case.text.mT.contiguous().mT
+    check(case)
+
+
+def test_second_derivative_is_refused(device):
+    case = pairs(2, 5, 7, 6, torch.float32, device)
+    text = case.text.requires_grad_()
+    distance = word_patch_alignment(text, case.image, *case.masks())
+    (gradient,) = torch.autograd.grad(distance.sum(), text, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative.*word_patch_alignment_reference"):
+        gradient.sum().backward()
+
+
+def test_the_loss_is_vilts():
+    distance = torch.tensor([0.5, 0.25, 1.0, 2.0], requires_grad=True)
+    is_positive = torch.tensor([True, False, False, True])
+    loss = word_patch_alignment_loss(distance, is_positive)
+    assert loss.item() == pytest.approx(0.1 * (0.5 + 2.0 - 0.25 - 1.0) / 4)
+    loss.backward()
+    assert distance.grad.tolist() == pytest.approx([0.025, -0.025, -0.025, 0.025])
+    assert word_patch_alignment_loss(distance[:0], is_positive[:0]) == 0
+
+
+def test_alignment_padding_leaves_out_the_special_tokens():
+    words, patches = alignment_padding(torch.tensor([5, 2, 7, 0]), torch.tensor([1, 3, 4, 4]), 7, 4)
+    kept = [row.nonzero().flatten().tolist() for row in ~words]
+    assert kept == [[1, 2, 3], [], [1, 2, 3, 4, 5], []]
+    kept = [row.nonzero().flatten().tolist() for row in ~patches]
+    assert kept == [[], [1, 2], [1, 2, 3], [1, 2, 3]]
