@@ -96,5 +96,6 @@ const ContrastiveKernels& contrastive_kernels_portable();
 const ContrastiveKernels& contrastive_kernels_avx2();
 const ContrastiveKernels& contrastive_kernels_avx512();
 const ContrastiveKernels& contrastive_kernels_avx512_bf16();
+const ContrastiveKernels& contrastive_kernels_amx_bf16();
 
 }  // namespace fastvlp

@@ -3,7 +3,28 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(FASTVLP_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastvlp {
+namespace {
+
+#if defined(FASTVLP_X86)
+// Linux hands out the matrix unit's registers only to a process that has asked.
+bool matrix_unit_granted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
 
 std::vector<const ContrastiveKernels*> available_contrastive_kernels() {
   std::vector<const ContrastiveKernels*> found;
@@ -12,7 +33,11 @@ std::vector<const ContrastiveKernels*> available_contrastive_kernels() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx512 && __builtin_cpu_supports("avx512bf16"))
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+      matrix_unit_granted())
+    found.push_back(&contrastive_kernels_amx_bf16());
+  if (bf16)
     found.push_back(&contrastive_kernels_avx512_bf16());
   if (avx512) found.push_back(&contrastive_kernels_avx512());
   if (avx2) found.push_back(&contrastive_kernels_avx2());
