@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("contrastive", "contrastive_backward", "contrastive_sigmoid")
+MODULES = ("contrastive", "contrastive_backward", "contrastive_sigmoid", "momentum_contrastive")
 # Shared memory one block may use, in bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 # One SASS line: optional predicate, then the opcode with its dotted modifiers.

@@ -16,6 +16,11 @@ constexpr int kRegisterRows = 4;
 #endif
 constexpr int kRegisterVectors = 2;
 constexpr int kPanel = kRegisterVectors * kLanes;  // columns of one packed panel of B
+#if defined(__AVX512F__)
+// Where two panels are left, tiles of 4 x 4 vectors: a word of A then serves four multiply-adds,
+// and on processors that broadcast in the units that multiply, its broadcast costs half as much.
+constexpr int kWideRows = 4;
+#endif
 
 // Products add up to kMaxDepth words of K in registers before they go to memory.
 
@@ -46,29 +51,32 @@ struct BFloat16Dot {
 // How the words of A lie in memory: rows of K (a[m * ld + k]) or rows of M (a[k * ld + m]).
 enum class Order { kDepthContiguous, kRowContiguous };
 
-template <class Dot, Order order>
-inline void micro_kernel(const uint32_t* a, int64_t lda, const float* b, float* c, int64_t ldc,
-                         int64_t depth, float alpha, bool accumulate) {
-  Vec acc[kRegisterRows][kRegisterVectors] = {};
-  const uint32_t* row[kRegisterRows];
+// `rows` rows of A by `panels` neighbouring panels of B, `panel_step` floats apart.
+template <class Dot, Order order, int rows, int panels>
+inline void micro_kernel(const uint32_t* a, int64_t lda, const float* b, int64_t panel_step,
+                         float* c, int64_t ldc, int64_t depth, float alpha, bool accumulate) {
+  constexpr int kVectors = panels * kRegisterVectors;
+  Vec acc[rows][kVectors] = {};
+  const uint32_t* row[rows];
   FASTVLP_UNROLL
-  for (int i = 0; i < kRegisterRows; ++i)
-    row[i] = order == Order::kDepthContiguous ? a + i * lda : a + i;
+  for (int i = 0; i < rows; ++i) row[i] = order == Order::kDepthContiguous ? a + i * lda : a + i;
   for (int64_t k = 0; k < depth; ++k) {
-    Vec bv[kRegisterVectors];
+    Vec bv[kVectors];
     FASTVLP_UNROLL
-    for (int j = 0; j < kRegisterVectors; ++j) bv[j] = load(b + k * kPanel + j * kLanes);
+    for (int j = 0; j < kVectors; ++j)
+      bv[j] = load(b + j / kRegisterVectors * panel_step + k * kPanel +
+                   j % kRegisterVectors * kLanes);
     FASTVLP_UNROLL
-    for (int i = 0; i < kRegisterRows; ++i) {
+    for (int i = 0; i < rows; ++i) {
       const uint32_t word = order == Order::kDepthContiguous ? row[i][k] : a[k * lda + i];
       FASTVLP_UNROLL
-      for (int j = 0; j < kRegisterVectors; ++j) acc[i][j] = Dot::step(acc[i][j], word, bv[j]);
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = Dot::step(acc[i][j], word, bv[j]);
     }
   }
   FASTVLP_UNROLL
-  for (int i = 0; i < kRegisterRows; ++i)
+  for (int i = 0; i < rows; ++i)
     FASTVLP_UNROLL
-    for (int j = 0; j < kRegisterVectors; ++j) {
+    for (int j = 0; j < kVectors; ++j) {
       float* p = c + i * ldc + j * kLanes;
       Vec v = acc[i][j] * alpha;
       if (accumulate) v = v + load(p);
@@ -84,11 +92,18 @@ void multiply(const uint32_t* a, int64_t lda, const float* b, float* c, int64_t 
   for (int64_t k = 0; k < depth; k += Dot::kMaxDepth) {
     const int64_t part = depth - k < Dot::kMaxDepth ? depth - k : Dot::kMaxDepth;
     const uint32_t* ak = order == Order::kDepthContiguous ? a + k : a + k * lda;
-    for (int64_t p = 0; p < panels; ++p)
-      for (int64_t i = 0; i < m; i += kRegisterRows)
-        micro_kernel<Dot, order>(order == Order::kDepthContiguous ? ak + i * lda : ak + i, lda,
-                                 b + (p * depth + k) * kPanel, c + i * ldc + p * kPanel, ldc, part,
-                                 alpha, accumulate || k > 0);
+    int64_t p = 0;
+    auto rows = [&]<int height, int wide>() {
+      for (int64_t i = 0; i < m; i += height)
+        micro_kernel<Dot, order, height, wide>(
+            order == Order::kDepthContiguous ? ak + i * lda : ak + i, lda,
+            b + (p * depth + k) * kPanel, depth * kPanel, c + i * ldc + p * kPanel, ldc, part,
+            alpha, accumulate || k > 0);
+    };
+#if defined(__AVX512F__)
+    for (; p + 2 <= panels; p += 2) rows.template operator()<kWideRows, 2>();
+#endif
+    for (; p < panels; ++p) rows.template operator()<kRegisterRows, 1>();
   }
 }
 
