@@ -8,6 +8,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import losses, ops
+from .feature_queue import FeatureQueue
 from .grad_cache import GradCache
 
 try:
@@ -15,4 +16,4 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["GradCache", "losses", "ops", "__version__"]
+__all__ = ["FeatureQueue", "GradCache", "losses", "ops", "__version__"]

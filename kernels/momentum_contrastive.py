@@ -474,5 +474,3 @@ def aot_cases() -> list[aot.Case]:
         warps=FINISH_WARPS, tensor_cores=False,
     )  # fmt: skip
     return cases
-
-

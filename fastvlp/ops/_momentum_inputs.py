@@ -5,9 +5,27 @@ from typing import NamedTuple
 
 import torch
 
-from ._contrastive_inputs import CANDIDATES, as_scalar, check_features, unit_stride
+from ._contrastive_inputs import (
+    as_scalar,
+    check_features,
+    native_reasons,
+    reference_reasons,
+    triton_reasons,
+    unit_stride,
+)
 
-__all__ = ["CANDIDATES", "Inputs", "prepare"]
+
+def _native_reasons(image_features: torch.Tensor, *args, **kwargs) -> list[str]:
+    if image_features.device.type == "cuda":
+        return ["the compiled kernels run on CPU devices only"]
+    return native_reasons(image_features, *args, **kwargs)
+
+
+CANDIDATES = {
+    "triton": triton_reasons,
+    "native": _native_reasons,
+    "reference": reference_reasons,
+}
 
 
 class Inputs(NamedTuple):
@@ -133,8 +151,7 @@ def _integer(name: str, value, like: torch.Tensor) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.dtype != torch.int64:
             raise TypeError(
-                f"{name}: expected one int64 value, got {value.dtype} of shape "
-                f"{tuple(value.shape)}"
+                f"{name}: expected one int64 value, got {value.dtype} of shape {tuple(value.shape)}"
             )
         if value.device != like.device:
             raise ValueError(
