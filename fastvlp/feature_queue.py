@@ -15,7 +15,7 @@ class FeatureQueue(torch.nn.Module):
     """Ring buffers of the last `size` pairs of features, on the module's device.
 
     Source: He et al., MoCo, arXiv 1911.05722, section 3.2; Li et al., ALBEF, arXiv 2107.07651.
-    Batches of any size wrap around the end; nothing waits for a GPU. Everything is a buffer:
+    Batches of any size wrap around the end; without a group nothing waits for a GPU. Everything is a buffer:
     state_dict resumes exactly, addresses never change, and `.to(device)` moves it.
 
         result = momentum_contrastive(image, text, image_m, text_m, **queue.keys(), ...)
@@ -30,7 +30,8 @@ class FeatureQueue(torch.nn.Module):
         with_ids: also keep an int64 id for each row, -100 until written.
         check_finite: refuse a batch that holds NaN or infinity. It waits for the device.
         group: gather the batch over this process group before it enters. Every rank calls with
-            its own part, of any size (no rows included), and all queues stay equal.
+            its own part, of any size (no rows included), and all queues stay equal. The ranks
+            agree on their sizes first, which waits for the device once.
     """
 
     def __init__(

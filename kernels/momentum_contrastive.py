@@ -30,7 +30,7 @@ from ._launch import (
 from ._tiles import exp_difference
 
 # Blocks of keys in flight fill a GPU: one slice for the batch, the others for the queue.
-SLICES = 33
+SLICES = 4 if INTERPRETED else 33
 
 # Stands for the logit of what is not a key. Finite, so that no difference of two is NaN.
 EXCLUDED = tl.constexpr(-1e30)

@@ -137,5 +137,7 @@ def test_ids_for_a_queue_without_them():
 
 def test_enqueue_traces_without_a_graph_break(device):
     queue = FeatureQueue(7, 4, device=device)
-    torch.compile(queue.enqueue, fullgraph=True, backend="aot_eager")(*pairs(0, 5, device=device)[:2])
+    torch.compile(queue.enqueue, fullgraph=True, backend="aot_eager")(
+        *pairs(0, 5, device=device)[:2]
+    )
     assert queue.queue_length == 5 and (queue.image_queue[4] == 4).all()
