@@ -15,8 +15,8 @@ class FeatureQueue(torch.nn.Module):
     """Ring buffers of the last `size` pairs of features, on the module's device.
 
     Source: He et al., MoCo, arXiv 1911.05722, section 3.2; Li et al., ALBEF, arXiv 2107.07651.
-    Batches of any size wrap around the end; without a group nothing waits for a GPU. Everything is a buffer:
-    state_dict resumes exactly, addresses never change, and `.to(device)` moves it.
+    Batches of any size wrap around the end; without a group nothing waits for a GPU. Everything is
+    a buffer: state_dict resumes exactly, addresses never change, and `.to(device)` moves it.
 
         result = momentum_contrastive(image, text, image_m, text_m, **queue.keys(), ...)
         queue.enqueue(image_m, text_m)
