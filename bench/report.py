@@ -26,7 +26,7 @@ _CPU_FEATURES = (
     "avx512f",
     "avx512_bf16",
     "avx512_vnni",
-    "amx_bf16",
+    "amx",
     "amx_fp16",
     "asimd",
     "sve",

@@ -115,4 +115,16 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   m.def(
       "word_patch_alignment_gradients(Tensor upstream, Tensor x, Tensor y, Tensor plan, "
       "Tensor x_rows, Tensor y_rows) -> (Tensor, Tensor)");
+  // Both directions of the loss of student rows image, text [B, D] against the other modality's
+  // momentum rows and the first queue_length rows of its queue [Q, D]. ids [B] and queue_ids [Q]
+  // int64, or [0] where only a row's own pair is positive; temperature and alpha [] fp32; seed []
+  // int64. `teacher` false says that alpha is 0. Returns the loss [] fp32, the gradients by image,
+  // text [B, D] (or [0, D]) and temperature, and per image a text and per text an image that is a
+  // hard negative, int64 [B] (or [0]), -1 where there is none.
+  m.def(
+      "momentum_contrastive(Tensor image, Tensor text, Tensor image_momentum, "
+      "Tensor text_momentum, Tensor image_queue, Tensor text_queue, Tensor ids, Tensor queue_ids, "
+      "Tensor queue_length, Tensor temperature, Tensor alpha, Tensor seed, bool teacher, "
+      "bool gradients, bool negatives, int group_rows, int block_keys) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

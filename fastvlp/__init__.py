@@ -2,6 +2,7 @@
 
 `fastvlp.ops` holds the operators, `fastvlp.losses` the modules a trainer uses in their place.
 `fastvlp.EmaModel` keeps a momentum copy of a model, `fastvlp.optim` has optimisers that update it.
+`fastvlp.FeatureQueue` keeps momentum features of earlier batches.
 `fastvlp.GradCache` takes exact steps on batches whose activations do not fit into memory.
 `python -m fastvlp.info` prints what was built and what would run on this machine.
 """
@@ -10,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import losses, ops, optim
 from .ema import EmaModel, EmaWarmup
+from .feature_queue import FeatureQueue
 from .grad_cache import GradCache
 
 try:
@@ -17,4 +19,13 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["EmaModel", "EmaWarmup", "GradCache", "losses", "ops", "optim", "__version__"]
+__all__ = [
+    "EmaModel",
+    "EmaWarmup",
+    "FeatureQueue",
+    "GradCache",
+    "losses",
+    "ops",
+    "optim",
+    "__version__",
+]

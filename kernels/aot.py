@@ -24,6 +24,7 @@ MODULES = (
     "contrastive_sigmoid",
     "cross_attention",
     "cross_attention_backward",
+    "momentum_contrastive",
     "soft_cross_entropy",
     "word_patch_alignment",
 )

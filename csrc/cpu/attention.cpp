@@ -13,7 +13,7 @@
 #include "attention_kernel.h"
 #include "buffers.h"
 #include "isa.h"
-#include "tensors.h"
+#include "tensor_arguments.h"
 
 namespace fastvlp {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention_kernel.h"
-#include "philox.h"
+#include "philox_lanes.h"
 
 namespace {
 

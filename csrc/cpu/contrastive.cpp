@@ -1,31 +1,17 @@
 // The contrastive operators on CPU tensors: argument checks, outputs, and the call of the driver.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
 
 #include "contrastive_driver.h"
 #include "isa.h"
-#include "tensors.h"
+#include "tensor_arguments.h"
 
 namespace fastvlp {
 
 FASTVLP_DEFINE_KERNELS(ContrastiveKernels, contrastive)
 
 namespace {
-
-Features features_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got ", t.dim());
-  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": expected unit stride along dim 1");
-  return {t.const_data_ptr(), t.size(0), t.stride(0), element_of(t, name)};
-}
-
-float scalar_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float, name,
-                  ": expected one float32 value");
-  return *static_cast<const float*>(t.const_data_ptr());
-}
 
 ContrastiveProblem problem_of(const Tensor& x, const Tensor& y, const Tensor& scale, int64_t offset,
                               int64_t block_rows, int64_t block_cols) {
@@ -49,16 +35,6 @@ void check_kept(const ContrastiveProblem& p, const Tensor& kept, int64_t keep_bl
   STD_TORCH_CHECK(kept.scalar_type() == ScalarType::Float && kept.is_contiguous() &&
                       kept.numel() == keep_blocks * p.col_blocks() * tile_floats(p),
                   "kept: expected contiguous float32 tiles of keep_blocks row blocks");
-}
-
-void run_parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(0, n, 1, body);
-}
-
-Tensor scalar_tensor(const Tensor& like, double value) {
-  Tensor t = torch::stable::new_empty(like, {}, ScalarType::Float);
-  *mutable_floats_of(t) = static_cast<float>(value);
-  return t;
 }
 
 Buffer padded(const Tensor& values, int64_t size) {

@@ -7,11 +7,17 @@ from .adamw_ema import adamw_ema, adamw_ema_reference
 from .contrastive import contrastive, contrastive_reference
 from .cross_attention import cross_attention, cross_attention_reference
 from .ema import ema, ema_reference
+from .momentum_contrastive import (
+    MomentumContrastive,
+    momentum_contrastive,
+    momentum_contrastive_reference,
+)
 from .sigmoid_contrastive import sigmoid_contrastive, sigmoid_contrastive_reference
 from .soft_cross_entropy import (
     select_rows,
     soft_cross_entropy,
     soft_cross_entropy_reference,
+)
 from .word_patch_alignment import (
     alignment_padding,
     word_patch_alignment,
@@ -26,6 +32,9 @@ __all__ = [
     "cross_attention",
     "cross_attention_reference",
     "explain",
+    "MomentumContrastive",
+    "momentum_contrastive",
+    "momentum_contrastive_reference",
     "release_workspace",
     "sigmoid_contrastive",
     "sigmoid_contrastive_reference",

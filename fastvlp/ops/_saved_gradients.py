@@ -3,8 +3,9 @@
 import torch
 
 SECOND_DERIVATIVE = (
-    "the contrastive losses have no second derivative; for one, call contrastive_reference or "
-    "sigmoid_contrastive_reference, which plain autograd differentiates twice"
+    "the contrastive losses have no second derivative; for one, call contrastive_reference, "
+    "sigmoid_contrastive_reference or momentum_contrastive_reference, which plain autograd "
+    "differentiates twice"
 )
 
 

@@ -69,7 +69,7 @@ def test_several_blocks(device, dtype, n, dim, workspace):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set(monkeypatch, dtype, isa):
     if isa not in torch.ops.fastvlp.cpu_instruction_sets().split(","):
         pytest.skip(f"this processor does not run {isa}")

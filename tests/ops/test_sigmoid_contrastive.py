@@ -65,7 +65,7 @@ def test_several_blocks(device, dtype, workspace):
     check(image, text, 10.0, -10.0, workspace_bytes=workspace)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set(monkeypatch, isa):
     if isa not in torch.ops.fastvlp.cpu_instruction_sets().split(","):
         pytest.skip(f"this processor does not run {isa}")

@@ -1,0 +1,252 @@
+// The momentum-contrastive kernels for one instruction set. Compiled once per set with FASTVLP_ISA
+// naming it; everything but the one exported table has internal linkage.
+#include "../common/philox.h"
+#include "amx.h"
+#include "isa_name.h"
+#include "momentum_rows.h"
+
+namespace {
+
+using fastvlp::MomentumKernels;
+using fastvlp::MomentumPartial;
+using fastvlp::MomentumProblem;
+
+constexpr int64_t kGrain = 32;  // group rows and key blocks are multiples of it
+
+int64_t padded_dim(const MomentumProblem& p) { return round_up(p.dim, kPanel); }
+// Longer than needed, to spread the rows over the cache sets.
+int64_t tile_stride(const MomentumProblem& p) { return p.stacked_rows() + 16; }
+int64_t key_words(const MomentumProblem& p) { return round_up(p.dim, 16) + 16; }
+int64_t weight_words(const MomentumProblem& p) { return p.block_keys / 2 + 16; }
+
+// The scratch buffers of one call, in words.
+struct Scratch {
+  explicit Scratch(const MomentumProblem& p) {
+    panels = take(p.stacked_rows() * round_up(p.dim, 16));
+    tile = take(p.block_keys * tile_stride(p));
+    factor = take(p.stacked_rows());
+    row = take(2 * round_up(p.dim, kGrain));
+    keys = take(p.block_keys * key_words(p));
+    packed = take(p.gradients ? p.block_keys * padded_dim(p) : 0);
+    pairs = take(p.gradients ? p.block_keys / 2 * tile_stride(p) : 0);
+    weights = take(p.gradients ? p.stacked_rows() * weight_words(p) : 0);
+  }
+  int64_t take(int64_t words) {
+    const int64_t at = total;
+    total += round_up(words, 16);
+    return at;
+  }
+  int64_t total = 0;
+  int64_t panels, tile, factor, row, keys, packed, pairs, weights;
+};
+
+int64_t scratch_bytes(const MomentumProblem& p) { return Scratch(p).total * 4; }
+
+// One block of keys: its rows as words for the product with the features, where they lie if
+// possible, else copied and filled up with zero rows.
+struct Keys {
+  Features source;  // batch or queue
+  int64_t first;    // its rows
+  int64_t count;
+  int64_t padded;
+  const uint32_t* words;
+  int64_t stride;  // in words
+  bool batch;
+};
+
+template <class Dot>
+Keys keys_of(const MomentumProblem& p, int64_t block, uint32_t* copy) {
+  Keys k = {};
+  k.batch = block < p.batch_blocks();
+  k.source = k.batch ? p.batch_keys : p.queue;
+  k.first = (k.batch ? block : block - p.batch_blocks()) * p.block_keys;
+  k.count = k.source.rows - k.first < p.block_keys ? k.source.rows - k.first : p.block_keys;
+  k.padded = round_up(k.count, kGrain);
+  if (k.count == k.padded) k.words = rows_in_place<Dot>(k.source, k.first, k.count, p.dim);
+  k.stride = k.source.stride / Dot::kPerWord;
+  if (k.words != nullptr) return k;
+  k.words = copy;
+  k.stride = key_words(p);
+  for (int64_t r = 0; r < k.count; ++r)
+    word_row<Dot>(k.source, k.first + r, p.dim, copy + r * k.stride);
+  for (int64_t r = k.count; r < k.padded; ++r)
+    std::memset(copy + r * k.stride, 0, depth_words<Dot>(p.dim) * 4);
+  return k;
+}
+
+template <class Dot>
+void pack_keys(const MomentumProblem& p, const Keys& k, float* packed, float* row) {
+  constexpr Element element = Dot::kPerWord == 1 ? Element::kFloat32 : Element::kBFloat16;
+  const Features view = {k.words, k.padded, k.stride * Dot::kPerWord, element};
+  pack_along_rows<Dot>(view, 0, k.padded, p.dim, packed, row);
+}
+
+// The products, on the vector units.
+template <class D>
+struct VectorUnits {
+  using Dot = D;
+  struct State {};
+  static void logits(const MomentumProblem& p, const Keys& k, const float* panels, float* tile,
+                     int64_t rows) {
+    multiply<Dot, Order::kDepthContiguous>(k.words, k.stride, panels, tile, tile_stride(p),
+                                           k.padded, rows / kPanel, depth_words<Dot>(p.dim), 1.0f,
+                                           false);
+  }
+  static void add_keys(const MomentumProblem& p, const Keys& k, const float* base, const Scratch& s,
+                       int64_t rows, float* sums) {
+    const float* weights = base + (Dot::kPerWord == 1 ? s.tile : s.pairs);
+    multiply<Dot, Order::kRowContiguous>(reinterpret_cast<const uint32_t*>(weights), tile_stride(p),
+                                         base + s.packed, sums, padded_dim(p), rows,
+                                         padded_dim(p) / kPanel, k.padded / Dot::kPerWord, 1.0f,
+                                         true);
+  }
+};
+
+#if defined(__AMX_BF16__)
+// The products, on the matrix unit.
+struct MatrixUnits {
+  using Dot = BFloat16Dot;
+  using State = TileSession;
+  static void logits(const MomentumProblem& p, const Keys& k, const float* panels, float* tile,
+                     int64_t rows) {
+    multiply_panels(k.words, k.stride, panels, tile, tile_stride(p), k.padded, rows / kPanel,
+                   depth_words<Dot>(p.dim), false);
+  }
+  static void add_keys(const MomentumProblem& p, const Keys& k, float* base, const Scratch& s,
+                       int64_t rows, float* sums) {
+    uint32_t* weights = reinterpret_cast<uint32_t*>(base + s.weights);
+    transpose_words(reinterpret_cast<const uint32_t*>(base + s.pairs), tile_stride(p), k.padded / 2,
+                    rows, weights, weight_words(p));
+    multiply_panels(weights, weight_words(p), base + s.packed, sums, padded_dim(p), rows,
+                   padded_dim(p) / kPanel, k.padded / 2, true);
+  }
+};
+#endif
+
+// Adds the keys that share a row's id, other than its own, to the row's positives.
+void add_positives(const MomentumProblem& p, const Keys& k, int64_t first_row, int64_t rows,
+                   const float* tile, float* row, const MomentumPartial& out) {
+  const int64_t* ids = p.ids + first_row;
+  for (int64_t j = 0; j < k.count; ++j) {
+    const int64_t id = (k.batch ? p.ids : p.queue_ids)[k.first + j];
+    bool any = false;
+    for (int64_t i = 0; i < rows; ++i) any |= ids[i] == id;
+    if (!any) continue;
+    if (p.gradients) convert_row(k.source, k.first + j, p.dim, row);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (ids[i] != id || (k.batch && k.first + j == first_row + i)) continue;
+      out.positive[i] += tile[j * tile_stride(p) + i] * p.inverse_temperature;
+      out.positives[i] += 1.0f;
+      if (!p.gradients) continue;
+      float* sum = out.positive_keys + i * padded_dim(p);
+      for (int64_t d = 0; d < p.dim; ++d) sum[d] += row[d];
+    }
+  }
+}
+
+// Perturbs the logits of the admissible negatives of the batch and keeps the highest: a draw from
+// their softmax.
+void draw_negatives(const MomentumProblem& p, const Keys& k, int64_t first_row, int64_t rows,
+                    const float* tile, const MomentumPartial& out) {
+  for (int64_t j = 0; j < k.count; ++j)
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = first_row + i, column = k.first + j;
+      if (row == column || (p.ids != nullptr && p.ids[row] == p.ids[column])) continue;
+      const uint32_t random = fastvlp::philox(p.seed, static_cast<uint32_t>(column),
+                                              static_cast<uint32_t>(row), p.stream);
+      const float score =
+          tile[j * tile_stride(p) + i] * p.inverse_temperature + fastvlp::gumbel(random);
+      if (!(score > out.best[i])) continue;
+      out.best[i] = score;
+      out.negative[i] = column;
+    }
+}
+
+// Moves the logits of the rows' own pairs out of the tile, and excludes the keys past the end.
+void set_apart(const MomentumProblem& p, const Keys& k, int64_t first_row, int64_t rows,
+               int64_t group, float* tile, const MomentumPartial& out) {
+  const int64_t stride = tile_stride(p), stacked = group * (p.use_teacher ? 2 : 1);
+  for (int64_t j = k.count; j < k.padded; ++j)
+    for (int64_t i = 0; i < stacked; ++i) tile[j * stride + i] = kExcluded;
+  if (!k.batch) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t j = first_row + i - k.first;
+    if (j < 0 || j >= k.count) continue;
+    for (int64_t at = i; at < stacked; at += group) {
+      out.own[at] = tile[j * stride + at] * p.inverse_temperature;
+      tile[j * stride + at] = kExcluded;
+    }
+  }
+}
+
+template <class Dot>
+void add_tile(const MomentumProblem& p, const Keys& k, int64_t group, float* base, const Scratch& s,
+              const MomentumPartial& out) {
+  const float scale = p.inverse_temperature;
+  const int64_t stacked = group * (p.use_teacher ? 2 : 1), stride = tile_stride(p);
+  float* tile = base + s.tile;
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(base + s.pairs);
+  raise_references(tile, stride, k.padded, stacked, scale, out.reference, base + s.factor);
+  rescale(base + s.factor, stacked, group, padded_dim(p), out.sum, out.cross,
+          p.gradients ? out.keys : nullptr);
+  auto add = p.use_teacher
+                 ? (p.gradients ? add_exponentials<Dot, true, true>
+                                : add_exponentials<Dot, true, false>)
+                 : (p.gradients ? add_exponentials<Dot, false, true>
+                                : add_exponentials<Dot, false, false>);
+  add(tile, stride, k.padded, group, scale, out.reference, out.sum, out.cross, pairs);
+}
+
+template <class Units>
+void accumulate_with(const MomentumProblem& p, int64_t group_index, int64_t begin, int64_t end,
+                     void* scratch, const MomentumPartial& out) {
+  using Dot = typename Units::Dot;
+  [[maybe_unused]] const typename Units::State state;
+  const Scratch s(p);
+  float* base = static_cast<float*>(scratch);
+  const int64_t first_row = group_index * p.group_rows, rows = p.rows_in(group_index);
+  const int64_t group = p.group_rows, stacked = p.stacked_rows();
+  const int64_t half = group * depth_words<Dot>(p.dim);
+  uint32_t* row = reinterpret_cast<uint32_t*>(base + s.row);
+  std::memset(base + s.panels, 0, (p.use_teacher ? 2 : 1) * half * 4);
+  pack_transposed<Dot>(p.student, first_row, rows, p.dim, base + s.panels, row);
+  if (p.use_teacher)
+    pack_transposed<Dot>(p.teacher, first_row, rows, p.dim, base + s.panels + half, row);
+  for (int64_t i = 0; i < stacked; ++i)
+    out.reference[i] = lowest_reference(p.inverse_temperature);
+  for (int64_t block = begin; block < end; ++block) {
+    const Keys k = keys_of<Dot>(p, block, reinterpret_cast<uint32_t*>(base + s.keys));
+    // Before the logits: it reads the keys in the order of memory.
+    if (p.gradients) pack_keys<Dot>(p, k, base + s.packed, base + s.row);
+    Units::logits(p, k, base + s.panels, base + s.tile, stacked);
+    if (p.ids != nullptr) add_positives(p, k, first_row, rows, base + s.tile, base + s.row, out);
+    if (p.negatives && k.batch) draw_negatives(p, k, first_row, rows, base + s.tile, out);
+    set_apart(p, k, first_row, rows, group, base + s.tile, out);
+    add_tile<Dot>(p, k, group, base, s, out);
+    if (p.gradients) Units::add_keys(p, k, base, s, stacked, out.keys);
+  }
+}
+
+void accumulate(const MomentumProblem& p, int64_t group, int64_t begin, int64_t end, void* scratch,
+                const MomentumPartial& out) {
+#if defined(__AVX512BF16__)
+  const bool low = p.student.element == Element::kBFloat16;
+#if defined(__AMX_BF16__)
+  if (low) return accumulate_with<MatrixUnits>(p, group, begin, end, scratch, out);
+#else
+  if (low) return accumulate_with<VectorUnits<BFloat16Dot>>(p, group, begin, end, scratch, out);
+#endif
+#endif
+  accumulate_with<VectorUnits<FloatDot>>(p, group, begin, end, scratch, out);
+}
+
+}  // namespace
+
+namespace fastvlp {
+
+const MomentumKernels& FASTVLP_JOIN(momentum_kernels_, FASTVLP_ISA)() {
+  static constexpr MomentumKernels table = {scratch_bytes, padded_dim, accumulate};
+  return table;
+}
+
+}  // namespace fastvlp
