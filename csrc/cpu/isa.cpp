@@ -29,20 +29,20 @@ bool amx_usable() {
 }
 #endif
 
-std::vector<Isa> find_isas() {
-  std::vector<Isa> found;
+Isas find_isas() {
+  Isas found;
 #if defined(FASTVLP_X86)
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  if (bf16 && amx_usable()) found.push_back(Isa::kAmx);
-  if (bf16) found.push_back(Isa::kAvx512Bf16);
-  if (avx512) found.push_back(Isa::kAvx512);
+  if (bf16 && amx_usable()) found.add(Isa::kAmx);
+  if (bf16) found.add(Isa::kAvx512Bf16);
+  if (avx512) found.add(Isa::kAvx512);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found.push_back(Isa::kAvx2);
+    found.add(Isa::kAvx2);
 #endif
-  found.push_back(Isa::kPortable);
+  found.add(Isa::kPortable);
   return found;
 }
 
@@ -63,15 +63,15 @@ const char* name_of(Isa isa) {
   }
 }
 
-const std::vector<Isa>& available_isas() {
-  static const std::vector<Isa> found = find_isas();
+const Isas& available_isas() {
+  static const Isas found = find_isas();
   return found;
 }
 
 Isa chosen_isa() {
-  const auto& found = available_isas();
+  const Isas& found = available_isas();
   const char* forced = std::getenv("FASTVLP_CPU_ISA");
-  if (forced == nullptr || *forced == '\0') return found.front();
+  if (forced == nullptr || *forced == '\0') return *found.begin();
   std::string names;
   for (const Isa isa : found) {
     if (std::string(name_of(isa)) == forced) return isa;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <string>
-#include <vector>
 
 namespace fastvlp {
 
@@ -11,8 +10,16 @@ enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 // The name that FASTVLP_CPU_ISA and the build use.
 const char* name_of(Isa isa);
 
+struct Isas {
+  Isa list[5];
+  int count = 0;
+  void add(Isa isa) { list[count++] = isa; }
+  const Isa* begin() const { return list; }
+  const Isa* end() const { return list + count; }
+};
+
 // The sets compiled into this build that this processor can run, fastest first.
-const std::vector<Isa>& available_isas();
+const Isas& available_isas();
 
 // The fastest of them, or the one that the environment variable FASTVLP_CPU_ISA names. Throws
 // std::runtime_error when that one is unknown here.
