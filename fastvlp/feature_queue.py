@@ -107,7 +107,7 @@ class FeatureQueue(torch.nn.Module):
             parts = (image_features, text_features, *(() if ids is None else (ids,)))
             # All in flight together, in the queue's dtype.
             flying = [Gather(part, shards) for part in self._cast(*parts)]
-            image_features, text_features, *rest = [torch.cat(each.wait()) for each in flying]
+            image_features, text_features, *rest = [each.rows(slice(None)) for each in flying]
             ids = rest[0] if rest else None
         rows = min(image_features.shape[0], self.size)
         if rows == 0:

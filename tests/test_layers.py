@@ -19,6 +19,7 @@ ALLOWED = {
     "evaluate": {"ops"},
     "grad_cache": set(),
     "info": {"ops", "_native"},
+    "feature_queue": {"distributed"},
     "ema": {"ops"},
     "optim": {"ema", "ops"},
 }

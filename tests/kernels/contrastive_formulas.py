@@ -20,7 +20,10 @@ class Problem:
         return len(self.x), len(self.y)
 
     def logits(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.scale.to(dtype) * (self.x.to(dtype) @ self.y.to(dtype).T)
+        # Copies: on some processors a bfloat16 product reads past the end of a row of odd width and
+        # multiplies what is there, NaN here, by 0.
+        x, y = (t.to(dtype).contiguous() for t in (self.x, self.y))
+        return self.scale.to(dtype) * (x @ y.T)
 
     def is_pair(self) -> torch.Tensor:
         m, n = self.size
@@ -66,5 +69,5 @@ def sigmoid_terms(problem: Problem, dtype: torch.dtype):
 
 def through_product(problem: Problem, g: torch.Tensor):
     """dX and dY from the gradient of the logits, at its dtype."""
-    scale, x, y = (t.to(g.dtype) for t in (problem.scale, problem.x, problem.y))
+    scale, x, y = (t.to(g.dtype).contiguous() for t in (problem.scale, problem.x, problem.y))
     return scale * (g @ y), scale * (g.T @ x)
