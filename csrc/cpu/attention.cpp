@@ -13,6 +13,7 @@
 #include "attention_kernel.h"
 #include "buffers.h"
 #include "isa.h"
+#include "outputs.h"
 #include "tensors.h"
 
 namespace fastvlp {
@@ -172,7 +173,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    double scale, double dropout_p, bool causal, int64_t, int64_t) {
   const AttentionProblem p = problem_of(q, k, v, seed, scale, dropout_p, causal);
   const Segments segments(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask);
-  Tensor out = torch::stable::new_empty(q, {q.size(0), p.heads, p.dim});
+  Tensor out = empty_output(q);
   Tensor statistics =
       torch::stable::new_empty(q, {2, p.heads, q.size(0)}, ScalarType::Float);
   const AttentionForward outputs = {out.mutable_data_ptr(), mutable_floats_of(statistics)};
@@ -199,17 +200,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   STD_TORCH_CHECK(statistics.numel() == 2 * p.heads * q.size(0) && statistics.is_contiguous(),
                   "statistics: expected those of the forward pass");
   const Segments segments(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask);
-  auto like = [](const Tensor& t) {
-    std::vector<int64_t> sizes;
-    for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
-    return torch::stable::new_empty(t, sizes);
-  };
-  Tensor dq = like(q), dk = like(k), dv = like(v);
+  Tensor dq = empty_output(q), dk = empty_output(k), dv = empty_output(v);
   const AttentionBackward outputs = {floats_of(statistics), dq.mutable_data_ptr(),
                                      dk.mutable_data_ptr(), dv.mutable_data_ptr()};
-  const int64_t bytes = p.element == Element::kFloat32 ? 4 : 2;
-  advise_huge_pages(outputs.dk, dk.numel() * bytes);
-  advise_huge_pages(outputs.dv, dv.numel() * bytes);
   const AttentionKernels& kernels = attention_kernels();
   for_each_task(segments, p.heads,
                 kernels.backward_scratch(p, segments.most_queries, segments.most_keys),
