@@ -160,9 +160,19 @@ void for_each_task(const Segments& segments, int64_t heads, int64_t scratch_floa
   std::atomic<int64_t> next = 0;
   torch::stable::parallel_for(0, slots, 1, [&](int64_t, int64_t) {
     const Buffer scratch = allocate_floats(scratch_floats);
-    for (int64_t i = next++; i < segments.count() * runs; i = next++)
-      for (int64_t head = i % runs * run; head < std::min(heads, (i % runs + 1) * run); ++head)
-        work(segments.task(i / runs, head), scratch.get());
+    const auto head_of = [&](int64_t run_index) { return run_index % runs * run; };
+    for (int64_t i = next++, following; i < segments.count() * runs; i = following) {
+      following = next++;  // taken early, so that its first head is known while this one's last runs
+      const int64_t end = std::min(heads, head_of(i) + run);
+      for (int64_t head = head_of(i); head < end; ++head) {
+        AttentionTask task = segments.task(i / runs, head), after;
+        if (head + 1 < end)
+          after = segments.task(i / runs, head + 1), task.next = &after;
+        else if (following < segments.count() * runs)
+          after = segments.task(following / runs, head_of(following)), task.next = &after;
+        work(task, scratch.get());
+      }
+    }
   });
 }
 
