@@ -13,6 +13,7 @@
 #include "attention_kernel.h"
 #include "buffers.h"
 #include "isa.h"
+#include "outputs.h"
 #include "tensor_arguments.h"
 
 namespace fastvlp {
@@ -159,9 +160,19 @@ void for_each_task(const Segments& segments, int64_t heads, int64_t scratch_floa
   std::atomic<int64_t> next = 0;
   torch::stable::parallel_for(0, slots, 1, [&](int64_t, int64_t) {
     const Buffer scratch = allocate_floats(scratch_floats);
-    for (int64_t i = next++; i < segments.count() * runs; i = next++)
-      for (int64_t head = i % runs * run; head < std::min(heads, (i % runs + 1) * run); ++head)
-        work(segments.task(i / runs, head), scratch.get());
+    const auto head_of = [&](int64_t run_index) { return run_index % runs * run; };
+    for (int64_t i = next++, following; i < segments.count() * runs; i = following) {
+      following = next++;  // taken early, so that its first head is known while this one's last runs
+      const int64_t end = std::min(heads, head_of(i) + run);
+      for (int64_t head = head_of(i); head < end; ++head) {
+        AttentionTask task = segments.task(i / runs, head), after;
+        if (head + 1 < end)
+          after = segments.task(i / runs, head + 1), task.next = &after;
+        else if (following < segments.count() * runs)
+          after = segments.task(following / runs, head_of(following)), task.next = &after;
+        work(task, scratch.get());
+      }
+    }
   });
 }
 
@@ -172,7 +183,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    double scale, double dropout_p, bool causal, int64_t, int64_t) {
   const AttentionProblem p = problem_of(q, k, v, seed, scale, dropout_p, causal);
   const Segments segments(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask);
-  Tensor out = torch::stable::new_empty(q, {q.size(0), p.heads, p.dim});
+  Tensor out = empty_output(q);
   Tensor statistics =
       torch::stable::new_empty(q, {2, p.heads, q.size(0)}, ScalarType::Float);
   const AttentionForward outputs = {out.mutable_data_ptr(), mutable_floats_of(statistics)};
@@ -199,17 +210,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   STD_TORCH_CHECK(statistics.numel() == 2 * p.heads * q.size(0) && statistics.is_contiguous(),
                   "statistics: expected those of the forward pass");
   const Segments segments(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask);
-  auto like = [](const Tensor& t) {
-    std::vector<int64_t> sizes;
-    for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
-    return torch::stable::new_empty(t, sizes);
-  };
-  Tensor dq = like(q), dk = like(k), dv = like(v);
+  Tensor dq = empty_output(q), dk = empty_output(k), dv = empty_output(v);
   const AttentionBackward outputs = {floats_of(statistics), dq.mutable_data_ptr(),
                                      dk.mutable_data_ptr(), dv.mutable_data_ptr()};
-  const int64_t bytes = p.element == Element::kFloat32 ? 4 : 2;
-  advise_huge_pages(outputs.dk, dk.numel() * bytes);
-  advise_huge_pages(outputs.dv, dv.numel() * bytes);
   const AttentionKernels& kernels = attention_kernels();
   for_each_task(segments, p.heads,
                 kernels.backward_scratch(p, segments.most_queries, segments.most_keys),

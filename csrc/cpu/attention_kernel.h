@@ -39,6 +39,7 @@ struct AttentionTask {
   int64_t first_key;     // its first row in dk and dv
   const int32_t* seen;   // the seen rows, ascending; null: all
   int64_t seen_keys;
+  const AttentionTask* next;  // what this thread does after it, null if unknown
 };
 
 // Outputs are contiguous [rows, heads, dim] of the inputs' element type. Of the softmax two numbers

@@ -70,6 +70,11 @@ inline SeenRows seen_rows(const AttentionProblem& p, const AttentionTask& task,
   return {head_rows(p, input, offset, task.head, task.keys), task.seen, task.seen_keys};
 }
 
+inline Features query_rows(const AttentionProblem& p, const AttentionTask& task,
+                           const AttentionInput& input) {
+  return head_rows(p, input, task.first_query * input.row, task.head, task.queries);
+}
+
 // How many of the seen keys any row of the block that ends at query row `end` may see.
 inline int64_t visible(const AttentionProblem& p, const AttentionTask& task, int64_t end) {
   if (!p.causal) return task.seen_keys;
@@ -79,6 +84,20 @@ inline int64_t visible(const AttentionProblem& p, const AttentionTask& task, int
   int64_t n = 0;
   while (n < task.seen_keys && task.seen[n] < limit) ++n;
   return n;
+}
+
+// Lets the products of this task fetch the rows of the next one.
+template <class Products>
+void look_ahead(const Products& x, const AttentionProblem& p, const AttentionTask& task,
+                bool backward) {
+  if (task.next == nullptr) return;
+  const AttentionTask& next = *task.next;
+  const int64_t products = backward ? 5 : 2;
+  x.ahead.start(p.dim, products * task.queries * task.seen_keys * p.dim);
+  x.ahead.add(seen_rows(p, next, p.k, next.key_offset));
+  x.ahead.add(seen_rows(p, next, p.v, next.value_offset));
+  x.ahead.add({query_rows(p, next, p.q), nullptr, next.queries});
+  if (backward) x.ahead.add({query_rows(p, next, p.grad), nullptr, next.queries});
 }
 
 inline void* output_row(const AttentionProblem& p, void* out, int64_t row, int64_t head) {
@@ -95,17 +114,29 @@ inline void store_row(const AttentionProblem& p, const float* in, void* out) {
     to_half_row(in, p.dim, static_cast<uint16_t*>(out));
 }
 
-// The rows of a block from the sums of into_queries, times `factor` where there is one. `row` is
-// scratch for one of them.
+// The rows of a block from the sums of into_queries, times `factor` where there is one. `rows` is
+// scratch for kLanes of them.
 template <class Products>
 void store_queries(const Products& x, const WeightBlock& b, const float* in, const float* factor,
-                   float* row, void* out) {
-  for (int64_t i = 0; i < b.queries; ++i) {
-    const float* from = Products::kQueriesTransposed ? in + i : in + i * x.padded_dim();
-    const int64_t step = Products::kQueriesTransposed ? b.m : 1;
-    const float scale = factor ? factor[i] : 1.0f;
-    for (int64_t d = 0; d < b.p.dim; ++d) row[d] = from[d * step] * scale;
-    store_row(b.p, row, output_row(b.p, out, b.task.first_query + b.first + i, b.task.head));
+                   float* rows, void* out) {
+  const int64_t stride = x.padded_dim();
+  for (int64_t r = 0; r < b.queries; r += kLanes) {
+    const int64_t count = b.queries - r < kLanes ? b.queries - r : kLanes;
+    if constexpr (Products::kQueriesTransposed) {
+      const Vec scale = factor ? load(factor + r) : splat(1.0f);
+      for (int64_t d = 0; d < stride; d += kLanes) {
+        Vec tile[kLanes];
+        for (int64_t j = 0; j < kLanes; ++j) tile[j] = load(in + (d + j) * b.m + r) * scale;
+        store_transposed(tile, reinterpret_cast<uint32_t*>(rows + d), stride);
+      }
+    } else {
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t d = 0; d < stride; ++d)
+          rows[i * stride + d] = in[(r + i) * stride + d] * (factor ? factor[r + i] : 1.0f);
+    }
+    for (int64_t i = 0; i < count; ++i)
+      store_row(b.p, rows + i * stride,
+                output_row(b.p, out, b.task.first_query + b.first + r + i, b.task.head));
   }
   finish_streams();
 }
@@ -155,7 +186,8 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
     x.pack_key_rows(values, value_columns);
   else
     x.pack_key_columns(values, value_columns);
-  const Features q = head_rows(p, p.q, task.first_query * p.q.row, task.head, task.queries);
+  look_ahead(x, p, task, false);
+  const Features q = query_rows(p, task, p.q);
   float* weights = scratch + at.weights;
   float *largest = scratch + at.largest, *reciprocal = scratch + at.reciprocal;
   for (int64_t first = 0; first < task.queries; first += x.kQueryBlock) {
@@ -192,11 +224,11 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
   x.pack_key_rows(keys, words + at.key_rows);
   x.pack_key_columns(keys, words + at.key_columns);
   x.pack_key_rows(seen_rows(p, task, p.v, task.value_offset), words + at.value_rows);
+  look_ahead(x, p, task, true);
   const uint32_t* key_columns =
       words + (Products::kWeightsInPlace ? at.key_rows : at.key_columns);
-  const Features q = head_rows(p, p.q, task.first_query * p.q.row, task.head, task.queries);
-  const Features grad =
-      head_rows(p, p.grad, task.first_query * p.grad.row, task.head, task.queries);
+  const Features q = query_rows(p, task, p.q);
+  const Features grad = query_rows(p, task, p.grad);
   float *s = scratch + at.weights, *t = scratch + at.gradient, *slope = scratch + at.slope;
   float *largest = scratch + at.largest, *reciprocal = scratch + at.reciprocal;
   float* dropped = p.drop_below ? scratch + at.dropped : s;

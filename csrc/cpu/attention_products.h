@@ -9,26 +9,26 @@
 //   into_queries           w^T x           of w as query_weights and x as key_columns
 #pragma once
 
+#include "ahead.h"
 #include "pack.h"
 
 namespace {
 
-// Key rows of one head: row r of `rows` is row seen[r] of the features (r without `seen`).
-struct SeenRows {
-  Features features;
-  const int32_t* seen;
-  int64_t count;
-  int64_t operator[](int64_t r) const { return seen ? seen[r] : r; }
-  // Rows of a head lie far apart, where the processor does not see them coming.
-  void prefetch(int64_t r, int64_t bytes) const {
-    if (r >= count) return;
-    const int64_t size = features.element == Element::kFloat32 ? 4 : 2;
-    const char* at = static_cast<const char*>(features.data) + (*this)[r] * features.stride * size;
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
-  }
-};
-
+// How far ahead of its copy a row is fetched where no task before this one did so.
 constexpr int64_t kPrefetchRows = 24;
+
+// out[k * m + i] = rows[i * words + k] ^ sign, of kLanes rows of `words`, a multiple of kLanes.
+inline void transpose_rows(const uint32_t* rows, int64_t words, uint32_t sign, uint32_t* out,
+                           int64_t m) {
+  for (int64_t k = 0; k < words; k += kLanes) {
+    Vec tile[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const Vec row = load(reinterpret_cast<const float*>(rows + i * words + k));
+      tile[i] = (Vec)(bits(row) ^ static_cast<int32_t>(sign));
+    }
+    store_transposed(tile, out + k * m, m);
+  }
+}
 
 template <class Dot>
 struct DotProducts {
@@ -40,6 +40,7 @@ struct DotProducts {
   static constexpr bool kQueriesTransposed = true;
 
   const int64_t dim;
+  mutable Ahead ahead;  // advances with the products
   explicit DotProducts(int64_t d) : dim(d) {}
 
   int64_t padded_keys(int64_t n) const { return round_up(n, kRegisterRows); }
@@ -48,14 +49,21 @@ struct DotProducts {
   int64_t key_row_words() const { return round_up(depth_words<Dot>(dim), kRegisterRows); }
   int64_t column_words() const { return round_up(dim, kRegisterRows); }
 
-  // Words of each operand; the capacity n or m is a padded count. `row` is scratch for packing and
-  // for one row of output.
-  int64_t row_words() const { return 2 * padded_dim(); }
+  // What a product calls between its blocks.
+  auto step() const {
+    return [this](int64_t words) { ahead.step(words * Dot::kPerWord); };
+  }
+
+  // Words of each operand; the capacity n or m is a padded count. `row` is scratch for kLanes rows of
+  // a query operand or of output.
+  int64_t row_words() const { return kLanes * padded_dim(); }
   int64_t key_rows_words(int64_t n) const { return n * key_row_words(); }
   int64_t key_columns_words(int64_t n) const {
     return kFloat ? 0 : depth_words<Dot>(n) * column_words();
   }
-  int64_t query_columns_words(int64_t m) const { return depth_words<Dot>(dim) * m; }
+  int64_t query_columns_words(int64_t m) const {
+    return round_up(depth_words<Dot>(dim), kLanes) * m;
+  }
   int64_t query_rows_words(int64_t m) const { return depth_words<Dot>(m) * padded_dim(); }
   int64_t key_weights_words(int64_t n, int64_t m) const {
     return kFloat ? 0 : n * depth_words<Dot>(m);
@@ -63,12 +71,12 @@ struct DotProducts {
   int64_t query_weights_words(int64_t n, int64_t m) const {
     return kFloat ? 0 : depth_words<Dot>(n) * m;
   }
-  int64_t into_queries_floats(int64_t m) const { return column_words() * m; }
+  int64_t into_queries_floats(int64_t m) const { return padded_dim() * m; }
 
   void pack_key_rows(const SeenRows& x, uint32_t* out) const {
     const int64_t words = depth_words<Dot>(dim), stride = key_row_words();
     for (int64_t r = 0; r < padded_keys(x.count); ++r) {
-      x.prefetch(r + kPrefetchRows, words * 4);
+      prefetch_row<3>(x, r + kPrefetchRows, dim);
       if (r < x.count) word_row<Dot>(x.features, x[r], dim, out + r * stride);
       const int64_t used = r < x.count ? words : 0;
       std::memset(out + r * stride + used, 0, (stride - used) * 4);
@@ -91,17 +99,18 @@ struct DotProducts {
     }
   }
 
-  // Query rows [begin, begin + count), negated where `negate`. `row` is scratch for a padded row.
+  // Query rows [begin, begin + count), negated where `negate`.
   void pack_query_columns(const Features& y, int64_t begin, int64_t count, bool negate,
                           uint32_t* out, uint32_t* row) const {
-    const int64_t m = padded_queries(count), words = depth_words<Dot>(dim);
+    const int64_t m = padded_queries(count), stride = round_up(depth_words<Dot>(dim), kLanes);
     const uint32_t sign = !negate ? 0u : kFloat ? 0x80000000u : 0x80008000u;
-    for (int64_t r = 0; r < m; ++r) {
-      if (r < count)
-        word_row<Dot>(y, begin + r, dim, row);
-      else
-        std::memset(row, 0, words * 4);
-      for (int64_t k = 0; k < words; ++k) out[k * m + r] = row[k] ^ sign;
+    for (int64_t r = 0; r < m; r += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i)
+        if (r + i < count)
+          word_row<Dot>(y, begin + r + i, dim, row + i * stride);
+        else
+          std::memset(row + i * stride, 0, stride * 4);
+      transpose_rows(row, stride, sign, out + r, m);
     }
   }
 
@@ -146,7 +155,7 @@ struct DotProducts {
               float* c) const {
     multiply_rows<Dot, Order::kDepthContiguous>(key_rows, key_row_words(), floats(query_columns), m, c,
                                                 m, padded_keys(n), m / kLanes,
-                                                depth_words<Dot>(dim), 1.0f, false);
+                                                depth_words<Dot>(dim), 1.0f, false, step());
   }
 
   // `queries` of the m are no padding.
@@ -154,14 +163,15 @@ struct DotProducts {
                  int64_t queries, float* c, bool accumulate) const {
     multiply_rows<Dot, Order::kDepthContiguous>(
         key_weights, depth_words<Dot>(m), floats(query_rows), padded_dim(), c, padded_dim(),
-        padded_keys(n), padded_dim() / kLanes, depth_words<Dot>(queries), 1.0f, accumulate);
+        padded_keys(n), padded_dim() / kLanes, depth_words<Dot>(queries), 1.0f, accumulate,
+        step());
   }
 
   void into_queries(const uint32_t* query_weights, const uint32_t* key_columns, int64_t n,
                     int64_t m, float* c) const {
     multiply_rows<Dot, Order::kRowContiguous>(key_columns, kFloat ? key_row_words() : column_words(),
                                               floats(query_weights), m, c, m, column_words(),
-                                              m / kLanes, depth_words<Dot>(n), 1.0f, false);
+                                              m / kLanes, depth_words<Dot>(n), 1.0f, false, step());
   }
 
  private:

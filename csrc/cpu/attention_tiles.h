@@ -16,6 +16,7 @@ struct TileProducts {
 
   const int64_t dim;
   const TileSession session;
+  mutable Ahead ahead;  // advances with the products
   explicit TileProducts(int64_t d) : dim(d) {}
 
   int64_t padded_keys(int64_t n) const { return round_up(n, kTile); }
@@ -24,7 +25,12 @@ struct TileProducts {
   int64_t dim_words() const { return pair_words(dim); }
   static int64_t pair_words(int64_t n) { return round_up((n + 1) / 2, kTile); }
 
-  int64_t row_words() const { return kTile * dim_words(); }
+  // What a product calls between its blocks.
+  auto step() const {
+    return [this](int64_t words) { ahead.step(words * 2); };
+  }
+
+  int64_t row_words() const { return kTile * padded_dim(); }
   int64_t key_rows_words(int64_t n) const { return n * dim_words(); }
   int64_t key_columns_words(int64_t n) const { return pair_words(n) * padded_dim(); }
   int64_t query_columns_words(int64_t m) const { return dim_words() * m; }
@@ -35,15 +41,15 @@ struct TileProducts {
 
   void pack_key_rows(const SeenRows& x, uint32_t* out) const {
     for (int64_t r = 0; r < padded_keys(x.count); ++r) {
-      x.prefetch(r + kPrefetchRows, dim * 2);
+      prefetch_row<3>(x, r + kPrefetchRows, dim);
       pack_row(x.features, r < x.count ? x[r] : -1, out + r * dim_words());
     }
   }
 
   void pack_key_columns(const SeenRows& x, uint32_t* out) const {
     for (int64_t w = 0; w < pair_words(x.count); ++w) {
-      x.prefetch(2 * w + kPrefetchRows, dim * 2);
-      x.prefetch(2 * w + 1 + kPrefetchRows, dim * 2);
+      prefetch_row<3>(x, 2 * w + kPrefetchRows, dim);
+      prefetch_row<3>(x, 2 * w + 1 + kPrefetchRows, dim);
       pack_pair(x.features, 2 * w < x.count ? x[2 * w] : -1,
                 2 * w + 1 < x.count ? x[2 * w + 1] : -1, out + w * padded_dim());
     }
@@ -52,17 +58,12 @@ struct TileProducts {
   void pack_query_columns(const Features& y, int64_t begin, int64_t count, bool negate,
                           uint32_t* out, uint32_t* row) const {
     const int64_t m = padded_queries(count), words = dim_words();
-    const int32_t sign = negate ? static_cast<int32_t>(0x80008000) : 0;
+    const uint32_t sign = negate ? 0x80008000u : 0u;
     for (int64_t r = 0; r < m; r += kTile) {
       // Sixteen rows of words, transposed a tile at a time.
       for (int64_t i = 0; i < kTile; ++i)
         pack_row(y, r + i < count ? begin + r + i : -1, row + i * words);
-      for (int64_t k = 0; k < words; k += kTile) {
-        Vec tile[kTile];
-        for (int64_t i = 0; i < kTile; ++i)
-          tile[i] = (Vec)((VecI)load(reinterpret_cast<float*>(row + i * words + k)) ^ sign);
-        store_transposed(tile, out + k * m + r, m);
-      }
+      transpose_rows(row, words, sign, out + r, m);
     }
   }
 
@@ -94,19 +95,19 @@ struct TileProducts {
   void scores(const uint32_t* key_rows, const uint32_t* query_columns, int64_t n, int64_t m,
               float* c) const {
     multiply_tiles({key_rows, dim_words()}, {query_columns, m}, c, m, padded_keys(n), m,
-                   dim_words(), false);
+                   dim_words(), false, step());
   }
 
   void into_keys(const uint32_t* key_weights, const uint32_t* query_rows, int64_t n, int64_t m,
                  int64_t, float* c, bool accumulate) const {
     multiply_tiles({key_weights, m / 2}, {query_rows, padded_dim()}, c, padded_dim(),
-                   padded_keys(n), padded_dim(), m / 2, accumulate);
+                   padded_keys(n), padded_dim(), m / 2, accumulate, step());
   }
 
   void into_queries(const uint32_t* query_weights, const uint32_t* key_columns, int64_t n,
                     int64_t m, float* c) const {
     multiply_tiles({query_weights, pair_words(n)}, {key_columns, padded_dim()}, c, padded_dim(), m,
-                   padded_dim(), pair_words(n), false);
+                   padded_dim(), pair_words(n), false, step());
   }
 
  private:

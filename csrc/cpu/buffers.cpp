@@ -15,7 +15,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kSmallest = size_t{1} << 20;      // malloc reuses smaller blocks by itself
-constexpr size_t kMostKept = size_t{160} << 20;    // the logits of a chunk, packed features, scratch
+constexpr size_t kMostKept = size_t{160} << 20;    // the logits of a chunk, packed features, gradients
 
 struct Block {
   float* p;
@@ -24,7 +24,8 @@ struct Block {
 
 std::mutex mutex;
 std::vector<Block>& kept() {
-  static std::vector<Block> blocks;  // oldest first
+  // Oldest first. Never destroyed: a tensor may give its memory back while the process ends.
+  static auto& blocks = *new std::vector<Block>;
   return blocks;
 }
 

@@ -1,4 +1,4 @@
-// Scratch memory of the CPU kernels, kept between calls: a training step would otherwise fault the
+// Scratch and large outputs of the CPU kernels, kept between calls: a training step would otherwise fault the
 // same pages in again, which costs as much time as the products that fill them.
 #pragma once
 

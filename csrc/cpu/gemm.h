@@ -99,11 +99,12 @@ void multiply(const uint32_t* a, int64_t lda, const float* b, float* c, int64_t 
   }
 }
 
-// The same with B [depth][vectors * kLanes] in rows that are ldb words apart.
-template <class Dot, Order order>
+// The same with B [depth][vectors * kLanes] in rows that are ldb words apart. `between` is told the
+// multiply-adds of words after each block of them.
+template <class Dot, Order order, class Between>
 void multiply_rows(const uint32_t* a, int64_t lda, const float* b, int64_t ldb, float* c,
                    int64_t ldc, int64_t m, int64_t vectors, int64_t depth, float alpha,
-                   bool accumulate) {
+                   bool accumulate, const Between& between) {
   for (int64_t k = 0; k < depth; k += Dot::kMaxDepth) {
     const int64_t part = depth - k < Dot::kMaxDepth ? depth - k : Dot::kMaxDepth;
     const uint32_t* ak = order == Order::kDepthContiguous ? a + k : a + k * lda;
@@ -118,6 +119,7 @@ void multiply_rows(const uint32_t* a, int64_t lda, const float* b, int64_t ldb, 
         else
           micro_kernel<Dot, order, 1>(ai, lda, bj, ldb, cij, ldc, part, alpha,
                                       accumulate || k > 0);
+        between(kRegisterRows * kRegisterVectors * kLanes * part);
       }
   }
 }

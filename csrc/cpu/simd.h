@@ -139,6 +139,38 @@ inline Vec log1p_unit(Vec u) {
   return (s + s) * p;
 }
 
+// out[i * stride + j] = rows[j], lane i.
+#if defined(__AVX512F__)
+inline void store_transposed(const Vec rows[kLanes], uint32_t* out, int64_t stride) {
+  __m512i t[16], u[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int half = 0; half < 2; ++half) {
+      u[i + 2 * half] = _mm512_unpacklo_epi64(t[i + half], t[i + 2 + half]);
+      u[i + 2 * half + 1] = _mm512_unpackhi_epi64(t[i + half], t[i + 2 + half]);
+    }
+  // u[4 g + c] holds, in quarter q, column 4 q + c of rows 4 g to 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(u[c], u[4 + c], 0x44);
+    const __m512i b = _mm512_shuffle_i32x4(u[c], u[4 + c], 0xee);
+    const __m512i d = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0x44);
+    const __m512i e = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0xee);
+    _mm512_storeu_si512(out + c * stride, _mm512_shuffle_i32x4(a, d, 0x88));
+    _mm512_storeu_si512(out + (4 + c) * stride, _mm512_shuffle_i32x4(a, d, 0xdd));
+    _mm512_storeu_si512(out + (8 + c) * stride, _mm512_shuffle_i32x4(b, e, 0x88));
+    _mm512_storeu_si512(out + (12 + c) * stride, _mm512_shuffle_i32x4(b, e, 0xdd));
+  }
+}
+#else
+inline void store_transposed(const Vec rows[kLanes], uint32_t* out, int64_t stride) {
+  for (int j = 0; j < kLanes; ++j)
+    for (int i = 0; i < kLanes; ++i) out[i * stride + j] = static_cast<uint32_t>(bits(rows[j])[i]);
+}
+#endif
+
 #if defined(__AVX512BF16__)
 // Two vectors rounded to bfloat16 (nearest even), as pairs: the low half of each 32-bit lane from
 // `low`, the high half from `high`.

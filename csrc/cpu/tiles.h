@@ -71,9 +71,11 @@ inline void tile_block(const TileOperand& a, const TileOperand& b, float* c, int
   if constexpr (rows > 1 && cols > 1) _tile_stored(3, c + kTile * ldc + kTile, ldc * 4);
 }
 
-// C[m][n] (+)= A B; needs a TileSession.
-inline void multiply_tiles(const TileOperand& a, const TileOperand& b, float* c, int64_t ldc, int64_t m,
-                    int64_t n, int64_t k, bool accumulate) {
+// C[m][n] (+)= A B; needs a TileSession. `between` is told the multiply-adds of words after each
+// block of them.
+template <class Between>
+void multiply_tiles(const TileOperand& a, const TileOperand& b, float* c, int64_t ldc, int64_t m,
+                    int64_t n, int64_t k, bool accumulate, const Between& between) {
   publish(c);
   for (int64_t i = 0; i < m; i += 2 * kTile) {
     const TileOperand ai = {a.words + i * a.stride, a.stride};
@@ -89,34 +91,10 @@ inline void multiply_tiles(const TileOperand& a, const TileOperand& b, float* c,
         tile_block<1, 2>(ai, bj, cij, ldc, k, accumulate);
       else
         tile_block<1, 1>(ai, bj, cij, ldc, k, accumulate);
+      between(4 * kTile * kTile * k);
     }
   }
   publish(c);
-}
-
-// out[i * stride + j] = rows[j], lane i.
-inline void store_transposed(const Vec rows[16], uint32_t* out, int64_t stride) {
-  __m512i t[16], u[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int half = 0; half < 2; ++half) {
-      u[i + 2 * half] = _mm512_unpacklo_epi64(t[i + half], t[i + 2 + half]);
-      u[i + 2 * half + 1] = _mm512_unpackhi_epi64(t[i + half], t[i + 2 + half]);
-    }
-  // u[4 g + c] holds, in quarter q, column 4 q + c of rows 4 g to 4 g + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512i a = _mm512_shuffle_i32x4(u[c], u[4 + c], 0x44);
-    const __m512i b = _mm512_shuffle_i32x4(u[c], u[4 + c], 0xee);
-    const __m512i d = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0x44);
-    const __m512i e = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0xee);
-    _mm512_storeu_si512(out + c * stride, _mm512_shuffle_i32x4(a, d, 0x88));
-    _mm512_storeu_si512(out + (4 + c) * stride, _mm512_shuffle_i32x4(a, d, 0xdd));
-    _mm512_storeu_si512(out + (8 + c) * stride, _mm512_shuffle_i32x4(b, e, 0x88));
-    _mm512_storeu_si512(out + (12 + c) * stride, _mm512_shuffle_i32x4(b, e, 0xdd));
-  }
 }
 
 }  // namespace

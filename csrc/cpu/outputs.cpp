@@ -1,0 +1,59 @@
+#include "outputs.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "buffers.h"
+
+// In libtorch from 2.11 on; weak, so that the library loads with 2.10 as well.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
+    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* out, int32_t layout,
+    const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
+    void (*deleter)(void* data, void* context), void* context);
+
+namespace fastvlp {
+namespace {
+
+using torch::stable::Tensor;
+
+// For blocks beyond some such size malloc maps fresh pages at every call, and the system clears them,
+// which can take as long as computing what they shall hold.
+constexpr int64_t kLargeBytes = int64_t{4} << 20;
+
+void give_back(void* data, void* context) {
+  const Buffer owned(static_cast<float*>(data), *static_cast<BufferDeleter*>(context));
+  delete static_cast<BufferDeleter*>(context);
+}
+
+}  // namespace
+
+Tensor empty_output(const Tensor& t) {
+  std::vector<int64_t> sizes(t.dim()), strides(t.dim());
+  int64_t elements = 1;
+  for (int64_t i = t.dim() - 1; i >= 0; --i) {
+    sizes[i] = t.size(i);
+    strides[i] = elements;
+    elements *= sizes[i];
+  }
+  const int64_t bytes = elements * static_cast<int64_t>(t.element_size());
+  if (torch_from_blob == nullptr || bytes < kLargeBytes) {
+    Tensor out = torch::stable::new_empty(t, sizes);
+    advise_huge_pages(out.mutable_data_ptr(), bytes);
+    return out;
+  }
+  Buffer buffer = allocate_floats((bytes + 3) / 4);
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  AtenTensorHandle handle;
+  auto* context = new BufferDeleter(buffer.get_deleter());
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      buffer.get(), t.dim(), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1,
+      &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, context));
+  buffer.release();
+  return Tensor(handle);
+}
+
+}  // namespace fastvlp
