@@ -179,13 +179,10 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
   const Products x(p.dim);
   const Buffers<Products> at(x, p.drop_below > 0, task.queries, task.seen_keys, false);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
-  x.pack_key_rows(seen_rows(p, task, p.k, task.key_offset), words + at.key_rows);
-  const SeenRows values = seen_rows(p, task, p.v, task.value_offset);
-  uint32_t* value_columns = words + (Products::kWeightsInPlace ? at.value_rows : at.key_columns);
-  if constexpr (Products::kWeightsInPlace)
-    x.pack_key_rows(values, value_columns);
-  else
-    x.pack_key_columns(values, value_columns);
+  const KeyRows keys = x.key_rows(seen_rows(p, task, p.k, task.key_offset), words + at.key_rows);
+  const KeyRows value_columns = x.key_columns(
+      seen_rows(p, task, p.v, task.value_offset),
+      words + (Products::kWeightsInPlace ? at.value_rows : at.key_columns));
   look_ahead(x, p, task, false);
   const Features q = query_rows(p, task, p.q);
   float* weights = scratch + at.weights;
@@ -194,7 +191,7 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
     const WeightBlock b = block_at(x, p, task, first);
     x.pack_query_columns(q, first, b.queries, p.scale < 0, words + at.query_columns,
                          words + at.row);
-    x.scores(words + at.key_rows, words + at.query_columns, b.n, b.m, weights);
+    x.scores(keys, words + at.query_columns, b.n, b.m, weights);
     exponentials(b, weights, largest, reciprocal);
     clear_padding(x, b, weights);
     const uint32_t* operand = words + at.weights;
@@ -220,13 +217,14 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
   const Products x(p.dim);
   const Buffers<Products> at(x, p.drop_below > 0, task.queries, task.seen_keys, true);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
-  const SeenRows keys = seen_rows(p, task, p.k, task.key_offset);
-  x.pack_key_rows(keys, words + at.key_rows);
-  x.pack_key_columns(keys, words + at.key_columns);
-  x.pack_key_rows(seen_rows(p, task, p.v, task.value_offset), words + at.value_rows);
+  const SeenRows seen = seen_rows(p, task, p.k, task.key_offset);
+  const KeyRows keys = x.key_rows(seen, words + at.key_rows);
+  const KeyRows values =
+      x.key_rows(seen_rows(p, task, p.v, task.value_offset), words + at.value_rows);
+  KeyRows key_columns = keys;
+  if constexpr (!Products::kWeightsInPlace)
+    key_columns = x.key_columns(seen, words + at.key_columns);
   look_ahead(x, p, task, true);
-  const uint32_t* key_columns =
-      words + (Products::kWeightsInPlace ? at.key_rows : at.key_columns);
   const Features q = query_rows(p, task, p.q);
   const Features grad = query_rows(p, task, p.grad);
   float *s = scratch + at.weights, *t = scratch + at.gradient, *slope = scratch + at.slope;
@@ -250,8 +248,8 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
     x.pack_query_columns(grad, first, b.queries, false, words + at.grad_columns, words + at.row);
     x.pack_query_rows(q, first, b.queries, words + at.query_rows);
     x.pack_query_rows(grad, first, b.queries, words + at.grad_rows);
-    x.scores(words + at.key_rows, words + at.query_columns, b.n, b.m, s);
-    x.scores(words + at.value_rows, words + at.grad_columns, b.n, b.m, t);
+    x.scores(keys, words + at.query_columns, b.n, b.m, s);
+    x.scores(values, words + at.grad_columns, b.n, b.m, t);
     weights_again(b, largest, reciprocal, s, t, dropped, slope);
     clear_padding(x, b, dropped);
     const bool accumulate = p.causal || first > 0;

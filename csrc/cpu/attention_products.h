@@ -14,6 +14,15 @@
 
 namespace {
 
+// An operand of key rows; where a product wants whole blocks of rows, those from `whole` on are in
+// `tail`, padded with zeros.
+struct KeyRows {
+  const uint32_t* words;
+  int64_t stride;  // words from one row to the next
+  int64_t whole;
+  const uint32_t* tail;
+};
+
 // How far ahead of its copy a row is fetched where no task before this one did so.
 constexpr int64_t kPrefetchRows = 24;
 
@@ -73,7 +82,9 @@ struct DotProducts {
   }
   int64_t into_queries_floats(int64_t m) const { return padded_dim() * m; }
 
-  void pack_key_rows(const SeenRows& x, uint32_t* out) const {
+  // Packed always: read in place, rows that lie many lines apart push each other out of the
+  // first-level cache.
+  KeyRows key_rows(const SeenRows& x, uint32_t* out) const {
     const int64_t words = depth_words<Dot>(dim), stride = key_row_words();
     for (int64_t r = 0; r < padded_keys(x.count); ++r) {
       prefetch_row<3>(x, r + kPrefetchRows, dim);
@@ -81,11 +92,14 @@ struct DotProducts {
       const int64_t used = r < x.count ? words : 0;
       std::memset(out + r * stride + used, 0, (stride - used) * 4);
     }
+    return {out, stride, padded_keys(x.count), nullptr};
   }
 
-  // Where the columns of floats are the rows themselves, `out` is those.
-  void pack_key_columns(const SeenRows& x, uint32_t* out) const {
-    if constexpr (!kFloat) {
+  // The columns of floats are the rows themselves.
+  KeyRows key_columns(const SeenRows& x, uint32_t* out) const {
+    if constexpr (kFloat) {
+      return key_rows(x, out);
+    } else {
       const int64_t stride = column_words();
       for (int64_t w = 0; w < depth_words<Dot>(x.count); ++w) {
         const uint16_t* first = half_row(x, 2 * w);
@@ -96,6 +110,7 @@ struct DotProducts {
         for (int64_t d = 0; d < dim; ++d) row[d] = first[d] | (second[d] & keep) << 16;
         std::memset(row + dim, 0, (stride - dim) * 4);
       }
+      return {out, stride, depth_words<Dot>(x.count), nullptr};
     }
   }
 
@@ -151,10 +166,10 @@ struct DotProducts {
 #endif
   }
 
-  void scores(const uint32_t* key_rows, const uint32_t* query_columns, int64_t n, int64_t m,
+  void scores(const KeyRows& keys, const uint32_t* query_columns, int64_t n, int64_t m,
               float* c) const {
-    multiply_rows<Dot, Order::kDepthContiguous>(key_rows, key_row_words(), floats(query_columns), m, c,
-                                                m, padded_keys(n), m / kLanes,
+    multiply_rows<Dot, Order::kDepthContiguous>(keys.words, keys.stride, floats(query_columns), m,
+                                                c, m, padded_keys(n), m / kLanes,
                                                 depth_words<Dot>(dim), 1.0f, false, step());
   }
 
@@ -167,11 +182,11 @@ struct DotProducts {
         step());
   }
 
-  void into_queries(const uint32_t* query_weights, const uint32_t* key_columns, int64_t n,
-                    int64_t m, float* c) const {
-    multiply_rows<Dot, Order::kRowContiguous>(key_columns, kFloat ? key_row_words() : column_words(),
-                                              floats(query_weights), m, c, m, column_words(),
-                                              m / kLanes, depth_words<Dot>(n), 1.0f, false, step());
+  void into_queries(const uint32_t* query_weights, const KeyRows& columns, int64_t n, int64_t m,
+                    float* c) const {
+    multiply_rows<Dot, Order::kRowContiguous>(columns.words, columns.stride, floats(query_weights),
+                                              m, c, m, column_words(), m / kLanes,
+                                              depth_words<Dot>(n), 1.0f, false, step());
   }
 
  private:

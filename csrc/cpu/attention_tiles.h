@@ -39,20 +39,28 @@ struct TileProducts {
   int64_t query_weights_words(int64_t n, int64_t m) const { return m * pair_words(n); }
   int64_t into_queries_floats(int64_t m) const { return m * padded_dim(); }
 
-  void pack_key_rows(const SeenRows& x, uint32_t* out) const {
-    for (int64_t r = 0; r < padded_keys(x.count); ++r) {
+  // In place where tiles can be read from there, but for a tail in `out`; else packed there.
+  KeyRows key_rows(const SeenRows& x, uint32_t* out) const {
+    const bool in_place = x.seen == nullptr && dim % (2 * kTile) == 0 &&
+                          x.features.stride % 2 == 0 &&
+                          reinterpret_cast<uintptr_t>(x.features.data) % 4 == 0;
+    const int64_t begin = in_place ? x.count / kTile * kTile : 0, end = padded_keys(x.count);
+    for (int64_t r = begin; r < end; ++r) {
       prefetch_row<3>(x, r + kPrefetchRows, dim);
-      pack_row(x.features, r < x.count ? x[r] : -1, out + r * dim_words());
+      pack_row(x.features, r < x.count ? x[r] : -1, out + (r - begin) * dim_words());
     }
+    if (!in_place) return {out, dim_words(), end, nullptr};
+    return {static_cast<const uint32_t*>(x.features.data), x.features.stride / 2, begin, out};
   }
 
-  void pack_key_columns(const SeenRows& x, uint32_t* out) const {
+  KeyRows key_columns(const SeenRows& x, uint32_t* out) const {
     for (int64_t w = 0; w < pair_words(x.count); ++w) {
       prefetch_row<3>(x, 2 * w + kPrefetchRows, dim);
       prefetch_row<3>(x, 2 * w + 1 + kPrefetchRows, dim);
       pack_pair(x.features, 2 * w < x.count ? x[2 * w] : -1,
                 2 * w + 1 < x.count ? x[2 * w + 1] : -1, out + w * padded_dim());
     }
+    return {out, padded_dim(), pair_words(x.count), nullptr};
   }
 
   void pack_query_columns(const Features& y, int64_t begin, int64_t count, bool negate,
@@ -92,10 +100,14 @@ struct TileProducts {
       }
   }
 
-  void scores(const uint32_t* key_rows, const uint32_t* query_columns, int64_t n, int64_t m,
+  void scores(const KeyRows& keys, const uint32_t* query_columns, int64_t n, int64_t m,
               float* c) const {
-    multiply_tiles({key_rows, dim_words()}, {query_columns, m}, c, m, padded_keys(n), m,
-                   dim_words(), false, step());
+    const int64_t rows = padded_keys(n), whole = rows < keys.whole ? rows : keys.whole;
+    multiply_tiles({keys.words, keys.stride}, {query_columns, m}, c, m, whole, m, dim_words(), false,
+                   step());
+    if (whole < rows)
+      multiply_tiles({keys.tail, dim_words()}, {query_columns, m}, c + whole * m, m, rows - whole, m,
+                     dim_words(), false, step());
   }
 
   void into_keys(const uint32_t* key_weights, const uint32_t* query_rows, int64_t n, int64_t m,
@@ -104,10 +116,10 @@ struct TileProducts {
                    padded_keys(n), padded_dim(), m / 2, accumulate, step());
   }
 
-  void into_queries(const uint32_t* query_weights, const uint32_t* key_columns, int64_t n,
-                    int64_t m, float* c) const {
-    multiply_tiles({query_weights, pair_words(n)}, {key_columns, padded_dim()}, c, padded_dim(), m,
-                   padded_dim(), pair_words(n), false, step());
+  void into_queries(const uint32_t* query_weights, const KeyRows& columns, int64_t n, int64_t m,
+                    float* c) const {
+    multiply_tiles({query_weights, pair_words(n)}, {columns.words, columns.stride}, c, padded_dim(),
+                   m, padded_dim(), pair_words(n), false, step());
   }
 
  private:
