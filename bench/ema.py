@@ -3,22 +3,25 @@
     python bench/ema.py --threads 2
 
 Phases: `step` is the update alone, `step+copy` writes a bfloat16 copy as well, `adamw` is the
-optimiser's step, the momentum update and bfloat16 copies of both weights.
+optimiser's step, the momentum update and bfloat16 copies of both weights. The floor is a sum of two
+vectors in place that moves as many bytes. Errors are those of the first update, its momentum (and
+weights) against float64; peak memory is that of a later one, when all state exists.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import harness
 import report
 import torch
-from harness import OURS, Contender, Missing
+from harness import BOUND, OURS, Contender, Missing
 
 from fastvlp import EmaModel
 from fastvlp.optim import AdamWEma
@@ -26,6 +29,13 @@ from fastvlp.optim import AdamWEma
 OP, DECAY = "ema", 0.995
 PHASES = ("step", "step+copy", "adamw")
 ADAMW = {"lr": 1e-4, "weight_decay": 0.02}
+# Bytes for each parameter: the update reads two values and writes one, AdamW five and four; a copy
+# takes two bytes.
+BYTES = {"step": 12, "step+copy": 14, "adamw": 40}
+# Errors are taken over every so many-th value of each tensor.
+STRIDE = 7
+# What a call leaves behind, by name: each a list of one tensor for each parameter.
+Results = Mapping[str, Sequence[torch.Tensor]]
 
 
 def shapes(blocks: int) -> list[tuple[int, ...]]:
@@ -62,139 +72,245 @@ def build(blocks: int, device: str, gradients: bool) -> Inputs:
     return Inputs(model, drawn)
 
 
+def start(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The momentum before the first update; not the weights, of which there is nothing to move."""
+    return [w.detach().mul(0.9) for w in weights]
+
+
+def restart(momentum: torch.nn.Module, model: torch.nn.Module) -> list[torch.Tensor]:
+    """The parameters of `momentum`, holding the values of `start`."""
+    found = [p.detach() for p in momentum.parameters()]
+    torch._foreach_copy_(found, start(list(model.parameters())))
+    return found
+
+
+def picked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([t.detach().reshape(-1)[::STRIDE] for t in tensors])
+
+
+def unify(_: Inputs, results: Results) -> Mapping[str, torch.Tensor]:
+    return {name: picked(tensors) for name, tensors in results.items()}
+
+
 @dataclass
 class Tensors:
     weights: list[torch.Tensor]
     momentum: list[torch.Tensor]
     copies: list[torch.Tensor]
 
+    def results(self) -> Results:
+        return {"momentum": self.momentum} | ({"copy": self.copies} if self.copies else {})
 
-def tensors(inputs: Inputs, copies: bool) -> Tensors:
-    weights = [p.detach() for p in inputs.model.parameters()]
-    momentum = [p.mul(0.9) for p in weights]
+
+def tensors(model: torch.nn.Module, copies: bool) -> Tensors:
+    weights = [p.detach() for p in model.parameters()]
+    momentum = start(weights)
     return Tensors(weights, momentum, [t.bfloat16() for t in momentum] if copies else [])
 
 
-def ours(copies: bool, inputs: Inputs) -> Callable[[], None]:
+def ours(copies: bool, inputs: Inputs) -> Callable[[], Results]:
     ema = EmaModel(inputs.model, DECAY, copy_dtype=torch.bfloat16 if copies else None)
-    return ema.update
+    results = {"momentum": restart(ema.module, inputs.model)}
+    if copies:
+        results["copy"] = list(ema.copy.parameters())
+
+    def call():
+        ema.update()
+        return results
+
+    return call
 
 
-def foreach(copies: bool, inputs: Inputs) -> Callable[[], None]:
-    t = tensors(inputs, copies)
+def foreach(copies: bool, inputs: Inputs) -> Callable[[], Results]:
+    t = tensors(inputs.model, copies)
+    results = t.results()
 
     def call():
         torch._foreach_lerp_(t.momentum, t.weights, 1 - DECAY)
         if copies:
             torch._foreach_copy_(t.copies, t.momentum)
+        return results
 
     return call
 
 
-def albef(copies: bool, inputs: Inputs) -> Callable[[], None]:
+def albef(copies: bool, inputs: Inputs) -> Callable[[], Results]:
     """The paper's loop: new storage for every momentum tensor."""
-    t = tensors(inputs, copies)
+    t = tensors(inputs.model, copies)
     holders = [torch.nn.Parameter(m, requires_grad=False) for m in t.momentum]
     t.momentum.clear()
+    results = t.results() | {"momentum": holders}
 
     def call():
         for holder, weight in zip(holders, t.weights, strict=True):
             holder.data = holder.data * DECAY + weight * (1.0 - DECAY)
-        for copy, holder in zip(t.copies, holders, strict=False):
-            copy.copy_(holder)
+        for copy_, holder in zip(t.copies, holders, strict=False):
+            copy_.copy_(holder)
+        return results
 
     return call
 
 
-def averaged_model(inputs: Inputs) -> Callable[[], None]:
+def averaged_model(inputs: Inputs) -> Callable[[], Results]:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     ema = AveragedModel(inputs.model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     ema.update_parameters(inputs.model)  # the first one copies
-    return lambda: ema.update_parameters(inputs.model)
+    results = {"momentum": restart(ema.module, inputs.model)}
+
+    def call():
+        ema.update_parameters(inputs.model)
+        return results
+
+    return call
 
 
-def timm_ema(inputs: Inputs) -> Callable[[], None]:
+def timm_ema(inputs: Inputs) -> Callable[[], Results]:
     from timm.utils import ModelEmaV3
 
     ema = ModelEmaV3(inputs.model, DECAY, foreach=True)
-    return lambda: ema.update(inputs.model)
+    results = {"momentum": restart(ema.module, inputs.model)}
+
+    def call():
+        ema.update(inputs.model)
+        return results
+
+    return call
 
 
-def apex(inputs: Inputs) -> Callable[[], None]:
+def apex(inputs: Inputs) -> Callable[[], Results]:
     import amp_C
     from apex.multi_tensor_apply import multi_tensor_applier
 
-    t = tensors(inputs, False)
+    t = tensors(inputs.model, False)
     flag = torch.zeros(1, dtype=torch.int, device=t.weights[0].device)
     lists = [t.momentum, t.weights, t.momentum]
-    return lambda: multi_tensor_applier(amp_C.multi_tensor_axpby, flag, lists, DECAY, 1 - DECAY, -1)
+    results = t.results()
+
+    def call():
+        multi_tensor_applier(amp_C.multi_tensor_axpby, flag, lists, DECAY, 1 - DECAY, -1)
+        return results
+
+    return call
 
 
-def with_gradients(inputs: Inputs) -> list[torch.nn.Parameter]:
-    parameters = list(inputs.model.parameters())
-    for p, g in zip(parameters, inputs.gradients, strict=True):
+def with_gradients(inputs: Inputs) -> Weights:
+    """A model of its own, since a step changes the weights."""
+    model = copy.deepcopy(inputs.model)
+    for p, g in zip(model.parameters(), inputs.gradients, strict=True):
         p.grad = g
-    return parameters
+    return model
 
 
-def our_adamw(inputs: Inputs) -> Callable[[], None]:
-    parameters = with_gradients(inputs)
+def our_adamw(inputs: Inputs) -> Callable[[], Results]:
+    model = with_gradients(inputs)
     low = Weights(0)
     low.all = torch.nn.ParameterList(
-        torch.nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in parameters
+        torch.nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in model.parameters()
     )
-    ema = EmaModel(inputs.model, DECAY, copy_dtype=torch.bfloat16)
-    return AdamWEma(parameters, **ADAMW, ema=ema, copy=low).step
+    ema = EmaModel(model, DECAY, copy_dtype=torch.bfloat16)
+    optimizer = AdamWEma(model.parameters(), **ADAMW, ema=ema, copy=low)
+    results = {
+        "momentum": restart(ema.module, model),
+        "copy": list(ema.copy.parameters()),
+        "weights": list(model.parameters()),
+        "low": list(low.parameters()),
+    }
+
+    def call():
+        optimizer.step()
+        return results
+
+    return call
 
 
-def torch_adamw(options: dict[str, bool], inputs: Inputs) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(with_gradients(inputs), **ADAMW, **options)
-    t = tensors(inputs, True)
+def torch_adamw(options: dict[str, bool], inputs: Inputs) -> Callable[[], Results]:
+    model = with_gradients(inputs)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW, **options)
+    t = tensors(model, True)
     low = [w.bfloat16() for w in t.weights]
+    results = t.results() | {"weights": t.weights, "low": low}
 
     def call():
         optimizer.step()
         torch._foreach_lerp_(t.momentum, t.weights, 1 - DECAY)
         torch._foreach_copy_(t.copies, t.momentum)
         torch._foreach_copy_(low, t.weights)
+        return results
 
     return call
 
 
-def contenders(phase: str) -> tuple[list[Contender], list[Missing]]:
+def traffic(bytes_each: int, inputs: Inputs) -> Callable[[], None]:
+    weights = list(inputs.model.parameters())
+    count = sum(p.numel() for p in weights) * bytes_each // BYTES["step"]
+    total, added = torch.zeros(2, count, device=weights[0].device)
+
+    def call() -> None:
+        total.add_(added)
+
+    return call
+
+
+def float64(phase: str, inputs: Inputs) -> Mapping[str, torch.Tensor]:
+    """The first update in float64, at the values that `picked` picks."""
+    weights = list(inputs.model.parameters())
+    momentum = picked(start(weights)).double()
+    weight = torch.nn.Parameter(picked(weights).double())
     if phase == "adamw":
-        return [
-            Contender(OURS, our_adamw),
-            Contender("fused + foreach", functools.partial(torch_adamw, {"fused": True})),
-            Contender("foreach + foreach", functools.partial(torch_adamw, {"foreach": True})),
-        ], []
+        weight.grad = picked(inputs.gradients).double()
+        torch.optim.AdamW([weight], **ADAMW).step()
+    weight = weight.detach()
+    momentum.lerp_(weight, 1 - DECAY)
+    found = {"momentum": momentum}
+    if phase != "step":
+        found["copy"] = momentum
+    if phase == "adamw":
+        found |= {"weights": weight, "low": weight}
+    return found
+
+
+def contenders(phase: str) -> tuple[list[Contender], list[Missing]]:
+    """Ours, the bound and every peer that can run here; and those that cannot, with reasons."""
     copies = phase == "step+copy"
-    found = [
-        Contender(OURS, functools.partial(ours, copies)),
-        Contender("foreach", functools.partial(foreach, copies)),
-        Contender("albef loop", functools.partial(albef, copies)),
-    ]
-    if copies:
-        return found, []
-    found.append(Contender("swa_utils", averaged_model))
+    makes: dict[str, Callable[[Inputs], Callable[[], Results]]] = {
+        OURS: functools.partial(ours, copies),
+        "foreach": functools.partial(foreach, copies),
+        "albef loop": functools.partial(albef, copies),
+    }
     missing = []
-    for name, module, make, remedy in (
-        ("timm ModelEmaV3", "timm", timm_ema, "pip install timm"),
-        ("apex axpby", "amp_C", apex, "build NVIDIA's apex from source; GPU only"),
-    ):
-        try:
-            importlib.import_module(module)
-            found.append(Contender(name, make))
-        except ImportError:
-            missing.append(Missing(name, f"{module} is not installed", remedy))
-    return found, missing
+    if phase == "adamw":
+        makes = {
+            OURS: our_adamw,
+            "fused + foreach": functools.partial(torch_adamw, {"fused": True}),
+            "foreach + foreach": functools.partial(torch_adamw, {"foreach": True}),
+        }
+    elif phase == "step":
+        makes["swa_utils"] = averaged_model
+        for name, module, make, remedy in (
+            ("timm ModelEmaV3", "timm", timm_ema, "pip install timm"),
+            ("apex axpby", "amp_C", apex, "build NVIDIA's apex from source; GPU only"),
+        ):
+            try:
+                importlib.import_module(module)
+                makes[name] = make
+            except ImportError:
+                missing.append(Missing(name, f"{module} is not installed", remedy))
+    found = [Contender(name, make, unify=unify) for name, make in makes.items()]
+    bound = Contender(BOUND, functools.partial(traffic, BYTES[phase]), bound=True)
+    return [found[0], bound, *found[1:]], missing
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = harness.parser((__doc__ or "").splitlines()[0])
     flags.add_argument("--phase", choices=PHASES, nargs="+", default=list(PHASES))
+    flags.add_argument("--blocks", type=int, help="of 12, of the image's model (2 if quick)")
+    flags.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     args = flags.parse_args(argv)
+    if args.blocks is None:
+        args.blocks = 2 if args.quick else 12
+    if not 0 <= args.blocks <= 12:
+        flags.error("--blocks: expected 0 to 12")
     report.require_plotting(args.plot)
     return args
 
@@ -202,8 +318,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     settings = harness.settings_from(args)
-    blocks = 2 if args.quick else 12
-    count = sum(torch.Size(shape).numel() for shape in shapes(blocks))
+    count = sum(torch.Size(shape).numel() for shape in shapes(args.blocks))
     rows: list[dict[str, Any]] = []
     missing: list[Missing] = []
     for phase in args.phase:
@@ -212,13 +327,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         found, failed = harness.compare(
             OP,
             entrants,
-            functools.partial(make, blocks),
+            functools.partial(make, args.blocks),
             functools.partial(make, 0),
             settings,
             dtype="fp32",
             shape={"parameters": count},
             phase=phase,
-            measure_memory=False,  # what is written is the same for all
+            reference=functools.partial(float64, phase),
+            judged=("momentum", "weights"),
+            measure_memory=not args.no_memory,
+            warm_memory=True,
         )
         rows += found
         missing += absent + failed
@@ -238,12 +356,13 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     for phase in dict.fromkeys(row["phase"] for row in rows):
         group = [row for row in rows if row["phase"] == phase]
         mine = next(row for row in group if row["impl"] == OURS)
-        others = ", ".join(
-            f"{row['ms'] / mine['ms']:.2f}x as fast as {row['impl']}"
-            for row in group
-            if row is not mine
-        )
-        lines.append(f"{phase}: {OURS} {mine['ms']:.1f} ms, {others}.")
+        parts = [f"{OURS} {mine['ms']:.1f} ms"]
+        for row in group:
+            if row["impl"] == BOUND:
+                parts.append(f"{row['ms'] / mine['ms']:.0%} of the floor's speed")
+            elif row is not mine:
+                parts.append(f"{row['ms'] / mine['ms']:.2f}x as fast as {row['impl']}")
+        lines.append(f"{phase}: {', '.join(parts)}.")
     return "\n".join(["", *lines])
 
 

@@ -159,12 +159,14 @@ def compare(
     reference: Callable[[Any], Mapping[str, torch.Tensor]] | None = None,
     judged: Sequence[str] | None = None,
     measure_memory: bool = True,
+    warm_memory: bool = False,
 ) -> tuple[list[dict[str, Any]], list[Missing]]:
     """Time, extra peak memory and error of every contender on the inputs `build()` makes.
 
     `tiny()` makes small inputs of the same kind, which warm up the memory probe. `build`
     and `tiny` must be picklable and give the same inputs each time. `error` in a row is
-    the largest relative error over the results named in `judged` (default: all).
+    the largest relative error over the results named in `judged` (default: all). `warm_memory`
+    measures the memory of a second call, for ops whose first one makes lasting state.
 
     Returns the rows, and which contenders failed and why. A failure of ours raises.
     """
@@ -209,7 +211,7 @@ def compare(
                     tiny,
                     threads=settings.threads,
                     device=settings.device,
-                    warm_full=contender.compiled,
+                    warm_full=contender.compiled or warm_memory,
                 )
             peak = probe.peak_mb
             if probe.failure:

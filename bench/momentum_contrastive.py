@@ -19,7 +19,7 @@ import harness
 import report
 import torch
 import torch.nn.functional as F
-from harness import BOUND, OURS, Contender
+from harness import BOUND, OURS, Contender, Missing
 from torch import Tensor
 
 OP = "momentum_contrastive"
@@ -203,14 +203,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         flags.error("--batch, --queue and --dim must be positive")
     report.require_plotting(args.plot)
     settings = harness.settings_from(args)
-    rows, missing = [], []
+    compile_ = not (args.no_compile or args.quick)
+    rows = []
+    missing = [] if compile_ else [Missing("torch.compile", "left out", "no --quick, --no-compile")]
     for dtype in args.dtype:
         build = functools.partial(
             inputs, queue=queue, dim=args.dim, dtype=dtype, device=args.device
         )
         found, failed = harness.compare(
             OP,
-            contenders(dtype, not args.no_compile),
+            contenders(dtype, compile_),
             functools.partial(build, batch=args.batch),
             functools.partial(build, batch=4, queue=64),
             settings,

@@ -250,7 +250,8 @@ class _Correspondence:
         self._find()
 
     def _find(self) -> None:
-        self._slots, self._parameters = [], 0
+        # Kept only when all of it is found: after a refusal the next call must look again.
+        found, parameters = [], 0
         for kind in ("_parameters", "_buffers"):
             slots = [_slots(module, kind) for module in self._modules]
             for where, other in zip(("module", "copy"), slots[1:], strict=False):
@@ -259,10 +260,10 @@ class _Correspondence:
                     raise ValueError(
                         f"{where}: expected the model's {kind[1:]}; they differ in {names[:5]}"
                     )
-            self._slots += [(name, [each[name] for each in slots]) for name in slots[0]]
-            self._parameters = self._parameters or len(self._slots)
+            found += [(name, [each[name] for each in slots]) for name in slots[0]]
             if kind == "_parameters":
-                self._parameters = len(self._slots)
+                parameters = len(found)
+        self._slots, self._parameters = found, parameters
         self._rows = self._present()
         self._sort()
 
@@ -294,6 +295,12 @@ class _Correspondence:
         parameters, _, _ = self._current()
         return {id(row[0]): (row[1], row[2] if len(row) > 2 else None) for _, row in parameters}
 
+    def check(self, done: frozenset[int]) -> None:
+        """Refuses mismatched tensors, all but the parameters in `done`, before any is written."""
+        parameters, floats, others = self._current()
+        rest = [each for each in parameters if id(each[1][0]) not in done]
+        _refuse_mismatch([*rest, *floats, *others])
+
     @torch.no_grad()
     def move(
         self,
@@ -302,17 +309,35 @@ class _Correspondence:
         done: frozenset[int] = frozenset(),
         check_finite: bool = False,
     ) -> None:
-        """Updates everything but the momentum of the parameters in `done`."""
+        """Updates everything but the momentum of the parameters in `done`.
+
+        Buffers are checked before the first write, parameters by the operator itself; should a
+        part fail all the same after others were written, RuntimeError says which.
+        """
         parameters, floats, others = self._current()
+        _refuse_mismatch([*floats, *others])
         averaged = [each for each in parameters if id(each[1][0]) not in done]
         copied = floats
         if average_buffers:
             averaged, copied = averaged + floats, []
-        _run(averaged, decay, check_finite)
-        _run(copied, 0.0, False)
-        for _, row in others:
-            for ours in row[1:]:
-                ours.copy_(row[0])
+        parts = (
+            ("parameters and averaged buffers", averaged, decay, check_finite),
+            ("buffers of floating dtype", copied, 0.0, False),
+            ("other buffers", others, None, False),
+        )
+        written = []
+        for what, rows, part_decay, part_check in parts:
+            try:
+                _run(rows, part_decay, part_check)
+            except Exception as error:
+                if not written:
+                    raise
+                raise RuntimeError(
+                    f"the momentum was written for its {' and '.join(written)}, not for its "
+                    f"{what}: {error}"
+                ) from error
+            if rows:
+                written.append(what)
 
     @torch.no_grad()
     def refresh_copy(self) -> None:
@@ -324,7 +349,26 @@ class _Correspondence:
                 row[2].copy_(row[1])
 
 
+def _refuse_mismatch(named_rows) -> None:
+    for name, row in named_rows:
+        for where, t in zip(("momentum", "copy"), row[1:], strict=False):
+            # Buffers of other dtypes are copied, from wherever they are.
+            elsewhere = row[0].is_floating_point() and t.device != row[0].device
+            if t.shape != row[0].shape or elsewhere:
+                raise ValueError(
+                    f"{name}: expected the same shape and device in the model and its {where}, "
+                    f"got {tuple(row[0].shape)} on {row[0].device} and {tuple(t.shape)} on "
+                    f"{t.device}; nothing was written"
+                )
+
+
 def _run(named_rows, decay, check_finite) -> None:
+    """Moves the rows by one call of `ema`; without a decay copies them, whatever their dtype."""
+    if decay is None:
+        for _, row in named_rows:
+            for ours in row[1:]:
+                ours.copy_(row[0])
+        return
     columns = list(zip(*(row for _, row in named_rows), strict=True)) if named_rows else []
     if not columns:
         return

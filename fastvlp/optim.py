@@ -115,6 +115,10 @@ class AdamWEma(torch.optim.Optimizer):
         if self.ema is not None:
             self.ema._refuse_while_swapped("step()")
         batches = self._batches()
+        if self.ema is not None:
+            self.ema._tensors.check(
+                frozenset(id(row[0]) for rows in batches.values() for row in rows)
+            )
         if self.check_finite:
             self._refuse_nonfinite([row for batch in batches.values() for row in batch])
         done: set[int] = set()
@@ -131,8 +135,20 @@ class AdamWEma(torch.optim.Optimizer):
                 f"batch of {len(rows)}), with their momentum and copies, and for no other: {error}"
             ) from error
         if self.ema is not None:
-            self.ema._update(frozenset(done))
+            self._update_rest(frozenset(done))
         return loss
+
+    def _update_rest(self, done: frozenset[int]) -> None:
+        try:
+            self.ema._update(done)
+        except Exception as error:
+            if not done:
+                raise
+            raise RuntimeError(
+                f"the step was taken for all {len(done)} parameters that have a gradient, with "
+                "their momentum and copies; the update of the rest of the momentum model failed "
+                f"and is not counted in num_updates: {error}"
+            ) from error
 
     def _batches(self) -> dict[tuple, list[tuple]]:
         """What one call can take: rows of one group, step, device and kind."""

@@ -25,6 +25,7 @@ MODULES = (
     "cross_attention",
     "cross_attention_backward",
     "momentum_contrastive",
+    "momentum_negatives",
     "soft_cross_entropy",
     "word_patch_alignment",
 )

@@ -10,7 +10,8 @@ From these follow, with E' of the teacher's row and C the mean of the row's posi
 because sum_j y_ij s_ij is linear in the keys. So one pass over the keys gives both, in slices that
 leave mergeable (reference, sum, weighted keys), which a second kernel merges in a fixed order. A
 row's own pair is left out of the slices and added there from its logit in fp32, so that a
-saturated softmax keeps its small difference to the target. A third kernel draws the negatives.
+saturated softmax keeps its small difference to the target. `momentum_negatives` draws the
+negatives.
 
 Memory: for each of `SLICES` slices two fp32 copies of the features. Nothing of size B x Q.
 """
@@ -20,14 +21,10 @@ import triton
 import triton.language as tl
 
 from . import aot
-from ._launch import (
-    INTERPRETED,
-    Tile,
-    capability_key,
-    launch_options,
-    on_device,
-)
+from ._launch import INTERPRETED, launch_options, on_device
+from ._momentum_tiles import AOT_TILED, aot_kinds, load_rows, tile_constants, tile_of
 from ._tiles import exp_difference
+from .momentum_negatives import draw_negatives
 
 # Blocks of keys in flight fill a GPU: one slice for the batch, the others for the queue.
 SLICES = 4 if INTERPRETED else 33
@@ -38,37 +35,12 @@ NOTHING_SEEN = tl.constexpr(-0.5e30)
 # Widest block of the sums of keys; wider features take several programs, each with the logits.
 WIDEST = 256
 
-# Eight warps hold the sums of 64 rows x 256 columns in 64 registers a thread; four would spill.
-TILES = {
-    (80, 2): Tile(64, 64, 64, 1, 8, 2),
-    (90, 2): Tile(64, 64, 64, 1, 8, 2),
-    (100, 2): Tile(64, 64, 64, 1, 8, 2),
-    (120, 2): Tile(64, 32, 64, 1, 8, 2),
-    (80, 4): Tile(32, 32, 32, 1, 8, 2),
-    (90, 4): Tile(32, 32, 32, 1, 8, 2),
-    (100, 4): Tile(32, 32, 32, 1, 8, 2),
-    (120, 4): Tile(32, 32, 32, 1, 8, 2),
-}
-TILE_INTERPRETED = Tile(32, 32, 32, 1, 4, 1)
-FINISH_WARPS, NEGATIVE_WARPS = 4, 4
+FINISH_WARPS = 4
 
 
 def weight_factor(dtype: torch.dtype) -> float:
     """What weights exp(s - reference) are stored times: float16 would lose small ones."""
     return 2.0**14 if dtype is torch.float16 else 1.0
-
-
-@triton.jit
-def load_rows(
-    ptr, row, last, stride, depth, D, EVEN_D: tl.constexpr, UPCAST: tl.constexpr
-):  # fmt: skip
-    """Rows of features; those past the end repeat the last one, columns past the end are 0."""
-    at = ptr + tl.minimum(row, last).to(tl.int64)[:, None] * stride + depth[None, :]
-    if EVEN_D:
-        x = tl.load(at)
-    else:
-        x = tl.load(at, mask=(depth < D)[None, :], other=0.0)
-    return x.to(tl.float32) if UPCAST else x
 
 
 @triton.jit(do_not_specialize=["B", "Q"])
@@ -226,75 +198,6 @@ def finish_kernel(
     )
 
 
-@triton.jit
-def gumbel_noise(seed, column, row, stream):
-    """-log(-log(1 - v)) of 32 random bits v in (0, 1), with log(1 - v) exact for small v."""
-    zero = tl.zeros_like(column).to(tl.uint32)
-    bits, _, _, _ = tl.philox(seed, column.to(tl.uint32), row.to(tl.uint32), zero + stream, zero)
-    # By halves: a conversion of unsigned words of the highest bit is not the same everywhere.
-    high, low = (bits >> 16).to(tl.int32).to(tl.float32), (bits & 0xFFFF).to(tl.int32)
-    v = tl.minimum((high * 65536.0 + low.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
-    rest = 1.0 - v
-    # log(rest) / (rest - 1) is smooth, so its value at the rounded `rest` serves at the exact one.
-    exponential = tl.where(rest == 1.0, v, -tl.log(rest) * (v / (1.0 - rest)))
-    return -tl.log(exponential)
-
-
-@triton.jit(do_not_specialize=["B"])
-def negatives_kernel(
-    query_ptr, batch_ptr, ids_ptr, temperature_ptr, seed_ptr, negative_ptr,
-    B, D, stride_query, stride_batch, stream,
-    IDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_D: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Per row the admissible column of the batch with the highest perturbed logit, or -1."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    depth = tl.arange(0, BLOCK_K)
-    inverse = 1.0 / tl.load(temperature_ptr)
-    seed = tl.load(seed_ptr)
-    best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    negative = tl.full((BLOCK_M,), -1, tl.int32)
-    for start in range(0, B, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for at in range(0, D, BLOCK_K):
-            q = load_rows(query_ptr, row, B - 1, stride_query, at + depth, D, EVEN_D, UPCAST)
-            k = load_rows(batch_ptr, column, B - 1, stride_batch, at + depth, D, EVEN_D, UPCAST)
-            s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
-        columns = tl.broadcast_to(column[None, :], (BLOCK_M, BLOCK_N))
-        rows = tl.broadcast_to(row[:, None], (BLOCK_M, BLOCK_N))
-        score = s * inverse + gumbel_noise(seed, columns, rows, stream)
-        admissible = (columns < B) & (columns != rows) & (score == score)
-        if IDS:
-            row_id = tl.load(ids_ptr + tl.minimum(row, B - 1))
-            column_id = tl.load(ids_ptr + tl.minimum(column, B - 1))
-            admissible = admissible & (row_id[:, None] != column_id[None, :])
-        score = tl.where(admissible, score, -float("inf"))
-        highest = tl.max(score, 1)
-        where = tl.where(score == highest[:, None], columns, 2147483647)
-        better = highest > best
-        negative = tl.where(better, tl.min(where, 1), negative)
-        best = tl.where(better, highest, best)
-    tl.store(negative_ptr + row, negative.to(tl.int64), mask=row < B)
-
-
-def _tile(x: torch.Tensor) -> Tile:
-    if INTERPRETED:
-        return TILE_INTERPRETED
-    return TILES[capability_key(*torch.cuda.get_device_capability(x.device)), x.element_size()]
-
-
-def _constants(tile: Tile, width: int, dtype: torch.dtype, precision: str) -> dict:
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "UPCAST": INTERPRETED and dtype is torch.bfloat16,
-        "PRECISION": precision,
-        "EVEN_D": width % tile.block_k == 0,
-    }
-
-
 def _block_d(width: int) -> int:
     return max(32, min(WIDEST, triton.next_power_of_2(width)))
 
@@ -302,11 +205,11 @@ def _block_d(width: int) -> int:
 def _attend(query, batch, queue, ids, queue_ids, length, temperature, positives, precision):
     """The slices of one kind of rows: reference, sum [SLICES, B], keys [SLICES, B, D]."""
     rows, width = query.shape
-    tile, block_d = _tile(query), _block_d(width)
+    tile, block_d = tile_of(query), _block_d(width)
     like = {"dtype": torch.float32, "device": query.device}
     reference, total = torch.empty(2, SLICES, rows, **like)
     keys = torch.empty(SLICES, rows, width, **like)
-    constants = _constants(tile, width, query.dtype, precision)
+    constants = tile_constants(tile, width, query.dtype, precision)
     constants["EVEN_D"] &= width % block_d == 0
     grid = (triton.cdiv(rows, tile.block_m), SLICES, triton.cdiv(width, block_d))
     keys_kernel[grid](
@@ -340,18 +243,6 @@ def _direction(
         BLOCK_D=triton.next_power_of_2(width), num_warps=FINISH_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return losses, gradient.to(student.dtype), by_temperature
-
-
-def _draw(student, batch, ids, temperature, seed, stream, precision):
-    rows, width = student.shape
-    tile = _tile(student)
-    negative = torch.empty(rows, dtype=torch.int64, device=student.device)
-    negatives_kernel[(triton.cdiv(rows, tile.block_m),)](
-        student, batch, ids, temperature, seed, negative, rows, width, student.stride(0),
-        batch.stride(0), stream, IDS=ids.numel() > 0,
-        **_constants(tile, width, student.dtype, precision), **launch_options(tile),
-    )  # fmt: skip
-    return negative
 
 
 def momentum_contrastive(
@@ -394,7 +285,9 @@ def momentum_contrastive(
                 )
             )  # fmt: skip
             if negatives:
-                drawn.append(_draw(student, batch, ids, temperature, seed, stream, input_precision))
+                drawn.append(
+                    draw_negatives(student, batch, ids, temperature, seed, stream, input_precision)
+                )
             else:
                 drawn.append(seed.new_empty(0))
     (losses, d_image, by_first), (more, d_text, by_second) = results
@@ -404,56 +297,9 @@ def momentum_contrastive(
     return loss, d_image, d_text, by_first.sum() + by_second.sum(), *drawn
 
 
-def _cases(kernel, label, types, signature, constants, warps=None, tensor_cores=True):
-    cases = []
-    for (capability, element), tile in TILES.items():
-        for kind in types:
-            if element != (4 if kind == "fp32" else 2):
-                continue
-            own = {k: v.replace("*T", f"*{kind}") for k, v in signature.items()}
-            tiles = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-            cases.append(
-                aot.Case(
-                    name=f"momentum-{label} {kind} {tile.block_m}x{tile.block_n}x{tile.block_k}",
-                    kernel=kernel,
-                    signature=own,
-                    constants=({} if warps else tiles) | constants,
-                    capability=capability,
-                    warps=warps or tile.warps,
-                    stages=tile.stages,
-                    aligned=("D", *(k for k in own if k.startswith("stride_"))),
-                    tensor_cores=tensor_cores and kind != "fp32",
-                )
-            )
-    return cases
-
-
 def aot_cases() -> list[aot.Case]:
-    """Every configuration of the kernels above, for ahead-of-time compilation."""
-    floats = dict.fromkeys(
-        ("temperature_ptr", "alpha_ptr", "reference_ptr", "sum_ptr", "keys_ptr", "loss_ptr",
-         "temperature_gradient_ptr", "positive_sum_ptr", "positive_keys_ptr",
-         *(f"{who}_{what}_ptr" for who in ("student", "teacher")
-           for what in ("reference", "sum", "keys"))), "*fp32"
-    )  # fmt: skip
-    features = dict.fromkeys(
-        ("query_ptr", "batch_ptr", "queue_ptr", "student_ptr", "teacher_ptr", "own_ptr",
-         "gradient_ptr"), "*T"
-    )  # fmt: skip
-    integers = dict.fromkeys(
-        ("ids_ptr", "queue_ids_ptr", "length_ptr", "seed_ptr", "negative_ptr"), "*i64"
-    )
-    sizes = dict.fromkeys(
-        ("B", "D", "stream", "stride_query", "stride_batch", "stride_queue", "stride_student",
-         "stride_teacher", "stride_own"), "i32"
-    )  # fmt: skip
-    known = floats | features | integers | sizes | {"share": "fp32"}
-
-    def signature(kernel, constants):
-        return {k: v for k, v in known.items() if k in kernel.arg_names and k not in constants}
-
-    tiled = {"EVEN_D": True, "UPCAST": False, "PRECISION": "ieee"}
-    attend = tiled | {"SLICES": SLICES, "POSITIVES": False, "FACTOR": 1.0, "ONE_BLOCK": True,
+    """Every configuration of the two kernels above, for ahead-of-time compilation."""
+    attend = AOT_TILED | {"SLICES": SLICES, "POSITIVES": False, "FACTOR": 1.0, "ONE_BLOCK": True,
                       "BLOCK_D": WIDEST}  # fmt: skip
     cases = []
     every = ("bf16", "fp16", "fp32")
@@ -463,14 +309,9 @@ def aot_cases() -> list[aot.Case]:
         ("keys-wide", ("bf16", "fp32"), attend | {"ONE_BLOCK": False}),
         ("keys-ragged", ("bf16",), attend | {"EVEN_D": False, "BLOCK_D": 128}),
     ):
-        cases += _cases(keys_kernel, label, types, signature(keys_kernel, constants), constants)
-    draw = tiled | {"IDS": True}
-    cases += _cases(
-        negatives_kernel, "negatives", ("bf16", "fp32"), signature(negatives_kernel, draw), draw
-    )
+        cases += aot_kinds(keys_kernel, label, types, constants)
     finish = {"SLICES": SLICES, "TEACHER": True, "POSITIVES": True, "FACTOR": 1.0, "BLOCK_D": 256}
-    cases += _cases(
-        finish_kernel, "finish", ("bf16", "fp32"), signature(finish_kernel, finish), finish,
-        warps=FINISH_WARPS, tensor_cores=False,
-    )  # fmt: skip
+    cases += aot_kinds(
+        finish_kernel, "finish", ("bf16", "fp32"), finish, warps=FINISH_WARPS, tensor_cores=False
+    )
     return cases

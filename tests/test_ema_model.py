@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -237,3 +238,57 @@ def test_what_is_refused(model):
     with pytest.raises(ValueError, match="decay: expected a value between 0 and 1"):
         ema.update()
     assert ema.num_updates == 0
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+@pytest.mark.parametrize("name", ["running_mean", "num_batches_tracked"])
+def test_a_mismatched_buffer_is_refused_before_anything_moves(model, buffers, name):
+    ema = EmaModel(model, lambda update: 0.5, buffers=buffers, copy_dtype=torch.bfloat16)
+    change(model)
+    right = getattr(model.norm, name)
+    setattr(model.norm, name, torch.ones(2, 1, dtype=right.dtype, device=right.device))
+    before = values(ema)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"norm\.{name}: .*\(2, 1\).*nothing was written"):
+            ema.update()
+        assert ema.num_updates == 0
+        assert all(torch.equal(v, before[n]) for n, v in values(ema).items())
+    setattr(model.norm, name, right)
+    ema.update()
+    assert ema.num_updates == 1
+    assert torch.equal(ema.module.norm.num_batches_tracked, torch.ones_like(
+        model.norm.num_batches_tracked))  # fmt: skip
+
+
+def test_a_missing_buffer_is_refused_each_time(model):
+    ema = EmaModel(model, 0.5)
+    change(model)
+    before, kept = values(ema), model.norm.running_var
+    model.norm.running_var = None
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"buffers; they differ in .*running_var"):
+            ema.update()
+    assert all(torch.equal(v, before[n]) for n, v in values(ema).items()) and ema.num_updates == 0
+    model.norm.running_var = kept
+    ema.update()
+    assert ema.num_updates == 1
+
+
+def test_an_update_that_fails_half_way_says_what_was_written(model, monkeypatch):
+    ema = EmaModel(model, 0.5)
+    change(model)
+    real, calls = sys.modules["fastvlp.ema"].ema, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        return real(*args, **kwargs)
+
+    mean, weight = ema.module.norm.running_mean.clone(), ema.module.first.weight.clone()
+    monkeypatch.setattr(sys.modules["fastvlp.ema"], "ema", failing)
+    message = "written for its parameters .*, not for its buffers of floating dtype: no room"
+    with pytest.raises(RuntimeError, match=message):
+        ema.update()
+    assert ema.num_updates == 0 and torch.equal(ema.module.norm.running_mean, mean)
+    assert not torch.equal(ema.module.first.weight, weight)

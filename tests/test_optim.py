@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -169,6 +170,43 @@ def test_a_step_that_fails_half_way_says_what_was_written(monkeypatch):
     with pytest.raises(MemoryError, match="no room"):
         optimizer.step()
     assert all(map(torch.equal, untouched, model.parameters()))
+
+
+def test_a_momentum_that_fails_after_the_step_says_what_was_written(monkeypatch):
+    model = network()
+    ema = EmaModel(model, 0.5)
+    optimizer = AdamWEma(groups(model), ema=ema)
+    backward(model, 0)
+    before = [p.detach().clone() for p in [*model.parameters(), *ema.parameters()]]
+
+    def failing(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(sys.modules["fastvlp.ema"], "ema", failing)
+    message = "taken for all 6 parameters .*rest of the momentum model .*num_updates: no room"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert ema.num_updates == 0
+    assert {state["step"].item() for state in optimizer.state.values()} == {1.0}
+    now = [*model.parameters(), *ema.parameters()]
+    assert not any(map(torch.equal, now, before))
+    for p in model.parameters():
+        p.grad = None
+    with pytest.raises(MemoryError, match="no room"):
+        optimizer.step()
+
+
+def test_a_mismatched_rest_of_the_momentum_is_refused_before_the_step():
+    model = network()
+    ema = EmaModel(model, 0.5)
+    optimizer = AdamWEma(groups(model), ema=ema)
+    backward(model, 0)
+    model[1].running_mean = torch.zeros(3)
+    before = [p.detach().clone() for p in [*model.parameters(), *ema.parameters()]]
+    with pytest.raises(ValueError, match=r"1\.running_mean: .*nothing was written"):
+        optimizer.step()
+    now = [*model.parameters(), *ema.parameters()]
+    assert all(map(torch.equal, now, before)) and not optimizer.state and ema.num_updates == 0
 
 
 def test_closure_and_frozen_parameters():

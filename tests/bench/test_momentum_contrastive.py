@@ -1,0 +1,73 @@
+"""bench/momentum_contrastive.py: every contender computes the loss, a quick run every row."""
+
+import harness
+import momentum_contrastive as bench
+import pytest
+import torch
+from bench_runs import missing_names, quick_rows
+from torch.utils.flop_counter import FlopCounterMode
+
+SIZES = {"batch": 6, "queue": 40, "dim": 24}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("bf16", 3e-2)])
+def test_every_contender_computes_the_same(dtype, tolerance):
+    inputs = bench.inputs(**SIZES, dtype=dtype, device="cpu")
+    truth = bench.float64(inputs)
+    assert set(truth) == {"loss", "d_image", "d_text", "d_temperature"}
+    contenders = bench.contenders(dtype, compiled=False)
+    names = [each.name for each in contenders]
+    assert names[:2] == [harness.OURS, harness.BOUND] and len(set(names)) == len(names)
+    for contender in contenders:
+        found = contender.make(inputs)()
+        if contender.bound:
+            assert found is None
+            continue
+        assert set(found) == set(truth)
+        for name, value in truth.items():
+            assert harness.relative_error(found[name], value) < tolerance, (contender.name, name)
+
+
+def test_compiled_peers_stand_beside_the_eager_ones():
+    compiled = [each for each in bench.contenders("bf16", compiled=True) if each.compiled]
+    assert {each.name for each in compiled} == {
+        f"{form} {how} compiled" for form in ("paper", "tuned") for how in ("fp32", "autocast")
+    }
+
+
+def test_inputs_are_the_same_each_time_and_of_unit_length():
+    one, other = (bench.inputs(**SIZES, dtype="fp32", device="cpu") for _ in range(2))
+    assert all(map(torch.equal, one.low, other.low))
+    for rows in (*one.features, *one.queues):
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+    assert all(map(torch.equal, (t.T for t in one.columns), one.queues))
+
+
+def test_the_floor_does_exactly_the_products_it_names():
+    inputs = bench.inputs(**SIZES, dtype="fp32", device="cpu")
+    call = bench.products(inputs)
+    with FlopCounterMode(display=False) as counter:
+        call()
+    assert counter.get_total_flops() == 2 * 3 * 2 * 6 * 40 * 24
+
+
+@pytest.mark.parametrize("flags", [["--batch", "0"], ["--queue", "-1"], ["--dtype", "int8"]])
+def test_wrong_flags_end_with_a_message(flags, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(flags)
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_a_quick_run_writes_every_row(tmp_path, capsys):
+    sizes = [f"--{name}={value}" for name, value in SIZES.items()]
+    meta, rows = quick_rows(bench.main, tmp_path / "run.json", "--no-compile", *sizes)
+    assert "torch.compile" in missing_names(meta)
+    for dtype in ("fp32", "bf16"):
+        group = {row["impl"]: row for row in rows if row["dtype"] == dtype}
+        assert set(group) == {each.name for each in bench.contenders(dtype, compiled=False)}
+        for name, row in group.items():
+            assert row["op"] == "momentum_contrastive" and row["phase"] == "fwd+bwd"
+            assert row["shape"] == {"b": 6, "q": 40, "d": 24}
+            assert (row["peak_mb"] is None) == (name == harness.BOUND)
+    printed = capsys.readouterr().out
+    assert "as fast as paper autocast" in printed and "as fast as tuned fp32" in printed
