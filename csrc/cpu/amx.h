@@ -8,22 +8,29 @@
 
 namespace {
 
-// As gemm.h's multiply for A with contiguous depth and alpha 1; `m` is a multiple of 32. What is
-// left of the depth after whole tiles goes through the vector units.
+// As gemm.h's multiply for A with contiguous depth; `m` is a multiple of 32, alpha 1 where
+// accumulating. What is left of the depth after whole tiles goes through the vector units.
 inline void multiply_panels(const uint32_t* a, int64_t lda, const float* b, float* c, int64_t ldc,
-                            int64_t m, int64_t panels, int64_t depth, bool accumulate) {
+                            int64_t m, int64_t panels, int64_t depth, float alpha,
+                            bool accumulate) {
   const int64_t whole = depth / kTile * kTile;
   publish(c);
   for (int64_t p = 0; p < panels; ++p) {
     const float* panel = b + p * depth * kPanel;
     float* out = c + p * kPanel;
-    if (whole > 0)
-      for (int64_t i = 0; i < m; i += 2 * kTile)
-        tile_block<2, 2>({a + i * lda, lda}, {reinterpret_cast<const uint32_t*>(panel), kPanel},
-                         out + i * ldc, ldc, whole, accumulate);
+    for (int64_t i = 0; i < m && whole > 0; i += 2 * kTile) {
+      float* block = out + i * ldc;
+      tile_block<2, 2>({a + i * lda, lda}, {reinterpret_cast<const uint32_t*>(panel), kPanel},
+                       block, ldc, whole, accumulate);
+      if (alpha == 1.0f) continue;
+      publish(c);
+      for (int64_t r = 0; r < 2 * kTile; ++r, block += ldc)
+        for (int64_t j = 0; j < kPanel; j += kLanes) store(block + j, load(block + j) * alpha);
+    }
+    publish(c);
     if (whole < depth)
       multiply<BFloat16Dot, Order::kDepthContiguous>(a + whole, lda, panel + whole * kPanel, out,
-                                                     ldc, m, 1, depth - whole, 1.0f,
+                                                     ldc, m, 1, depth - whole, alpha,
                                                      accumulate || whole > 0);
   }
   publish(c);

@@ -3,10 +3,11 @@
 #include <cmath>
 
 #include "../common/contrastive_math.h"
+#include "contrastive_gradient.h"
 #include "contrastive_rows.h"
 #include "isa_name.h"
 #include "pack.h"
-
+#include "units.h"
 
 namespace {
 
@@ -31,6 +32,7 @@ struct Scratch {
     x_panels = take(p.block_rows * round_up(p.dim, 16));
     y_rows = take(p.block_cols * row_words(p));
     gradient = take(p.block_cols * fastvlp::tile_stride(p));
+    words = take(p.block_rows * gradient_stride(p));
     row = take(2 * padded_dim(p));
     columns = take(2 * p.block_rows);
     row_max = take(p.block_rows);
@@ -45,9 +47,13 @@ struct Scratch {
     return at;
   }
   int64_t total = 0;
-  int64_t x_panels, y_rows, gradient, row, columns, row_max, row_sum, tile_max, col_max,
+  int64_t x_panels, y_rows, gradient, words, row, columns, row_max, row_sum, tile_max, col_max,
       tile;
 };
+
+GradientScratch gradient_scratch(float* base, const Scratch& s) {
+  return {base + s.gradient, base + s.words, base + s.columns, base + s.row_max};
+}
 
 int64_t scratch_bytes(const ContrastiveProblem& p) { return Scratch(p).total * 4; }
 
@@ -59,40 +65,32 @@ void pack_x(const ContrastiveProblem& p, int64_t block, float* base, const Scrat
 
 // tile = scale * y x^T for one block pair; elements outside the matrix become -inf, whose
 // exponential is 0 in every later pass.
-template <class Dot>
+template <class Units>
 void compute_tile(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, float* base,
                   const Scratch& s, float* tile) {
+  using Dot = typename Units::Dot;
   const int64_t rows = p.rows_in(row_block), cols = p.cols_in(col_block);
+  const int64_t padded_rows = round_up(rows, kPanel), padded_cols = round_up(cols, Units::kRows);
   const int64_t stride = fastvlp::tile_stride(p), words = depth_words<Dot>(p.dim);
   const int64_t first = col_block * p.block_cols;
-  const uint32_t* y = rows_in_place<Dot>(p.y, first, cols, p.dim);
+  const uint32_t* y = rows_in_place<Dot>(p.y, first, cols, p.dim, Units::kRows);
   int64_t y_stride = p.y.stride / Dot::kPerWord;
   if (y == nullptr) {
     copy_rows<Dot>(p.y, first, cols, p.dim, reinterpret_cast<uint32_t*>(base + s.y_rows),
-                   row_words(p));
+                   row_words(p), Units::kRows);
     y = reinterpret_cast<const uint32_t*>(base + s.y_rows);
     y_stride = row_words(p);
   }
-  multiply<Dot, Order::kDepthContiguous>(y, y_stride, base + s.x_panels, tile, stride,
-                                         round_up(cols, kRegisterRows),
-                                         round_up(rows, kPanel) / kPanel, words, p.scale, false);
+  Units::multiply(y, y_stride, base + s.x_panels, tile, stride, padded_cols, padded_rows / kPanel,
+                  words, p.scale, false);
   if (words == 0)
     for (int64_t j = 0; j < cols; ++j) std::memset(tile + j * stride, 0, rows * 4);
-  if (rows < round_up(rows, kPanel))
+  if (rows < padded_rows)
     for (int64_t j = 0; j < cols; ++j)
-      for (int64_t i = rows; i < round_up(rows, kPanel); ++i)
-        tile[j * stride + i] = kNegativeInfinity;
-  for (int64_t j = cols; j < round_up(cols, kRegisterRows); ++j)
-    for (int64_t i = 0; i < round_up(rows, kPanel); ++i) tile[j * stride + i] = kNegativeInfinity;
+      for (int64_t i = rows; i < padded_rows; ++i) tile[j * stride + i] = kNegativeInfinity;
+  for (int64_t j = cols; j < padded_cols; ++j)
+    for (int64_t i = 0; i < padded_rows; ++i) tile[j * stride + i] = kNegativeInfinity;
 }
-
-// A softmax tile is stored either as logits or, where one shift serves all of it, as exp(z - shift):
-// then no pass after the first one has to take exponentials. The shift sits in the padding of the
-// tile's first column; NaN there means logits.
-// Beside it in every column waits the logit of its positive: a saturated softmax needs its
-// exponential relative to the log-sum-exp itself, where it is exactly 1.
-float& shift_of(const ContrastiveProblem& p, float* tile) { return tile[p.block_rows]; }
-float shift_of(const ContrastiveProblem& p, const float* tile) { return tile[p.block_rows]; }
 
 // How far a row's or column's log-sum-exp may lie below the shift. Bounds the rounding of z - shift
 // to that of a logit of this size, and keeps every exponential that matters a normal number.
@@ -160,9 +158,10 @@ void tile_statistics(const ContrastiveProblem& p, int64_t block, int64_t tile_co
       store(row_sum + i, load(row_sum + i) + load(added + i) * exp(shift - load(row_max + i)));
 }
 
-template <class Dot>
+template <class Units>
 void statistics_with(const ContrastiveProblem& p, int64_t block, void* scratch, float* tiles,
                      float* row_lse, float* positive, float* col_max, float* col_sum) {
+  [[maybe_unused]] const typename Units::State state;
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
   const int64_t rows = p.rows_in(block), padded = round_up(rows, kPanel);
@@ -170,10 +169,10 @@ void statistics_with(const ContrastiveProblem& p, int64_t block, void* scratch, 
     base[s.row_max + i] = kNegativeInfinity;
     base[s.row_sum + i] = 0.0f;
   }
-  pack_x<Dot>(p, block, base, s);
+  pack_x<typename Units::Dot>(p, block, base, s);
   for (int64_t j = 0; j < p.col_blocks(); ++j) {
     float* tile = tiles ? tiles + j * fastvlp::tile_floats(p) : base + s.tile;
-    compute_tile<Dot>(p, block, j, base, s, tile);
+    compute_tile<Units>(p, block, j, base, s, tile);
     const int64_t first = j * p.block_cols, cols = p.cols_in(j);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = block * p.block_rows + i + p.offset - first;
@@ -235,110 +234,6 @@ void shift_tile(const ContrastiveProblem& p, int64_t row_block, int64_t col_bloc
   }
 }
 
-// Computes the logit gradients of one tile, column by column.
-class TileGradient {
- public:
-  // `row_factor` is scratch for block_rows floats.
-  TileGradient(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, const float* tile,
-               float* row_factor)
-      : p_(p),
-        tile_(tile),
-        first_row_(row_block * p.block_rows),
-        first_col_(col_block * p.block_cols),
-        rows_(p.rows_in(row_block)),
-        n_(round_up(rows_, kPanel)),
-        shift_(p.loss == Loss::kSoftmax ? shift_of(p, tile) : __builtin_nanf("")),
-        row_factor_(row_factor) {
-    if (shift_ != shift_) return;
-    for (int64_t i = 0; i < n_; i += kLanes)
-      store(row_factor + i, p.use_rows ? exp(shift_ - load(p.row_lse + first_row_ + i)) *
-                                             p.row_weight
-                                       : Vec{});
-  }
-
-  void column(int64_t j, float* g) const {
-    const float* z = tile_ + j * fastvlp::tile_stride(p_);
-    const float* row_lse = p_.row_lse + first_row_;
-    const int64_t col = first_col_ + j;
-    if (p_.loss == Loss::kSigmoid)
-      sigmoid_gradient(z, n_, p_.bias, p_.row_weight, g);
-    else if (shift_ == shift_)
-      shifted_softmax_gradient(
-          z, n_, row_factor_,
-          p_.use_cols ? p_.col_weight * std::exp(shift_ - p_.col_lse[col]) : 0.0f, g);
-    else if (p_.use_rows && p_.use_cols)
-      softmax_gradient<true, true>(z, n_, row_lse, p_.col_lse[col], p_.row_weight, p_.col_weight,
-                                   g);
-    else if (p_.use_rows)
-      softmax_gradient<true, false>(z, n_, row_lse, 0.0f, p_.row_weight, 0.0f, g);
-    else
-      softmax_gradient<false, true>(z, n_, row_lse, p_.col_lse[col], 0.0f, p_.col_weight, g);
-    const int64_t positive = col - p_.offset - first_row_;
-    if (positive < 0 || positive >= rows_) return;
-    if (shift_ == shift_)
-      g[positive] = fastvlp::softmax_logit_gradient(
-          z[p_.block_rows + 1], p_.use_rows ? row_lse[positive] : 0.0f,
-          p_.use_cols ? p_.col_lse[col] : 0.0f, p_.use_rows ? p_.row_weight : 0.0f,
-          p_.use_cols ? p_.col_weight : 0.0f);
-    g[positive] -= p_.positive_weight;
-  }
-
- private:
-  const ContrastiveProblem& p_;
-  const float* tile_;
-  int64_t first_row_, first_col_, rows_, n_;
-  float shift_;
-  const float* row_factor_;
-};
-
-// Logit gradients of a tile as the A operand of the product with y: words along the columns.
-template <class Dot>
-void gradient_for_rows(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
-                       const float* tile, float* base, const Scratch& s) {
-  const int64_t cols = p.cols_in(col_block), stride = fastvlp::tile_stride(p);
-  float* g = base + s.gradient;
-  const TileGradient gradient(p, row_block, col_block, tile, base + s.row_max);
-  if constexpr (Dot::kPerWord == 1) {
-    for (int64_t j = 0; j < cols; ++j) gradient.column(j, g + j * stride);
-  } else {
-#if defined(__AVX512BF16__)
-    const int64_t n = round_up(p.rows_in(row_block), kPanel);
-    float* pair = base + s.columns;
-    for (int64_t j = 0; j < cols; j += 2) {
-      gradient.column(j, pair);
-      if (j + 1 < cols)
-        gradient.column(j + 1, pair + n);
-      else
-        std::memset(pair + n, 0, n * 4);
-      uint32_t* out = reinterpret_cast<uint32_t*>(g + j / 2 * stride);
-      for (int64_t i = 0; i < n; i += kLanes)
-        store_bf16_pairs(out + i, load(pair + i), load(pair + n + i));
-    }
-#endif
-  }
-}
-
-// The same as the A operand of the product with x: words along the rows.
-template <class Dot>
-void gradient_for_cols(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
-                       const float* tile, float* base, const Scratch& s) {
-  if constexpr (Dot::kPerWord == 1) {
-    gradient_for_rows<Dot>(p, row_block, col_block, tile, base, s);
-  } else {
-#if defined(__AVX512BF16__)
-    const int64_t n = round_up(p.rows_in(row_block), kPanel), stride = fastvlp::tile_stride(p);
-    uint32_t* out = reinterpret_cast<uint32_t*>(base + s.gradient);
-    float* column = base + s.columns;
-    const TileGradient gradient(p, row_block, col_block, tile, base + s.row_max);
-    for (int64_t j = 0; j < p.cols_in(col_block); ++j) {
-      gradient.column(j, column);
-      for (int64_t i = 0; i < n; i += 2 * kLanes)
-        store_bf16(out + j * stride + i / 2, load(column + i), load(column + i + kLanes));
-    }
-#endif
-  }
-}
-
 template <class Dot>
 int64_t packed_floats_with(const ContrastiveProblem& p, int64_t rows) {
   return depth_words<Dot>(rows) * padded_dim(p);
@@ -356,45 +251,52 @@ void pack_rows_with(const ContrastiveProblem& p, int64_t block, void* scratch, f
                        static_cast<float*>(scratch) + Scratch(p).row);
 }
 
-template <class Dot>
+template <class Units>
 void row_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
                        bool fresh, void* scratch, float* tiles, const float* packed,
                        float* accumulator, SigmoidSums* sums) {
+  using Dot = typename Units::Dot;
+  [[maybe_unused]] const typename Units::State state;
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
-  const int64_t m = round_up(p.rows_in(block), kRegisterRows), width = padded_dim(p);
   if (fresh) pack_x<Dot>(p, block, base, s);
   for (int64_t j = begin; j < end; ++j) {
     float* tile = tiles ? tiles + (j - begin) * fastvlp::tile_floats(p) : base + s.tile;
-    if (fresh) compute_tile<Dot>(p, block, j, base, s, tile);
+    if (fresh) compute_tile<Units>(p, block, j, base, s, tile);
     if (fresh && p.loss == Loss::kSigmoid) add_sums(p, block, j, tile, sums);
     if (!accumulator) continue;
     if (fresh && p.loss == Loss::kSoftmax) shift_tile(p, block, j, tile);
-    gradient_for_rows<Dot>(p, block, j, tile, base, s);
-    multiply<Dot, Order::kRowContiguous>(
-        reinterpret_cast<uint32_t*>(base + s.gradient), fastvlp::tile_stride(p),
-        packed + (j - begin) * packed_floats_with<Dot>(p, p.block_cols), accumulator, width, m,
-        width / kPanel, depth_words<Dot>(p.cols_in(j)), 1.0f, true);
+    add_row_gradient<Units>(p, block, j, tile, gradient_scratch(base, s),
+                            packed + (j - begin) * packed_floats_with<Dot>(p, p.block_cols),
+                            accumulator, padded_dim(p));
   }
 }
 
-template <class Dot>
+template <class Units>
 void col_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
                        void* scratch, const float* tiles, int64_t tile_step, const float* packed,
                        float* accumulator) {
+  using Dot = typename Units::Dot;
+  [[maybe_unused]] const typename Units::State state;
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
-  const int64_t m = round_up(p.cols_in(block), kRegisterRows), width = padded_dim(p);
-  for (int64_t i = begin; i < end; ++i) {
-    gradient_for_cols<Dot>(p, i, block, tiles + (i - begin) * tile_step, base, s);
-    multiply<Dot, Order::kDepthContiguous>(
-        reinterpret_cast<uint32_t*>(base + s.gradient), fastvlp::tile_stride(p),
-        packed + (i - begin) * packed_floats_with<Dot>(p, p.block_rows), accumulator, width, m,
-        width / kPanel, depth_words<Dot>(p.rows_in(i)), 1.0f, true);
-  }
+  for (int64_t i = begin; i < end; ++i)
+    add_col_gradient<Units>(p, i, block, tiles + (i - begin) * tile_step,
+                            gradient_scratch(base, s),
+                            packed + (i - begin) * packed_floats_with<Dot>(p, p.block_rows),
+                            accumulator, padded_dim(p));
 }
 
-// Each table entry chooses the product by the element type; only this set's own products exist.
+// Each table entry chooses the units by the element type; only this set's own products exist.
+#if defined(__AMX_BF16__)
+#define FASTVLP_WITH_UNITS(function) \
+  (uses_bf16_products(p) ? function<MatrixUnits> : function<VectorUnits<FloatDot>>)
+#elif defined(__AVX512BF16__)
+#define FASTVLP_WITH_UNITS(function) \
+  (uses_bf16_products(p) ? function<VectorUnits<BFloat16Dot>> : function<VectorUnits<FloatDot>>)
+#else
+#define FASTVLP_WITH_UNITS(function) (function<VectorUnits<FloatDot>>)
+#endif
 #if defined(__AVX512BF16__)
 #define FASTVLP_WITH_DOT(function) \
   (uses_bf16_products(p) ? function<BFloat16Dot> : function<FloatDot>)
@@ -404,7 +306,7 @@ void col_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin
 
 void statistics(const ContrastiveProblem& p, int64_t block, void* scratch, float* tiles,
                 float* row_lse, float* positive, float* col_max, float* col_sum) {
-  FASTVLP_WITH_DOT(statistics_with)
+  FASTVLP_WITH_UNITS(statistics_with)
   (p, block, scratch, tiles, row_lse, positive, col_max, col_sum);
 }
 
@@ -423,14 +325,14 @@ void pack_rows(const ContrastiveProblem& p, int64_t block, void* scratch, float*
 void row_gradient(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
                   bool fresh, void* scratch, float* tiles, const float* packed, float* accumulator,
                   SigmoidSums* sums) {
-  FASTVLP_WITH_DOT(row_gradient_with)
+  FASTVLP_WITH_UNITS(row_gradient_with)
   (p, block, begin, end, fresh, scratch, tiles, packed, accumulator, sums);
 }
 
 void col_gradient(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
                   void* scratch, const float* tiles, int64_t tile_step, const float* packed,
                   float* accumulator) {
-  FASTVLP_WITH_DOT(col_gradient_with)
+  FASTVLP_WITH_UNITS(col_gradient_with)
   (p, block, begin, end, scratch, tiles, tile_step, packed, accumulator);
 }
 

@@ -110,7 +110,7 @@ struct MatrixUnits {
   static void logits(const MomentumProblem& p, const Keys& k, const float* panels, float* tile,
                      int64_t rows) {
     multiply_panels(k.words, k.stride, panels, tile, tile_stride(p), k.padded, rows / kPanel,
-                   depth_words<Dot>(p.dim), false);
+                   depth_words<Dot>(p.dim), 1.0f, false);
   }
   static void add_keys(const MomentumProblem& p, const Keys& k, float* base, const Scratch& s,
                        int64_t rows, float* sums) {
@@ -118,7 +118,7 @@ struct MatrixUnits {
     transpose_words(reinterpret_cast<const uint32_t*>(base + s.pairs), tile_stride(p), k.padded / 2,
                     rows, weights, weight_words(p));
     multiply_panels(weights, weight_words(p), base + s.packed, sums, padded_dim(p), rows,
-                   padded_dim(p) / kPanel, k.padded / 2, true);
+                   padded_dim(p) / kPanel, k.padded / 2, 1.0f, true);
   }
 };
 #endif

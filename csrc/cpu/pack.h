@@ -41,23 +41,25 @@ void word_row(const Features& m, int64_t row, int64_t dim, uint32_t* out) {
   }
 }
 
-// The rows as words where they lie, if the A operand of a product along dim can be read from there;
-// else null.
+// The rows as words where they lie, if the A operand of a product along dim can be read from there,
+// a multiple of `grain` rows; else null.
 template <class Dot>
-const uint32_t* rows_in_place(const Features& m, int64_t begin, int64_t count, int64_t dim) {
+const uint32_t* rows_in_place(const Features& m, int64_t begin, int64_t count, int64_t dim,
+                              int64_t grain = kRegisterRows) {
   constexpr Element element = Dot::kPerWord == 1 ? Element::kFloat32 : Element::kBFloat16;
   const bool whole = dim % Dot::kPerWord == 0 && m.stride % Dot::kPerWord == 0;
   const uintptr_t at = reinterpret_cast<uintptr_t>(m.data);
-  if (m.element != element || !whole || at % 4 != 0 || count % kRegisterRows != 0) return nullptr;
+  if (m.element != element || !whole || at % 4 != 0 || count % grain != 0) return nullptr;
   return static_cast<const uint32_t*>(m.data) + begin * (m.stride / Dot::kPerWord);
 }
 
-// Rows [begin, begin + count) as the A operand of a product along dim: [count rounded up][stride].
+// Rows [begin, begin + count) as the A operand of a product along dim: [count rounded up to
+// `grain`][stride].
 template <class Dot>
 void copy_rows(const Features& m, int64_t begin, int64_t count, int64_t dim, uint32_t* out,
-               int64_t stride) {
+               int64_t stride, int64_t grain) {
   for (int64_t r = 0; r < count; ++r) word_row<Dot>(m, begin + r, dim, out + r * stride);
-  for (int64_t r = count; r < round_up(count, kRegisterRows); ++r)
+  for (int64_t r = count; r < round_up(count, grain); ++r)
     std::memset(out + r * stride, 0, depth_words<Dot>(dim) * 4);
 }
 
