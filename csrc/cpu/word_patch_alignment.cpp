@@ -53,11 +53,6 @@ struct Side {
             results + (pairs + b) * rows};
   }
 
-  // The features of the pair after b, null past `end`.
-  Features next(int64_t b, int64_t end) const {
-    return b + 1 < end ? pair(b + 1).features : Features{nullptr, 0, 0, element};
-  }
-
   const char* data;
   Element element;
   int64_t pairs, rows, pair_stride, row_stride;
@@ -71,12 +66,12 @@ void check_sides(const Tensor& x, const Tensor& y, const Side& left, const Side&
   STD_TORCH_CHECK(left.element == right.element, "x and y: expected the same dtype");
 }
 
-// body(b, end, scratch) for every pair b of a thread's pairs up to `end`, in parallel.
+// body(b, scratch) for every pair b, in parallel; each thread has its scratch.
 template <class Body>
 void for_each_pair(int64_t pairs, int64_t scratch_floats, const Body& body) {
   const std::function<void(int64_t, int64_t)> run = [&](int64_t begin, int64_t end) {
     const Buffer scratch = allocate_floats(scratch_floats);
-    for (int64_t b = begin; b < end; ++b) body(b, end, scratch.get());
+    for (int64_t b = begin; b < end; ++b) body(b, scratch.get());
   };
   torch::stable::parallel_for(0, pairs, 1, run);
 }
@@ -105,9 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> word_patch_alignment(
   const WordPatchAlignmentKernels& kernels = word_patch_alignment_kernels();
   float* distances = static_cast<float*>(distance.mutable_data_ptr());
   float* plans = static_cast<float*>(plan.mutable_data_ptr());
-  for_each_pair(left.pairs, kernels.scratch_floats(p), [&](int64_t b, int64_t end, float* scratch) {
-    const AlignmentPair pair = {left.pair(b), right.pair(b), plans + b * p.x_rows * p.y_rows,
-                                right.next(b, end)};
+  for_each_pair(left.pairs, kernels.scratch_floats(p), [&](int64_t b, float* scratch) {
+    const AlignmentPair pair = {left.pair(b), right.pair(b), plans + b * p.x_rows * p.y_rows};
     distances[b] = kernels.align(p, pair, scratch);
   });
   return {distance, plan, x_rows, y_rows};
@@ -139,9 +133,9 @@ std::tuple<Tensor, Tensor> word_patch_alignment_gradients(const Tensor& upstream
   // Faulting in gradients of many MB a small page at a time would take as long as computing them.
   advise_huge_pages(dx_data, left.pairs * left.rows * row_bytes);
   advise_huge_pages(dy_data, left.pairs * right.rows * row_bytes);
-  for_each_pair(left.pairs, kernels.scratch_floats(p), [&](int64_t b, int64_t end, float* scratch) {
+  for_each_pair(left.pairs, kernels.scratch_floats(p), [&](int64_t b, float* scratch) {
     const AlignmentPair pair = {left.pair(b), right.pair(b),
-                                floats(plan) + b * p.x_rows * p.y_rows, right.next(b, end)};
+                                floats(plan) + b * p.x_rows * p.y_rows};
     kernels.gradients(p, pair,
                       {floats(upstream)[b], dx_data + b * p.x_rows * row_bytes,
                        dy_data + b * p.y_rows * row_bytes},

@@ -94,17 +94,6 @@ const float* read_row(const AlignmentProblem& p, const AlignmentSide& side, int6
   return buffer;
 }
 
-// Brings part `part` of `parts` of the next pair's rows near: reading them from memory then hides
-// behind this pair's products.
-void prefetch_part(const AlignmentProblem& p, const Features& next, int64_t part, int64_t parts) {
-  if (next.data == nullptr) return;
-  const int64_t size = next.element == Element::kFloat32 ? 4 : 2;
-  for (int64_t r = part * next.rows / parts; r < (part + 1) * next.rows / parts; ++r) {
-    const char* row = static_cast<const char*>(next.data) + r * next.stride * size;
-    for (int64_t at = 0; at < p.dim * size; at += 64) __builtin_prefetch(row + at, 0, 2);
-  }
-}
-
 // Positions of the rows that are not padding.
 int64_t gather_valid(const AlignmentSide& side, int32_t* index) {
   int64_t count = 0;
@@ -182,11 +171,9 @@ float align(const AlignmentProblem& p, const AlignmentPair& pair, float* base) {
   if (tiles > t.stride) t.stride = round_up(tiles, kLanes);
   normalise(p, pair.x, x_index, t.rows, kDotRowsX, base + s.row, base + s.x);
   normalise(p, pair.y, y_index, t.cols, kDotRowsY, base + s.row, base + s.y);
-  for (int64_t j = 0; j < t.cols; j += kDotRowsY) {
+  for (int64_t j = 0; j < t.cols; j += kDotRowsY)
     row_dots(base + s.x, t.rows, base + s.y + j * padded_dim(p), padded_dim(p), padded_dim(p),
              base + s.cosine + j, t.stride);
-    prefetch_part(p, pair.next, j / kDotRowsY, (t.cols + kDotRowsY - 1) / kDotRowsY);
-  }
   for (int64_t i = 0; i < t.rows; ++i)
     for (int64_t j = t.cols; j < t.stride; ++j) base[s.cosine + i * t.stride + j] = 0.0f;
   make_kernel(base + s.cosine, t, p.beta, base + s.a);
@@ -261,12 +248,9 @@ void gradients(const AlignmentProblem& p, const AlignmentPair& pair,
   const uint32_t* words = reinterpret_cast<const uint32_t*>(plan);
   float* sums = base + s.sums;
 
-  for (int64_t d = 0; d < width; d += kPanel) {
-    multiply<FloatDot, Order::kDepthContiguous>(words, stride, base + s.y + d * cols, sums + d,
-                                                width, round_up(rows, kRegisterRows), 1, cols, 1.0f,
-                                                false);
-    prefetch_part(p, pair.next, d / kPanel, width / kPanel);
-  }
+  multiply<FloatDot, Order::kDepthContiguous>(words, stride, base + s.y, sums, width,
+                                              round_up(rows, kRegisterRows), width / kPanel, cols,
+                                              1.0f, false);
   store_gradient(p, pair.x, x_index, 0, rows, rows, base + s.x, out.upstream, sums, out.dx);
   for (int64_t first = 0; first < cols; first += kGradientRows) {
     const int64_t count = cols - first < kGradientRows ? cols - first : kGradientRows;

@@ -32,8 +32,6 @@ struct AlignmentPair {
   AlignmentSide x;
   AlignmentSide y;
   float* plan;  // [x_rows, y_rows]
-  // The y features of the pair that comes next, fetched while this one computes; data may be null.
-  Features next;
 };
 
 // Gradients [rows, dim] of one pair, contiguous, in the element type of the features.
