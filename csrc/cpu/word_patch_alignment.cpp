@@ -7,6 +7,7 @@
 
 #include "buffers.h"
 #include "isa.h"
+#include "outputs.h"
 #include "word_patch_alignment_kernel.h"
 
 namespace fastvlp {
@@ -117,8 +118,7 @@ std::tuple<Tensor, Tensor> word_patch_alignment_gradients(const Tensor& upstream
   check_contiguous(plan, "plan", ScalarType::Float, left.pairs * left.rows * right.rows);
   check_contiguous(x_rows, "x_rows", ScalarType::Float, 2 * left.pairs * left.rows);
   check_contiguous(y_rows, "y_rows", ScalarType::Float, 2 * left.pairs * right.rows);
-  Tensor dx = torch::stable::new_empty(x, {left.pairs, left.rows, x.size(2)});
-  Tensor dy = torch::stable::new_empty(y, {left.pairs, right.rows, y.size(2)});
+  Tensor dx = empty_output(x), dy = empty_output(y);
   // The kernels only read what the forward pass left.
   auto floats = [](const Tensor& t) {
     return const_cast<float*>(static_cast<const float*>(t.const_data_ptr()));
@@ -130,9 +130,6 @@ std::tuple<Tensor, Tensor> word_patch_alignment_gradients(const Tensor& upstream
   char* dx_data = static_cast<char*>(dx.mutable_data_ptr());
   char* dy_data = static_cast<char*>(dy.mutable_data_ptr());
   const int64_t row_bytes = p.dim * element_bytes(left.element);
-  // Faulting in gradients of many MB a small page at a time would take as long as computing them.
-  advise_huge_pages(dx_data, left.pairs * left.rows * row_bytes);
-  advise_huge_pages(dy_data, left.pairs * right.rows * row_bytes);
   for_each_pair(left.pairs, kernels.scratch_floats(p), [&](int64_t b, float* scratch) {
     const AlignmentPair pair = {left.pair(b), right.pair(b),
                                 floats(plan) + b * p.x_rows * p.y_rows};
