@@ -111,7 +111,7 @@ inline void store_row(const AttentionProblem& p, const float* in, void* out) {
   else if (p.element == fastvlp::Element::kBFloat16)
     to_bfloat16_row(in, p.dim, static_cast<uint16_t*>(out));
   else
-    to_half_row(in, p.dim, static_cast<uint16_t*>(out));
+    from_floats(in, p.dim, p.element, out);
 }
 
 // The rows of a block from the sums of into_queries, times `factor` where there is one. `rows` is
