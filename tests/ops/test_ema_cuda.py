@@ -7,9 +7,9 @@ from pathlib import Path
 import cuda_passes
 import pytest
 import torch
+from ema_cases import DTYPES, LAYOUTS, SHAPES, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ema import DTYPES, LAYOUTS, SHAPES, tensor
 
 OURS = torch.ops.fastvlp
 
