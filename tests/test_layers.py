@@ -14,7 +14,7 @@ ALLOWED = {
     "ops": {"kernels", "_native", "distributed"},
     "losses": {"ops"},
     "nn": {"ops"},
-    "models": {"losses", "nn", "ops"},
+    "models": {"losses", "nn", "ops", "ema", "feature_queue", "distributed", "masking"},
     "data": set(),
     "evaluate": {"ops"},
     "grad_cache": set(),

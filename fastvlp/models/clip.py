@@ -8,9 +8,7 @@ its state dicts load with ``strict=True``.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp.models import base
+from fastvlp.models.base import save as save
 from fastvlp.models.layers import ACTIVATIONS, Transformer
 from fastvlp.nn import LayerNorm
 
@@ -132,15 +132,16 @@ class VisionTransformer(nn.Module):
             )
 
 
-class Clip(nn.Module):
+class Clip(base.Model):
     """CLIP's two towers and its temperature.
 
     The text tower's parameters lie at the top level, as in the published checkpoints.
     """
 
+    kind = "clip"
+
     def __init__(self, config: ClipConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width = config.text_width
         self.visual = VisionTransformer(config)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
@@ -254,35 +255,10 @@ def create(name: str, **overrides: int | str) -> Clip:
     return Clip(dataclasses.replace(CONFIGS[name], **overrides))
 
 
-def save(model: Clip, path: str | Path) -> None:
-    """Write ``path``.safetensors (weights) and ``path``.json (configuration).
-
-    Each file is complete or absent: it is written beside its place and then moved there.
-    """
-    from safetensors.torch import save_file
-
-    weights, config = _files(path)
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(state, f"{weights}.part")
-    Path(f"{config}.part").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
-    for file in (weights, config):
-        os.replace(f"{file}.part", file)
-
-
 def load(path: str | Path) -> Clip:
     """The model that ``save(model, path)`` wrote, on the CPU, in evaluation mode.
 
     Raises:
         FileNotFoundError: one of the two files is not there.
     """
-    from safetensors.torch import load_file
-
-    weights, config = _files(path)
-    model = Clip(ClipConfig(**json.loads(config.read_text())))
-    model.load_state_dict(load_file(weights))
-    return model.eval()
-
-
-def _files(path: str | Path) -> tuple[Path, Path]:
-    return Path(f"{path}.safetensors"), Path(f"{path}.json")
+    return base.load(path, "clip")

@@ -1,0 +1,128 @@
+"""What the models share: the switch between kernels and plain PyTorch, and saving and loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Module, configuration and model of each kind, by the name in its saved configuration.
+KINDS = {"clip": ("fastvlp.models.clip", "ClipConfig", "Clip")}
+
+
+class Switched(nn.Module):
+    """A module with two forms of one computation: the kernels', and plain PyTorch's."""
+
+    reference = False
+
+
+class Model(Switched):
+    """A model made from a frozen dataclass of its sizes.
+
+    Subclasses set `kind`, a key of ``KINDS``, and are made from their configuration alone.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.config = config
+
+    def use_reference(self, reference: bool = True) -> Model:
+        """Compute with plain PyTorch and padded tensors from now on, or with the kernels again.
+
+        The weights, and up to rounding the results, are the same.
+        """
+        for module in self.modules():
+            if isinstance(module, Switched):
+                module.reference = reference
+        return self
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """`fastvlp.nn.attention` by PyTorch alone, [batch, length, heads, head_dim].
+
+    Every row must see a key.
+    """
+    allowed = None if key_mask is None else key_mask[:, None, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if causal and allowed is not None:
+        allowed, causal = allowed & allowed.new_ones(q.shape[2], k.shape[2]).tril(), False
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
+    return out.transpose(1, 2)
+
+
+def save(model: Model, path: str | Path) -> None:
+    """Write ``path``.safetensors (weights) and ``path``.json (kind and configuration).
+
+    Each file is complete or absent: it is written beside its place and then moved there.
+    """
+    from safetensors.torch import save_file
+
+    weights, config = _files(path)
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(_without_ties(state), f"{weights}.part")
+    described = {"kind": model.kind} | dataclasses.asdict(model.config)
+    Path(f"{config}.part").write_text(json.dumps(described, indent=2) + "\n")
+    for file in (weights, config):
+        os.replace(f"{file}.part", file)
+
+
+def load(path: str | Path, kind: str | None = None) -> Model:
+    """The model that ``save(model, path)`` wrote, on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: one of the two files is not there.
+        ValueError: the files hold no known kind of model, or another one than ``kind``.
+    """
+    from safetensors.torch import load_file
+
+    weights, config = _files(path)
+    described = json.loads(config.read_text())
+    found = described.pop("kind", "clip")
+    if found not in KINDS or kind not in (None, found):
+        raise ValueError(f"path: expected {kind or sorted(KINDS)} in {config}, got {found!r}")
+    module, config_name, model_name = KINDS[found]
+    module = importlib.import_module(module)
+    model = getattr(module, model_name)(getattr(module, config_name)(**_tuples(described)))
+    model.load_state_dict(_with_ties(load_file(weights), model))
+    return model.eval()
+
+
+def _tuples(described: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in described.items()}
+
+
+def _without_ties(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied tensors once, under the first of their names: the file format refuses shared memory."""
+    kept, seen = {}, set()
+    for name, value in state.items():
+        place = (value.data_ptr(), value.shape)
+        if value.numel() and place in seen:
+            continue
+        seen.add(place)
+        kept[name] = value
+    return kept
+
+
+def _with_ties(state: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
+    first: dict[tuple, str] = {}
+    full = dict(state)
+    for name, value in model.state_dict().items():
+        source = first.setdefault((value.data_ptr(), value.shape), name)
+        if name not in state and value.numel() and source in state:
+            full[name] = state[source]
+    return full
+
+
+def _files(path: str | Path) -> tuple[Path, Path]:
+    return Path(f"{path}.safetensors"), Path(f"{path}.json")

@@ -1,0 +1,90 @@
+"""Putting a state dict into a model, and saying what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a checkpoint.
+
+    Attributes:
+        source: the format that was recognised, for example "OpenAI CLIP".
+        loaded: how many of the model's tensors came from the checkpoint.
+        missing: the model's tensors that did not and keep their values.
+        unused: the checkpoint's tensors that the model has no place for.
+        reshaped: for each resized tensor its name, its shape in the checkpoint, and the model's.
+        notes: decisions that change results, for example which activation was chosen and why.
+    """
+
+    source: str
+    loaded: int
+    missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.loaded} tensors loaded"]
+        for title, names in (("missing", self.missing), ("unused", self.unused)):
+            lines += [f"  {title} ({len(names)}):", *(f"    {n}" for n in names)] if names else []
+        lines += [f"  reshaped: {name} {old} -> {new}" for name, old, new in self.reshaped]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def apply(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    *,
+    source: str,
+    strict: bool = True,
+    may_miss: Iterable[str] = (),
+    may_skip: Iterable[str] = (),
+    reshaped: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]] = (),
+    notes: Iterable[str] = (),
+) -> LoadReport:
+    """Copies a renamed state dict into the model, all of it or nothing.
+
+    Args:
+        model: its tensors keep their dtype, device and storage.
+        state: by the model's own names.
+        source, reshaped, notes: for the report.
+        strict: raise where a tensor is missing or unused, but for the exceptions that follow.
+        may_miss: patterns (``fnmatch``) of the model's tensors that such checkpoints do not have.
+        may_skip: patterns of theirs that the model does not want.
+
+    Raises:
+        ValueError: with the report, when strict; or shapes differ, always. The model is as it was.
+    """
+    own = model.state_dict()
+    missing = tuple(sorted(own.keys() - state.keys()))
+    unused = tuple(sorted(state.keys() - own.keys()))
+    shared = [name for name in own if name in state]
+    report = LoadReport(source, len(shared), missing, unused, tuple(reshaped), tuple(notes))
+    wrong = [
+        f"{n}: checkpoint {tuple(state[n].shape)}, model {tuple(own[n].shape)}"
+        for n in shared
+        if state[n].shape != own[n].shape
+    ]
+    if wrong:
+        raise ValueError("state: shapes differ\n  " + "\n  ".join(wrong) + f"\n{report}")
+    if strict and (_unmatched(missing, may_miss) or _unmatched(unused, may_skip)):
+        raise ValueError(
+            f"state: the checkpoint does not fit the model; strict=False loads what fits\n{report}"
+        )
+    with torch.no_grad():
+        for name in shared:
+            own[name].copy_(state[name])
+    return report
+
+
+def _unmatched(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    patterns = tuple(patterns)
+    return [n for n in names if not any(fnmatchcase(n, p) for p in patterns)]
