@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.models.base import Switched, plain_attention
-from fastvlp.nn import LayerNorm, attention
+from fastvlp.nn import LayerNorm, Norm, attention, feed_forward, norm_linear
 from fastvlp.ops import cross_attention
 
 EPS = 1e-6
@@ -63,7 +63,11 @@ class Attention(Switched):
 
         key_mask: bool [batch, length], False for keys that no row sees.
         """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return self.attend(self.qkv(x), key_mask, segments)
+
+    def attend(self, qkv: Tensor, key_mask: Tensor | None, segments: Segments | None) -> Tensor:
+        """What follows the projection to q, k and v."""
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
         if segments is not None:
             cu, longest = segments
             out = cross_attention(q, k, v, cu, cu, max_seqlen_q=longest, max_seqlen_k=longest)
@@ -86,7 +90,7 @@ class Mlp(nn.Module):
         return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
 
 
-class Block(nn.Module):
+class Block(Switched):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
@@ -99,8 +103,19 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, *, key_mask: Tensor | None = None, segments: Segments | None = None
     ) -> Tensor:
-        x = x + self.attn(self.norm1(x), key_mask=key_mask, segments=segments)
-        return x + self.mlp(self.norm2(x))
+        if self.reference:
+            x = x + self.attn(self.norm1(x), key_mask=key_mask, segments=segments)
+            return x + self.mlp(self.norm2(x))
+        qkv = norm_linear(x, _of(self.norm1), self.attn.qkv.weight, self.attn.qkv.bias)
+        x = x + self.attn.attend(qkv, key_mask, segments)
+        if self.training and self.mlp.dropout.p:
+            return x + self.mlp(self.norm2(x))
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        return x + feed_forward(x, _of(self.norm2), fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+
+def _of(norm: nn.LayerNorm) -> Norm:
+    return Norm(norm.weight, norm.bias, norm.eps)
 
 
 class VisionTransformer(nn.Module):

@@ -1,14 +1,18 @@
 """Layers on the operators: attention, layer norm, and the fusion layer of text and images."""
 
 from .attention import attention, attention_reference
+from .feed_forward import Norm, feed_forward, norm_linear
 from .fusion import FusionLayer, PaddedFusionLayer, load_bert_layer
 from .norm import LayerNorm
 
 __all__ = [
     "FusionLayer",
     "LayerNorm",
+    "Norm",
     "PaddedFusionLayer",
     "attention",
     "attention_reference",
+    "feed_forward",
     "load_bert_layer",
+    "norm_linear",
 ]

@@ -1,0 +1,211 @@
+"""Layer norm with the linear layer that follows it, and the feed-forward part, kept small.
+
+    norm_linear:   W LN(x) + b
+    feed_forward:  W_2 f(W_1 LN(x) + b_1) + b_2          with or without the layer norm
+
+Source: the transformer block of Vaswani et al., "Attention is all you need", arXiv 1706.03762,
+section 3.3, in the pre-norm form of Dosovitskiy et al., arXiv 2010.11929. Keeping only what is
+dear to compute again follows Korthikanti et al., "Reducing Activation Recomputation in Large
+Transformer Models", arXiv 2205.05198, section 5.
+
+What autograd would keep of a block is 16 widths a token: input and output of both norms, q, k, v,
+the attention's output, and 4 + 4 widths around the activation. The outputs of a norm and of the
+activation cost little to make again. Without them 10 widths are left, and the backward pass takes
+one more norm and activation, about 1 % of the block's time.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x), the approximation of GELU in all of OpenAI's CLIP weights."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _gelu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(gradient, x)
+
+
+def _quick_gelu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * x)
+    return gradient * (s * (1 + 1.702 * x * (1 - s)))
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+_BACKWARD = {"gelu": _gelu_backward, "quick_gelu": _quick_gelu_backward}
+
+
+class Norm(NamedTuple):
+    """The parameters of a layer norm over the last axis: [width] each, and its epsilon."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+def norm_linear(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear(LN(x), weight, bias), which keeps x and not LN(x) for the backward pass.
+
+    Args:
+        x: [.., width], any floating dtype; the norm is computed in float32 at least.
+        norm: of the last axis.
+        weight, bias: [out, width] and [out].
+
+    Returns:
+        [.., out] in the dtype of the weight; under autocast in autocast's. Differentiable once.
+    """
+    weight, bias = _as_autocast(weight, bias)
+    return _NormLinear.apply(x, norm.weight, norm.bias, weight, bias, norm.eps)
+
+
+def feed_forward(
+    x: Tensor,
+    norm: Norm | None,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    activation: str = "gelu",
+) -> Tensor:
+    """W_2 f(W_1 LN(x) + b_1) + b_2, which keeps x and the inner product for the backward pass.
+
+    Args:
+        x: [.., width], any floating dtype; the norm is computed in float32 at least.
+        norm: of the last axis, or None for none.
+        weight1, bias1: [hidden, width] and [hidden].
+        weight2, bias2: [out, hidden] and [out].
+        activation: "gelu", the exact one, or "quick_gelu".
+
+    Returns:
+        [.., out] in the dtype of the weights; under autocast in autocast's. Differentiable once.
+
+    Raises:
+        ValueError: no such activation.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
+    weight1, bias1, weight2, bias2 = _as_autocast(weight1, bias1, weight2, bias2)
+    gain, shift, eps = (None, None, 0.0) if norm is None else norm
+    return _FeedForward.apply(x, gain, shift, weight1, bias1, weight2, bias2, eps, activation)
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+
+
+def _normed(x, gain, shift, eps, dtype):
+    """LN(x) in the dtype of the product to come, and the statistics for its backward."""
+    if gain is None:
+        return x.to(dtype), None, None
+    wide = _wide(x)
+    y, mean, rstd = torch.native_layer_norm(
+        wide, x.shape[-1:], gain.to(wide.dtype), shift.to(wide.dtype), eps
+    )
+    return y.to(dtype), mean, rstd
+
+
+def _wide(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _norm_backward(gradient, x, gain, shift, mean, rstd):
+    """Gradients by x, gain and shift, in their dtypes."""
+    if gain is None:
+        return gradient.to(x.dtype), None, None
+    wide = _wide(x)
+    dx, dgain, dshift = torch.ops.aten.native_layer_norm_backward(
+        gradient.to(wide.dtype), wide, x.shape[-1:], mean, rstd, gain.to(wide.dtype),
+        shift.to(wide.dtype), [True, True, True],
+    )  # fmt: skip
+    return dx.to(x.dtype), dgain.to(gain.dtype), dshift.to(shift.dtype)
+
+
+def _parameter_gradients(gradient, x, wanted):
+    """Gradients of F.linear by its weight and bias, those that are wanted."""
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    dweight = rows.T @ x.reshape(-1, x.shape[-1]) if wanted[0] else None
+    # Sums over many rows would lose their low bits in half precision.
+    dbias = rows.sum(0, dtype=_wide(rows[:0]).dtype).to(rows.dtype) if wanted[1] else None
+    return dweight, dbias
+
+
+def _plain(x):
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class _Once(torch.autograd.Function):
+    """compute(*tensors) inside of a backward pass, whose own derivative is refused."""
+
+    @staticmethod
+    def forward(ctx, compute, *tensors):
+        return compute(*tensors)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "norm_linear and feed_forward have no second derivative; for one, use the plain layers "
+            "(a model's use_reference())"
+        )
+
+
+def _once(compute, *tensors):
+    # The compiler takes no Function inside the backward of another, and no second derivative.
+    if torch.compiler.is_compiling():
+        return compute(*tensors)
+    return _Once.apply(compute, *tensors)
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gain, shift, weight, bias, eps):
+        with _plain(x):
+            y, mean, rstd = _normed(x, gain, shift, eps, weight.dtype)
+            ctx.save_for_backward(x, gain, shift, weight, mean, rstd)
+            ctx.eps = eps
+            return F.linear(y, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        eps, wanted = ctx.eps, ctx.needs_input_grad
+
+        def compute(gradient, x, gain, shift, weight, mean, rstd):
+            y, _, _ = _normed(x, gain, shift, eps, weight.dtype)
+            parameters = _parameter_gradients(gradient, y, wanted[3:5])
+            dnorm = _norm_backward(gradient @ weight, x, gain, shift, mean, rstd)
+            return *dnorm, *parameters
+
+        return *_once(compute, gradient, *ctx.saved_tensors), None
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gain, shift, weight1, bias1, weight2, bias2, eps, activation):
+        with _plain(x):
+            y, mean, rstd = _normed(x, gain, shift, eps, weight1.dtype)
+            inner = F.linear(y, weight1, bias1)
+            ctx.save_for_backward(x, gain, shift, weight1, weight2, mean, rstd, inner)
+            ctx.eps, ctx.activation = eps, activation
+            return F.linear(ACTIVATIONS[activation](inner), weight2, bias2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        eps, activation, wanted = ctx.eps, ctx.activation, ctx.needs_input_grad
+
+        def compute(gradient, x, gain, shift, weight1, weight2, mean, rstd, inner):
+            activated = ACTIVATIONS[activation](inner)
+            outer = _parameter_gradients(gradient, activated, wanted[5:7])
+            del activated  # before the next tensor of its size is made
+            dinner = _BACKWARD[activation](gradient @ weight2, inner)
+            y, _, _ = _normed(x, gain, shift, eps, weight1.dtype)
+            first = _parameter_gradients(dinner, y, wanted[3:5])
+            dnorm = _norm_backward(dinner @ weight1, x, gain, shift, mean, rstd)
+            return *dnorm, *first, *outer
+
+        return *_once(compute, gradient, *ctx.saved_tensors), None, None
