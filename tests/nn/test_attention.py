@@ -73,13 +73,12 @@ def test_lengths_of_the_towers(device, dtype, causal, length):
     check(qkv, upstream, causal=causal, scale=0.2)
 
 
-@pytest.mark.parametrize("way", ["products", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("causal", [False, True])
-def test_unseen_keys(monkeypatch, device, way, causal):
+def test_unseen_keys(device, dtype, causal):
     """Holes, no key at all, and NaN in keys that nobody sees."""
-    monkeypatch.setenv("FASTVLP_ATTENTION", way)
     torch.manual_seed(0)
-    *qkv, upstream = torch.randn(4, 3, 6, 2, 8, dtype=torch.float64, device=device)
+    *qkv, upstream = torch.randn(4, 3, 6, 2, 8, dtype=dtype, device=device)
     mask = torch.ones(3, 6, dtype=torch.bool, device=device)
     mask[0, 2], mask[1], mask[2, 0] = False, False, False
     for x in qkv[1:]:
@@ -93,7 +92,8 @@ def test_unseen_keys(monkeypatch, device, way, causal):
             q, k, v = qkv[0][i, row], qkv[1][i, seen], qkv[2][i, seen]
             weights = (torch.einsum("hd,khd->hk", q, k) * 8**-0.5).softmax(-1)
             wanted = torch.einsum("hk,khd->hd", weights, v)
-            torch.testing.assert_close(out[i, row], wanted, rtol=1e-12, atol=1e-12)
+            bound = 32 * epsilon(dtype)
+            torch.testing.assert_close(out[i, row], wanted, rtol=bound, atol=bound)
     assert dq.isfinite().all()
     for gradient in (dk, dv):
         assert (gradient[~mask] == 0).all() and gradient.isfinite().all()
@@ -140,29 +140,26 @@ def sample(dtype=torch.bfloat16, length=5, head_dim=8, device="cpu", requires_gr
 
 
 def test_on_the_cpu():
-    chosen = explain("attention", *sample())
-    assert chosen.chosen == "products"
-    assert "CUDA" in chosen.reasons["flash_attn"][0] and "CUDA" in chosen.reasons["xformers"][0]
-    for kwargs, reason in [
-        (dict(dtype=torch.float32), "float32"),
-        (dict(length=400), "400 keys"),
-        (dict(requires_grad=False), "backward"),
-    ]:
-        chosen = explain("attention", *sample(**kwargs))
-        assert chosen.chosen == "sdpa"
-        assert reason in str(chosen.reasons["products"])
-    with torch.no_grad():
-        assert explain("attention", *sample()).chosen == "sdpa"
+    for dtype in (torch.float32, *HALF):
+        chosen = explain("attention", *sample(dtype))
+        assert chosen.chosen == "native"
+        assert "CUDA" in chosen.reasons["flash_attn"][0] and "CUDA" in chosen.reasons["xformers"][0]
+    chosen = explain("attention", *sample(torch.float64))
+    assert chosen.chosen == "sdpa"
+    assert "float64 has no kernel" in chosen.reasons["native"][0]
 
 
 def test_forced(monkeypatch):
     q, k, v = sample(torch.float32)
-    monkeypatch.setenv("FASTVLP_BACKEND", "native")  # is for the operators
-    assert explain("attention", q, k, v).chosen == "sdpa"
-    monkeypatch.setenv("FASTVLP_ATTENTION", "products")
+    monkeypatch.setenv("FASTVLP_BACKEND", "reference")  # is for the operators
     explanation = explain("attention", q, k, v)
-    assert explanation.chosen == "products"
-    assert explanation.reasons["sdpa"] == ["FASTVLP_ATTENTION=products asks for another"]
+    assert explanation.chosen == "sdpa"
+    assert "FASTVLP_BACKEND" in explanation.reasons["native"][0]
+    monkeypatch.delenv("FASTVLP_BACKEND")
+    monkeypatch.setenv("FASTVLP_ATTENTION", "sdpa")
+    explanation = explain("attention", q, k, v)
+    assert explanation.chosen == "sdpa"
+    assert explanation.reasons["native"] == ["FASTVLP_ATTENTION=sdpa asks for another"]
     monkeypatch.setenv("FASTVLP_ATTENTION", "flash_attn")
     with pytest.raises(RuntimeError, match="flash_attn runs on CUDA"):
         attention(q, k, v)
