@@ -131,9 +131,7 @@ def _parameter_gradients(gradient, x, wanted):
     """Gradients of F.linear by its weight and bias, those that are wanted."""
     rows = gradient.reshape(-1, gradient.shape[-1])
     dweight = rows.T @ x.reshape(-1, x.shape[-1]) if wanted[0] else None
-    # Sums over many rows would lose their low bits in half precision.
-    dbias = rows.sum(0, dtype=_wide(rows[:0]).dtype).to(rows.dtype) if wanted[1] else None
-    return dweight, dbias
+    return dweight, rows.sum(0) if wanted[1] else None
 
 
 def _plain(x):
