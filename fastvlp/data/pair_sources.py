@@ -242,7 +242,7 @@ def _find_columns(header: list[str], columns: Columns, name: str) -> list[str | 
         if column is None and what != "id":
             raise ValueError(
                 f"{what} column: {name} has none of the usual names ({', '.join(usual)}) "
-                f"among its columns ({', '.join(header)}); name it"
+                f"among its columns ({', '.join(header)}); give its name"
             )
         found.append(column)
     return found
