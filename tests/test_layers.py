@@ -15,13 +15,16 @@ ALLOWED = {
     "losses": {"ops"},
     "nn": {"ops"},
     "models": {"losses", "nn", "ops", "ema", "feature_queue", "distributed", "masking"},
-    "data": set(),
+    "data": {"ops", "masking"},
     "evaluate": {"ops"},
     "grad_cache": set(),
     "info": {"ops", "_native"},
     "feature_queue": {"distributed"},
     "ema": {"ops"},
     "optim": {"ema", "ops"},
+    "masking": set(),
+    "commands": {"data"},
+    "cli": {"commands", "data"},
 }
 FORBIDDEN_IN_KERNELS = ("torch.autograd", "torch.distributed", "torch.nn")
 

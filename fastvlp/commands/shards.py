@@ -1,0 +1,115 @@
+"""``fastvlp shards``: image–caption pairs to WebDataset shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fastvlp.data.make_shards import Result, make_shards
+from fastvlp.data.optional import require
+from fastvlp.data.pair_sources import Columns, read_pairs
+
+
+@dataclass
+class Shards:
+    """Turn image–caption pairs into WebDataset shards for training.
+
+    The source is a folder of images with text files beside them (one caption per line), a CSV, TSV
+    or parquet file with a path and a caption in each row, COCO captions, or Flickr30k annotations.
+    After an interruption, the same command goes on where it stopped.
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """The folder or file."""
+
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
+    """Folder for the shards, made if it is not there."""
+
+    images: Path | None = None
+    """Folder that paths of images start from. By default the source, or the folder it is in."""
+
+    kind: Literal["auto", "folder", "csv", "tsv", "parquet", "coco", "flickr30k"] = "auto"
+    """What the source is. By default told from its name and first line."""
+
+    image_column: str | None = None
+    """Name of the column of paths. By default one of the usual names."""
+
+    caption_column: str | None = None
+    """Name of the column of captions. By default one of the usual names."""
+
+    id_column: str | None = None
+    """Name of the column that is equal for captions of one image. By default image_id, or the path
+    where there is none."""
+
+    per_shard: Annotated[int, tyro.conf.arg(metavar="ROWS")] = 1000
+    """Rows in a shard. Have at least a few shards for each process that will read them."""
+
+    seed: int = 0
+    """Seed of the order."""
+
+    check: bool = True
+    """Decode every image to see that it is whole. Without, only its header is read."""
+
+    max_broken: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.1
+    """Stop where more than this share of all rows is broken."""
+
+    retry_broken: bool = False
+    """Make finished shards with broken rows again, after images were mended."""
+
+    workers: int = 0
+    """Threads that read and check images. By default one per processor."""
+
+    progress: bool = True
+    """Show a progress bar."""
+
+    def run(self) -> Result:
+        """Make the shards and print what came of it."""
+        kind = None if self.kind == "auto" else self.kind
+        columns = Columns(self.image_column, self.caption_column, self.id_column)
+        pairs, broken = read_pairs(self.source, kind, columns)
+        here = self.source if self.source.is_dir() else self.source.parent
+        rich = require("rich.progress")
+        bar = rich.Progress(
+            *rich.Progress.get_default_columns(),
+            rich.TextColumn("{task.completed}/{task.total} rows"),
+            rich.TextColumn("{task.fields[broken]} broken"),
+            disable=not self.progress,
+        )
+        with bar:
+            task = bar.add_task("shards", total=len(pairs), broken=len(broken))
+            bad = len(broken)
+
+            def advance(rows: int, faulty: int) -> None:
+                nonlocal bad
+                bad += faulty
+                bar.update(task, advance=rows, broken=bad)
+
+            result = make_shards(
+                pairs,
+                broken,
+                self.images or here,
+                self.output,
+                per_shard=self.per_shard,
+                seed=self.seed,
+                check=self.check,
+                max_broken=self.max_broken,
+                retry_broken=self.retry_broken,
+                workers=self.workers,
+                advance=advance,
+            )
+        _report(result)
+        return result
+
+
+def _report(result: Result) -> None:
+    last = len(result.shards) - 1
+    names = f"shard-{{000000..{last:06d}}}.tar" if last > 0 else "shard-000000.tar"
+    print(f"{result.count} samples in {len(result.shards)} shards: {result.folder / names}")
+    if result.broken:
+        faults = ", ".join(f"{count} {fault}" for fault, count in result.faults.items())
+        print(f"{len(result.broken)} broken rows ({faults}), named in broken.tsv. The first:")
+        for row in result.broken[:5]:
+            print(f"  {row.place}: {row.fault}: {row.detail}")

@@ -1,0 +1,306 @@
+"""Shards from a list of pairs: shuffled, checked, and the same whether or not it was interrupted.
+
+The shuffled list is cut into shards before anything is read, so what a shard holds depends on its
+own rows only: a broken image makes its shard smaller and moves nothing. Finished shards are written
+down in a journal; a later call with the same pairs and options keeps those whose bytes are still as
+recorded and makes the others.
+
+    shard-000000.tar ...   members KEY.jpg (or png, webp, bmp), KEY.txt and KEY.id; image files are
+                           copied as they are, and an image with several captions is in several
+                           samples of one id
+    manifest.json          the options, every shard's count, size and digest, all counts
+    broken.tsv             place, fault and particulars of every row that gave no sample
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fastvlp.data.optional import require
+from fastvlp.data.pair_sources import Broken, Pair
+from fastvlp.data.shards import (
+    Sample,
+    ShardRecord,
+    atomic_file,
+    remove_partial_files,
+    write_shard,
+)
+from fastvlp.masking import sample_keys
+
+# Raise when equal options come to give other bytes.
+_FORMAT = 1
+_MANIFEST, _JOURNAL, _BROKEN = "manifest.json", ".journal.jsonl", "broken.tsv"
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
+
+
+class TooManyBrokenError(ValueError):
+    """More rows are broken than allowed."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was made: the shards in order, and every broken row."""
+
+    folder: Path
+    shards: tuple[ShardRecord, ...]
+    broken: tuple[Broken, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return sum(shard.count for shard in self.shards)
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """How many rows are broken by each fault, the most frequent first."""
+        return dict(Counter(row.fault for row in self.broken).most_common())
+
+
+def make_shards(
+    pairs: list[Pair],
+    broken: list[Broken],
+    images: Path,
+    folder: Path,
+    *,
+    per_shard: int = 1000,
+    seed: int = 0,
+    check: bool = True,
+    max_broken: float = 0.1,
+    retry_broken: bool = False,
+    workers: int = 0,
+    advance: Callable[[int, int], None] = lambda rows, broken: None,
+) -> Result:
+    """Write ``pairs`` to shards in ``folder``, or finish what an earlier call began.
+
+    Args:
+        pairs, broken: from ``pair_sources.read_pairs``.
+        images: folder that relative paths of images start from.
+        folder: made if it is not there.
+        per_shard: rows of a shard, of which broken ones give no sample.
+        seed: of the order.
+        check: decode every image. Otherwise only its header is read.
+        max_broken: largest share of all rows that may be broken.
+        retry_broken: make finished shards with broken rows again, after images were mended.
+        workers: threads that read and check images; 0 for one per processor.
+        advance: told how many rows are done and how many of them were broken, as it goes.
+
+    Raises:
+        TooManyBrokenError: ``max_broken`` is exceeded; what is finished is kept.
+        ValueError: there are no pairs, ``folder`` holds shards of other pairs or options, or an
+            option is out of range.
+        BlockingIOError: another process is at work in ``folder``.
+    """
+    if per_shard < 1:
+        raise ValueError(f"per_shard: expected a positive number; got {per_shard}")
+    if not 0 <= max_broken <= 1:
+        raise ValueError(f"max_broken: expected 0 to 1; got {max_broken}")
+    recipe = {
+        "format": _FORMAT,
+        "pairs": _digest(pairs, broken),
+        "per_shard": per_shard,
+        "seed": seed,
+        "check": check,
+    }
+    allowed = max_broken * (len(pairs) + len(broken))
+    _check_broken(broken, allowed)
+    if not pairs:
+        raise ValueError("pairs: expected at least one; the source has none")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_process(folder):
+        remove_partial_files(folder)
+        # Where the images lie is no part of the result, but rows broken for that must not be kept.
+        journal = _Journal.open(folder, {**recipe, "images": str(images.resolve())}, retry_broken)
+        order = sample_keys(seed, torch.arange(len(pairs))).argsort(stable=True).tolist()
+        faulty = list(broken)
+        records = []
+        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+            for number, start in enumerate(range(0, len(pairs), per_shard)):
+                name = f"shard-{number:06d}.tar"
+                rows = order[start : start + per_shard]
+                done = journal.finished.get(name)
+                if done is None:
+                    bad: list[Broken] = []
+                    keyed = [(f"{start + i:09d}", pairs[row]) for i, row in enumerate(rows)]
+                    samples = _samples(keyed, images, check, bad, pool, advance)
+                    done = (write_shard(folder / name, samples), bad)
+                    journal.add(*done)
+                else:
+                    advance(len(rows), len(done[1]))
+                records.append(done[0])
+                faulty += done[1]
+                _check_broken(faulty, allowed)
+        result = Result(folder, tuple(records), tuple(faulty))
+        _finish(result, recipe)
+    return result
+
+
+def _samples(
+    keyed: list[tuple[str, Pair]],
+    images: Path,
+    check: bool,
+    bad: list[Broken],
+    pool: Executor,
+    advance: Callable[[int, int], None],
+) -> Iterator[Sample]:
+    """The good samples in order; broken ones are added to ``bad``."""
+    for key, pair, loaded in _ahead(keyed, images, check, pool):
+        if isinstance(loaded, Broken):
+            bad.append(loaded)
+            advance(1, 1)
+            continue
+        extension, content = loaded
+        members = {extension: content, "txt": pair.caption.encode(), "id": pair.id.encode()}
+        yield Sample(key, members)
+        advance(1, 0)
+
+
+def _ahead(
+    keyed: Iterable[tuple[str, Pair]], images: Path, check: bool, pool: Executor
+) -> Iterator[tuple[str, Pair, tuple[str, bytes] | Broken]]:
+    """Every row with its image, read by the pool a few dozen rows ahead."""
+    waiting = deque()
+    for key, pair in keyed:
+        waiting.append((key, pair, pool.submit(_load, pair, images, check)))
+        if len(waiting) > 64:
+            key, pair, future = waiting.popleft()
+            yield key, pair, future.result()
+    for key, pair, future in waiting:
+        yield key, pair, future.result()
+
+
+def _load(pair: Pair, images: Path, check: bool) -> tuple[str, bytes] | Broken:
+    """Extension and bytes of an image, or what is wrong with it."""
+    try:
+        content = (images / pair.image).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return Broken(pair.place, "image cannot be read", f"{pair.image}: {reason}")
+    pillow = require("PIL.Image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pillow.open(io.BytesIO(content)) as image:
+                extension = _EXTENSIONS.get(image.format)
+                if extension is None:
+                    detail = f"{pair.image}: {image.format}; convert it to JPEG or PNG"
+                    return Broken(pair.place, "image format", detail)
+                if check:
+                    image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        reason = "not an image" if isinstance(error, pillow.UnidentifiedImageError) else repr(error)
+        return Broken(pair.place, "image cannot be decoded", f"{pair.image}: {reason}")
+    return extension, content
+
+
+def _check_broken(broken: list[Broken], allowed: float) -> None:
+    if len(broken) > allowed:
+        first = "\n".join(f"  {row.place}: {row.fault}: {row.detail}" for row in broken[:5])
+        raise TooManyBrokenError(
+            f"max_broken: expected at most {allowed:.0f} broken rows; got {len(broken)} so far. "
+            f"The first:\n{first}\n"
+            f"Mend them and retry broken rows, or allow more"
+        )
+
+
+@dataclass
+class _Journal:
+    """Finished shards, one JSON line each, after a line with the recipe."""
+
+    folder: Path
+    finished: dict[str, tuple[ShardRecord, list[Broken]]]
+
+    @classmethod
+    def open(cls, folder: Path, recipe: dict, retry_broken: bool) -> _Journal:
+        path = folder / _JOURNAL
+        lines = []
+        if path.exists():
+            for line in path.read_bytes().split(b"\n"):
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:  # the last one, when the process was killed as it wrote
+                    break
+        if lines and lines[0] != recipe:
+            differing = [key for key in recipe if lines[0].get(key) != recipe[key]]
+            raise ValueError(
+                f"folder: {folder} holds shards made from other {', '.join(differing)}; "
+                f"choose another folder, or remove that one"
+            )
+        if not lines and any(folder.glob("*.tar")):
+            raise ValueError(
+                f"folder: {folder} holds tar files of another origin; choose another folder"
+            )
+        finished = {}
+        for line in lines[1:]:
+            record = ShardRecord(**line["shard"])
+            if record.matches(folder) and not (retry_broken and line["broken"]):
+                finished[record.name] = (record, [Broken(*row) for row in line["broken"]])
+        journal = cls(folder, finished)
+        # Written anew, so that a torn line or a shard that is gone does not stay in it.
+        with atomic_file(path) as file:
+            file.write(_line(recipe))
+            for record, broken in finished.values():
+                file.write(_entry(record, broken))
+        return journal
+
+    def add(self, record: ShardRecord, broken: list[Broken]) -> None:
+        """Write down that a shard is finished; on the disk when this returns."""
+        with open(self.folder / _JOURNAL, "ab") as file:
+            file.write(_entry(record, broken))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _entry(record: ShardRecord, broken: list[Broken]) -> bytes:
+    rows = [[row.place, row.fault, row.detail] for row in broken]
+    return _line({"shard": asdict(record), "broken": rows})
+
+
+def _line(content: dict) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+def _finish(result: Result, recipe: dict) -> None:
+    with atomic_file(result.folder / _BROKEN) as file:
+        file.write(b"place\tfault\tdetail\n")
+        for row in result.broken:
+            fields = (row.place, row.fault, row.detail)
+            file.write("\t".join(" ".join(field.split()) for field in fields).encode() + b"\n")
+    manifest = {
+        "recipe": recipe,
+        "samples": result.count,
+        "broken": result.faults,
+        "shards": [asdict(record) for record in result.shards],
+    }
+    with atomic_file(result.folder / _MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=2).encode())
+
+
+def _digest(pairs: list[Pair], broken: list[Broken]) -> str:
+    digest = hashlib.sha256()
+    for row in (*pairs, *broken):
+        digest.update(json.dumps(list(asdict(row).values())).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    filelock = require("filelock")
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            yield
+    except filelock.Timeout as error:
+        raise BlockingIOError(f"folder: another process is making shards in {folder}") from error
