@@ -36,7 +36,7 @@ EPS = 1e-12
 
 
 class _BertParameters(nn.Module):
-    """The parameters, shared by the packed and the padded layer.
+    """The parameters and the padded computation, shared by the packed and the padded layer.
 
     Args:
         width: of the text, D.
@@ -47,6 +47,9 @@ class _BertParameters(nn.Module):
         dropout: of the outputs of attention and feed-forward.
         attention_dropout: of the attention weights.
     """
+
+    # By what the padded form attends: "eager" products, or "sdpa", which has no weights to return.
+    padded_attention = "eager"
 
     def __init__(
         self,
@@ -93,6 +96,59 @@ class _BertParameters(nn.Module):
             raise ValueError("images: expected the image tokens; a layer of text has cross=False")
         if images is not None and self.crossattention is None:
             raise ValueError("images: this layer has no cross-attention; make it with cross=True")
+
+    def padded(
+        self,
+        tokens: Tensor,
+        text_mask: Tensor,
+        images: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        causal: bool = False,
+        return_probs: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The layer's definition, on padded pairs.
+
+        Every pair projects its image again and every padded token is computed.
+
+        Args:
+            tokens: [pairs, length, D].
+            text_mask: bool [pairs, length], False for padding; what is returned there is arbitrary.
+            images: [pairs, L, E], each pair's image.
+            key_mask: bool [pairs, L].
+            causal: as in `FusionLayer`.
+            return_probs: also the cross-attention weights [pairs, heads, length, L].
+        """
+        self._check_images(images)
+        if return_probs and (images is None or self.padded_attention == "sdpa"):
+            raise ValueError("return_probs: expected cross-attention by eager products")
+        allowed = text_mask[:, None, None]
+        if causal:
+            length = tokens.shape[1]
+            allowed = allowed & tokens.new_ones(length, length, dtype=torch.bool).tril()
+        heads, _ = self._attend(self.attention.self, tokens, tokens, allowed)
+        x, probs = self.attention.output(heads, tokens), None
+        if images is not None:
+            allowed = None if key_mask is None else key_mask[:, None, None]
+            heads, probs = self._attend(self.crossattention.self, x, images, allowed)
+            x = self.crossattention.output(heads, x)
+        x = self._feed_forward(x)
+        return (x, probs) if return_probs else x
+
+    def _attend(self, project, x, source, allowed):
+        q, k, v = (
+            self._split(f(y)).transpose(1, 2)
+            for f, y in ((project.query, x), (project.key, source), (project.value, source))
+        )
+        if self.padded_attention == "sdpa":
+            p = self.attention_dropout if self.training else 0.0
+            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p)
+            return heads.transpose(1, 2).flatten(-2), None
+        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+        probs = F.dropout(logits.softmax(-1), self.attention_dropout, self.training)
+        return (probs @ v).transpose(1, 2).flatten(-2), probs
 
 
 class FusionLayer(_BertParameters):
@@ -172,53 +228,12 @@ class FusionLayer(_BertParameters):
 class PaddedFusionLayer(_BertParameters):
     """The definition of `FusionLayer`, with the same parameters, on padded pairs.
 
-    Every pair projects its image again and every padded token is computed: what the public
-    implementations do, and what the packed layer is measured against.
+    What the public implementations do, and what the packed layer is measured against.
     """
 
-    def forward(
-        self,
-        tokens: Tensor,
-        text_mask: Tensor,
-        images: Tensor | None = None,
-        *,
-        key_mask: Tensor | None = None,
-        causal: bool = False,
-        return_probs: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """One step.
-
-        Args:
-            tokens: [pairs, length, D].
-            text_mask: bool [pairs, length], False for padding; what is returned there is arbitrary.
-            images: [pairs, L, E], each pair's image.
-            key_mask: bool [pairs, L].
-            causal, return_probs: as in `FusionLayer`; weights [pairs, heads, length, L].
-        """
-        self._check_images(images)
-        allowed = text_mask[:, None, None]
-        if causal:
-            length = tokens.shape[1]
-            allowed = allowed & tokens.new_ones(length, length, dtype=torch.bool).tril()
-        heads, _ = self._attend(self.attention.self, tokens, tokens, allowed)
-        x, probs = self.attention.output(heads, tokens), None
-        if images is not None:
-            allowed = None if key_mask is None else key_mask[:, None, None]
-            heads, probs = self._attend(self.crossattention.self, x, images, allowed)
-            x = self.crossattention.output(heads, x)
-        x = self._feed_forward(x)
-        return (x, probs) if return_probs else x
-
-    def _attend(self, project, x, source, allowed):
-        q, k, v = (
-            self._split(f(y)).transpose(1, 2)
-            for f, y in ((project.query, x), (project.key, source), (project.value, source))
-        )
-        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
-        probs = F.dropout(logits.softmax(-1), self.attention_dropout, self.training)
-        return (probs @ v).transpose(1, 2).flatten(-2), probs
+    def forward(self, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
+        """`padded`, with its arguments."""
+        return self.padded(*args, **kwargs)
 
 
 def load_bert_layer(layer: nn.Module, state: dict[str, Tensor], prefix: str = "") -> None:

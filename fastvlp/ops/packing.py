@@ -83,14 +83,16 @@ class TextLayout:
         return cls._make(torch.arange(padded_length) < lengths[:, None], device)
 
     @classmethod
-    def from_mask(cls, mask: torch.Tensor) -> TextLayout:
+    def from_mask(cls, mask: torch.Tensor, device=None) -> TextLayout:
         """For a mask [texts, padded length], true or nonzero at tokens, in any pattern.
 
-        Waits for the device once if the mask is on a GPU.
+        Waits for the device once if the mask is on a GPU. `device` is where the texts are; None
+        for the device of the mask.
         """
         if mask.dim() != 2:
             raise ValueError(f"mask: expected [texts, length], got shape {tuple(mask.shape)}")
-        return cls._make(mask.detach().cpu().bool(), mask.device)
+        device = mask.device if device is None else torch.device(device)
+        return cls._make(mask.detach().cpu().bool(), device)
 
     @classmethod
     def _make(cls, mask, device):

@@ -1,0 +1,178 @@
+"""Checkpoints for `fastvlp.models.albef`: the authors', LAVIS', timm's ViT and DeiT, and BERT.
+
+The authors' names and LAVIS' are the same: `visual_encoder.*`, `text_encoder.bert.*`,
+`text_encoder.cls.predictions.*`, `vision_proj`, `text_proj`, `temp`, `itm_head`, the twin's with
+`_m`, `image_queue`, `text_queue` [embed_dim, size] and `queue_ptr`; fine-tuned models lack `bert.`
+and the vocabulary head. LAVIS leaves the twin out when it saves.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastvlp.models.albef import Albef
+
+from ._files import read_state_dict, unwrap
+from ._positions import resize_grid_positions
+from ._report import LoadReport, apply
+
+Source = str | Path | dict[str, Tensor]
+TOWERS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
+QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
+HEAD = "text_encoder.cls.predictions."
+WORDS = "bert.embeddings.word_embeddings.weight"
+# A copy of another tensor, or a constant.
+REPEATED = ("position_ids", "cls.predictions.decoder.bias")
+
+
+def load_albef(model: Albef, source: Source, *, strict: bool = True) -> LoadReport:
+    """The authors' or LAVIS' checkpoint, of pretraining or of retrieval, into the whole model.
+
+    Image positions are resized as the authors do, bicubic, for the model and its twin. A twin that
+    the checkpoint does not have takes the model's weights. Queues of another size stay as they
+    are. `strict` is `apply`'s.
+
+    Raises:
+        ValueError: the checkpoint does not fit; the model is as it was.
+    """
+    given, state, notes, reshaped = _state(source), {}, [], []
+    for name, value in given.items():
+        if name in QUEUES or name.endswith(REPEATED):
+            continue
+        state[_own_name(name)] = value
+    twin = any(name.startswith("momentum.") for name in state)
+    may_miss, may_skip = ["momentum._extra_state", "queue.*"], []
+    if model.momentum is None:
+        may_skip.append("momentum.*")
+    elif not twin:
+        may_miss.append("momentum.*")
+        notes.append("no momentum twin in the checkpoint: it takes the model's weights")
+    if not any(HEAD in name for name in state):
+        may_miss.append(f"*{HEAD}*")
+        notes.append("no vocabulary head in the checkpoint: it keeps its values")
+    if model.queue is not None:
+        state |= _queues(model, given, notes)
+    for prefix in ("student.", "momentum.module."):
+        _tie(state, f"{prefix}text_encoder.")
+        _resize(state, f"{prefix}visual_encoder.", model.student.visual_encoder, reshaped)
+    report = apply(
+        model, state, source="ALBEF", strict=strict, may_miss=may_miss, may_skip=may_skip,
+        reshaped=reshaped, notes=notes,
+    )  # fmt: skip
+    if model.momentum is not None:
+        model.refresh_copy() if twin else model.reset_momentum()
+    return report
+
+
+def load_vit(model: Albef, source: Source, *, strict: bool = True) -> LoadReport:
+    """timm's ViT or DeiT (without distillation token) into the image transformer.
+
+    The classifier is left out, positions are resized bicubic. The twin takes the model's weights.
+    """
+    tower = model.student.visual_encoder
+    state, reshaped = dict(_state(source)), []
+    _resize(state, "", tower, reshaped)
+    report = apply(
+        tower, state, source="timm ViT", strict=strict, may_skip=["head.*", "pre_logits.*"],
+        reshaped=reshaped,
+    )  # fmt: skip
+    if model.momentum is not None:
+        model.reset_momentum()
+    return report
+
+
+def load_bert(model: Albef, source: Source, *, strict: bool = True) -> LoadReport:
+    """transformers' BertModel, BertForMaskedLM or BertForPreTraining into text and fusion layers.
+
+    Layers take their place in order. Cross-attention, which BERT does not have, keeps its fresh
+    values and is reported missing. The twin takes the model's weights.
+    """
+    state = {}
+    for name, value in _state(source).items():
+        if not name.startswith(("bert.", "cls.")):
+            name = f"bert.{name}"
+        if not name.endswith(REPEATED):
+            state[_modern(name)] = value
+    may_miss = ["*.crossattention.*"]
+    notes = ["cross-attention keeps its fresh values: BERT has none"]
+    if not any(name.startswith("cls.predictions.") for name in state):
+        may_miss.append("cls.predictions.*")
+        notes.append("no vocabulary head in the checkpoint: it keeps its values")
+    _tie(state, "")
+    report = apply(
+        model.student.text_encoder, state, source="BERT", strict=strict, may_miss=may_miss,
+        may_skip=["bert.pooler.*", "cls.seq_relationship.*"], notes=notes,
+    )  # fmt: skip
+    if model.momentum is not None:
+        model.reset_momentum()
+    return report
+
+
+def _state(source: Source) -> dict[str, Tensor]:
+    return unwrap(source) if isinstance(source, dict) else read_state_dict(source)
+
+
+def _own_name(name: str) -> str:
+    """The model's own name of an authors' tensor."""
+    tower, _, rest = name.partition(".")
+    if tower.removesuffix("_m") not in TOWERS:
+        return name
+    place = "momentum.module" if tower.endswith("_m") else "student"
+    tower = tower.removesuffix("_m")
+    if tower == "text_encoder":
+        rest = rest if rest.startswith(("bert.", "cls.")) else f"bert.{rest}"
+        rest = _modern(rest)
+    return f"{place}.{tower}.{rest}"
+
+
+def _modern(name: str) -> str:
+    """Layer norm's old names, of BERT's first release."""
+    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name).replace(
+        "LayerNorm.beta", "LayerNorm.bias"
+    )
+
+
+def _tie(state: dict[str, Tensor], prefix: str) -> None:
+    """The vocabulary's matrix under both of its names."""
+    words = state.get(f"{prefix}{WORDS}")
+    if words is None:
+        return
+    decoder = state.setdefault(f"{prefix}cls.predictions.decoder.weight", words)
+    if decoder.shape == words.shape and not torch.equal(decoder, words):
+        raise ValueError(
+            f"state: {prefix}{WORDS} and {prefix}cls.predictions.decoder.weight differ, where this "
+            "model has one matrix; delete one of them from the state dict"
+        )
+
+
+def _resize(state: dict[str, Tensor], prefix: str, tower: nn.Module, reshaped: list) -> None:
+    name = f"{prefix}pos_embed"
+    if name not in state:
+        return
+    patch = tower.patch_embed.proj.kernel_size[0]
+    side = tower.image_size // patch
+    old = state[name]
+    state[name] = resize_grid_positions(old, (side, side), antialias=False)
+    if state[name].shape != old.shape:
+        reshaped.append((name, tuple(old.shape), tuple(state[name].shape)))
+
+
+def _queues(model: Albef, given: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """The queues by this model's names, rows of one pair; none where they do not fit."""
+    if "image_queue" not in given:
+        notes.append("no queues in the checkpoint: they stay as they are")
+        return {}
+    size = given["image_queue"].shape[1]
+    if size != model.queue.size:
+        notes.append(f"queues of {size} pairs for {model.queue.size}: they stay as they are")
+        return {}
+    found = {f"queue.{name}": given[name].T for name in ("image_queue", "text_queue")}
+    found["queue.queue_length"] = torch.tensor(size)
+    found["queue.position"] = given["queue_ptr"].reshape(())
+    if "idx_queue" in given and model.queue.queue_ids is not None:
+        found["queue.queue_ids"] = given["idx_queue"].reshape(-1)
+    return found
