@@ -95,6 +95,13 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor alpha, "
       "int ignore_index, Tensor row_weights, Tensor(a!) kept, bool is_kept, int group_rows, "
       "int chunk_rows, bool[3] needed) -> (Tensor, Tensor, Tensor)");
+  // Losses and, in float32, the gradients of their sum, with the derivatives of group_rows rows by
+  // their logits in memory at a time.
+  m.def(
+      "soft_cross_entropy_losses_and_gradients(Tensor hidden, Tensor weight, Tensor? bias, "
+      "Tensor labels, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+      "Tensor alpha, int ignore_index, int group_rows, int chunk_rows, bool[3] needed) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   // The pass over rows of logits [M, V] (fp32 or bf16, bias [V] not yet added, [0] where there is
   // none; the teacher's [0, 0] where there is none): losses [M], and the derivatives by the logits
   // in `gradient` (the logits' dtype; may be the logits themselves; [0, 0] where not wanted).
