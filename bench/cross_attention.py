@@ -25,26 +25,9 @@ import harness
 import report
 from attention_inputs import PARTS, Case
 from harness import BOUND, OURS
-from itc_throughput import dtypes
 
 PACKAGES = ("transformers", "flash-attn", "xformers", "triton", "numpy")
 PHASES = ("fwd", "fwd+bwd")
-
-
-def choices(allowed: Sequence[str], text: str) -> list[str]:
-    """A comma-separated choice among `allowed`."""
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    if not found or set(found) - set(allowed):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose among {', '.join(allowed)}")
-    return found
-
-
-def counts(text: str) -> list[int]:
-    """A comma-separated list of positive integers."""
-    found = [int(part) for part in text.split(",") if part.strip()]
-    if not found or min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected positive numbers")
-    return found
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,17 +37,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--dim", type=int, default=64, help="width of a head")
     flags.add_argument("--keys", type=int, default=577, help="image tokens")
     flags.add_argument(
-        "--queries", type=counts, help="query rows per image (default 30,120; 30 if quick)"
+        "--queries",
+        type=harness.positives,
+        help="query rows per image (default 30,120; 30 if quick)",
     )
-    flags.add_argument("--dtype", type=dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16")
+    flags.add_argument(
+        "--dtype", type=harness.dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16"
+    )
     flags.add_argument(
         "--phase",
-        type=functools.partial(choices, PHASES),
+        type=harness.choices(*PHASES),
         help="fwd, fwd+bwd (default both; fwd+bwd if quick)",
     )
     flags.add_argument(
         "--part",
-        type=functools.partial(choices, PARTS),
+        type=harness.choices(*PARTS),
         default=list(PARTS),
         help=f"which attention: {', '.join(PARTS)}",
     )
