@@ -61,8 +61,8 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   // The instruction sets compiled in that this processor runs, fastest first, comma-separated.
   m.def("cpu_instruction_sets() -> str");
   // The multi-tensor operators: lists of equal length (or empty where a list is optional), tensors
-  // of one position alike in shape, any strides, fp32, bf16 or fp16 each. The decay is a number or a
-  // tensor of one value; `nonfinite` [] int64: nothing is written unless it is -1.
+  // of one position alike in shape, any strides, fp32, bf16 or fp16 each. The decay is a number or
+  // a tensor of one value; `nonfinite` [] int64: nothing is written unless it is -1.
   // momentum = decay * momentum + (1 - decay) * source, and the same rounded to `copies`.
   m.def(
       "ema_update(Tensor(a!)[] momentum, Tensor[] source, Tensor(b!)[] copies, "
