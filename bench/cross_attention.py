@@ -69,6 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         flags.error("--dropout must be in [0, 1)")
     if args.quick:
         args.images, args.batch = min(args.images, 4), min(args.batch, 2)
+        args.no_compile = True  # it takes as long as all the rest
     args.queries = args.queries or ([30] if args.quick else [30, 120])
     args.phase = args.phase or (["fwd+bwd"] if args.quick else list(PHASES))
     report.require_plotting(args.plot)
@@ -128,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             facts = {"op": case.op(), "dtype": case.dtype, "shape": case.shape()}
             facts |= attention_inputs.work(attention_inputs.draw(case))
             work += [facts] if facts not in work else []
+    if args.no_compile:
+        missing.append(harness.Missing("torch.compile", "left out", "no --quick, --no-compile"))
     facts = report.meta(settings, PACKAGES, missing, work=work)
     report.table(rows)
     report.print_missing(missing)
