@@ -25,26 +25,9 @@ import harness
 import report
 from attention_inputs import PARTS, Case
 from harness import BOUND, OURS
-from itc_throughput import dtypes
 
 PACKAGES = ("transformers", "flash-attn", "xformers", "triton", "numpy")
 PHASES = ("fwd", "fwd+bwd")
-
-
-def choices(allowed: Sequence[str], text: str) -> list[str]:
-    """A comma-separated choice among `allowed`."""
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    if not found or set(found) - set(allowed):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose among {', '.join(allowed)}")
-    return found
-
-
-def counts(text: str) -> list[int]:
-    """A comma-separated list of positive integers."""
-    found = [int(part) for part in text.split(",") if part.strip()]
-    if not found or min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected positive numbers")
-    return found
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,17 +37,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--dim", type=int, default=64, help="width of a head")
     flags.add_argument("--keys", type=int, default=577, help="image tokens")
     flags.add_argument(
-        "--queries", type=counts, help="query rows per image (default 30,120; 30 if quick)"
+        "--queries",
+        type=harness.positives,
+        help="query rows per image (default 30,120; 30 if quick)",
     )
-    flags.add_argument("--dtype", type=dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16")
+    flags.add_argument(
+        "--dtype", type=harness.dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16"
+    )
     flags.add_argument(
         "--phase",
-        type=functools.partial(choices, PHASES),
+        type=harness.choices(*PHASES),
         help="fwd, fwd+bwd (default both; fwd+bwd if quick)",
     )
     flags.add_argument(
         "--part",
-        type=functools.partial(choices, PARTS),
+        type=harness.choices(*PARTS),
         default=list(PARTS),
         help=f"which attention: {', '.join(PARTS)}",
     )
@@ -82,6 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         flags.error("--dropout must be in [0, 1)")
     if args.quick:
         args.images, args.batch = min(args.images, 4), min(args.batch, 2)
+        args.no_compile = True  # it takes as long as all the rest
     args.queries = args.queries or ([30] if args.quick else [30, 120])
     args.phase = args.phase or (["fwd+bwd"] if args.quick else list(PHASES))
     report.require_plotting(args.plot)
@@ -141,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             facts = {"op": case.op(), "dtype": case.dtype, "shape": case.shape()}
             facts |= attention_inputs.work(attention_inputs.draw(case))
             work += [facts] if facts not in work else []
+    if args.no_compile:
+        missing.append(harness.Missing("torch.compile", "left out", "no --quick, --no-compile"))
     facts = report.meta(settings, PACKAGES, missing, work=work)
     report.table(rows)
     report.print_missing(missing)

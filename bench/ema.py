@@ -32,6 +32,7 @@ ADAMW = {"lr": 1e-4, "weight_decay": 0.02}
 # Bytes for each parameter: the update reads two values and writes one, AdamW five and four; a copy
 # takes two bytes.
 BYTES = {"step": 12, "step+copy": 14, "adamw": 40}
+FLOOR_PARTS = 4
 # Errors are taken over every so many-th value of each tensor.
 STRIDE = 7
 # What a call leaves behind, by name: each a list of one tensor for each parameter.
@@ -244,10 +245,12 @@ def torch_adamw(options: dict[str, bool], inputs: Inputs) -> Callable[[], Result
 def traffic(bytes_each: int, inputs: Inputs) -> Callable[[], None]:
     weights = list(inputs.model.parameters())
     count = sum(p.numel() for p in weights) * bytes_each // BYTES["step"]
-    total, added = torch.zeros(2, count, device=weights[0].device)
+    # A part at a time, still far larger than any cache: AdamW's bytes at once are 4 GB.
+    total, added = torch.zeros(2, -(-count // FLOOR_PARTS), device=weights[0].device)
 
     def call() -> None:
-        total.add_(added)
+        for _ in range(FLOOR_PARTS):
+            total.add_(added)
 
     return call
 

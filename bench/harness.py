@@ -71,6 +71,39 @@ class Missing:
         return f"{self.name}: {self.reason}" + (f" ({self.remedy})" if self.remedy else "")
 
 
+def choices(*allowed: str) -> Callable[[str], list[str]]:
+    """The type of a flag that takes a comma-separated choice among `allowed`."""
+
+    def parse(text: str) -> list[str]:
+        found = [part.strip() for part in text.split(",") if part.strip()]
+        if not found or set(found) - set(allowed):
+            raise argparse.ArgumentTypeError(f"{text!r}: choose among {', '.join(allowed)}")
+        return found
+
+    return parse
+
+
+def integers(least: int, may_be_empty: bool = False) -> Callable[[str], list[int]]:
+    """The type of a flag that takes comma-separated integers of at least `least`."""
+
+    def parse(text: str) -> list[int]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        try:
+            found = [int(part) for part in parts]
+        except ValueError:
+            found = [least - 1]
+        if any(number < least for number in found) or not (found or may_be_empty):
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: expected integers of at least {least}, as in {least},{2 * least}"
+            )
+        return found
+
+    return parse
+
+
+dtypes, positives = choices(*DTYPES), integers(1)
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """The flags every benchmark has."""
     flags = argparse.ArgumentParser(

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from distributed_peers import PEER, contenders
 from distributed_projection import TITLE, Products, Rates, print_projection, project
 from distributed_traffic import RULE, Traffic, loopback_bytes
-from harness import DTYPES, OURS, Contender, Missing, Settings
+from harness import DTYPES, OURS, Contender, Missing, Settings, dtypes, positives
 from itc_peers import Inputs
 from timing import status
 
@@ -178,20 +178,6 @@ def compare(job: Job) -> tuple[list[dict[str, Any]], list[Missing]]:
         else:
             row["peak_mb"] = max(probe.peak_mb for probe in probes)
     return rows, missing
-
-
-def positives(text: str) -> list[int]:
-    found = [int(part) for part in text.split(",") if part.strip()]
-    if not found or min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected positive integers, as in 1,2,4")
-    return found
-
-
-def dtypes(text: str) -> list[str]:
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    if not found or set(found) - set(DTYPES):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose among {', '.join(DTYPES)}")
-    return found
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

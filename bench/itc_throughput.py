@@ -27,31 +27,19 @@ OP = "contrastive"
 PACKAGES = ("open_clip_torch", "inf-cl", "memeff", "triton", "numpy")
 
 
-def numbers(text: str) -> list[int]:
-    """A comma-separated list of positive integers; may be empty."""
-    found = [int(part) for part in text.split(",") if part.strip()]
-    if any(number < 2 for number in found):
-        raise argparse.ArgumentTypeError(f"{text!r}: every N must be at least 2")
-    return found
-
-
-def dtypes(text: str) -> list[str]:
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = set(found) - set(harness.DTYPES)
-    if unknown or not found:
-        raise argparse.ArgumentTypeError(f"{text!r}: choose among {', '.join(harness.DTYPES)}")
-    return found
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = harness.parser((__doc__ or "").splitlines()[0])
-    flags.add_argument("--n", type=numbers, help="pairs (default 2048,8192; 1024 if quick)")
+    flags.add_argument(
+        "--n", type=harness.integers(2), help="pairs (default 2048,8192; 1024 if quick)"
+    )
     flags.add_argument("--dim", type=int, default=512, help="width of the features")
-    flags.add_argument("--dtype", type=dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16")
+    flags.add_argument(
+        "--dtype", type=harness.dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16"
+    )
     flags.add_argument("--scale", type=float, default=100.0, help="exp(logit_scale)")
     flags.add_argument(
         "--memory-n",
-        type=numbers,
+        type=harness.integers(2, may_be_empty=True),
         metavar="N,...",
         help="fastvlp alone at these N: time and memory (default 32768; none if quick)",
     )

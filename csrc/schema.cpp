@@ -61,8 +61,8 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   // The instruction sets compiled in that this processor runs, fastest first, comma-separated.
   m.def("cpu_instruction_sets() -> str");
   // The multi-tensor operators: lists of equal length (or empty where a list is optional), tensors
-  // of one position alike in shape, any strides, fp32, bf16 or fp16 each. The decay is a number or a
-  // tensor of one value; `nonfinite` [] int64: nothing is written unless it is -1.
+  // of one position alike in shape, any strides, fp32, bf16 or fp16 each. The decay is a number or
+  // a tensor of one value; `nonfinite` [] int64: nothing is written unless it is -1.
   // momentum = decay * momentum + (1 - decay) * source, and the same rounded to `copies`.
   m.def(
       "ema_update(Tensor(a!)[] momentum, Tensor[] source, Tensor(b!)[] copies, "
@@ -95,6 +95,13 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor alpha, "
       "int ignore_index, Tensor row_weights, Tensor(a!) kept, bool is_kept, int group_rows, "
       "int chunk_rows, bool[3] needed) -> (Tensor, Tensor, Tensor)");
+  // Losses and, in float32, the gradients of their sum, with the derivatives of group_rows rows by
+  // their logits in memory at a time.
+  m.def(
+      "soft_cross_entropy_losses_and_gradients(Tensor hidden, Tensor weight, Tensor? bias, "
+      "Tensor labels, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+      "Tensor alpha, int ignore_index, int group_rows, int chunk_rows, bool[3] needed) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   // The pass over rows of logits [M, V] (fp32 or bf16, bias [V] not yet added, [0] where there is
   // none; the teacher's [0, 0] where there is none): losses [M], and the derivatives by the logits
   // in `gradient` (the logits' dtype; may be the logits themselves; [0, 0] where not wanted).

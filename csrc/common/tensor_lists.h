@@ -87,7 +87,8 @@ inline std::vector<int> order_of(const Tensor& t) {
   std::vector<int> dims;
   for (int d = 0; d < static_cast<int>(t.dim()); ++d)
     if (t.size(d) > 1) dims.push_back(d);
-  std::stable_sort(dims.begin(), dims.end(), [&](int a, int b) { return t.stride(a) > t.stride(b); });
+  std::stable_sort(dims.begin(), dims.end(),
+                   [&](int a, int b) { return t.stride(a) > t.stride(b); });
   return dims;
 }
 
@@ -167,7 +168,8 @@ inline void drop_tied(const std::vector<TensorList>& given, std::vector<TableEnt
       kept.push_back(entry);
       continue;
     }
-    STD_TORCH_CHECK(same(*at->second, entry), given[0].name, "[", entry.index, "]: shares memory with ",
+    STD_TORCH_CHECK(same(*at->second, entry), given[0].name, "[", entry.index,
+                    "]: shares memory with ",
                     given[0].name, "[", at->second->index,
                     "], so expected the same tensors beside it in the other lists");
   }
@@ -260,7 +262,8 @@ class TableCache {
     Extra extra;
   };
 
-  std::shared_ptr<Item> find_or_build(const std::vector<TensorList>& given, int64_t chunk_elements) {
+  std::shared_ptr<Item> find_or_build(const std::vector<TensorList>& given,
+                                      int64_t chunk_elements) {
     Signature signature = lists::signature_of(given);
     const std::lock_guard<std::mutex> hold(mutex_);
     for (auto at = items_.begin(); at != items_.end(); ++at)

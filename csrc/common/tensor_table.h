@@ -51,7 +51,14 @@ FASTVLP_HD int64_t offset_of(const Geometry& g, int list, int64_t index) {
 // The positions of the lists in an entry.
 enum EmaList { kMomentum, kSource, kMomentumCopy, kEmaLists };
 enum AdamWList {
-  kWeight, kGradient, kFirst, kSecond, kWeightMomentum, kWeightCopy, kWeightMomentumCopy, kAdamWLists
+  kWeight,
+  kGradient,
+  kFirst,
+  kSecond,
+  kWeightMomentum,
+  kWeightCopy,
+  kWeightMomentumCopy,
+  kAdamWLists
 };
 static_assert(static_cast<int>(kAdamWLists) <= kMaxLists);
 

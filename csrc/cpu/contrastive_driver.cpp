@@ -102,7 +102,8 @@ struct Chunk {
 
 std::vector<Chunk> cut(const ContrastiveProblem& p, const GradientPlan& plan) {
   std::vector<Chunk> chunks;
-  if (plan.kept_row_blocks > 0) chunks.push_back({0, plan.kept_row_blocks, 0, p.col_blocks(), false});
+  if (plan.kept_row_blocks > 0)
+    chunks.push_back({0, plan.kept_row_blocks, 0, p.col_blocks(), false});
   for (int64_t i = plan.kept_row_blocks; i < p.row_blocks(); i += plan.chunk_rows)
     for (int64_t j = 0; j < p.col_blocks(); j += plan.chunk_cols)
       chunks.push_back({i, std::min(i + plan.chunk_rows, p.row_blocks()), j,

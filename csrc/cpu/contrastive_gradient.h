@@ -12,9 +12,9 @@ namespace {
 
 using fastvlp::Loss;
 
-// A softmax tile is stored either as logits or, where one shift serves all of it, as exp(z - shift):
-// then no pass after the first one has to take exponentials. The shift sits in the padding of the
-// tile's first column; NaN there means logits.
+// A softmax tile is stored either as logits or, where one shift serves all of it, as
+// exp(z - shift): then no pass after the first one has to take exponentials. The shift sits in the
+// padding of the tile's first column; NaN there means logits.
 // Beside it in every column waits the logit of its positive: a saturated softmax needs its
 // exponential relative to the log-sum-exp itself, where it is exactly 1.
 float& shift_of(const ContrastiveProblem& p, float* tile) { return tile[p.block_rows]; }

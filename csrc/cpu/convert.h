@@ -43,7 +43,8 @@ inline uint16_t float_to_half(float f) {
     // Subnormal: adding 1/2 leaves the result in the low bits, rounded by the addition.
     return static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) & 0xffff));
   }
-  return static_cast<uint16_t>(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+  const uint32_t rounded = magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1);
+  return static_cast<uint16_t>(sign | rounded >> 13);
 }
 
 inline uint16_t float_to_bfloat16(float f) {

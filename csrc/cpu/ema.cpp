@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "../common/tensor_lists.h"
+#include "../common/ema_lists.h"
 #include "ema_kernel.h"
 #include "isa.h"
 
@@ -19,7 +19,6 @@ FASTVLP_DEFINE_KERNELS(EmaKernels, ema)
 namespace {
 
 using torch::headeronly::ScalarType;
-using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kChunkElements = 1 << 15;
 
@@ -69,9 +68,7 @@ bool stopped(const std::optional<Tensor>& nonfinite) {
 void ema_update(const Tensors& momentum, const Tensors& source, const Tensors& copies,
                 const std::optional<Tensor>& decay_tensor, double decay,
                 const std::optional<Tensor>& nonfinite) {
-  const auto item = table_of({{"momentum", momentum, true, false},
-                              {"source", source, false, false},
-                              {"copies", copies, true, true}});
+  const auto item = table_of(ema_lists(momentum, source, copies));
   const EmaWeights weights = ema_weights(decay_of(decay_tensor, decay));
   if (stopped(nonfinite)) return;
   const auto run = ema_kernels().ema;
@@ -86,15 +83,8 @@ void adamw_ema(const Tensors& weights, const Tensors& gradients, const Tensors& 
                double weight_decay, double step, bool maximize,
                const std::optional<Tensor>& decay_tensor, double decay,
                const std::optional<Tensor>& nonfinite) {
-  const auto item = table_of({{"weights", weights, true, false},
-                              {"gradients", gradients, false, false},
-                              {"first_moments", first, true, false},
-                              {"second_moments", second, true, false},
-                              {"momentum", momentum, true, true},
-                              {"weight_copies", weight_copies, true, true},
-                              {"momentum_copies", momentum_copies, true, true}});
-  STD_TORCH_CHECK(momentum_copies.empty() || !momentum.empty(),
-                  "momentum_copies: expected none without momentum");
+  const auto item = table_of(adamw_lists(weights, gradients, first, second, momentum, weight_copies,
+                                         momentum_copies));
   const AdamWFactors factors =
       adamw_factors(lr, beta1, beta2, eps, weight_decay, step, maximize);
   const EmaWeights ema = ema_weights(decay_of(decay_tensor, decay));
@@ -106,7 +96,7 @@ void adamw_ema(const Tensors& weights, const Tensors& gradients, const Tensors& 
 }
 
 Tensor last_exceeding(const Tensors& tensors, double limit) {
-  const auto item = table_of({{"tensors", tensors, false, false}});
+  const auto item = table_of(read_list(tensors));
   const auto run = ema_kernels().exceeds;
   std::atomic<int64_t> last{-1};
   for_each_chunk(item->table.view(), [&](const TableEntry& entry, const Geometry* geometry,

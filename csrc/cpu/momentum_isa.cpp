@@ -1,9 +1,9 @@
 // The momentum-contrastive kernels for one instruction set. Compiled once per set with FASTVLP_ISA
 // naming it; everything but the one exported table has internal linkage.
 #include "../common/philox.h"
-#include "amx.h"
 #include "isa_name.h"
 #include "momentum_rows.h"
+#include "units.h"
 
 namespace {
 
@@ -81,47 +81,33 @@ void pack_keys(const MomentumProblem& p, const Keys& k, float* packed, float* ro
   pack_along_rows<Dot>(view, 0, k.padded, p.dim, packed, row);
 }
 
-// The products, on the vector units.
-template <class D>
-struct VectorUnits {
-  using Dot = D;
-  struct State {};
-  static void logits(const MomentumProblem& p, const Keys& k, const float* panels, float* tile,
-                     int64_t rows) {
-    multiply<Dot, Order::kDepthContiguous>(k.words, k.stride, panels, tile, tile_stride(p),
-                                           k.padded, rows / kPanel, depth_words<Dot>(p.dim), 1.0f,
-                                           false);
-  }
-  static void add_keys(const MomentumProblem& p, const Keys& k, const float* base, const Scratch& s,
-                       int64_t rows, float* sums) {
-    const float* weights = base + (Dot::kPerWord == 1 ? s.tile : s.pairs);
-    multiply<Dot, Order::kRowContiguous>(reinterpret_cast<const uint32_t*>(weights), tile_stride(p),
-                                         base + s.packed, sums, padded_dim(p), rows,
-                                         padded_dim(p) / kPanel, k.padded / Dot::kPerWord, 1.0f,
-                                         true);
-  }
-};
+// tile [padded keys][stacked rows] = the keys' rows times the packed features.
+template <class Units>
+void logits(const MomentumProblem& p, const Keys& k, const float* panels, float* tile,
+            int64_t rows) {
+  Units::multiply(k.words, k.stride, panels, tile, tile_stride(p), k.padded, rows / kPanel,
+                  depth_words<typename Units::Dot>(p.dim), 1.0f, false);
+}
 
+// sums [stacked rows][padded dim] += the weights that add_tile left times the packed keys.
+template <class Units>
+void add_keys(const MomentumProblem& p, const Keys& k, float* base, const Scratch& s, int64_t rows,
+              float* sums) {
+  using Dot = typename Units::Dot;
+  const int64_t depth = k.padded / Dot::kPerWord, panels = padded_dim(p) / kPanel;
+  const auto* found =
+      reinterpret_cast<const uint32_t*>(base + (Dot::kPerWord == 1 ? s.tile : s.pairs));
 #if defined(__AMX_BF16__)
-// The products, on the matrix unit.
-struct MatrixUnits {
-  using Dot = BFloat16Dot;
-  using State = TileSession;
-  static void logits(const MomentumProblem& p, const Keys& k, const float* panels, float* tile,
-                     int64_t rows) {
-    multiply_panels(k.words, k.stride, panels, tile, tile_stride(p), k.padded, rows / kPanel,
-                   depth_words<Dot>(p.dim), 1.0f, false);
-  }
-  static void add_keys(const MomentumProblem& p, const Keys& k, float* base, const Scratch& s,
-                       int64_t rows, float* sums) {
+  if constexpr (Units::kTransposed) {
     uint32_t* weights = reinterpret_cast<uint32_t*>(base + s.weights);
-    transpose_words(reinterpret_cast<const uint32_t*>(base + s.pairs), tile_stride(p), k.padded / 2,
-                    rows, weights, weight_words(p));
-    multiply_panels(weights, weight_words(p), base + s.packed, sums, padded_dim(p), rows,
-                   padded_dim(p) / kPanel, k.padded / 2, 1.0f, true);
+    transpose_words(found, tile_stride(p), depth, rows, weights, weight_words(p));
+    return Units::multiply(weights, weight_words(p), base + s.packed, sums, padded_dim(p), rows,
+                           panels, depth, 1.0f, true);
   }
-};
 #endif
+  multiply<Dot, Order::kRowContiguous>(found, tile_stride(p), base + s.packed, sums, padded_dim(p),
+                                       rows, panels, depth, 1.0f, true);
+}
 
 // Adds the keys that share a row's id, other than its own, to the row's positives.
 void add_positives(const MomentumProblem& p, const Keys& k, int64_t first_row, int64_t rows,
@@ -218,12 +204,12 @@ void accumulate_with(const MomentumProblem& p, int64_t group_index, int64_t begi
     const Keys k = keys_of<Dot>(p, block, reinterpret_cast<uint32_t*>(base + s.keys));
     // Before the logits: it reads the keys in the order of memory.
     if (p.gradients) pack_keys<Dot>(p, k, base + s.packed, base + s.row);
-    Units::logits(p, k, base + s.panels, base + s.tile, stacked);
+    logits<Units>(p, k, base + s.panels, base + s.tile, stacked);
     if (p.ids != nullptr) add_positives(p, k, first_row, rows, base + s.tile, base + s.row, out);
     if (p.negatives && k.batch) draw_negatives(p, k, first_row, rows, base + s.tile, out);
     set_apart(p, k, first_row, rows, group, base + s.tile, out);
     add_tile<Dot>(p, k, group, base, s, out);
-    if (p.gradients) Units::add_keys(p, k, base, s, stacked, out.keys);
+    if (p.gradients) add_keys<Units>(p, k, base, s, stacked, out.keys);
   }
 }
 

@@ -19,8 +19,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-// For blocks beyond some such size malloc maps fresh pages at every call, and the system clears them,
-// which can take as long as computing what they shall hold.
+// For blocks beyond some such size malloc maps fresh pages at every call, and the system clears
+// them, which can take as long as computing what they shall hold.
 constexpr int64_t kLargeBytes = int64_t{4} << 20;
 
 void give_back(void* data, void* context) {
@@ -50,8 +50,8 @@ Tensor empty_output(const Tensor& t) {
   AtenTensorHandle handle;
   auto* context = new BufferDeleter(buffer.get_deleter());
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      buffer.get(), t.dim(), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1,
-      &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, context));
+      buffer.get(), t.dim(), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(),
+      -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, context));
   buffer.release();
   return Tensor(handle);
 }

@@ -38,7 +38,9 @@ inline float scalar_of(const Tensor& t, const char* name) {
   return *static_cast<const float*>(t.const_data_ptr());
 }
 
-inline const float* floats_of(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+inline const float* floats_of(const Tensor& t) {
+  return static_cast<const float*>(t.const_data_ptr());
+}
 inline float* mutable_floats_of(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 inline void run_parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {

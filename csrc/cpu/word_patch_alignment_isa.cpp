@@ -117,7 +117,8 @@ void normalise(const AlignmentProblem& p, const AlignmentSide& side, const int32
     // Read again once the share is known: a row at the smallest norm is only scaled.
     side.share[index[r]] = length < kSmallestNorm ? 0.0f : 1.0f;
   }
-  for (int64_t r = count; r < round_up(count, tile); ++r) std::memset(out + r * width, 0, width * 4);
+  for (int64_t r = count; r < round_up(count, tile); ++r)
+    std::memset(out + r * width, 0, width * 4);
 }
 
 // A = exp(-(1 - cosine) / beta), 0 in the lanes past the last column.

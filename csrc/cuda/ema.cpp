@@ -10,7 +10,7 @@
 #include <optional>
 #include <vector>
 
-#include "../common/tensor_lists.h"
+#include "../common/ema_lists.h"
 #include "ema.h"
 
 namespace fastvlp::cuda {
@@ -18,7 +18,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
-using Tensors = std::vector<Tensor>;
 
 struct OnDevice {
   std::optional<Tensor> bytes;
@@ -39,8 +38,8 @@ void upload(const HostTable& table, const Tensor& like, OnDevice& out) {
   const size_t geometries = table.geometries.size() * sizeof(Geometry);
   const size_t chunks = table.chunk_entry.size() * sizeof(int32_t);
   const int64_t bytes = static_cast<int64_t>(entries + geometries + chunks);
-  Tensor host = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt,
-                                     torch::stable::Device(torch::headeronly::DeviceType::CPU), true);
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  Tensor host = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, cpu, true);
   char* at = static_cast<char*>(host.mutable_data_ptr());
   std::memcpy(at, table.entries.data(), entries);
   std::memcpy(at + entries, table.geometries.data(), geometries);
@@ -88,8 +87,10 @@ Decay decay_of(const std::optional<Tensor>& tensor, double value, const Tensor& 
 
 const int64_t* flag_of(const std::optional<Tensor>& nonfinite, const Tensor& like) {
   if (!nonfinite.has_value()) return nullptr;
-  STD_TORCH_CHECK(nonfinite->is_cuda() && nonfinite->get_device_index() == like.get_device_index() &&
-                      nonfinite->numel() == 1 && nonfinite->scalar_type() == ScalarType::Long,
+  const bool beside =
+      nonfinite->is_cuda() && nonfinite->get_device_index() == like.get_device_index();
+  STD_TORCH_CHECK(beside && nonfinite->numel() == 1 &&
+                      nonfinite->scalar_type() == ScalarType::Long,
                   "nonfinite: expected one int64 value on the tensors' device");
   return static_cast<const int64_t*>(nonfinite->const_data_ptr());
 }
@@ -100,10 +101,7 @@ void ema_update(const Tensors& momentum, const Tensors& source, const Tensors& c
   const Tensor& like = momentum.at(0);
   const DeviceGuard guard(like.get_device_index());
   const Queue queue = queue_of(like);
-  const auto item = table_of({{"momentum", momentum, true, false},
-                              {"source", source, false, false},
-                              {"copies", copies, true, true}},
-                             queue);
+  const auto item = table_of(ema_lists(momentum, source, copies), queue);
   require_success(ema_update(queue, item->extra.view, decay_of(decay_tensor, decay, like),
                              flag_of(nonfinite, like)));
 }
@@ -117,16 +115,9 @@ void adamw_ema(const Tensors& weights, const Tensors& gradients, const Tensors& 
   const Tensor& like = weights.at(0);
   const DeviceGuard guard(like.get_device_index());
   const Queue queue = queue_of(like);
-  const auto item = table_of({{"weights", weights, true, false},
-                              {"gradients", gradients, false, false},
-                              {"first_moments", first, true, false},
-                              {"second_moments", second, true, false},
-                              {"momentum", momentum, true, true},
-                              {"weight_copies", weight_copies, true, true},
-                              {"momentum_copies", momentum_copies, true, true}},
+  const auto item = table_of(adamw_lists(weights, gradients, first, second, momentum, weight_copies,
+                                         momentum_copies),
                              queue);
-  STD_TORCH_CHECK(momentum_copies.empty() || !momentum.empty(),
-                  "momentum_copies: expected none without momentum");
   const AdamWFactors factors =
       adamw_factors(lr, beta1, beta2, eps, weight_decay, step, maximize);
   require_success(adamw_ema(queue, item->extra.view, factors, decay_of(decay_tensor, decay, like),
@@ -137,7 +128,7 @@ Tensor last_exceeding(const Tensors& tensors, double limit) {
   const Tensor& like = tensors.at(0);
   const DeviceGuard guard(like.get_device_index());
   const Queue queue = queue_of(like);
-  const auto item = table_of({{"tensors", tensors, false, false}}, queue);
+  const auto item = table_of(read_list(tensors), queue);
   Tensor found = torch::stable::new_empty(like, {}, ScalarType::Long);
   require_success(last_exceeding(queue, item->extra.view, static_cast<float>(limit),
                                  static_cast<int64_t*>(found.mutable_data_ptr())));

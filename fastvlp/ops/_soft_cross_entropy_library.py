@@ -1,12 +1,14 @@
 """The operators of soft cross entropy: the order of products and passes within a workspace.
 
 Rows are independent, so the logits of a chunk of rows are made whole, and one pass turns them into
-losses and into derivatives by the logits in place. Those of the first group of rows stay in the
-workspace for the backward pass; where there are more rows than fit, the backward pass makes the
-other groups' again, one after another.
+losses and into derivatives by the logits in place. Where the derivatives of all rows fit, they stay
+in the workspace for the backward pass. Where they do not, rows are taken in groups: if all losses
+will have the same weight upstream, each group's part of the gradients is computed at once, to be
+multiplied by that weight; else the first group's derivatives stay, and the backward pass makes
+those of the other groups again, one after another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +17,7 @@ import torch
 from .. import _native
 from . import _soft_cross_entropy_products as products
 from ._contrastive_cuda import storage_factor
+from ._workspace import Lease
 
 # Logits that exist at once beside the kept ones: fewer rows multiply slower (bench/NOTES.md).
 _CHUNK_ROWS = 512
@@ -204,30 +207,73 @@ def _gradients(hidden, weight, *arguments):
     if rows == 0:
         return tuple(t.zero_() for t in _empty_gradients(hidden, weight, needed))
     problem = _problem(hidden, weight, *inputs, chunk_rows)
-    sums_dtype = weight.dtype if group_rows >= rows else _SINGLE
-    by_hidden, by_weight, by_bias = [], None, None
-    for start in range(0, rows, group_rows):
-        part = slice(start, min(rows, start + group_rows))
+    sums = _Sums(problem, needed, hidden.dtype, weight.dtype if group_rows >= rows else _SINGLE)
+    for part in _groups(rows, group_rows):
         gradient = _kept_gradient(problem, kept, _len(part))
-        if start > 0 or not is_kept:
+        if part.start > 0 or not is_kept:
             problem.write_losses(part, hidden.new_empty(rows, dtype=_SINGLE), gradient)
+        sums.add(part, gradient, row_weights[part])
+    by_hidden, by_weight, by_bias = sums.gradients()
+    return by_hidden, by_weight.to(weight.dtype), by_bias
+
+
+@_without_autocast
+def _losses_and_gradients(hidden, weight, *arguments):
+    *inputs, group_rows, chunk_rows, needed = arguments
+    rows = len(hidden)
+    problem = _problem(hidden, weight, *inputs, chunk_rows)
+    losses = hidden.new_empty(rows, dtype=_SINGLE)
+    # float32, since the weight upstream is still to come: it may well be the scale of half
+    # precision gradients.
+    sums = _Sums(problem, needed, _SINGLE, _SINGLE)
+    length = products.row_length(len(weight), products.products_dtype(hidden))
+    floats = group_rows * length * products.products_dtype(hidden).itemsize // 4
+    lease = None if hidden.is_cuda else Lease(floats)
+    storage = losses.new_empty(floats) if lease is None else lease.floats
+    for part in _groups(rows, group_rows):
+        gradient = _kept_gradient(problem, storage, _len(part))
+        problem.write_losses(part, losses, gradient)
+        sums.add(part, gradient, losses.new_ones(_len(part)))
+    return losses, *sums.gradients()
+
+
+def _groups(rows: int, group_rows: int) -> Iterator[slice]:
+    for start in range(0, rows, group_rows):
+        yield slice(start, min(rows, start + group_rows))
+
+
+class _Sums:
+    """The gradients by hidden, weight and bias, from one group of rows after another."""
+
+    def __init__(self, problem: Problem, needed, hidden_dtype, weight_dtype):
+        self._problem, self._needed = problem, needed
+        self._hidden_dtype, self._weight_dtype = hidden_dtype, weight_dtype
+        self._by_hidden, self._by_weight, self._by_bias = [], None, None
+
+    def add(self, part: slice, gradient: torch.Tensor, row_weights: torch.Tensor) -> None:
+        """The rows `part`, given the derivatives by their logits and their weights upstream."""
+        student = self._problem.student
         stored = storage_factor(gradient.dtype)
-        factor, relative = _split(row_weights[part], stored)
-        if needed[0]:
-            found = products.hidden_gradient(gradient, problem.student.weight_in_products, factor)
-            by_hidden.append(_scaled(found, relative, hidden.dtype))
-        if needed[1]:
-            own = _scaled(hidden[part], relative, hidden.dtype)
-            by_weight = products.weight_gradient(gradient, own, factor, sums_dtype, by_weight)
-        if needed[2]:
-            found = products.bias_gradient(gradient, row_weights[part] / stored)
-            by_bias = found if by_bias is None else by_bias.add_(found)
-    nothing = _empty_gradients(hidden, weight, [False] * 3)
-    return (
-        torch.cat(by_hidden) if needed[0] else nothing[0],
-        by_weight.to(weight.dtype) if needed[1] else nothing[1],
-        by_bias if needed[2] else nothing[2],
-    )
+        factor, relative = _split(row_weights, stored)
+        if self._needed[0]:
+            found = products.hidden_gradient(gradient, student.weight_in_products, factor)
+            self._by_hidden.append(_scaled(found, relative, self._hidden_dtype))
+        if self._needed[1]:
+            own = _scaled(student.hidden[part], relative, student.hidden.dtype)
+            self._by_weight = products.weight_gradient(
+                gradient, own, factor, self._weight_dtype, self._by_weight
+            )
+        if self._needed[2]:
+            found = products.bias_gradient(gradient, row_weights / stored)
+            self._by_bias = found if self._by_bias is None else self._by_bias.add_(found)
+
+    def gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What has been added up; [0] where it is not needed."""
+        student = self._problem.student
+        nothing = _empty_gradients(student.hidden, student.weight, [False] * 3)
+        by_hidden = torch.cat(self._by_hidden) if self._needed[0] else None
+        found = by_hidden, self._by_weight, self._by_bias
+        return tuple(n if f is None else f for f, n in zip(found, nothing, strict=True))
 
 
 def _scaled(rows: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -244,8 +290,8 @@ def _split(row_weights: torch.Tensor, stored: float) -> tuple[products.Factor, t
     return largest.item() / stored, row_weights / largest
 
 
-def _empty_gradients(hidden, weight, needed):
-    def empty(like, *shape, wanted, dtype=None):
+def _empty_gradients(hidden, weight, needed, dtype=None):
+    def empty(like, *shape, wanted, dtype=dtype):
         return like.new_empty(shape if wanted else [0, *shape[1:]], dtype=dtype)
 
     return (
@@ -263,6 +309,11 @@ def _gradients_fake(hidden, weight, *arguments):
     return _empty_gradients(hidden, weight, arguments[-1])
 
 
+def _losses_and_gradients_fake(hidden, weight, *arguments):
+    gradients = _empty_gradients(hidden, weight, arguments[-1], _SINGLE)
+    return _losses_fake(hidden), *gradients
+
+
 def register() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
     if _native.load():
@@ -270,6 +321,11 @@ def register() -> None:
     for name, implementation, fake in (
         ("soft_cross_entropy_losses", _losses, _losses_fake),
         ("soft_cross_entropy_gradients", _gradients, _gradients_fake),
+        (
+            "soft_cross_entropy_losses_and_gradients",
+            _losses_and_gradients,
+            _losses_and_gradients_fake,
+        ),
     ):
         torch.library.register_fake(f"fastvlp::{name}", fake)
         torch.library.impl(f"fastvlp::{name}", ("CPU", "CUDA"), implementation)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-# Rows of the vocabulary in one product, and converted at once: 12 MB of float32 at a width of 768.
-_BLOCK = 4096
+# Rows of the vocabulary in one product, and in one whose weights or result are converted.
+_BLOCK, _CONVERTED_BLOCK = 4096, 2048
 # Rows of hidden states in one bfloat16 product with all of the vocabulary (bench/NOTES.md).
 _LOW_ROWS = 512
 # Row starts of the logits are multiples of this many bytes.
@@ -54,7 +54,8 @@ def logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Non
         torch.mm(hidden, weight.T, out=out, **wider)
         return
     hidden = hidden.to(out.dtype)
-    for block in _slices(len(weight), _BLOCK):
+    step = _BLOCK if weight.dtype == out.dtype else _CONVERTED_BLOCK
+    for block in _slices(len(weight), step):
         torch.mm(hidden, weight[block].to(out.dtype).T, out=out[:, block])
 
 
@@ -75,7 +76,7 @@ def hidden_gradient(gradient: torch.Tensor, weight: torch.Tensor, factor: Factor
 def _converted_product(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     # A converted copy of all weights would be as large as the derivatives of many rows.
     total = gradient.new_zeros((len(gradient), weight.shape[1]), dtype=torch.float32)
-    for block in _slices(len(weight), _BLOCK):
+    for block in _slices(len(weight), _CONVERTED_BLOCK):
         total += torch.mm(gradient[:, block], weight[block].to(gradient.dtype))
     return total
 
@@ -99,7 +100,7 @@ def weight_gradient(
         if first:  # fresh pages are cheaper to touch in order than in the midst of the product
             total.zero_()
         return total.addmm_(gradient.T, hidden, beta=0 if first else 1, alpha=factor)
-    for block in _slices(len(total), _BLOCK // 2):  # memory is at its highest here
+    for block in _slices(len(total), _CONVERTED_BLOCK // 2):  # memory is at its highest here
         part = hidden.new_zeros(block.stop - block.start, hidden.shape[1])
         part.addmm_(gradient[:, block].T, hidden, beta=0, alpha=factor)
         if first:

@@ -14,9 +14,11 @@ section 3.3, equation 7.
 
 Cost, for M rows, width D and vocabulary V: products of 2 M D V FLOP, one each forward (two with a
 teacher) and two backward. The derivatives of all M V logits are kept between the two in the dtype
-of the products, where they fit into `workspace_bytes`; a larger M computes those of the remaining
-rows again, one or two products more for them. Beside that at most 64 MB of logits exist at a time
-for student and teacher each.
+of the products, where they fit into `workspace_bytes`; beside them at most 64 MB of the teacher's
+logits exist at a time. For a larger M, logits and derivatives of a group of rows share the
+workspace, and "mean" and "sum" compute the gradients in the forward pass, as float32, so that the
+backward pass has but a multiplication left. "none" cannot, not knowing the weight of each row: it
+makes the logits of all groups but the first again, one or two products more for them.
 
 Precision: softmax, sums and losses are float32 or better. float32 inputs have float32 products.
 On a CPU bfloat16 inputs have bfloat16 products with float32 sums where the processor has them, and
@@ -40,8 +42,8 @@ from ._soft_cross_entropy_products import products_dtype
 from ._workspace import Lease
 
 REDUCTIONS = ("mean", "sum", "none")
-# Keeps 2,470 rows of a vocabulary of 30,522 in float32, 4,940 in half precision.
-DEFAULT_WORKSPACE_BYTES = 288 << 20
+# Keeps 824 rows of a vocabulary of 30,522 in float32, 1,648 in half precision.
+DEFAULT_WORKSPACE_BYTES = 96 << 20
 
 
 def soft_cross_entropy(
@@ -77,7 +79,7 @@ def soft_cross_entropy(
             count, computes the ignored rows too and gives them no weight.
         reduction: "mean" over the labelled rows, "sum", or "none" ([..], 0 at ignored rows).
         workspace_bytes: bound on the derivatives of logits kept for the backward pass; less of it
-            than for all rows is shared with the logits that are made again.
+            than for all rows is shared with the logits that exist at a time.
 
     Returns:
         float32 (float64 for float64), zero-dimensional, or [..] for "none".
@@ -110,8 +112,9 @@ def soft_cross_entropy(
         )  # fmt: skip
     rows = _labelled_rows(labels, ignore_index, max_rows)
     losses, count = _row_losses(
-        hidden, weight, bias, labels, teacher, alpha, ignore_index, rows, workspace_bytes
-    )
+        hidden, weight, bias, labels, teacher, alpha, ignore_index, rows, workspace_bytes,
+        is_uniform=reduction != "none",
+    )  # fmt: skip
     if reduction == "sum":
         return losses.sum()
     if reduction == "mean":
@@ -130,8 +133,13 @@ def _check_options(ignore_index, max_rows, reduction):
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
 
 
-def _row_losses(hidden, weight, bias, labels, teacher, alpha, ignore_index, rows, workspace_bytes):
-    """Losses of the chosen rows (None: of all), and how many of them are labelled."""
+def _row_losses(
+    hidden, weight, bias, labels, teacher, alpha, ignore_index, rows, workspace_bytes, is_uniform
+):  # fmt: skip
+    """Losses of the chosen rows (None: of all), and how many of them are labelled.
+
+    `is_uniform`: the caller gives every loss the same weight.
+    """
     if rows is None:
         labels = labels.reshape(-1)
     else:
@@ -144,6 +152,7 @@ def _row_losses(hidden, weight, bias, labels, teacher, alpha, ignore_index, rows
         hidden, weight, None if bias is None else bias.float(), labels, teacher_hidden,
         teacher[1], None if teacher[2] is None else teacher[2].float(),
         alpha.detach().reshape(()).float(), ignore_index, workspace_bytes,
+        torch.is_grad_enabled(), is_uniform,
     )  # fmt: skip
     return losses, (labels != ignore_index).sum().clamp(min=1)
 
@@ -244,46 +253,78 @@ def soft_cross_entropy_reference(
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, *arguments):
-        *teacher, alpha, ignore_index, workspace_bytes = arguments
+        *teacher, alpha, ignore_index, workspace_bytes, has_backward, is_uniform = arguments
+        inputs = (hidden, weight, bias, labels, *teacher, alpha)
         plan = library.make_plan(
             hidden.shape[0], weight.shape[0], products_dtype(hidden), workspace_bytes
         )
-        floats = plan.group_floats if any(ctx.needs_input_grad[:3]) else 0
-        # The compiler plans memory itself, and on a GPU torch's allocator keeps it.
-        ctx.lease = None
-        if torch.compiler.is_compiling() or hidden.device.type != "cpu":
-            kept = hidden.new_empty(floats, dtype=torch.float32)
+        needed = ctx.needs_input_grad[:3] if has_backward else (False,) * 3
+        ctx.plan, ctx.ignore_index, ctx.lease = plan, ignore_index, None
+        ctx.is_early = is_uniform and any(needed) and plan.group_rows < hidden.shape[0]
+        compiling = torch.compiler.is_compiling()
+        if ctx.is_early:
+            losses, *made = torch.ops.fastvlp.soft_cross_entropy_losses_and_gradients(
+                *inputs, ignore_index, plan.group_rows, plan.chunk_rows, list(needed)
+            )
         else:
-            ctx.lease = Lease(floats)
-            kept = ctx.lease.floats
-        losses = torch.ops.fastvlp.soft_cross_entropy_losses(
-            hidden, weight, bias, labels, *teacher, alpha, ignore_index, kept, plan.group_rows,
-            plan.chunk_rows,
-        )  # fmt: skip
-        ctx.plan, ctx.ignore_index = plan, ignore_index
-        ctx.save_for_backward(
-            hidden, weight, bias, labels, *teacher, alpha, *(() if ctx.lease else (kept,))
-        )
+            floats = plan.group_floats if any(needed) else 0
+            # The compiler plans memory itself, and on a GPU torch's allocator keeps it.
+            if compiling or hidden.device.type != "cpu":
+                made = [hidden.new_empty(floats, dtype=torch.float32)]
+            else:
+                ctx.lease = Lease(floats)
+                made = [ctx.lease.floats]
+            losses = torch.ops.fastvlp.soft_cross_entropy_losses(
+                *inputs, ignore_index, *made, plan.group_rows, plan.chunk_rows
+            )
+        # The first backward pass overwrites it; compiled code works on copies.
+        ctx.made = None if compiling else made
+        ctx.save_for_backward(*inputs, *(made if compiling else ()))
         return losses
 
     @staticmethod
     def backward(ctx, grad):
-        inputs = ctx.saved_tensors
-        if ctx.lease is None:
-            *inputs, kept = inputs
-        else:
-            kept = ctx.lease.floats
-        is_kept = kept is not None
-        if not is_kept:  # a second backward pass: the derivatives went with the first one
-            kept = grad.new_empty(ctx.plan.group_floats)
+        saved = ctx.saved_tensors
+        inputs, made = saved[:_INPUTS], saved[_INPUTS:] or ctx.made
+        ctx.made = None
         needed = ctx.needs_input_grad[:3]
-        gradients = _Gradients.apply(
-            grad, *inputs, ctx.ignore_index, kept, is_kept, ctx.plan, needed
-        )
+        if ctx.is_early and made:
+            gradients = _ScaledGradients.apply(grad, *inputs[:3], made)
+        else:
+            # In a second backward pass derivatives are made again: they went with the first one.
+            kept = made[0] if made else grad.new_empty(ctx.plan.group_floats)
+            gradients = _Gradients.apply(
+                grad, *inputs, ctx.ignore_index, kept, bool(made), ctx.plan, needed
+            )
         if ctx.lease is not None:
             ctx.lease.give_back()
         found = (g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
-        return *found, *[None] * 7
+        return *found, *[None] * 9
+
+
+_INPUTS = 8  # hidden, weight, bias, labels, the teacher's three, alpha
+_NO_SECOND_DERIVATIVE = (
+    "soft_cross_entropy has no second derivative; for one, call soft_cross_entropy_reference, "
+    "which plain autograd differentiates twice"
+)
+
+
+class _ScaledGradients(torch.autograd.Function):
+    """The backward pass where the forward pass has made the gradients of the losses' sum."""
+
+    @staticmethod
+    def forward(ctx, grad, hidden, weight, bias, made):
+        factor = grad[0]  # as in every row
+        if torch.compiler.is_compiling():
+            made = [each * factor for each in made]
+        else:  # nobody else has them
+            for each in made:
+                each.mul_(factor)
+        return made[0].to(hidden.dtype), made[1].to(weight.dtype), made[2]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_NO_SECOND_DERIVATIVE)
 
 
 class _Gradients(torch.autograd.Function):
@@ -299,10 +340,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            "soft_cross_entropy has no second derivative; for one, call "
-            "soft_cross_entropy_reference, which plain autograd differentiates twice"
-        )
+        raise RuntimeError(_NO_SECOND_DERIVATIVE)
 
 
 library.register()

@@ -63,8 +63,9 @@ def test_the_floor_moves_the_bytes_it_names(phase, monkeypatch):
     monkeypatch.setattr(torch, "zeros", zeros)
     ema.traffic(ema.BYTES[phase], inputs)()
     (two, count), parameters = sizes[0], sum(p.numel() for p in inputs.model.parameters())
-    # Two values read and one written, of four bytes each.
-    assert two == 2 and 0 <= ema.BYTES[phase] * parameters - 12 * count < 12
+    # Two values read and one written, of four bytes each; whole values in every part.
+    excess = 12 * count * ema.FLOOR_PARTS - ema.BYTES[phase] * parameters
+    assert two == 2 and -12 < excess < 12 * ema.FLOOR_PARTS
 
 
 @pytest.mark.parametrize("flags", [["--phase", "forward"], ["--blocks", "13"], ["--blocks", "-1"]])

@@ -260,6 +260,19 @@ def test_the_table_names_everything(capsys):
         assert text in printed
 
 
+def test_types_of_flags(capsys):
+    flags = harness.parser("a benchmark")
+    flags.add_argument("--dtype", type=harness.dtypes)
+    flags.add_argument("--n", type=harness.positives)
+    flags.add_argument("--more", type=harness.integers(2, may_be_empty=True))
+    found = flags.parse_args(["--dtype", "fp32, bf16", "--n", "1,20,", "--more", ""])
+    assert (found.dtype, found.n, found.more) == (["fp32", "bf16"], [1, 20], [])
+    for bad in ("--dtype=int8", "--dtype=", "--n=0,1", "--n=two", "--n=", "--more=1,4"):
+        with pytest.raises(SystemExit):
+            flags.parse_args([bad])
+        assert f"argument {bad.split('=')[0]}: " in capsys.readouterr().err
+
+
 def test_flags_are_checked():
     flags = harness.parser("a benchmark")
     assert harness.settings_from(flags.parse_args(["--quick", "--rounds", "9"])).max_rounds == 9

@@ -10,8 +10,8 @@ from bench_runs import missing_names, quick_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def compared(dtype, teacher):
-    contenders, _ = bench.contenders(dtype, "cpu", teacher, compile_=False)
+def compared(dtype, teacher, quick=False):
+    contenders, _ = bench.contenders(dtype, "cpu", teacher, compile_=False, quick=quick)
     return contenders
 
 
@@ -75,11 +75,11 @@ def test_a_quick_run_writes_every_row(tmp_path, capsys):
     for teacher in (True, False):
         shape = {"m": 6, "d": 16, "v": 40, "teacher": teacher}
         group = {row["impl"]: row for row in rows if row["shape"] == shape}
-        assert set(group) == {each.name for each in compared("fp32", teacher)}
+        assert set(group) == {each.name for each in compared("fp32", teacher, quick=True)}
         for name, row in group.items():
             assert (row["op"], row["phase"]) == ("soft_cross_entropy", "fwd+bwd")
             assert row["dtype"] == "fp32"
             assert (row["peak_mb"] is None) == (name == harness.BOUND)
-    assert len(rows) == sum(len(compared("fp32", teacher)) for teacher in (True, False))
+    assert len(rows) == sum(len(compared("fp32", teacher, True)) for teacher in (True, False))
     printed = capsys.readouterr().out
     assert "with teacher" in printed and "of eager" in printed and "of floor" in printed

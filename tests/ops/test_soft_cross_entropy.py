@@ -34,23 +34,23 @@ def row_gradients(case, row_weights):
     return logits.grad.abs(), logits.detach().abs().max().item()
 
 
-def check(case, seed=0, **options):
-    """Every row's loss with its own weight upstream, so that no error hides in a mean."""
+def check(case, seed=0, reduction="none", **options):
+    """Every row's loss with its own weight upstream, so that no error hides; or their sum."""
     rows = case.labels.numel()
     upstream = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) - 0.3
-    upstream = upstream.to(case.labels.device)
-    options["reduction"] = "none"
-    reference = {k: v for k, v in options.items() if k == "reduction"}
-    ours = run(soft_cross_entropy, case, upstream, **options)
-    eager = run(soft_cross_entropy_reference, case, upstream, **reference)
-    exact = run(soft_cross_entropy_reference, case.to(torch.float64), upstream, **reference)
+    upstream = (upstream if reduction == "none" else upstream[0]).to(case.labels.device)
+    ours = run(soft_cross_entropy, case, upstream, reduction=reduction, **options)
+    eager = run(soft_cross_entropy_reference, case, upstream, reduction=reduction)
+    double = case.to(torch.float64)
+    exact = run(soft_cross_entropy_reference, double, upstream, reduction=reduction)
     slopes, largest = row_gradients(case, upstream)
     dtype = case.hidden.dtype
     # Logits are rounded to the products' dtype, and so are their derivatives: what that does to a
     # loss, and to the sums of a gradient, whose terms are rounded with random signs.
     rounding = (SINGLE + (epsilon(dtype) if dtype != torch.float32 else 0)) * (largest + 1)
     rounding += SINGLE * math.log(len(case.weight))
-    assert ours[0].dtype == torch.float32 and ours[0].shape == case.labels.shape
+    assert ours[0].dtype == torch.float32
+    assert ours[0].shape == (case.labels.shape if reduction == "none" else ())
     assert_as_accurate("loss", ours[0], eager[0], exact[0], rounding * math.sqrt(rows))
     squares = slopes.square()
     terms = {
@@ -80,18 +80,23 @@ def check(case, seed=0, **options):
     ignored=st.booleans(),
     master=st.booleans(),
     workspace=st.sampled_from([1, 60_000, 1 << 28]),
+    reduction=st.sampled_from(["none", "sum"]),
     seed=st.integers(0, 3),
 )
-def test_matches_float64(device, rows, width, vocabulary, dtype, workspace, seed, **drawn):
+def test_matches_float64(
+    device, rows, width, vocabulary, dtype, workspace, reduction, seed, **drawn
+):
     case = draw(rows, width, vocabulary, dtype, device, seed=seed, **drawn)
-    check(case, seed, workspace_bytes=workspace)
+    check(case, seed, reduction, workspace_bytes=workspace)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("workspace", [3 << 20, 1 << 28])
-def test_a_real_vocabulary(device, dtype, workspace):
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_a_real_vocabulary(device, dtype, workspace, reduction):
     # Several blocks of the vocabulary in every product, several groups of rows in the small one.
-    check(draw(70, 24, 9001, dtype, device), workspace_bytes=workspace)
+    case = draw(70, 24, 9001, dtype, device)
+    check(case, reduction=reduction, workspace_bytes=workspace)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,16 +108,45 @@ def test_every_instruction_set(monkeypatch, dtype, isa):
             check(draw(rows, width, vocabulary, dtype, "cpu", teacher=teacher))
 
 
+@pytest.mark.parametrize("workspace", [1, 30_000, 1 << 28])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reductions(device, dtype, reduction):
-    case = draw(30, 20, 700, dtype, device)
-    ours = run(soft_cross_entropy, case, reduction=reduction)
-    exact = run(soft_cross_entropy_reference, case.to(torch.float64), reduction=reduction)
-    eager = run(soft_cross_entropy_reference, case, reduction=reduction)
+def test_reductions(device, dtype, reduction, workspace):
+    # One row at a time, groups of rows whose gradients the forward pass adds up, all rows kept.
+    case, upstream = draw(30, 20, 700, dtype, device), torch.tensor(3.7)
+    ours = run(soft_cross_entropy, case, upstream, reduction=reduction, workspace_bytes=workspace)
+    double = case.to(torch.float64)
+    exact = run(soft_cross_entropy_reference, double, upstream.double(), reduction=reduction)
+    eager = run(soft_cross_entropy_reference, case, upstream, reduction=reduction)
     for our, near, true in zip(ours, eager, exact, strict=True):
         assert_as_accurate(reduction, our, near, true, epsilon(dtype) * true.norm().item())
     assert ours[0].shape == ()
+
+
+def test_a_scaled_loss_keeps_small_half_precision_gradients(device):
+    # As a gradient scaler does: the gradients alone are too small for float16.
+    case = draw(40, 16, 900, torch.float16, device)
+    scale = torch.tensor(2.0**14)
+    early, late = (
+        run(soft_cross_entropy, case, scale, workspace_bytes=size) for size in (1 << 15, 1 << 28)
+    )
+    exact = run(soft_cross_entropy_reference, case.to(torch.float64), scale.double())
+    for ours, expected, true in zip(early, late, exact, strict=True):
+        floor = epsilon(ours.dtype) * true.norm().item()
+        assert_as_accurate("scaled", ours, expected, true, floor)
+
+
+def test_without_gradients_none_are_computed(device):
+    case = draw(40, 8, 900, torch.float32, device)
+    case.weight.requires_grad_()
+    options = {"workspace_bytes": 1 << 15}
+    expected = case.call(soft_cross_entropy, **options).detach()
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        loss = case.call(soft_cross_entropy, **options)
+    assert torch.equal(loss, expected)
+    names = {event.key for event in profile.key_averages()}
+    assert "fastvlp::soft_cross_entropy_losses" in names
+    assert "fastvlp::soft_cross_entropy_losses_and_gradients" not in names
 
 
 def test_agrees_with_cross_entropy_of_torch(device):
@@ -259,18 +293,21 @@ def test_a_teacher_of_lower_precision(device):
     check(case)
 
 
-def test_bitwise_deterministic(device):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_bitwise_deterministic(device, reduction):
+    options = {"workspace_bytes": 1 << 18, "reduction": reduction}
     for dtype in DTYPES:
         case = draw(40, 16, 3000, dtype, device)
-        first, second = (run(soft_cross_entropy, case, workspace_bytes=1 << 18) for _ in range(2))
+        first, second = (run(soft_cross_entropy, case, **options) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), dtype
 
 
-def test_gradient_only_where_asked(device):
+@pytest.mark.parametrize("workspace", [1 << 10, 1 << 28])
+def test_gradient_only_where_asked(device, workspace):
     case = draw(10, 8, 60, torch.float32, device)
     for name in LEAVES:
         leaf = getattr(case, name).requires_grad_()
-        case.call(soft_cross_entropy).backward()
+        case.call(soft_cross_entropy, workspace_bytes=workspace).backward()
         assert leaf.grad is not None
         assert all(getattr(case, o).grad is None for o in (*LEAVES, "teacher_hidden") if o != name)
         leaf.grad = None
@@ -279,12 +316,14 @@ def test_gradient_only_where_asked(device):
     assert not case.call(soft_cross_entropy).requires_grad
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("workspace", [1 << 16, 1 << 28])
-def test_backward_twice_with_retained_graph(device, workspace):
+def test_backward_twice_with_retained_graph(device, workspace, reduction):
     case = draw(40, 8, 900, torch.float32, device)
     case.hidden.requires_grad_()
-    loss = case.call(soft_cross_entropy, workspace_bytes=workspace)
+    loss = case.call(soft_cross_entropy, workspace_bytes=workspace, reduction=reduction).sum()
     (first,) = torch.autograd.grad(loss, case.hidden, retain_graph=True)
+    first = first.clone()
     draw(9, 8, 900, torch.float32, device, seed=1).call(soft_cross_entropy)
     (second,) = torch.autograd.grad(loss, case.hidden)
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-8)

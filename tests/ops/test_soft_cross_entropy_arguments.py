@@ -101,10 +101,11 @@ def test_forced_reference(monkeypatch, device):
     torch.testing.assert_close(case.call(soft_cross_entropy), kernel)
 
 
-def test_second_derivative_is_refused(device):
+@pytest.mark.parametrize("workspace", [1 << 10, 1 << 28])
+def test_second_derivative_is_refused(device, workspace):
     case = draw(9, 8, 50, torch.float32, device)
     case.hidden.requires_grad_()
-    loss = case.call(soft_cross_entropy)
+    loss = case.call(soft_cross_entropy, workspace_bytes=workspace)
     (gradient,) = torch.autograd.grad(loss, case.hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative.*soft_cross_entropy_reference"):
         gradient.sum().backward()
@@ -125,15 +126,18 @@ def test_opcheck(device, dtype, teacher):
     plans = (True, plan.group_rows, plan.chunk_rows, [True, True, False])
     torch.library.opcheck(ops.soft_cross_entropy_losses, losses)
     torch.library.opcheck(ops.soft_cross_entropy_gradients, (*common, weights, kept, *plans))
+    torch.library.opcheck(ops.soft_cross_entropy_losses_and_gradients, (*common, *plans[1:]))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("max_rows", [None, 25])
-def test_compiles_without_a_graph_break(device, dynamic, max_rows):
+@pytest.mark.parametrize("workspace", [1 << 14, 1 << 28])
+def test_compiles_without_a_graph_break(device, dynamic, max_rows, workspace):
     torch.compiler.reset()
 
     def loss(*args, **options):
-        return soft_cross_entropy(*args, max_rows=max_rows, **options) * 2
+        options |= {"max_rows": max_rows, "workspace_bytes": workspace}
+        return soft_cross_entropy(*args, **options) * 2
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for rows in (24, 31):
@@ -157,6 +161,11 @@ def test_fake_tensors_on_a_device_that_is_not_here():
         assert by_hidden.dtype == torch.bfloat16 and by_hidden.shape == (9, 8)
         assert by_weight.dtype == torch.float32 and by_weight.shape == (70, 8)
         assert by_bias.shape == (0,)
+        early = torch.ops.fastvlp.soft_cross_entropy_losses_and_gradients(
+            *common, 9, 9, [True, True, False]
+        )
+        assert all(t.dtype == torch.float32 and t.device.type == "cuda" for t in early)
+        assert [tuple(t.shape) for t in early] == [(9,), (9, 8), (70, 8), (0,)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -182,9 +191,12 @@ def test_the_products_on_a_gpu_fit_together(monkeypatch, dtype):
         gradients = library._gradients(
             *common, losses, kept, True, plan.group_rows, plan.chunk_rows, [True] * 3
         )
+        assert sum(len(arguments[0]) for arguments in passes) >= 9
+        early = library._losses_and_gradients(*common, plan.group_rows, plan.chunk_rows, [True] * 3)
+    assert [g.dtype for g in early] == [torch.float32] * 4
+    assert [tuple(g.shape) for g in early] == [(9,), (9, 8), (70, 8), (70,)]
     assert [g.dtype for g in gradients] == [dtype, torch.float32, torch.float32]
     assert [tuple(g.shape) for g in gradients] == [(9, 8), (70, 8), (70,)]
     for logits, _, teacher, *_, gradient in passes:
         assert logits.dtype == teacher.dtype == torch.float32 and logits.shape == teacher.shape
         assert gradient.numel() == 0 or gradient.dtype == dtype
-    assert sum(len(arguments[0]) for arguments in passes) >= 9

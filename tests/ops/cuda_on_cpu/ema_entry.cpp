@@ -4,12 +4,11 @@
 
 #include <optional>
 
-#include "../common/tensor_lists.h"
+#include "../common/ema_lists.h"
 
 namespace {
 
 using namespace fastvlp;
-using Tensors = std::vector<Tensor>;
 
 // Small chunks, so that tensors of a test have several.
 HostTable table_of(const std::vector<TensorList>& given) { return lists::build(given, 1024); }
@@ -28,9 +27,7 @@ void require(const char* error) { STD_TORCH_CHECK(error == nullptr, error); }
 void ema_update(const Tensors& momentum, const Tensors& source, const Tensors& copies,
                 const std::optional<Tensor>& decay_tensor, double decay,
                 const std::optional<Tensor>& nonfinite) {
-  const HostTable table = table_of({{"momentum", momentum, true, false},
-                                    {"source", source, false, false},
-                                    {"copies", copies, true, true}});
+  const HostTable table = table_of(ema_lists(momentum, source, copies));
   require(cuda::ema_update({}, table.view(), decay_of(decay_tensor, decay), flag_of(nonfinite)));
 }
 
@@ -40,20 +37,15 @@ void adamw_ema(const Tensors& weights, const Tensors& gradients, const Tensors& 
                double weight_decay, double step, bool maximize,
                const std::optional<Tensor>& decay_tensor, double decay,
                const std::optional<Tensor>& nonfinite) {
-  const HostTable table = table_of({{"weights", weights, true, false},
-                                    {"gradients", gradients, false, false},
-                                    {"first_moments", first, true, false},
-                                    {"second_moments", second, true, false},
-                                    {"momentum", momentum, true, true},
-                                    {"weight_copies", weight_copies, true, true},
-                                    {"momentum_copies", momentum_copies, true, true}});
+  const HostTable table = table_of(adamw_lists(weights, gradients, first, second, momentum,
+                                               weight_copies, momentum_copies));
   require(cuda::adamw_ema({}, table.view(),
                           adamw_factors(lr, beta1, beta2, eps, weight_decay, step, maximize),
                           decay_of(decay_tensor, decay), flag_of(nonfinite)));
 }
 
 Tensor last_exceeding(const Tensors& tensors, double limit) {
-  const HostTable table = table_of({{"tensors", tensors, false, false}});
+  const HostTable table = table_of(read_list(tensors));
   Tensor found = torch::stable::new_empty(tensors.at(0), {}, torch::headeronly::ScalarType::Long);
   require(cuda::last_exceeding({}, table.view(), static_cast<float>(limit),
                                static_cast<int64_t*>(found.mutable_data_ptr())));
