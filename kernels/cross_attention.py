@@ -15,21 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _attention as host
 from . import aot
-from ._attention import (
-    INTEGERS,
-    Sizes,
-    Table,
-    Tile,
-    check,
-    empty_result,
-    launch_arguments,
-    processors,
-    rounded,
-    tile_arguments,
-    tile_cases,
-    tiles_of,
-)
+from ._attention import INTEGERS, Table, Tile
 from ._attention_tiles import (
     keep_tile,
     key_base,
@@ -135,7 +123,7 @@ def attention_kernel(
     tl.store(lse_ptr + head.to(tl.int64) * total_q + first_row + row, lse, mask=inside)
 
 
-def choose_tile(tiles: tuple[Tile, ...], sizes: Sizes, processors: int) -> Tile:
+def choose_tile(tiles: tuple[Tile, ...], sizes: host.Sizes, processors: int) -> Tile:
     """The lowest tile that holds all rows of a segment, lower still to employ every processor."""
     best = tiles[0]
     for tile in tiles[1:]:
@@ -170,23 +158,23 @@ def cross_attention_forward(
     keys of every segment from above. Raises ValueError on inputs the kernels do not take.
     """
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask)
-    sizes = check(*inputs, max_seqlen_q, max_seqlen_k)
-    out = empty_result(q)
+    sizes = host.check(*inputs, max_seqlen_q, max_seqlen_k)
+    out = host.empty_result(q)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    tile = choose_tile(tiles_of(TILES, TILES_INTERPRETED, q), sizes, processors(q.device))
+    tile = choose_tile(host.tiles_of(TILES, TILES_INTERPRETED, q), sizes, host.processors(q.device))
     blocks = triton.cdiv(max_seqlen_q, tile.rows)
     programs = sizes.programs(blocks)
     if programs and q.numel():
         with on_device(q):
             attention_kernel[(programs,)](
                 out_ptr=out, lse_ptr=lse, blocks=blocks,
-                **launch_arguments(sizes, *inputs, seed, scale, dropout_p, causal),
-                **tile_arguments(tile),
+                **host.launch_arguments(sizes, *inputs, seed, scale, dropout_p, causal),
+                **host.tile_arguments(tile),
             )  # fmt: skip
-    return rounded(out, q), lse
+    return host.rounded(out, q), lse
 
 
 def aot_cases() -> list[aot.Case]:
     """Every configuration of the kernel above, for ahead-of-time compilation."""
     own = {"out_ptr": "*T", "lse_ptr": "*fp32"}
-    return tile_cases(attention_kernel, TILES, own)
+    return host.tile_cases(attention_kernel, TILES, own)

@@ -20,21 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _attention as host
 from . import aot
-from ._attention import (
-    INTEGERS,
-    Sizes,
-    Table,
-    Tile,
-    check,
-    empty_result,
-    launch_arguments,
-    processors,
-    rounded,
-    tile_arguments,
-    tile_cases,
-    tiles_of,
-)
+from ._attention import INTEGERS, Table, Tile
 from ._attention_tiles import (
     keep_tile,
     key_base,
@@ -287,7 +275,7 @@ def key_gradient_kernel(
     store_rows(dv_base, block, key < keys, heads * D, dv, BLOCK_N, D, WIDTH)
 
 
-def fused_tile(tiles: tuple[Tile, ...], sizes: Sizes, processors: int) -> Tile | None:
+def fused_tile(tiles: tuple[Tile, ...], sizes: host.Sizes, processors: int) -> Tile | None:
     """The lowest tile that holds all rows of a segment; None where the general path is due."""
     if sizes.programs(1) < processors:
         return None
@@ -319,12 +307,14 @@ def cross_attention_backward(
     gradients of 0. Raises ValueError on inputs the kernels do not take.
     """
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask)
-    sizes = check(*inputs, max_seqlen_q, max_seqlen_k)
-    dq, dk, dv = (empty_result(t) for t in (q, k, v))
-    shared = launch_arguments(sizes, *inputs, seed, scale, dropout_p, causal)
+    sizes = host.check(*inputs, max_seqlen_q, max_seqlen_k)
+    dq, dk, dv = (host.empty_result(t) for t in (q, k, v))
+    shared = host.launch_arguments(sizes, *inputs, seed, scale, dropout_p, causal)
     shared |= {"do_ptr": grad.contiguous(), "lse_ptr": lse, "dk_ptr": dk, "dv_ptr": dv}
     by_query = {"out_ptr": out.contiguous(), "dq_ptr": dq}
-    tile = fused_tile(tiles_of(FUSED_TILES, FUSED_INTERPRETED, q), sizes, processors(q.device))
+    tile = fused_tile(
+        host.tiles_of(FUSED_TILES, FUSED_INTERPRETED, q), sizes, host.processors(q.device)
+    )
     with on_device(q):
         if tile is not None:
             _launch(
@@ -332,22 +322,22 @@ def cross_attention_backward(
             )
         else:
             delta = torch.empty_like(lse)
-            (tile,) = tiles_of(QUERY_TILES, GENERAL_INTERPRETED, q)
+            (tile,) = host.tiles_of(QUERY_TILES, GENERAL_INTERPRETED, q)
             blocks = triton.cdiv(max_seqlen_q, tile.rows)
             _launch(
                 query_gradient_kernel, sizes, blocks, tile, shared | by_query,
                 delta_ptr=delta, FUSED=False,
             )  # fmt: skip
-            (tile,) = tiles_of(KEY_TILES, GENERAL_INTERPRETED, q)
+            (tile,) = host.tiles_of(KEY_TILES, GENERAL_INTERPRETED, q)
             blocks = triton.cdiv(max_seqlen_k, tile.keys)
             _launch(key_gradient_kernel, sizes, blocks, tile, shared, delta_ptr=delta)
-    return rounded(dq, q), rounded(dk, k), rounded(dv, v)
+    return host.rounded(dq, q), host.rounded(dk, k), host.rounded(dv, v)
 
 
-def _launch(kernel, sizes: Sizes, blocks: int, tile: Tile, arguments: dict, **more) -> None:
+def _launch(kernel, sizes: host.Sizes, blocks: int, tile: Tile, arguments: dict, **more) -> None:
     programs = sizes.programs(blocks)
     if programs and sizes.width:
-        kernel[(programs,)](blocks=blocks, **arguments, **more, **tile_arguments(tile))
+        kernel[(programs,)](blocks=blocks, **arguments, **more, **host.tile_arguments(tile))
 
 
 def aot_cases() -> list[aot.Case]:
@@ -357,9 +347,9 @@ def aot_cases() -> list[aot.Case]:
     }  # fmt: skip
     by_query = by_key | {"out_ptr": "*T", "dq_ptr": "*T"}
     fused, split = {"FUSED": True}, {"FUSED": False}
-    cases = tile_cases(
+    cases = host.tile_cases(
         query_gradient_kernel, FUSED_TILES, by_query, constants=fused, label="-fused"
     )
-    cases += tile_cases(query_gradient_kernel, QUERY_TILES, by_query, constants=split)
-    cases += tile_cases(key_gradient_kernel, KEY_TILES, by_key)
+    cases += host.tile_cases(query_gradient_kernel, QUERY_TILES, by_query, constants=split)
+    cases += host.tile_cases(key_gradient_kernel, KEY_TILES, by_key)
     return cases

@@ -12,6 +12,17 @@ struct SeenRows {
   const int32_t* seen;
   int64_t count;
   int64_t operator[](int64_t r) const { return seen ? seen[r] : r; }
+
+  SeenRows slice(int64_t first, int64_t length) const {
+    SeenRows part = {features, seen, length};
+    if (seen != nullptr) {
+      part.seen += first;
+    } else {
+      const int64_t size = features.element == fastvlp::Element::kFloat32 ? 4 : 2;
+      part.features.data = static_cast<const char*>(features.data) + first * features.stride * size;
+    }
+    return part;
+  }
 };
 
 // Into the cache of level 1 (locality 3) or 2 (locality 2). Inlined always: GCC takes a function that

@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&,
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& statistics, const Tensor& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
     const std::optional<Tensor>& key_mask, const Tensor& seed, double scale, double dropout_p,
     bool causal, int64_t, int64_t) {
@@ -209,9 +209,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(
                   "grad: expected the shape of q");
   STD_TORCH_CHECK(statistics.numel() == 2 * p.heads * q.size(0) && statistics.is_contiguous(),
                   "statistics: expected those of the forward pass");
+  STD_TORCH_CHECK(element_of(out, "out") == p.element && out.is_contiguous() &&
+                      out.numel() == q.numel(),
+                  "out: expected that of the forward pass");
   const Segments segments(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask);
   Tensor dq = empty_output(q), dk = empty_output(k), dv = empty_output(v);
-  const AttentionBackward outputs = {floats_of(statistics), dq.mutable_data_ptr(),
+  const AttentionBackward outputs = {out.const_data_ptr(), floats_of(statistics), dq.mutable_data_ptr(),
                                      dk.mutable_data_ptr(), dv.mutable_data_ptr()};
   const AttentionKernels& kernels = attention_kernels();
   for_each_task(segments, p.heads,

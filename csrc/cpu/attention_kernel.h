@@ -52,6 +52,7 @@ struct AttentionForward {
 };
 
 struct AttentionBackward {
+  const void* out;
   const float* statistics;
   void* dq;
   void* dk;

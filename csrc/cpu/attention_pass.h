@@ -13,49 +13,81 @@ using fastvlp::AttentionBackward;
 using fastvlp::AttentionForward;
 using fastvlp::AttentionInput;
 
-// The buffers of one task in the scratch, each on a cache line of its own.
-template <class Products>
-struct Buffers {
-  Buffers(const Products& x, bool dropout, int64_t queries, int64_t seen_keys, bool backward) {
-    const int64_t n = x.padded_keys(seen_keys);
-    const int64_t m = x.padded_queries(queries < x.kQueryBlock ? queries : x.kQueryBlock);
-    row = take(x.row_words());
-    key_rows = take(x.key_rows_words(n));
-    key_columns = take(x.key_columns_words(n));
-    query_columns = take(x.query_columns_words(m));
-    weights = take(n * m);
-    key_weights = take(x.key_weights_words(n, m));
-    query_weights = take(x.query_weights_words(n, m));
-    into_queries = take(x.into_queries_floats(m));
-    largest = take(m);
-    reciprocal = take(m);
-    value_rows = take(x.key_rows_words(n));
-    if (!backward) return;
-    grad_columns = take(x.query_columns_words(m));
-    query_rows = take(x.query_rows_words(m));
-    grad_rows = take(x.query_rows_words(m));
-    gradient = take(n * m);
-    dropped = take(dropout ? n * m : 0);
-    slope = take(m);
-    dk = take(n * x.padded_dim());
-    dv = take(n * x.padded_dim());
-  }
+// Takes pieces of the scratch, each on a cache line of its own.
+struct Layout {
+  int64_t total = 0;
   int64_t take(int64_t words) {
     const int64_t at = total;
     total += round_up(words, 16);
     return at;
   }
-  int64_t total = 0;
-  int64_t row, key_rows, key_columns, value_rows, query_columns, weights, key_weights,
-      query_weights, into_queries, largest, reciprocal;
-  int64_t grad_columns = 0, query_rows = 0, grad_rows = 0, gradient = 0, dropped = 0, slope = 0,
-          dk = 0, dv = 0;
+};
+
+template <class Products>
+struct ForwardLayout : Layout {
+  ForwardLayout(const Products& x, int64_t queries, int64_t seen_keys) {
+    const int64_t n = x.padded_keys(seen_keys);
+    const int64_t m = x.padded_queries(queries < x.kQueryBlock ? queries : x.kQueryBlock);
+    row = take(x.row_words());
+    key_rows = take(x.key_rows_words(n));
+    value_columns = take(Products::kWeightsInPlace ? x.key_rows_words(n) : x.key_columns_words(n));
+    query_columns = take(x.query_columns_words(m));
+    weights = take(n * m);
+    query_weights = take(x.query_weights_words(n, m));
+    into_queries = take(x.into_queries_floats(m));
+    largest = take(m);
+    reciprocal = take(m);
+  }
+  int64_t row, key_rows, value_columns, query_columns, weights, query_weights, into_queries, largest,
+      reciprocal;
+};
+
+// The operands of one block of query rows in the backward pass, offsets from the block's first word.
+template <class Products>
+struct QueryLayout : Layout {
+  QueryLayout(const Products& x, int64_t m) {
+    query_columns = take(x.query_columns_words(m));
+    grad_columns = take(x.query_columns_words(m));
+    query_rows = take(x.query_rows_words(m));
+    grad_rows = take(x.query_rows_words(m));
+    into_queries = take(x.into_queries_floats(m));
+    largest = take(m);
+    reciprocal = take(m);
+    slope = take(m);
+  }
+  int64_t query_columns, grad_columns, query_rows, grad_rows, into_queries, largest, reciprocal,
+      slope;
+};
+
+template <class Products>
+struct BackwardLayout : Layout {
+  BackwardLayout(const Products& x, int64_t queries)
+      : m(x.padded_queries(queries < x.kQueryBlock ? queries : x.kQueryBlock)), block(x, m) {
+    const int64_t n = x.padded_keys(x.kKeyBlock);
+    row = take(x.row_words());
+    key_rows = take(x.key_rows_words(n));
+    key_columns = take(x.key_columns_words(n));
+    value_rows = take(x.key_rows_words(n));
+    weights = take(n * m);
+    gradient = take(n * m);
+    key_weights = take(x.key_weights_words(n, m));
+    query_weights = take(x.query_weights_words(n, m));
+    dk = take(n * x.padded_dim());
+    dv = take(n * x.padded_dim());
+    blocks = take((queries + x.kQueryBlock - 1) / x.kQueryBlock * block.total);
+  }
+  int64_t m;
+  QueryLayout<Products> block;
+  int64_t row, key_rows, key_columns, value_rows, weights, gradient, key_weights, query_weights, dk,
+      dv, blocks;
 };
 
 template <class Products>
 int64_t scratch_floats_with(const AttentionProblem& p, int64_t queries, int64_t seen_keys,
                             bool backward) {
-  return Buffers<Products>(Products(p.dim), p.drop_below > 0, queries, seen_keys, backward).total;
+  const Products x(p.dim);
+  return backward ? BackwardLayout<Products>(x, queries).total
+                  : ForwardLayout<Products>(x, queries, seen_keys).total;
 }
 
 inline Features head_rows(const AttentionProblem& p, const AttentionInput& input, int64_t offset,
@@ -141,20 +173,25 @@ void store_queries(const Products& x, const WeightBlock& b, const float* in, con
   finish_streams();
 }
 
-// The gradients of all the task's keys, zero for those not seen.
+// Gradients of the seen keys [first, first + count).
 template <class Products>
 void store_keys(const Products& x, const AttentionProblem& p, const AttentionTask& task,
-                const float* in, void* out) {
-  int64_t r = 0;
-  for (int64_t key = 0; key < task.keys; ++key) {
-    const bool seen = r < task.seen_keys && (task.seen == nullptr || task.seen[r] == key);
-    void* to = output_row(p, out, task.first_key + key, task.head);
-    if (seen)
-      store_row(p, in + r++ * x.padded_dim(), to);
-    else
-      std::memset(to, 0, p.dim * (p.element == fastvlp::Element::kFloat32 ? 4 : 2));
+                int64_t first, int64_t count, const float* in, void* out) {
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t key = task.seen ? task.seen[first + r] : first + r;
+    store_row(p, in + r * x.padded_dim(), output_row(p, out, task.first_key + key, task.head));
   }
-  finish_streams();
+}
+
+// Zero to the gradients of keys that no query sees.
+inline void clear_unseen(const AttentionProblem& p, const AttentionTask& task, void* out) {
+  const int64_t seen_keys = task.queries > 0 ? task.seen_keys : 0;
+  for (int64_t key = 0, r = 0; key < task.keys; ++key)
+    if (r < seen_keys && (task.seen == nullptr || task.seen[r] == key))
+      ++r;
+    else
+      std::memset(output_row(p, out, task.first_key + key, task.head), 0,
+                  p.dim * (p.element == fastvlp::Element::kFloat32 ? 4 : 2));
 }
 
 // Rows [n, padded n) of a block: no key is there.
@@ -169,20 +206,20 @@ WeightBlock block_at(const Products& x, const AttentionProblem& p, const Attenti
   const int64_t left = task.queries - first;
   const int64_t queries = left < x.kQueryBlock ? left : x.kQueryBlock;
   const float factor = (p.scale < 0 ? -p.scale : p.scale) * kLog2E;
-  return {p,      task, first, queries, x.padded_queries(queries), visible(p, task, first + queries),
-          factor};
+  return {p, task, first, queries, x.padded_queries(queries), 0,
+          visible(p, task, first + queries), factor};
 }
 
 template <class Products>
 void forward_with(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
                   float* scratch) {
   const Products x(p.dim);
-  const Buffers<Products> at(x, p.drop_below > 0, task.queries, task.seen_keys, false);
+  const ForwardLayout<Products> at(x, task.queries, task.seen_keys);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
   const KeyRows keys = x.key_rows(seen_rows(p, task, p.k, task.key_offset), words + at.key_rows);
   const KeyRows value_columns = x.key_columns(
       seen_rows(p, task, p.v, task.value_offset),
-      words + (Products::kWeightsInPlace ? at.value_rows : at.key_columns));
+      words + at.value_columns);
   look_ahead(x, p, task, false);
   const Features q = query_rows(p, task, p.q);
   float* weights = scratch + at.weights;
@@ -200,7 +237,7 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
       operand = words + at.query_weights;
     }
     if (b.n > 0)
-      x.into_queries(operand, value_columns, b.n, b.m, scratch + at.into_queries);
+      x.into_queries(operand, value_columns, b.n, b.m, scratch + at.into_queries, false);
     else
       std::memset(scratch + at.into_queries, 0, x.into_queries_floats(b.m) * 4);
     store_queries(x, b, scratch + at.into_queries, reciprocal, scratch + at.row,
@@ -211,73 +248,113 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
   }
 }
 
+// What the backward pass needs of a block of query rows, in words from `at` on.
+template <class Products>
+void prepare_queries(const Products& x, const QueryLayout<Products>& l, const WeightBlock& b,
+                     const AttentionBackward& out, uint32_t* row, uint32_t* at) {
+  const Features q = query_rows(b.p, b.task, b.p.q), grad = query_rows(b.p, b.task, b.p.grad);
+  x.pack_query_columns(q, b.first, b.queries, b.p.scale < 0, at + l.query_columns, row);
+  x.pack_query_columns(grad, b.first, b.queries, false, at + l.grad_columns, row);
+  x.pack_query_rows(q, b.first, b.queries, at + l.query_rows);
+  x.pack_query_rows(grad, b.first, b.queries, at + l.grad_rows);
+  const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(at + offset); };
+  // The sum over the keys of each weight times the derivative by it is the output times the
+  // derivative by the output.
+  const AttentionInput outputs = {out.out, b.p.heads * b.p.dim, b.p.dim};
+  x.pack_query_columns(query_rows(b.p, b.task, outputs), b.first, b.queries, false,
+                       at + l.into_queries, row);
+  x.column_dots(at + l.grad_columns, at + l.into_queries, b.m, floats(l.slope));
+  const int64_t first = b.task.head * b.p.total_queries + b.task.first_query + b.first;
+  std::memset(at + l.largest, 0, b.m * 4);
+  std::memset(at + l.reciprocal, 0, b.m * 4);  // padding: weights 0
+  std::memcpy(at + l.largest, out.statistics + first, b.queries * 4);
+  std::memcpy(at + l.reciprocal, out.statistics + b.p.heads * b.p.total_queries + first,
+              b.queries * 4);
+  std::memset(at + l.into_queries, 0, x.into_queries_floats(b.m) * 4);
+}
+
+struct KeyBlock {
+  int64_t first;  // of the seen keys
+  int64_t n;
+  KeyRows keys, values, key_columns;
+};
+
+// What a block of query rows, its operands at `block`, adds to the gradients of a block of keys and
+// they to its own. The first one starts the sums, the last one completes and stores them.
+template <class Products>
+void add_gradients(const Products& x, const BackwardLayout<Products>& at, const WeightBlock& b,
+                   const KeyBlock& k, uint32_t* block, float* scratch, bool accumulate,
+                   const AttentionBackward& out) {
+  const QueryLayout<Products>& l = at.block;
+  uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
+  const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(block + offset); };
+  float *s = scratch + at.weights, *t = scratch + at.gradient;
+  x.scores(k.keys, block + l.query_columns, b.n, b.m, s);
+  x.scores(k.values, block + l.grad_columns, b.n, b.m, t);
+  weight_gradients(b, floats(l.largest), floats(l.reciprocal), floats(l.slope), s, t);
+  const bool last = b.first + b.queries == b.task.queries;
+  auto into_keys = [&](float* weights, int64_t rows, int64_t sums, void* gradient) {
+    clear_padding(x, b, weights);
+    const uint32_t* operand = reinterpret_cast<const uint32_t*>(weights);
+    if constexpr (!Products::kWeightsInPlace) {
+      x.pack_key_weights(weights, b.n, b.m, words + at.key_weights);
+      operand = words + at.key_weights;
+    }
+    x.into_keys(operand, block + rows, b.n, b.m, b.queries, scratch + sums, accumulate,
+                accumulate || !last, [&](int64_t r, int64_t count, const float* complete) {
+                  if (last) store_keys(x, b.p, b.task, k.first + r, count, complete, gradient);
+                });
+  };
+  into_keys(s, l.grad_rows, at.dv, out.dv);
+  into_keys(t, l.query_rows, at.dk, out.dk);
+  const uint32_t* operand = words + at.gradient;
+  if constexpr (!Products::kWeightsInPlace) {
+    x.pack_query_weights(t, b.n, b.m, words + at.query_weights);
+    operand = words + at.query_weights;
+  }
+  x.into_queries(operand, k.key_columns, b.n, b.m, floats(l.into_queries), true);
+}
+
+// Walks the keys in blocks whose weights stay in the first caches, and for each the blocks of query
+// rows: gradients of keys are complete after the last of these, those of queries at the end.
 template <class Products>
 void backward_with(const AttentionProblem& p, const AttentionTask& task,
                    const AttentionBackward& out, float* scratch) {
   const Products x(p.dim);
-  const Buffers<Products> at(x, p.drop_below > 0, task.queries, task.seen_keys, true);
+  const BackwardLayout<Products> at(x, task.queries);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
-  const SeenRows seen = seen_rows(p, task, p.k, task.key_offset);
-  const KeyRows keys = x.key_rows(seen, words + at.key_rows);
-  const KeyRows values =
-      x.key_rows(seen_rows(p, task, p.v, task.value_offset), words + at.value_rows);
-  KeyRows key_columns = keys;
-  if constexpr (!Products::kWeightsInPlace)
-    key_columns = x.key_columns(seen, words + at.key_columns);
+  const auto block_words = [&](int64_t first) {
+    return words + at.blocks + first / x.kQueryBlock * at.block.total;
+  };
   look_ahead(x, p, task, true);
-  const Features q = query_rows(p, task, p.q);
-  const Features grad = query_rows(p, task, p.grad);
-  float *s = scratch + at.weights, *t = scratch + at.gradient, *slope = scratch + at.slope;
-  float *largest = scratch + at.largest, *reciprocal = scratch + at.reciprocal;
-  float* dropped = p.drop_below ? scratch + at.dropped : s;
-  float *dk = scratch + at.dk, *dv = scratch + at.dv;
-  const int64_t key_floats = x.padded_keys(task.seen_keys) * x.padded_dim();
-  if (p.causal || task.queries == 0) {
-    std::memset(dk, 0, key_floats * 4);
-    std::memset(dv, 0, key_floats * 4);
-  }
-  for (int64_t first = 0; first < task.queries; first += x.kQueryBlock) {
-    const WeightBlock b = block_at(x, p, task, first);
-    const int64_t row = task.head * p.total_queries + task.first_query + first;
-    std::memset(largest, 0, b.m * 4);
-    std::memset(reciprocal, 0, b.m * 4);  // padding: weights 0
-    std::memcpy(largest, out.statistics + row, b.queries * 4);
-    std::memcpy(reciprocal, out.statistics + p.heads * p.total_queries + row, b.queries * 4);
-    x.pack_query_columns(q, first, b.queries, p.scale < 0, words + at.query_columns,
-                         words + at.row);
-    x.pack_query_columns(grad, first, b.queries, false, words + at.grad_columns, words + at.row);
-    x.pack_query_rows(q, first, b.queries, words + at.query_rows);
-    x.pack_query_rows(grad, first, b.queries, words + at.grad_rows);
-    x.scores(keys, words + at.query_columns, b.n, b.m, s);
-    x.scores(values, words + at.grad_columns, b.n, b.m, t);
-    weights_again(b, largest, reciprocal, s, t, dropped, slope);
-    clear_padding(x, b, dropped);
-    const bool accumulate = p.causal || first > 0;
-    auto into_keys = [&](const float* weights, int64_t rows, float* sums) {
-      const uint32_t* operand = reinterpret_cast<const uint32_t*>(weights);
-      if constexpr (!Products::kWeightsInPlace) {
-        x.pack_key_weights(weights, b.n, b.m, words + at.key_weights);
-        operand = words + at.key_weights;
-      }
-      x.into_keys(operand, words + rows, b.n, b.m, b.queries, sums, accumulate);
-    };
-    into_keys(dropped, at.grad_rows, dv);
-    product_gradient(b, s, slope, t);
-    clear_padding(x, b, t);
-    into_keys(t, at.query_rows, dk);
-    const uint32_t* operand = words + at.gradient;
-    if constexpr (!Products::kWeightsInPlace) {
-      x.pack_query_weights(t, b.n, b.m, words + at.query_weights);
-      operand = words + at.query_weights;
+  for (int64_t first = 0; first < task.queries; first += x.kQueryBlock)
+    prepare_queries(x, at.block, block_at(x, p, task, first), out, words + at.row,
+                    block_words(first));
+  const SeenRows seen = seen_rows(p, task, p.k, task.key_offset);
+  const SeenRows values = seen_rows(p, task, p.v, task.value_offset);
+  for (int64_t key = 0; key < task.seen_keys && task.queries > 0; key += x.kKeyBlock) {
+    const int64_t n = task.seen_keys - key < x.kKeyBlock ? task.seen_keys - key : x.kKeyBlock;
+    KeyBlock k = {key, n, x.key_rows(seen.slice(key, n), words + at.key_rows),
+                  x.key_rows(values.slice(key, n), words + at.value_rows), {}};
+    k.key_columns = k.keys;
+    if constexpr (!Products::kWeightsInPlace)
+      k.key_columns = x.key_columns(seen.slice(key, n), words + at.key_columns);
+    bool accumulate = false;
+    for (int64_t first = 0; first < task.queries; first += x.kQueryBlock) {
+      WeightBlock b = block_at(x, p, task, first);
+      if (b.n <= key) continue;  // causal; the last block sees every key
+      b.first_key = key, b.n = n;
+      add_gradients(x, at, b, k, block_words(first), scratch, accumulate, out);
+      accumulate = true;
     }
-    if (b.n > 0)
-      x.into_queries(operand, key_columns, b.n, b.m, scratch + at.into_queries);
-    else
-      std::memset(scratch + at.into_queries, 0, x.into_queries_floats(b.m) * 4);
-    store_queries(x, b, scratch + at.into_queries, nullptr, scratch + at.row, out.dq);
   }
-  store_keys(x, p, task, dk, out.dk);
-  store_keys(x, p, task, dv, out.dv);
+  for (int64_t first = 0; first < task.queries; first += x.kQueryBlock)
+    store_queries(x, block_at(x, p, task, first),
+                  reinterpret_cast<float*>(block_words(first) + at.block.into_queries), nullptr,
+                  scratch + at.row, out.dq);
+  clear_unseen(p, task, out.dk);
+  clear_unseen(p, task, out.dv);
+  finish_streams();
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 // query rows y [m, dim] (weights w are fp32 [padded n][padded m]):
 //   scores      C[n][m]  = x y^T           of x as key_rows and y as query_columns
 //   into_keys   C[n][d] += w y             of w as key_weights and y as query_rows
-//   into_queries           w^T x           of w as query_weights and x as key_columns
+//   into_queries           w^T x (+=)      of w as query_weights and x as key_columns
 #pragma once
 
 #include "ahead.h"
@@ -39,10 +39,37 @@ inline void transpose_rows(const uint32_t* rows, int64_t words, uint32_t sign, u
   }
 }
 
+// sums[m] of the products of two operands of query columns. In the order of a product over the same
+// columns, so that a weight of 1 has a derivative of 0 and not of rounding.
+template <class Dot>
+void dots_of_columns(const uint32_t* a, const uint32_t* b, int64_t words, int64_t m, float* sums) {
+  const auto words_at = [](const uint32_t* p) { return bits(load(reinterpret_cast<const float*>(p))); };
+  for (int64_t i = 0; i < m; i += kLanes) {
+    Vec total = {};
+    for (int64_t k = 0; k < words; k += Dot::kMaxDepth) {
+      Vec sum = {};
+      for (int64_t w = k; w < words && w < k + Dot::kMaxDepth; ++w) {
+        const VecI left = words_at(a + w * m + i), right = words_at(b + w * m + i);
+        if constexpr (Dot::kPerWord == 1) {
+          sum = Dot::step(sum, (Vec)right, (Vec)left);
+        } else {
+          sum = sum + (Vec)(left << 16) * (Vec)(right << 16);
+          sum = sum + (Vec)(left & -65536) * (Vec)(right & -65536);
+        }
+      }
+      total = k > 0 ? sum + total : sum;
+    }
+    store(sums + i, total);
+  }
+}
+
+constexpr auto nothing_done = [](int64_t) {};
+
 template <class Dot>
 struct DotProducts {
   static constexpr bool kFloat = Dot::kPerWord == 1;
   static constexpr int64_t kQueryBlock = 64;
+  static constexpr int64_t kKeyBlock = 64;
   // Floats enter the products as they are; the weights are their own operands.
   static constexpr bool kWeightsInPlace = kFloat;
   // into_queries gives [dim][m].
@@ -129,6 +156,10 @@ struct DotProducts {
     }
   }
 
+  void column_dots(const uint32_t* a, const uint32_t* b, int64_t m, float* sums) const {
+    dots_of_columns<Dot>(a, b, depth_words<Dot>(dim), m, sums);
+  }
+
   void pack_query_rows(const Features& y, int64_t begin, int64_t count, uint32_t* out) const {
     const int64_t m = padded_queries(count), stride = padded_dim();
     for (int64_t w = 0; w < depth_words<Dot>(m); ++w) {
@@ -170,23 +201,30 @@ struct DotProducts {
               float* c) const {
     multiply_rows<Dot, Order::kDepthContiguous>(keys.words, keys.stride, floats(query_columns), m,
                                                 c, m, padded_keys(n), m / kLanes,
-                                                depth_words<Dot>(dim), 1.0f, false, step());
+                                                depth_words<Dot>(dim), false, true, step(),
+                                                nothing_done);
   }
 
-  // `queries` of the m are no padding.
+  // `queries` of the m are no padding. done(r, count, sums) gets the rows from r on when they are
+  // complete; `c` holds them all if `keep`, else as many as one call of it gets.
+  template <class Done>
   void into_keys(const uint32_t* key_weights, const uint32_t* query_rows, int64_t n, int64_t m,
-                 int64_t queries, float* c, bool accumulate) const {
+                 int64_t queries, float* c, bool accumulate, bool keep, const Done& done) const {
     multiply_rows<Dot, Order::kDepthContiguous>(
         key_weights, depth_words<Dot>(m), floats(query_rows), padded_dim(), c, padded_dim(),
-        padded_keys(n), padded_dim() / kLanes, depth_words<Dot>(queries), 1.0f, accumulate,
-        step());
+        padded_keys(n), padded_dim() / kLanes, depth_words<Dot>(queries), accumulate, keep, step(),
+        [&](int64_t r) {
+          done(r, n - r < kRegisterRows ? n - r : kRegisterRows,
+               c + (keep ? r * padded_dim() : 0));
+        });
   }
 
   void into_queries(const uint32_t* query_weights, const KeyRows& columns, int64_t n, int64_t m,
-                    float* c) const {
+                    float* c, bool accumulate) const {
     multiply_rows<Dot, Order::kRowContiguous>(columns.words, columns.stride, floats(query_weights),
                                               m, c, m, column_words(), m / kLanes,
-                                              depth_words<Dot>(n), 1.0f, false, step());
+                                              depth_words<Dot>(n), accumulate, true, step(),
+                                              nothing_done);
   }
 
  private:

@@ -20,10 +20,11 @@ struct WeightBlock {
   int64_t first;    // of the task's query rows
   int64_t queries;
   int64_t m;
+  int64_t first_key;  // of the seen ones
   int64_t n;
   float factor;     // of a product, to be a logit in units of ln 2; not negative
 
-  int64_t key(int64_t r) const { return task.seen ? task.seen[r] : r; }
+  int64_t key(int64_t r) const { return task.seen ? task.seen[first_key + r] : first_key + r; }
 };
 
 // The dropout factors of the weights of one key and a vector of query rows, 0 or keep_scale.
@@ -88,15 +89,16 @@ void exponentials(const WeightBlock& b, int64_t column, float* s, float* largest
   }
 }
 
-// Products s to weights p, and t, the derivative by the (dropped) weights, to that by the weights
-// themselves; `dropped` receives the weights as they enter the output. slope [m] = sum of p t.
+// Products s to the weights as they enter the output, and t, the derivative by those, to that by the
+// products: scale * weight (t - slope), where slope [m] is the sum of weight times derivative.
 template <int vectors, bool dropout>
-void weights_again(const WeightBlock& b, int64_t column, const float* largest,
-                   const float* reciprocal, float* s, float* t, float* dropped, float* slope) {
-  Vec most[vectors], scale[vectors], sum[vectors] = {};
+void weight_gradients(const WeightBlock& b, int64_t column, const float* largest,
+                      const float* reciprocal, const float* slope, float* s, float* t) {
+  Vec most[vectors], scale[vectors], mean[vectors];
   for (int j = 0; j < vectors; ++j) {
     most[j] = load(largest + column + j * kLanes);
     scale[j] = load(reciprocal + column + j * kLanes);
+    mean[j] = load(slope + column + j * kLanes);
   }
   DropoutRow drop[vectors];
   for (int j = 0; j < vectors; ++j) drop[j].start(b, column + j * kLanes);
@@ -104,25 +106,14 @@ void weights_again(const WeightBlock& b, int64_t column, const float* largest,
     for (int j = 0; j < vectors; ++j) {
       const int64_t at = r * b.m + column + j * kLanes;
       const Vec p = exp2(load(s + at) * b.factor - most[j]) * scale[j];
-      Vec g = load(t + at);
+      Vec g = load(t + at), entering = p;
       if constexpr (dropout) {
         const Vec keep = drop[j].factor(b, r);
         g = g * keep;
-        store(t + at, g);
-        store(dropped + at, p * keep);
+        entering = p * keep;
       }
-      store(s + at, p);
-      sum[j] = sum[j] + p * g;
-    }
-  for (int j = 0; j < vectors; ++j) store(slope + column + j * kLanes, sum[j]);
-}
-
-// t = derivative by the products: scale * p (t - slope).
-inline void product_gradient(const WeightBlock& b, const float* p, const float* slope, float* t) {
-  for (int64_t r = 0; r < b.n; ++r)
-    for (int64_t i = 0; i < b.m; i += kLanes) {
-      const int64_t at = r * b.m + i;
-      store(t + at, load(p + at) * (load(t + at) - load(slope + i)) * b.p.scale);
+      store(s + at, entering);
+      store(t + at, p * (g - mean[j]) * b.p.scale);
     }
 }
 
@@ -144,14 +135,14 @@ inline void exponentials(const WeightBlock& b, float* s, float* largest, float* 
   });
 }
 
-inline void weights_again(const WeightBlock& b, const float* largest, const float* reciprocal,
-                          float* s, float* t, float* dropped, float* slope) {
+inline void weight_gradients(const WeightBlock& b, const float* largest, const float* reciprocal,
+                             const float* slope, float* s, float* t) {
   if (b.p.causal) mask_causal(b, s);
   by_columns(b.m, [&](auto vectors, int64_t column) {
     if (b.p.drop_below)
-      weights_again<vectors(), true>(b, column, largest, reciprocal, s, t, dropped, slope);
+      weight_gradients<vectors(), true>(b, column, largest, reciprocal, slope, s, t);
     else
-      weights_again<vectors(), false>(b, column, largest, reciprocal, s, t, dropped, slope);
+      weight_gradients<vectors(), false>(b, column, largest, reciprocal, slope, s, t);
   });
 }
 

@@ -11,6 +11,7 @@ namespace {
 
 struct TileProducts {
   static constexpr int64_t kQueryBlock = 128;
+  static constexpr int64_t kKeyBlock = 64;
   static constexpr bool kWeightsInPlace = false;
   static constexpr bool kQueriesTransposed = false;
 
@@ -75,6 +76,10 @@ struct TileProducts {
     }
   }
 
+  void column_dots(const uint32_t* a, const uint32_t* b, int64_t m, float* sums) const {
+    dots_of_columns<BFloat16Dot>(a, b, dim_words(), m, sums);
+  }
+
   void pack_query_rows(const Features& y, int64_t begin, int64_t count, uint32_t* out) const {
     for (int64_t w = 0; w < padded_queries(count) / 2; ++w)
       pack_pair(y, 2 * w < count ? begin + 2 * w : -1, 2 * w + 1 < count ? begin + 2 * w + 1 : -1,
@@ -104,22 +109,26 @@ struct TileProducts {
               float* c) const {
     const int64_t rows = padded_keys(n), whole = rows < keys.whole ? rows : keys.whole;
     multiply_tiles({keys.words, keys.stride}, {query_columns, m}, c, m, whole, m, dim_words(), false,
-                   step());
+                   true, step(), nothing_done);
     if (whole < rows)
       multiply_tiles({keys.tail, dim_words()}, {query_columns, m}, c + whole * m, m, rows - whole, m,
-                     dim_words(), false, step());
+                     dim_words(), false, true, step(), nothing_done);
   }
 
+  template <class Done>
   void into_keys(const uint32_t* key_weights, const uint32_t* query_rows, int64_t n, int64_t m,
-                 int64_t, float* c, bool accumulate) const {
+                 int64_t, float* c, bool accumulate, bool keep, const Done& done) const {
     multiply_tiles({key_weights, m / 2}, {query_rows, padded_dim()}, c, padded_dim(),
-                   padded_keys(n), padded_dim(), m / 2, accumulate, step());
+                   padded_keys(n), padded_dim(), m / 2, accumulate, keep, step(), [&](int64_t r) {
+                     done(r, n - r < 2 * kTile ? n - r : 2 * kTile,
+                          c + (keep ? r * padded_dim() : 0));
+                   });
   }
 
   void into_queries(const uint32_t* query_weights, const KeyRows& columns, int64_t n, int64_t m,
-                    float* c) const {
+                    float* c, bool accumulate) const {
     multiply_tiles({query_weights, pair_words(n)}, {columns.words, columns.stride}, c, padded_dim(),
-                   m, padded_dim(), pair_words(n), false, step());
+                   m, padded_dim(), pair_words(n), accumulate, true, step(), nothing_done);
   }
 
  private:

@@ -99,28 +99,31 @@ void multiply(const uint32_t* a, int64_t lda, const float* b, float* c, int64_t 
   }
 }
 
-// The same with B [depth][vectors * kLanes] in rows that are ldb words apart. `between` is told the
-// multiply-adds of words after each block of them.
-template <class Dot, Order order, class Between>
+// The same with B [depth][vectors * kLanes] in rows that are ldb words apart. Where not `keep`, every
+// kRegisterRows rows of C take the place of those before them. `between` is told the multiply-adds of
+// words after each block of them, `done` the row of C whose block is complete.
+template <class Dot, Order order, class Between, class Done>
 void multiply_rows(const uint32_t* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                   int64_t ldc, int64_t m, int64_t vectors, int64_t depth, float alpha,
-                   bool accumulate, const Between& between) {
+                   int64_t ldc, int64_t m, int64_t vectors, int64_t depth, bool accumulate,
+                   bool keep, const Between& between, const Done& done) {
   for (int64_t k = 0; k < depth; k += Dot::kMaxDepth) {
     const int64_t part = depth - k < Dot::kMaxDepth ? depth - k : Dot::kMaxDepth;
     const uint32_t* ak = order == Order::kDepthContiguous ? a + k : a + k * lda;
-    for (int64_t j = 0; j < vectors; j += kRegisterVectors)
-      for (int64_t i = 0; i < m; i += kRegisterRows) {
-        const uint32_t* ai = order == Order::kDepthContiguous ? ak + i * lda : ak + i;
+    for (int64_t i = 0; i < m; i += kRegisterRows) {
+      const uint32_t* ai = order == Order::kDepthContiguous ? ak + i * lda : ak + i;
+      for (int64_t j = 0; j < vectors; j += kRegisterVectors) {
         const float* bj = b + k * ldb + j * kLanes;
-        float* cij = c + i * ldc + j * kLanes;
+        float* cij = c + (keep ? i * ldc : 0) + j * kLanes;
         if (vectors - j >= kRegisterVectors)
-          micro_kernel<Dot, order, kRegisterVectors>(ai, lda, bj, ldb, cij, ldc, part, alpha,
+          micro_kernel<Dot, order, kRegisterVectors>(ai, lda, bj, ldb, cij, ldc, part, 1.0f,
                                                      accumulate || k > 0);
         else
-          micro_kernel<Dot, order, 1>(ai, lda, bj, ldb, cij, ldc, part, alpha,
+          micro_kernel<Dot, order, 1>(ai, lda, bj, ldb, cij, ldc, part, 1.0f,
                                       accumulate || k > 0);
         between(kRegisterRows * kRegisterVectors * kLanes * part);
       }
+      if (k + part == depth) done(i);
+    }
   }
 }
 
