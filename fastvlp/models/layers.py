@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp.models.base import Switched, plain_attention
+from fastvlp.models.vit import Segments
 from fastvlp.nn import LayerNorm, attention
+from fastvlp.ops import cross_attention
+
+Pick = Callable[[Tensor], Tensor]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -23,7 +28,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Switched):
     """Multi-head self-attention with biases; q, k and v come from one projection, in this order."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -35,11 +40,38 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:
-        """[batch, length, width] → the same shape."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        qkv = qkv.unflatten(-1, (3, self.heads, -1))
-        return self.out_proj(attention(*qkv.unbind(2), causal=causal).flatten(2))
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        causal: bool = False,
+        segments: Segments | None = None,
+        pick: Pick | None = None,
+    ) -> Tensor:
+        """[batch, length, width], or packed [rows, width] with `segments`, to the same shape, or
+        to that of ``pick(x)``."""
+        if pick is None:
+            q, k, v = self._project(x, 0, 3)
+        else:
+            (q,), (k, v) = self._project(pick(x), 0, 1), self._project(x, 1, 3)
+        if segments is not None:
+            cu, longest = segments
+            one_each = torch.arange(len(q) + 1, dtype=cu.dtype, device=cu.device) if pick else cu
+            out = cross_attention(
+                q, k, v, one_each, cu, causal=causal,
+                max_seqlen_q=1 if pick else longest, max_seqlen_k=longest,
+            )  # fmt: skip
+        else:
+            attend = plain_attention if self.reference else attention
+            out = attend(q, k, v, causal=causal)
+        return self.out_proj(out.flatten(-2))
+
+    def _project(self, x: Tensor, first: int, end: int) -> tuple[Tensor, ...]:
+        """Numbers `first` to `end` of q, k and v: [.., width] → each [.., heads, head_dim]"""
+        width = self.out_proj.in_features
+        rows = slice(first * width, end * width)
+        out = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        return out.unflatten(-1, (end - first, self.heads, -1)).unbind(-3)
 
 
 class Mlp(nn.Module):
@@ -52,6 +84,7 @@ class Mlp(nn.Module):
         self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[.., width] → the same shape."""
         return self.c_proj(self.activation(self.c_fc(x)))
 
 
@@ -65,13 +98,19 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = LayerNorm(width)
         self.mlp = Mlp(width, hidden, activation)
 
-    def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:
-        x = x + self.attn(self.ln_1(x), causal=causal)
+    def forward(self, x: Tensor, *, pick: Pick | None = None, **options) -> Tensor:
+        """As `SelfAttention.forward`, whose options are also these."""
+        attended = self.attn(self.ln_1(x), pick=pick, **options)
+        x = (x if pick is None else pick(x)) + attended
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of residual blocks on [batch, length, width]."""
+    """A stack of residual blocks on [batch, length, width], or on packed [rows, width].
+
+    With `pick`, which takes from these the one row of each sequence that the caller reads, returns
+    only that; the last block then leaves out what goes into no row but the others.
+    """
 
     def __init__(self, width: int, layers: int, heads: int, hidden: int, activation: str) -> None:
         super().__init__()
@@ -79,7 +118,9 @@ class Transformer(nn.Module):
             ResidualAttentionBlock(width, heads, hidden, activation) for _ in range(layers)
         )
 
-    def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:
-        for block in self.resblocks:
-            x = block(x, causal=causal)
-        return x
+    def forward(self, x: Tensor, *, pick: Pick | None = None, **options) -> Tensor:
+        """Options: `causal` and `segments` of `SelfAttention.forward`."""
+        *blocks, last = self.resblocks
+        for block in blocks:
+            x = block(x, **options)
+        return last(x, pick=pick, **options)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlp.models import clip
@@ -18,6 +18,9 @@ SMALL = dict(
     text_heads=2,
     context_length=12,
     vocab_size=50,
+)
+RESNET = dict(
+    vision_width=8, vision_layers=(1, 2, 1, 1), vision_heads=4, patch_size=32, activation="gelu"
 )
 
 
@@ -64,6 +67,19 @@ def test_image_initialisation(initialised):
         assert_spread(block.mlp.c_proj.weight, (3 * 4 * width) ** -0.5)
 
 
+def test_resnet_initialisation():
+    torch.manual_seed(0)
+    visual = clip.create("RN50", text_layers=1, vocab_size=50, image_size=32).visual
+    pool, width = visual.attnpool, 2048
+    assert_spread(pool.positional_embedding, width**-0.5)
+    for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
+        assert_spread(projection.weight, width**-0.5)
+    for name, parameter in visual.named_parameters():
+        if "bn" in name or "downsample.1" in name:
+            one = name.endswith("weight") and not ("layer" in name and "bn3" in name)
+            assert torch.all(parameter == one), name
+
+
 def test_constant_initialisation(initialised):
     for name, parameter in initialised.named_parameters():
         if "attn" in name and name.endswith("bias"):
@@ -76,7 +92,22 @@ def test_constant_initialisation(initialised):
 
 @pytest.mark.parametrize(
     "name, millions",
-    [("ViT-B/32", 151.28), ("ViT-B/16", 149.62), ("ViT-L/14", 427.62), ("ViT-L/14@336px", 427.94)],
+    [
+        ("ViT-B/32", 151.28),
+        ("ViT-B/16", 149.62),
+        ("ViT-L/14", 427.62),
+        ("ViT-L/14@336px", 427.94),
+        ("RN50", 102.01),
+        ("RN101", 119.69),
+        ("RN50x4", 178.30),
+        ("RN50x16", 290.98),
+        ("RN50x64", 623.26),
+        ("ViT-S/32", 63.09),
+        ("ViT-M/32", 103.12),
+        ("ViT-H/14", 986.11),
+        ("ViT-g/14", 1366.68),
+        ("ViT-bigG/14", 2539.57),
+    ],
 )
 def test_published_parameter_counts(name, millions):
     with torch.device("meta"):
@@ -121,20 +152,33 @@ def texts(draw):
     return tokens
 
 
-@given(tokens=texts())
+@settings(max_examples=30)
+@given(tokens=texts(), end_token=st.sampled_from([None, 49]))
 @torch.no_grad()
-def test_what_follows_the_end_token_has_no_effect(tokens):
-    model = small().double()
-    lengths = []
-    model.transformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+def test_what_follows_the_end_token_is_dropped_without_effect(tokens, end_token):
+    model = small(end_token=end_token).double()
+    rows = []
+    hook = model.transformer.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape))
     features = model.encode_text(tokens)
+    hook.remove()
     ends = tokens.argmax(dim=1)
-    assert lengths == [ends.max() + 1]
+    assert rows == [(int((ends + 1).sum()), 32)]
     for row, end, feature in zip(tokens, ends, features, strict=True):
         alone = model.encode_text(row[None, : end + 1])[0]
         torch.testing.assert_close(feature, alone, rtol=1e-12, atol=1e-12)
-    model._trim = lambda tokens: tokens
-    torch.testing.assert_close(features, model.encode_text(tokens), rtol=1e-12, atol=1e-12)
+    padded = model.use_reference().encode_text(tokens)
+    torch.testing.assert_close(features, padded, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@torch.no_grad()
+def test_the_first_end_token_counts(reference):
+    """Ids above the end token, and the end token as padding, as in transformers' tokenizers."""
+    model = small(end_token=40).use_reference(reference)
+    first = model.encode_text(torch.tensor([[1, 45, 40, 40, 49]]))
+    torch.testing.assert_close(first, model.encode_text(torch.tensor([[1, 45, 40]])))
+    with pytest.raises(ValueError, match="must hold the end token 40 in each row"):
+        model.encode_text(torch.tensor([[1, 40], [1, 2]]))
 
 
 def test_empty_batches():
@@ -142,8 +186,9 @@ def test_empty_batches():
     assert image.shape == text.shape == (0, 512)
 
 
-def test_traces_without_a_graph_break():
-    model = small().eval()
+@pytest.mark.parametrize("sizes", [{}, RESNET], ids=["vit", "resnet"])
+def test_traces_without_a_graph_break(sizes):
+    model = small(**sizes).eval()
     images, tokens = torch.randn(2, 3, 64, 64), torch.tensor([[1, 49, 0], [2, 3, 49]])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for got, expected in zip(compiled(images, tokens), model(images, tokens), strict=True):
@@ -159,8 +204,9 @@ def test_clamp_logit_scale(value, clamped):
     assert model.logit_scale.requires_grad
 
 
-def test_save_and_load(tmp_path):
-    model = small().eval()
+@pytest.mark.parametrize("sizes", [{}, RESNET | {"end_token": 3}], ids=["vit", "resnet"])
+def test_save_and_load(tmp_path, sizes):
+    model = small(**sizes).eval()
     clip.save(model, tmp_path / "new" / "model")
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
         "model.json",
@@ -169,7 +215,7 @@ def test_save_and_load(tmp_path):
     loaded = clip.load(tmp_path / "new" / "model")
     assert loaded.config == model.config and not loaded.training
     assert all(
-        torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True)
+        torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items()
     )
 
 
@@ -217,6 +263,13 @@ def test_bad_tokens(tokens, error):
         (dict(text_heads=5), ValueError, "text_heads"),
         (dict(text_layers=0), ValueError, "text_layers"),
         (dict(embed_dim=2.5), ValueError, "embed_dim"),
+        (dict(vision_hidden=0), ValueError, "vision_hidden"),
+        (dict(end_token=-1), ValueError, "end_token"),
+        (RESNET | dict(vision_layers=(1, 2, 3)), ValueError, "vision_layers"),
+        (RESNET | dict(vision_layers=(1, 2, 3, 0)), ValueError, "vision_layers"),
+        (RESNET | dict(vision_heads=7), ValueError, "vision_heads must divide 32 times"),
+        (RESNET | dict(patch_size=16), ValueError, "patch_size"),
+        (RESNET | dict(image_size=80), ValueError, "image_size"),
         (dict(activation="relu"), ValueError, "activation"),
         (dict(depth=3), TypeError, "depth"),
     ],

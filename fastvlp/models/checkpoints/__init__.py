@@ -3,10 +3,12 @@
 from ._files import read_state_dict
 from ._positions import resize_grid_positions, resize_text_positions
 from ._report import LoadReport, apply
+from .clip import load_clip
 
 __all__ = [
     "LoadReport",
     "apply",
+    "load_clip",
     "read_state_dict",
     "resize_grid_positions",
     "resize_text_positions",
