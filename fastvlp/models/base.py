@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Module, configuration and model of each kind, by the name in its saved configuration.
-KINDS = {"clip": ("fastvlp.models.clip", "ClipConfig", "Clip")}
+KINDS = {
+    "clip": ("fastvlp.models.clip", "ClipConfig", "Clip"),
+    "vilt": ("fastvlp.models.vilt", "ViltConfig", "Vilt"),
+}
 
 
 class Switched(nn.Module):
