@@ -254,7 +254,7 @@ class Vilt(vilt_heads.Objectives, base.Model):
         dtype = torch.float64 if positions.dtype == torch.float64 else torch.float32
         side = self.config.image_size // self.config.patch_size
         # A product with the few positions: its gradient needs no atomic additions.
-        with torch.autocast(like.device.type, enabled=False):
+        with vilt_heads.without_autocast(like.device):
             weights = position_weights(grid, image, place, side, dtype)
             return (weights @ positions.to(dtype)).to(like.dtype)
 

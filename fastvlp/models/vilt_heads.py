@@ -8,6 +8,7 @@ whose images are replaced by others for half of the texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from fastvlp.ops import (
     word_patch_alignment_loss,
     word_patch_alignment_reference,
 )
+from fastvlp.ops._rows import to_device
 
 TASKS = ("mlm", "itm", "vqa", "nlvr2", "retrieval", "tokens")
 # The class of pairs that belong together, in image-text matching.
@@ -68,6 +70,13 @@ def initialise(module: nn.Module) -> None:
             nn.init.normal_(layer.weight, std=0.02)
         if isinstance(layer, nn.Linear):
             nn.init.zeros_(layer.bias)
+
+
+def without_autocast(device: torch.device):
+    """For what is float32 whatever the rest is."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def draw_matches(n: int, seed: int | None = None) -> Tensor:
@@ -180,8 +189,8 @@ class Objectives:
         Args:
             matches: bool [n], the pairs that belong together.
         """
-        device = sequences.rows.device
-        matches = matches.to(device, non_blocking=True)
+        if matches.device != sequences.rows.device:
+            matches = to_device(matches, sequences.rows.device)
         logits = self.match_logits(sequences)
         target = torch.where(matches, MATCH, 1 - MATCH)
         distance = self.alignment(sequences)
@@ -197,13 +206,11 @@ class Objectives:
         """
         normed = sequences.map(self.transformer.norm)
         words, patches = normed.text(), normed.image()
-        lengths = (sequences.text_lengths, sequences.image_lengths)
-        padding = alignment_padding(
-            *(torch.tensor(x, dtype=torch.int64) for x in lengths), words.shape[1], patches.shape[1]
-        )
-        padding = (x.to(words.device, non_blocking=True) for x in padding)
+        lengths = torch.tensor([sequences.text_lengths, sequences.image_lengths])
+        lengths = to_device(lengths, words.device)
+        padding = alignment_padding(*lengths, words.shape[1], patches.shape[1])
         distance = word_patch_alignment_reference if self.reference else word_patch_alignment
-        with torch.autocast(words.device.type, enabled=False):
+        with without_autocast(words.device):
             return distance(words, patches, *padding)
 
     def match_logits(self, sequences: Sequences) -> Tensor:
