@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp.nn import Dropout
+
 # Module, configuration and model of each kind, by the name in its saved configuration.
 KINDS = {
     "clip": ("fastvlp.models.clip", "ClipConfig", "Clip"),
@@ -43,7 +45,7 @@ class Model(Switched):
         The weights, and up to rounding the results, are the same.
         """
         for module in self.modules():
-            if isinstance(module, Switched):
+            if isinstance(module, Switched | Dropout):
                 module.reference = reference
         return self
 

@@ -172,7 +172,7 @@ def lengths_of(tokens: Tensor, text: Sequence[int] | Tensor | None) -> tuple[int
                 f"got {list(mask.shape)}"
             )
         text = mask.sum(1)
-    if text.shape != (len(tokens),) or text.is_floating_point():
+    if text.shape != (len(tokens),) or (text.is_floating_point() and len(text)):
         raise ValueError(f"text: expected {len(tokens)} lengths, got {list(text.shape)}")
     if len(text) and not 1 <= text.min() <= text.max() <= tokens.shape[1]:
         raise ValueError(f"text: expected lengths 1 to {tokens.shape[1]}, got {text.tolist()}")
