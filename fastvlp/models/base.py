@@ -12,10 +12,13 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp.nn import Dropout
+
 # Module, configuration and model of each kind, by the name in its saved configuration.
 KINDS = {
     "clip": ("fastvlp.models.clip", "ClipConfig", "Clip"),
     "albef": ("fastvlp.models.albef", "AlbefConfig", "Albef"),
+    "vilt": ("fastvlp.models.vilt", "ViltConfig", "Vilt"),
 }
 
 
@@ -43,7 +46,7 @@ class Model(Switched):
         The weights, and up to rounding the results, are the same.
         """
         for module in self.modules():
-            if isinstance(module, Switched):
+            if isinstance(module, Switched | Dropout):
                 module.reference = reference
         return self
 

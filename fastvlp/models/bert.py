@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlp.nn import LayerNorm
+from fastvlp.nn import Dropout, LayerNorm
 from fastvlp.nn.fusion import EPS
 
 
@@ -25,7 +25,7 @@ class BertEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(positions, width)
         self.token_type_embeddings = nn.Embedding(types, width)
         self.LayerNorm = LayerNorm(width, EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for embedding in (
             self.word_embeddings,
             self.position_embeddings,

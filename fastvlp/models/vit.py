@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.models.base import Switched, plain_attention
-from fastvlp.nn import LayerNorm, Norm, attention, feed_forward, norm_linear
+from fastvlp.nn import Dropout, LayerNorm, Norm, attention, feed_forward, norm_linear
 from fastvlp.ops import cross_attention
 
 EPS = 1e-6
@@ -54,7 +54,7 @@ class Attention(Switched):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, x: Tensor, *, key_mask: Tensor | None = None, segments: Segments | None = None
@@ -84,7 +84,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
@@ -145,7 +145,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch) ** 2 + 1, width))
-        self.pos_drop = nn.Dropout(dropout)
+        self.pos_drop = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.norm = LayerNorm(width, EPS)
         self.reset_parameters()

@@ -2,10 +2,12 @@
 
 from .attention import attention, attention_reference
 from .feed_forward import Norm, feed_forward, norm_linear
+from .dropout import Dropout
 from .fusion import FusionLayer, PaddedFusionLayer, load_bert_layer
 from .norm import LayerNorm
 
 __all__ = [
+    "Dropout",
     "FusionLayer",
     "LayerNorm",
     "Norm",
