@@ -223,7 +223,7 @@ def measure(
 def print_parts(found: Mapping[str, Any]) -> None:
     """A table of GFLOP and milliseconds for each part and way."""
     table = Table(title=f"{found['op']}: GFLOP and ms of each part")
-    table.add_column("part")
+    table.add_column("part", no_wrap=True)
     for way in found["parts"]:
         table.add_column(way, justify="right")
     names = dict.fromkeys(n for each in found["parts"].values() for n in each["ms"])
@@ -234,7 +234,8 @@ def print_parts(found: Mapping[str, Any]) -> None:
             cells.append(f"{'' if gflop is None else f'{gflop:.1f}'}  {each['ms'][name]:7.0f}")
         table.add_row(name, *cells)
     console = report.Console()
-    console.print(table, width=None if console.is_terminal else 110)
+    # A pipe has no width.
+    (console if console.is_terminal else report.Console(width=120)).print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
