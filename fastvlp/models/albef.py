@@ -9,7 +9,8 @@ momentum keys and a queue (ITC), matching of pairs with hard negatives (ITM), an
 modelling with the image at hand (MLM), ITC and MLM with the momentum twin as a teacher. Where the
 authors run four passes through the fusion layers on padded pairs, here one packed pass takes the
 positives, both kinds of hard negatives and the masked texts, grouped by image, so that an image's
-keys and values are projected once in each layer; and only masked positions meet the vocabulary.
+keys and values are projected once in each layer; the last layer computes only what the objectives
+read, each pair's first token and the masked ones, and only the latter meet the vocabulary.
 """
 
 from __future__ import annotations
@@ -197,18 +198,17 @@ def _step(model: Albef, batch: Batch, seed) -> tuple[tuple[Tensor, ...], Teacher
         **model.queue.keys(),
     )
     matches = Matches.make(contrast.negative_texts, contrast.negative_images)
-    pairs, masked = matches.layout(both)
-    fused = student.fuse(pairs.expand(texts), pairs, images)
-    itm = F.cross_entropy(
-        model.itm_head(pairs.first(fused)[: len(matches.text)]).float(), matches.labels
-    )
+    pairs, rows = matches.layout(batch)
+    fused = student.fuse(pairs.expand(texts), pairs, images, rows)
+    first, words = fused.split([len(matches.text), len(batch.labelled)])
+    itm = F.cross_entropy(model.itm_head(first).float(), matches.labels)
     predictions = student.text_encoder.predictions
     twin = model.teacher.text_encoder.predictions
     mlm = soft_cross_entropy(
-        predictions(pairs.select(masked)(fused)[batch.labelled]),
+        predictions(words),
         predictions.decoder.weight,
         predictions.bias,
-        batch.packed_labels(),
+        batch.packed_labels,
         teacher_hidden=teacher.words,
         teacher_weight=twin.decoder.weight,
         teacher_bias=twin.bias,
@@ -226,8 +226,8 @@ def _teach(model: Albef, batch: Batch) -> Teacher:
     # The masked texts come last in `both`, each has one image, and they lie in the images' order.
     own = torch.arange(count)
     pairs = PairLayout.make(batch.masked, own, own, count)
-    fused = teacher.fuse(texts[batch.masked.total :], pairs, images)
-    hidden = teacher.text_encoder.predictions(fused[batch.labelled])
+    fused = teacher.fuse(texts[batch.masked.total :], pairs, images, batch.labelled)
+    hidden = teacher.text_encoder.predictions(fused)
     # The copy's features are of its precision; the queue's and the student's are not.
     dtype = model.queue.image_queue.dtype
     return Teacher(teacher.image_features(images).to(dtype), features.to(dtype), hidden)

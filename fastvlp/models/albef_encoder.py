@@ -97,9 +97,17 @@ class Towers(nn.Module):
             x = layer(x, layout.cu_seqlens, max_seqlen_pairs=layout.max_seqlen)
         return x
 
-    def fuse(self, x: Tensor, pairs: PairLayout, images: Tensor) -> Tensor:
-        """Packed tokens grouped by image, and image tokens [n, L, vision_width], to fused ones."""
-        for layer in self.text_encoder.fusion:
+    def fuse(
+        self, x: Tensor, pairs: PairLayout, images: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """Packed tokens grouped by image, and image tokens [n, L, vision_width], to fused ones.
+
+        rows: which of them are wanted (int64 on the host), in this order; None for all. The last
+            layer computes no others.
+        """
+        layers = self.text_encoder.fusion
+        keep = None if rows is None else pairs.keep(rows)
+        for layer in layers:
             x = layer(
                 x,
                 pairs.cu_seqlens_pairs,
@@ -107,8 +115,9 @@ class Towers(nn.Module):
                 pairs.cu_seqlens_images,
                 max_seqlen_pairs=pairs.max_seqlen_pairs,
                 max_seqlen_images=pairs.max_seqlen_images,
+                keep=keep if layer is layers[-1] else None,
             )
-        return x
+        return x if keep is None else keep.restore(x)
 
     def encode_padded(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids [n, length] and their mask → [n, length, text_width], before fusion."""

@@ -26,7 +26,8 @@ class Batch:
         labels: [B, length], `IGNORED` where there is nothing to predict.
         both: the layout of `ids`.
         masked: the layout of the masked texts alone.
-        labelled: int64 [M], which packed rows of the masked texts have a label.
+        labelled: int64 [M] on the host, which packed rows of the masked texts have a label.
+        packed_labels: int64 [M], their labels.
         alpha: weight of the teacher.
         pair_ids: int64 [B], equal for pairs that match one another, or None.
     """
@@ -38,15 +39,12 @@ class Batch:
     both: TextLayout
     masked: TextLayout
     labelled: Tensor
+    packed_labels: Tensor
     alpha: float | Tensor
     pair_ids: Tensor | None
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def packed_labels(self) -> Tensor:
-        """The labels of the labelled rows."""
-        return self.masked.pack(self.labels)[self.labelled]
 
 
 def text_mask(ids: Tensor, mask: Tensor | list[int]) -> Tensor:
@@ -118,7 +116,8 @@ def prepare(
         labels.to(device).long(),
         TextLayout.from_mask(torch.cat([mask, mask]), device),
         TextLayout.from_mask(mask, device),
-        to_device(has_label[mask].nonzero()[:, 0], device),
+        has_label[mask].nonzero()[:, 0],
+        to_device(on_host[has_label].long(), device),
         alpha,
         pair_ids,
     )
@@ -175,14 +174,16 @@ class Matches:
         labels = (torch.arange(len(text)) < len(own)).long()
         return cls(text, image, to_device(labels, device))
 
-    def layout(self, both: TextLayout) -> tuple[PairLayout, list[int]]:
-        """These pairs and, after them, each masked text with its own image; the latter's numbers.
+    def layout(self, batch: Batch) -> tuple[PairLayout, Tensor]:
+        """These pairs and, after them, each masked text with its own image, grouped by image.
 
-        `both` holds the texts and then the masked texts.
+        And the rows that the objectives read: the first of each of these pairs, then the labelled
+        ones.
         """
-        count = len(both.lengths) // 2
+        count, matches = len(batch), len(self.text)
         own = torch.arange(count)
         pairs = PairLayout.make(
-            both, torch.cat([self.text, count + own]), torch.cat([self.image, own]), count
+            batch.both, torch.cat([self.text, count + own]), torch.cat([self.image, own]), count
         )
-        return pairs, list(range(len(self.text), len(self.text) + count))
+        words = pairs.rows(matches + own)[batch.labelled]
+        return pairs, torch.cat([pairs.starts[:matches], words])

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import cross_attention
+from ..ops.packing import KeptRows
 from .norm import LayerNorm
 
 EPS = 1e-12
@@ -170,6 +171,7 @@ class FusionLayer(_BertParameters):
         max_seqlen_pairs: int | None = None,
         max_seqlen_images: int | None = None,
         max_seqlen_keys: int | None = None,
+        keep: KeptRows | None = None,
         return_probs: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One step; `fastvlp.ops.packing.PairLayout` has the arguments of the same names.
@@ -184,26 +186,37 @@ class FusionLayer(_BertParameters):
             causal: a token sees its own pair up to itself only (text decoders).
             max_seqlen_pairs, max_seqlen_images, max_seqlen_keys: the longest pair, the most rows
                 of an image, the most keys; where given nothing waits for the device to tell.
+            keep: the rows to compute (`PairLayout.keep`), where nobody reads the others: all
+                tokens are keys, these alone are queries. Not with `causal`.
             return_probs: also the cross-attention weights, part of the graph, for GradCAM.
 
         Returns:
-            [total, D], and with `return_probs` the weights [total, heads, most keys].
+            [total, D], with `keep` only its rows in the order of the layout, and with
+            `return_probs` the weights [.., heads, most keys].
         """
         self._check_images(images)
         if return_probs and images is None:
             raise ValueError("return_probs: expected cross-attention, this layer has none")
+        if keep is not None and causal:
+            raise ValueError("keep: expected None with causal, which counts rows from the last one")
         p = self.attention_dropout if self.training else 0.0
         project = self.attention.self
+        queries, cu_seqlens_queries = tokens, cu_seqlens_pairs
+        if keep is not None:
+            queries, cu_seqlens_queries = keep.take(tokens), keep.cu_seqlens_pairs
+            cu_seqlens_images = keep.cu_seqlens_images
         heads = cross_attention(
-            *(self._split(f(tokens)) for f in (project.query, project.key, project.value)),
-            cu_seqlens_pairs,
+            self._split(project.query(queries)),
+            self._split(project.key(tokens)),
+            self._split(project.value(tokens)),
+            cu_seqlens_queries,
             cu_seqlens_pairs,
             causal=causal,
             dropout_p=p,
             max_seqlen_q=max_seqlen_pairs,
             max_seqlen_k=max_seqlen_pairs,
         )
-        x, probs = self.attention.output(heads.flatten(-2), tokens), None
+        x, probs = self.attention.output(heads.flatten(-2), queries), None
         if images is not None:
             project = self.crossattention.self
             heads = cross_attention(

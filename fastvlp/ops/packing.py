@@ -139,6 +139,22 @@ class _Unpack:
 
 
 @dataclass(frozen=True, eq=False)
+class KeptRows:
+    """Some rows of a `PairLayout`, as query rows of its pairs and images.
+
+    Attributes:
+        take: [total, ...] -> [rows, ...]
+        cu_seqlens_pairs, cu_seqlens_images: int32, the first kept row of each pair and image.
+        restore: [rows, ...] in the order of the layout -> in the order they were asked for.
+    """
+
+    take: RowMap
+    cu_seqlens_pairs: torch.Tensor
+    cu_seqlens_images: torch.Tensor
+    restore: RowMap
+
+
+@dataclass(frozen=True, eq=False)
 class PairLayout:
     """Where the tokens of (text, image) pairs lie when grouped by image.
 
@@ -160,8 +176,8 @@ class PairLayout:
     total: int
     expand: RowMap
     first: RowMap
-    # On the host, in the order of the pair list: each pair's first row and length.
-    _starts: torch.Tensor
+    starts: torch.Tensor
+    # On the host, in the order of the pair list.
     _lengths: torch.Tensor
 
     @classmethod
@@ -215,14 +231,35 @@ class PairLayout:
             lengths,
         )
 
+    def rows(self, pairs: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Where the tokens of these pairs lie, one pair after another; int64 on the host."""
+        numbers, _ = _on_host("pairs", pairs, None)
+        _check_index("pairs", numbers, len(self.starts), "pairs")
+        return _ranges(self.starts[numbers], self._lengths[numbers])
+
+    def keep(self, rows: torch.Tensor) -> KeptRows:
+        """Some of the rows (int64 on the host, none twice), for a layer whose others nobody reads.
+
+        A layer gives them in the order of the layout; `KeptRows.restore` puts them into that of
+        `rows`.
+        """
+        device = self.cu_seqlens_pairs.device
+        ordered, places = rows.sort()
+        kept = row_map(ordered, self.total, device)
+        back = torch.empty_like(places)
+        back[places] = torch.arange(len(rows))
+        return KeptRows(
+            kept,
+            torch.searchsorted(kept.source, self.cu_seqlens_pairs, out_int32=True),
+            torch.searchsorted(kept.source, self.cu_seqlens_images, out_int32=True),
+            row_map(back, len(rows), device),
+        )
+
     def select(self, pairs: Sequence[int] | torch.Tensor) -> RowMap:
         """[total, ...] -> the tokens of these pairs (numbers in the pair list), one pair after
         another in the order given; for the masked pass the order of the packed texts, so that
         packed labels match."""
-        numbers, _ = _on_host("pairs", pairs, None)
-        _check_index("pairs", numbers, len(self._starts), "pairs")
-        rows = _ranges(self._starts[numbers], self._lengths[numbers])
-        return row_map(rows, self.total, self.cu_seqlens_pairs.device)
+        return row_map(self.rows(pairs), self.total, self.cu_seqlens_pairs.device)
 
 
 def _on_host(name, values, device):

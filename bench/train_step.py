@@ -1,0 +1,287 @@
+"""One training step: forward, backward, optimiser, momentum and queue, against plain PyTorch.
+
+    python bench/train_step.py --threads 2
+
+`fastvlp` is the kernels' form with AdamWEma, `fastvlp, bf16 momentum` the same with the momentum
+forward by a bfloat16 copy. The reference has the same weights in the padded formulation, by eager
+attention or SDPA, with torch's fused AdamW and a foreach momentum update. Dropout is on, as in
+training. `error` is that of the losses without dropout before the first step against the reference
+in float64; peak memory is that of a later step, above weights and optimiser state.
+
+A model is an adapter: a module of this folder with `build`, `draw`, `use`, `losses`, `momentum`,
+`timed_parts`, `work` and `shape`, as train_step_albef.py has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+import report
+import torch
+from harness import OURS, Contender, Missing
+from rich.table import Table
+
+from fastvlp.optim import AdamWEma
+
+MODELS = ("albef",)
+ADAMW = {"lr": 1e-4, "weight_decay": 0.02}
+LOW = f"{OURS}, bf16 momentum"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: an adapter's name, the model's size, pairs, and whether texts are full."""
+
+    model: str
+    size: str
+    batch: int
+    full: bool
+
+    @property
+    def adapter(self) -> Any:
+        return importlib.import_module(f"train_step_{self.model}")
+
+    def draw(self) -> Any:
+        return self.adapter.draw(self.size, self.batch, self.full)
+
+    def op(self) -> str:
+        return f"{self.model} step, {'full' if self.full else 'drawn'} lengths"
+
+
+@dataclass
+class Inputs:
+    case: Case
+    batch: Any
+
+
+def build(case: Case) -> Inputs:
+    return Inputs(case, case.draw())
+
+
+class Step:
+    """A model with its optimiser; each call is one step. `marks` are the times of the last one."""
+
+    def __init__(self, attention: str | None, momentum_copy: str | None, inputs: Inputs) -> None:
+        self.adapter, self.batch = inputs.case.adapter, inputs.batch
+        self.model = self.adapter.build(inputs.case.size, momentum_copy)
+        self.adapter.use(self.model, attention)
+        self.before = self._losses_without_dropout()
+        self.model.train()
+        ema = self.adapter.momentum(self.model)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.foreach: tuple[list, list] = ([], [])
+        if attention is None:
+            self.optimizer = AdamWEma(trained, **ADAMW, ema=ema)
+        else:
+            self.optimizer = torch.optim.AdamW(trained, **ADAMW, fused=True)
+            if ema is not None:
+                pairs = list(ema._tensors.unique())
+                self.foreach = [p.detach() for p, _ in pairs], [m for _, m in pairs]
+                self.weight = 1 - ema.current_decay()
+
+    def _losses_without_dropout(self) -> dict[str, torch.Tensor]:
+        self.model.eval()
+        with torch.no_grad():
+            return {k: v.clone() for k, v in self._losses(update=False).items()}
+
+    def _losses(self, update: bool) -> Mapping[str, torch.Tensor]:
+        return self.adapter.losses(self.model, self.batch, update)
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        self.marks = [time.perf_counter()]
+        total = self._losses(update=True)["total"]
+        self.marks.append(time.perf_counter())
+        total.backward()
+        self.marks.append(time.perf_counter())
+        self.optimizer.step()
+        if self.foreach[0]:
+            torch._foreach_lerp_(self.foreach[1], self.foreach[0], self.weight)
+        self.optimizer.zero_grad()
+        self.marks.append(time.perf_counter())
+        return self.before
+
+
+def reference_losses(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Without dropout in float64, by the plain form."""
+    adapter = inputs.case.adapter
+    model = adapter.build(inputs.case.size, None).double().eval()
+    adapter.use(model, "eager")
+    with torch.no_grad():
+        return adapter.losses(model, _double(inputs.batch), False)
+
+
+def _double(batch: Any) -> Any:
+    wide = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in vars(batch).items()
+    }
+    return type(batch)(**wide)
+
+
+# By name: the attention of the plain form or None for the kernels, and the momentum copy's dtype.
+WAYS: dict[str, tuple[str | None, str | None]] = {
+    OURS: (None, None),
+    LOW: (None, "bfloat16"),
+    "reference, eager": ("eager", None),
+    "reference, SDPA": ("sdpa", None),
+}
+
+
+def contenders() -> list[Contender]:
+    return [Contender(name, functools.partial(Step, *way)) for name, way in WAYS.items()]
+
+
+def parts(way: tuple[str | None, str | None], inputs: Inputs, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each part of a step; what no part claims is "objectives"."""
+    step = Step(*way, inputs)
+    spent: dict[str, float] = defaultdict(float)
+    for name, owner, methods in step.adapter.timed_parts(step.model):
+        for method in methods:
+            setattr(owner, method, _clocked(getattr(owner, method), name, spent))
+    found: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds + 1):
+        spent.clear()
+        step()
+        start, forward, backward, end = step.marks
+        each = dict(spent) | {"objectives": forward - start - sum(spent.values())}
+        each |= {"backward": backward - forward, "optimiser, momentum": end - backward}
+        for name, value in each.items():
+            found[name].append(value * 1e3)
+    return {name: statistics.median(values[1:]) for name, values in found.items()}
+
+
+def _clocked(method: Callable, name: str, spent: dict[str, float]) -> Callable:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = method(*args, **kwargs)
+        spent[name] += time.perf_counter() - start
+        return result
+
+    return run
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
+    flags.add_argument("--batch", type=int, help="pairs of a step (16; 4 if quick)")
+    flags.add_argument("--lengths", choices=("drawn", "full"), nargs="+", default=["drawn", "full"])
+    flags.add_argument("--way", choices=list(WAYS), nargs="+", default=list(WAYS))
+    flags.add_argument("--parts", type=int, default=3, help="rounds of the table of parts; 0: none")
+    flags.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    args = flags.parse_args(argv)
+    if args.batch is None:
+        args.batch = 4 if args.quick else 16
+    if args.batch < 1 or args.parts < 0:
+        flags.error("--batch must be positive, --parts not negative")
+    if args.device != "cpu":
+        flags.error("--device: the table of parts and the reference are for the CPU")
+    if OURS not in args.way:
+        flags.error(f"--way: expected {OURS} among them")
+    report.require_plotting(args.plot)
+    return args
+
+
+def measure(
+    case: Case, args: argparse.Namespace, settings: harness.Settings
+) -> tuple[list[dict[str, Any]], list[Missing], dict[str, Any]]:
+    """Rows, what failed, and the parts of every way."""
+    chosen = [each for each in contenders() if each.name in args.way]
+    inputs = build(case)
+    rows, missing = harness.compare(
+        case.op(),
+        chosen,
+        functools.partial(build, case),
+        functools.partial(build, Case(case.model, "tiny", 2, True)),
+        settings,
+        dtype="fp32",
+        shape=case.adapter.shape(case.size, inputs.batch),
+        phase="step",
+        reference=reference_losses,
+        judged=("total",),
+        measure_memory=not args.no_memory,
+        warm_memory=True,
+    )
+    table = {}
+    for name in args.way if args.parts else ():
+        way = WAYS[name]
+        table[name] = {
+            "ms": parts(way, inputs, args.parts),
+            "gflop": case.adapter.work(case.size, inputs.batch, packed=way[0] is None),
+        }
+    return rows, missing, {"op": case.op(), "parts": table}
+
+
+def print_parts(found: Mapping[str, Any]) -> None:
+    """A table of GFLOP and milliseconds for each part and way."""
+    table = Table(title=f"{found['op']}: GFLOP and ms of each part")
+    table.add_column("part", no_wrap=True)
+    for way in found["parts"]:
+        table.add_column(way, justify="right")
+    names = dict.fromkeys(n for each in found["parts"].values() for n in each["ms"])
+    for name in names:
+        cells = []
+        for each in found["parts"].values():
+            gflop = each["gflop"].get(name)
+            cells.append(f"{'' if gflop is None else f'{gflop:.1f}'}  {each['ms'][name]:7.0f}")
+        table.add_row(name, *cells)
+    console = report.Console()
+    # A pipe has no width.
+    (console if console.is_terminal else report.Console(width=120)).print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    settings = harness.settings_from(args)
+    size = "tiny" if args.quick else "small"
+    rows: list[dict[str, Any]] = []
+    missing: list[Missing] = []
+    tables = []
+    for model in args.model:
+        for lengths in args.lengths:
+            case = Case(model, size, args.batch, lengths == "full")
+            found, failed, table = measure(case, args, settings)
+            rows += found
+            missing += [each for each in failed if each not in missing]
+            tables.append(table)
+    facts = report.meta(settings, (), missing, parts=tables)
+    report.table(rows)
+    for table in tables:
+        if table["parts"]:
+            print_parts(table)
+    report.print_missing(missing)
+    print(summary(rows))
+    if args.json:
+        report.write_json(args.json, facts, rows)
+    if args.plot:
+        report.plot(args.plot, rows, facts, "tokens", "tokens")
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """For each comparison fastvlp's forms against the faster of the references."""
+    lines = [""]
+    for group in report.groups(rows):
+        plain = [row for row in group if row["impl"].startswith("reference")]
+        best = min(plain, key=lambda row: row["ms"], default=None)
+        for row in group:
+            if row in plain:
+                continue
+            parts_ = [f"{row['impl']} {row['ms']:.0f} ms"]
+            if best:
+                parts_.append(f"{best['ms'] / row['ms']:.2f}x as fast as {best['impl']}")
+                if row["peak_mb"] and best["peak_mb"]:
+                    parts_.append(f"{row['peak_mb'] / best['peak_mb']:.2f} of its peak memory")
+            lines.append(f"{row['op']}: {', '.join(parts_)}.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""bench/train_step.py: its contenders train the same model, and a quick run writes every row."""
+
+import harness
+import pytest
+import torch
+import train_step
+from bench_runs import quick_rows
+
+
+@pytest.fixture(params=train_step.MODELS)
+def case(request):
+    return train_step.Case(request.param, "tiny", 3, False)
+
+
+def test_every_way_starts_from_the_same_losses(case):
+    inputs = train_step.build(case)
+    exact = train_step.reference_losses(inputs)
+    for contender in train_step.contenders():
+        found = contender.make(inputs)()
+        assert found.keys() == exact.keys()
+        relative = 1e-2 if contender.name == train_step.LOW else 1e-5
+        for name, value in exact.items():
+            torch.testing.assert_close(found[name].double(), value.double(), rtol=relative, atol=0)
+
+
+def test_steps_change_weights_momentum_and_queue(case):
+    inputs = train_step.build(case)
+    weight, twin = (f"{p}.visual_encoder.pos_embed" for p in ("student", "momentum.module"))
+    for way in train_step.WAYS.values():
+        step = train_step.Step(*way, inputs)
+        before = {k: v.clone() for k, v in step.model.state_dict().items()}
+        step()
+        after = step.model.state_dict()
+        changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
+        assert {k.split(".")[0] for k in changed} >= {"student", "momentum", "queue"}
+        assert step.marks == sorted(step.marks) and len(step.marks) == 4
+        torch.testing.assert_close(after[twin], before[twin].lerp(after[weight], 0.005))
+
+
+def test_parts_and_their_work(case):
+    inputs = train_step.build(case)
+    ways = [train_step.WAYS[harness.OURS], train_step.WAYS["reference, eager"]]
+    packed, padded = (case.adapter.work("tiny", inputs.batch, packed=p) for p in (True, False))
+    assert all(packed[name] <= padded[name] for name in packed)
+    assert packed["student: image"] == padded["student: image"]
+    for way in ways:
+        parts = train_step.parts(way, inputs, 1)
+        assert packed.keys() < parts.keys() and all(ms > 0 for ms in parts.values())
+
+
+def test_a_quick_run(tmp_path, capsys):
+    meta, rows = quick_rows(
+        train_step.main, tmp_path / "step.json", "--rounds", "1", "--parts", "1", "--no-memory",
+        "--lengths", "drawn",
+    )  # fmt: skip
+    assert [row["impl"] for row in rows] == list(train_step.WAYS)
+    assert {row["phase"] for row in rows} == {"step"}
+    assert set(meta["parts"][0]["parts"]) == set(train_step.WAYS)
+    printed = capsys.readouterr().out
+    assert "x as fast as reference" in printed and "student: fusion" in printed
+
+
+@pytest.mark.parametrize(
+    "flags", [["--batch", "0"], ["--parts", "-1"], ["--way", "reference, SDPA"]]
+)
+def test_bad_flags(flags):
+    with pytest.raises(SystemExit):
+        train_step.parse(flags)
