@@ -1,4 +1,4 @@
-"""Layers that the models share: self-attention, activations and the residual block.
+"""Layers of CLIP's transformers: self-attention and the residual block.
 
 Parameter names are those of ``torch.nn.MultiheadAttention`` and of OpenAI's CLIP, which published
 checkpoints use.
@@ -14,18 +14,11 @@ from torch import Tensor, nn
 
 from fastvlp.models.base import Switched, plain_attention
 from fastvlp.models.vit import Segments
-from fastvlp.nn import LayerNorm, attention
+from fastvlp.nn import LayerNorm, Norm, attention, feed_forward
+from fastvlp.nn.feed_forward import ACTIVATIONS
 from fastvlp.ops import cross_attention
 
 Pick = Callable[[Tensor], Tensor]
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x · sigmoid(1.702 x), the approximation of GELU in all of OpenAI's CLIP weights."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 class SelfAttention(Switched):
@@ -80,15 +73,15 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
         self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., width] → the same shape."""
-        return self.c_proj(self.activation(self.c_fc(x)))
+        return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)))
 
 
-class ResidualAttentionBlock(nn.Module):
+class ResidualAttentionBlock(Switched):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, width: int, heads: int, hidden: int, activation: str) -> None:
@@ -102,7 +95,13 @@ class ResidualAttentionBlock(nn.Module):
         """As `SelfAttention.forward`, whose options are also these."""
         attended = self.attn(self.ln_1(x), pick=pick, **options)
         x = (x if pick is None else pick(x)) + attended
-        return x + self.mlp(self.ln_2(x))
+        if self.reference:
+            return x + self.mlp(self.ln_2(x))
+        c_fc, c_proj = self.mlp.c_fc, self.mlp.c_proj
+        return x + feed_forward(
+            x, Norm.of(self.ln_2), c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias,
+            self.mlp.activation,
+        )  # fmt: skip
 
 
 class Transformer(nn.Module):

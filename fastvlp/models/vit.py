@@ -106,16 +106,12 @@ class Block(Switched):
         if self.reference:
             x = x + self.attn(self.norm1(x), key_mask=key_mask, segments=segments)
             return x + self.mlp(self.norm2(x))
-        qkv = norm_linear(x, _of(self.norm1), self.attn.qkv.weight, self.attn.qkv.bias)
+        qkv = norm_linear(x, Norm.of(self.norm1), self.attn.qkv.weight, self.attn.qkv.bias)
         x = x + self.attn.attend(qkv, key_mask, segments)
         if self.training and self.mlp.dropout.p:
             return x + self.mlp(self.norm2(x))
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        return x + feed_forward(x, _of(self.norm2), fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-
-
-def _of(norm: nn.LayerNorm) -> Norm:
-    return Norm(norm.weight, norm.bias, norm.eps)
+        return x + feed_forward(x, Norm.of(self.norm2), fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 
 class VisionTransformer(nn.Module):

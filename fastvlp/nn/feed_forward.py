@@ -14,11 +14,12 @@ activation cost little to make again. Without them 10 widths are left, and the b
 one more norm and activation, about 1 % of the block's time.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -45,6 +46,11 @@ class Norm(NamedTuple):
     weight: Tensor
     bias: Tensor
     eps: float
+
+    @classmethod
+    def of(cls, module: nn.LayerNorm) -> "Norm":
+        """The parameters of a module."""
+        return cls(module.weight, module.bias, module.eps)
 
 
 def norm_linear(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor) -> Tensor:
@@ -95,7 +101,7 @@ def feed_forward(
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    if tensors[0].dtype == torch.float64 or not _autocasts(device):
         return tensors
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
@@ -134,8 +140,13 @@ def _parameter_gradients(gradient, x, wanted):
     return dweight, rows.sum(0) if wanted[1] else None
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _plain(x):
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
 
 
 class _Once(torch.autograd.Function):

@@ -31,6 +31,8 @@ from torch import Tensor, nn
 
 from ..ops import cross_attention
 from ..ops.packing import KeptRows
+from .dropout import Dropout
+from .feed_forward import feed_forward
 from .norm import LayerNorm
 
 EPS = 1e-12
@@ -234,7 +236,9 @@ class FusionLayer(_BertParameters):
             if return_probs:
                 heads, probs = heads
             x = self.crossattention.output(heads.flatten(-2), x)
-        x = self._feed_forward(x)
+        first, second = self.intermediate["dense"], self.output.dense
+        y = feed_forward(x, None, first.weight, first.bias, second.weight, second.bias)
+        x = self.output.finish(y, x)
         return (x, probs) if return_probs else x
 
 
@@ -301,7 +305,11 @@ class _Output(nn.Module):
         super().__init__()
         self.dense = nn.Linear(width, out)
         self.LayerNorm = LayerNorm(out, EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(residual + self.dropout(self.dense(x)))
+        return self.finish(self.dense(x), residual)
+
+    def finish(self, y: Tensor, residual: Tensor) -> Tensor:
+        """What follows the product."""
+        return self.LayerNorm(residual + self.dropout(y))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastvlp.models import layers
+from fastvlp.nn.feed_forward import quick_gelu
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -21,6 +22,4 @@ def test_attention_never_looks_ahead(causal):
 
 def test_quick_gelu():
     x = torch.linspace(-8, 8, 101, dtype=torch.float64)
-    torch.testing.assert_close(
-        layers.quick_gelu(x), x / (1 + torch.exp(-1.702 * x)), rtol=1e-14, atol=0
-    )
+    torch.testing.assert_close(quick_gelu(x), x / (1 + torch.exp(-1.702 * x)), rtol=1e-14, atol=0)
