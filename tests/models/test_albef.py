@@ -61,7 +61,7 @@ def test_lengths_serve_as_mask():
     assert all(torch.equal(v, with_mask[k]) for k, v in step(model, arguments).items())
 
 
-def teaching(model, monkeypatch):
+def teaching(model):
     """What the twin holds, and the queue's position, whenever the teacher encodes images."""
     seen = []
     tower = model.teacher.visual_encoder
@@ -72,11 +72,11 @@ def teaching(model, monkeypatch):
 
 
 @pytest.mark.parametrize("reference", [False, True])
-def test_order_of_the_state(reference, monkeypatch):
+def test_order_of_the_state(reference):
     """The twin moves before it teaches; the queue takes features after they were contrasted."""
     model = make().use_reference(reference)
     arguments = batch(model.config)
-    seen = teaching(model, monkeypatch)
+    seen = teaching(model)
     twin = model.momentum.module.visual_encoder.pos_embed
     moved = twin.lerp(model.student.visual_encoder.pos_embed, 1 - model.config.momentum).detach()
     before = model.queue.image_queue.clone()
