@@ -78,8 +78,9 @@ def test_every_gradient_is_as_accurate_as_the_padded_one(autocast):
     assert got.keys() == exact.keys()
     for name, value in exact.items():
         assert value.norm() > 0, name
-        floor = unit * value.norm().item()
-        assert_as_accurate(name, got[name], plain[name], value, floor=floor)
+        # The gradient by a classifier's bias is a difference of probabilities, rounded at 1.
+        size = value.norm().item() + name.endswith("classifier.3.bias")
+        assert_as_accurate(name, got[name], plain[name], value, floor=unit * size)
 
 
 @given(
