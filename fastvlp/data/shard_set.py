@@ -104,7 +104,7 @@ class ShardSet:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.paths = list(paths)
-        self._load = lru_cache(maxsize=256)(lambda path: index_of(path, decode, cache_dir))
+        self._load = lru_cache(maxsize=1024)(lambda path: index_of(path, decode, cache_dir))
         turn = start % max(1, len(self.paths))
         facts: dict[str, tuple[int, tuple[Fault, ...]]] = {}
         with ThreadPoolExecutor(threads) as pool:
