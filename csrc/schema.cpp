@@ -134,4 +134,13 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "Tensor queue_length, Tensor temperature, Tensor alpha, Tensor seed, bool teacher, "
       "bool gradients, bool negatives, int group_rows, int block_keys) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // For each of the images uint8 [h, w, 3]: some of the operations on all of it, crop, bicubic resize,
+  // window, flip, more of the operations, and each value's float of `table` [3, 256] into the upper
+  // left of out[i], float32 [n, 3, H, W]; 0 elsewhere. plans int64 [n, 14]: crop (left, top, width,
+  // height), size (width, height), window (as the crop), flip, first operation, number before the
+  // crop, number after the flip. operations float64 [m, 8]: kind, six values, fill. may_start_down: as
+  // newer Pillows, which resize some images down first. Serial.
+  m.def(
+      "transform_images(Tensor[] images, Tensor plans, Tensor operations, Tensor table, "
+      "bool may_start_down, Tensor(a!) out) -> ()");
 }

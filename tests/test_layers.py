@@ -15,7 +15,7 @@ ALLOWED = {
     "losses": {"ops"},
     "nn": {"ops"},
     "models": {"losses", "nn", "ops", "ema", "feature_queue", "distributed", "masking"},
-    "data": {"ops", "masking"},
+    "data": {"_native", "ops", "masking"},
     "evaluate": {"ops"},
     "grad_cache": set(),
     "info": {"ops", "_native"},

@@ -1,5 +1,9 @@
-"""Image–text data: demonstration pairs, WebDataset shards, tokenizers.
+"""Image–text data: demonstration pairs, WebDataset shards, the loader, tokenizers.
 
-Nothing is imported here, so that a plain install of fastvlp can import every part whose own
-dependencies are present. Import the part you need: ``from fastvlp.data import openmoji``.
+Every part imports its optional dependencies where they are used, so that a plain install of fastvlp
+can import those whose own are present: ``from fastvlp.data import Loader, openmoji``.
 """
+
+from fastvlp.data.loader import Loader
+
+__all__ = ["Loader"]

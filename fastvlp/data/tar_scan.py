@@ -1,0 +1,135 @@
+"""Where the members of a tar file lie, damaged files included.
+
+Python's ``tarfile`` stops at the first damage, and readers of WebDataset shards differ in how they
+take Pax headers. This scan reads headers only, goes on after a damaged one at the next whole
+header, and reports every damage by its offset.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+_BLOCK = 512
+_REGULAR = (b"0", b"\0", b"7")
+# The longest content of a Pax header or a long name that is believed.
+_LONGEST_EXTENSION = 1 << 20
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file in a tar: its name, and where its content lies."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A place where a tar file is broken. ``name`` is that of the member concerned, if known."""
+
+    offset: int
+    reason: str
+    name: str = ""
+
+
+def refusal(file: BinaryIO) -> str:
+    """Why a file is no tar at all, or "" where it is one."""
+    file.seek(0)
+    start = file.read(_BLOCK)
+    if start[:2] == b"\x1f\x8b":
+        return "it is compressed by gzip; decompress it (gunzip), members are read at random"
+    if start[:4] == b"\x28\xb5\x2f\xfd" or start[:3] == b"BZh" or start[:6] == b"\xfd7zXZ\0":
+        return "it is compressed; decompress it, members are read at random"
+    if not start:
+        return "it is empty"
+    if start.strip(b"\0") and not _is_header(start):
+        return "it is no tar file"
+    return ""
+
+
+def scan(file: BinaryIO) -> Iterator[Member | Damage]:
+    """Every member of a tar in order, and every damage where it is met."""
+    size = os.fstat(file.fileno()).st_size
+    at, name, real_size, lost = 0, None, None, False
+    while at + _BLOCK <= size:
+        file.seek(at)
+        header = file.read(_BLOCK)
+        if not _is_header(header):
+            if not lost and not header.strip(b"\0"):
+                return
+            if not lost:
+                yield Damage(at, "a damaged tar header")
+            at, lost = at + _BLOCK, True
+            continue
+        lost = False
+        kind, length, content = header[156:157], _number(header[124:136]), at + _BLOCK
+        if kind in _REGULAR and real_size is not None:
+            length = real_size
+        if content + length > size:
+            yield Damage(at, "the file ends inside of this member", name or _name(header))
+            return
+        if kind == b"L" and length <= _LONGEST_EXTENSION:
+            name = _text(file.read(length).split(b"\0", 1)[0])
+        elif kind == b"x" and length <= _LONGEST_EXTENSION:
+            records = dict(_pax_records(file.read(length)))
+            name = records.get("path", name)
+            real_size = int(records["size"]) if records.get("size", "").isdigit() else None
+        else:
+            if kind in _REGULAR:
+                yield Member(name or _name(header), content, length)
+            name = real_size = None
+        at = content + -(-length // _BLOCK) * _BLOCK
+    # A tar ends with blocks of zeros.
+    if not lost:
+        yield Damage(min(at, size), "the file ends without a tar's end")
+
+
+def name_before(file: BinaryIO, offset: int) -> str:
+    """The name in the header of the member whose content begins at ``offset``."""
+    file.seek(offset - _BLOCK)
+    return _name(file.read(_BLOCK))
+
+
+def _is_header(block: bytes) -> bool:
+    if len(block) < _BLOCK:
+        return False
+    try:
+        told = int(block[148:156].strip(b" \0") or b"x", 8)
+    except ValueError:
+        return False
+    return told == sum(block[:148]) + 8 * 32 + sum(block[156:]) and _number(block[124:136]) >= 0
+
+
+def _number(field: bytes) -> int:
+    if field[0] & 0x80:  # base 256, for members of 8 GiB and more
+        return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return -1
+
+
+def _name(header: bytes) -> str:
+    name = _text(header[:100].split(b"\0", 1)[0])
+    prefix = _text(header[345:500].split(b"\0", 1)[0]) if header[257:263] == b"ustar\0" else ""
+    return f"{prefix}/{name}" if prefix else name
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def _pax_records(content: bytes) -> Iterator[tuple[str, str]]:
+    at = 0
+    while at < len(content):
+        digits, _, _ = content[at:].partition(b" ")
+        if not digits.isdigit() or not int(digits):
+            return
+        record = content[at + len(digits) + 1 : at + int(digits) - 1]
+        key, _, value = record.partition(b"=")
+        yield _text(key), _text(value)
+        at += int(digits)

@@ -1,0 +1,187 @@
+"""Indexes of shards: good samples, every fault by name, and the cache."""
+
+import gzip
+import os
+import shutil
+
+import numpy as np
+import photo_shards
+import pytest
+
+from fastvlp.data import shard_index
+from fastvlp.data.image_check import ImageFault, decode_rgb, fault, jpeg_header
+from fastvlp.data.shard_index import index_of, scan_shard
+from fastvlp.data.shard_set import ShardSet, expand
+from fastvlp.data.shards import Sample, write_shard
+
+
+def indexed(path, samples, **options):
+    write_shard(path, samples)
+    return scan_shard(str(path), **options)
+
+
+def test_samples_lie_where_the_index_says(tmp_path):
+    pattern = photo_shards.write(tmp_path, 7, 4)
+    shards = ShardSet(expand(pattern), cache_dir=tmp_path / "cache")
+    assert len(shards) == 7 and not shards.faults
+    for n in range(7):
+        raw, sample = shards.read(n), photo_shards.good(n)
+        assert raw.image == sample.members["jpg"]
+        assert raw.caption == f"caption {n}" and raw.index == n
+        assert raw.id == (str(n // 6) if n % 3 == 0 else None)
+        assert shards.name(n) == (raw.shard, f"{n:06d}.jpg")
+
+
+@pytest.mark.parametrize(
+    "number, kind, word",
+    [
+        (0, "image", "decoded"),
+        (1, "image", "empty"),
+        (2, "image", "decoded"),
+        (3, "caption", "empty"),
+        (4, "caption", "UTF-8"),
+        (5, "missing part", "no image"),
+    ],
+)
+def test_a_broken_sample_costs_itself_and_is_named(tmp_path, number, kind, word):
+    samples = [photo_shards.good(10), photo_shards.broken(number), photo_shards.good(11)]
+    index = indexed(tmp_path / "a.tar", samples)
+    (found,) = index.faults
+    assert len(index) == 2 and found.kind == kind and found.is_sample
+    assert word in found.reason and f"{number:06d}" in str(found) and "a.tar" in str(found)
+
+
+def test_more_faults_of_samples(tmp_path):
+    good = photo_shards.good(1).members
+    index = indexed(
+        tmp_path / "a.tar",
+        [
+            Sample("a", {"jpg": good["jpg"]}),
+            Sample("b", good | {"png": good["jpg"]}),
+            Sample("c", good | {"id": b"\xff"}),
+            Sample("d", good | {"json": b"{}", "id": b"x"}),
+        ],
+    )
+    assert [(f.kind, f.key) for f in index.faults] == [
+        ("missing part", "a"), ("repeated part", "b"), ("id", "c"),
+    ]  # fmt: skip
+    assert len(index) == 1
+
+
+def test_a_cut_shard_keeps_its_whole_samples(tmp_path):
+    path = tmp_path / "a.tar"
+    write_shard(path, [photo_shards.good(n) for n in range(5)])
+    entry = scan_shard(str(path)).entries[3]
+    os.truncate(path, int(entry["image"]) + 100)
+    index = scan_shard(str(path))
+    assert len(index) == 3
+    assert [f.kind for f in index.faults] == ["damaged shard"]
+    assert index.faults[0].key == "000003"
+
+
+def test_a_gzipped_shard_is_refused_by_name(tmp_path):
+    path = tmp_path / "a.tar"
+    write_shard(path, [photo_shards.good(0)])
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    (found,) = scan_shard(str(path)).faults
+    assert found.kind == "refused shard" and "gunzip" in str(found) and not found.is_sample
+
+
+def test_an_index_is_made_once_until_the_shard_changes(tmp_path, monkeypatch):
+    path, cache = str(tmp_path / "a.tar"), tmp_path / "cache"
+    samples = [photo_shards.good(0), photo_shards.broken(3)]
+    write_shard(tmp_path / "a.tar", samples)
+    first = index_of(path, cache_dir=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_index, "scan_shard", lambda *_: pytest.fail("scanned again"))
+        again = index_of(path, cache_dir=cache)
+    assert np.array_equal(again.entries, first.entries) and again.faults == first.faults
+    write_shard(tmp_path / "a.tar", samples[:1])
+    assert not index_of(path, cache_dir=cache).faults
+    for file in (cache / "shard-index").iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    assert len(index_of(path, cache_dir=cache)) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    write_shard(tmp_path / "a.tar", [photo_shards.good(0)])
+    (tmp_path / "file").write_text("")
+    assert len(index_of(str(tmp_path / "a.tar"), cache_dir=tmp_path / "file")) == 1
+
+
+def test_expands_patterns(tmp_path):
+    for name in ("a-00", "a-01", "a-02", "b"):
+        (tmp_path / f"{name}.tar").write_text("")
+    base = str(tmp_path)
+
+    def names(given):
+        return [os.path.basename(path)[:-4] for path in expand(given)]
+
+    assert names(f"{base}/a-{{00..02}}.tar") == ["a-00", "a-01", "a-02"]
+    assert names(f"{base}/{{b,a-00}}.tar") == ["b", "a-00"]
+    assert names(f"{base}/a-*.tar") == ["a-00", "a-01", "a-02"]
+    assert names(tmp_path) == ["a-00", "a-01", "a-02", "b"]
+    assert names([f"{base}/b.tar", tmp_path / "a-01.tar"]) == ["b", "a-01"]
+    with pytest.raises(FileNotFoundError, match="a-03"):
+        expand(f"{base}/a-{{02..03}}.tar")
+    with pytest.raises(ValueError, match="more than once"):
+        expand([f"{base}/b.tar", f"{base}/b*.tar"])
+    with pytest.raises(ValueError, match="at least one"):
+        expand([])
+
+
+def test_headers_of_jpegs():
+    grey = photo_shards.encoded(photo_shards.photograph(0).convert("L"))
+    cmyk = photo_shards.encoded(photo_shards.photograph(0).convert("CMYK"))
+    progressive = photo_shards.encoded(photo_shards.photograph(0), progressive=True)
+    assert jpeg_header(grey).plain and jpeg_header(progressive).plain
+    assert (jpeg_header(progressive).width, jpeg_header(progressive).height) == (96, 72)
+    assert not jpeg_header(cmyk).plain
+    assert jpeg_header(grey[:40]) is None and jpeg_header(b"no") is None
+    assert not jpeg_header(grey[:-1]).ends and jpeg_header(grey + bytes(8)).ends
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_whole_and_cut_images_are_told_apart(kind):
+    whole = photo_shards.encoded(photo_shards.photograph(3), kind)
+    assert fault(whole) == "" and fault(whole, decode=True) == ""
+    cut = whole[: len(whole) // 2]
+    assert "decoded" in fault(cut) and "decoded" in fault(cut, decode=True)
+    with pytest.raises(ImageFault):
+        decode_rgb(cut)
+
+
+def test_a_flipped_bit_in_a_png_is_seen():
+    content = bytearray(photo_shards.encoded(photo_shards.photograph(3), "PNG"))
+    content[len(content) // 2] ^= 1
+    assert "decoded" in fault(bytes(content))
+
+
+def test_other_modes_become_rgb_as_pillow_makes_them():
+    for mode in ("L", "LA", "P", "RGBA", "1"):
+        image = photo_shards.photograph(1).convert(mode)
+        content = photo_shards.encoded(image, "PNG")
+        assert np.array_equal(decode_rgb(content), np.array(image.convert("RGB")))
+
+
+def test_shards_begin_with_any_of_them(tmp_path):
+    pattern = photo_shards.write(tmp_path, 9, 2)
+    paths = expand(pattern)
+    seen = []
+    one = ShardSet(paths, cache_dir=tmp_path / "c", start=3, progress=lambda *n: seen.append(n))
+    assert seen == [(i, 5) for i in range(1, 6)]
+    other = ShardSet(paths, cache_dir=tmp_path / "c")
+    assert one.starts.tolist() == other.starts.tolist() == [0, 2, 4, 6, 8, 9]
+    assert one.fingerprint() == other.fingerprint()
+    shutil.move(paths[0], tmp_path / "x.tar")
+    moved = ShardSet([str(tmp_path / "x.tar"), *paths[1:]], cache_dir=tmp_path / "c")
+    assert moved.fingerprint() != one.fingerprint()
+
+
+def test_a_shard_that_shrank_is_an_error_of_the_read(tmp_path):
+    pattern = photo_shards.write(tmp_path, 2, 2)
+    shards = ShardSet(expand(pattern), cache_dir=tmp_path / "c")
+    os.truncate(shards.paths[0], 800)
+    with pytest.raises(OSError, match="shorter"):
+        shards.read(1)
+    assert shards.name(1)[0] == shards.paths[0]
