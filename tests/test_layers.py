@@ -16,13 +16,18 @@ ALLOWED = {
     "nn": {"ops"},
     "models": {"losses", "nn", "ops", "ema", "feature_queue", "distributed", "masking"},
     "data": set(),
-    "evaluate": {"ops"},
+    "evaluate": {"ops", "distributed"},
     "grad_cache": set(),
     "info": {"ops", "_native"},
     "feature_queue": {"distributed"},
     "ema": {"ops"},
     "optim": {"ema", "ops"},
-}
+    "train": {
+        "data", "distributed", "ema", "evaluate", "feature_queue", "grad_cache", "losses",
+        "masking", "models", "nn", "ops", "optim",
+    },
+    "commands": {"data", "evaluate", "models", "train"},
+}  # fmt: skip
 FORBIDDEN_IN_KERNELS = ("torch.autograd", "torch.distributed", "torch.nn")
 
 
