@@ -216,7 +216,8 @@ def _save(task: Task, model: nn.Module, folder: Path, ranks: Ranks) -> None:
     if ranks.is_first:
         plain = type(task.model).__mro__[1] if _is_fsdp(task.model) else type(task.model)
         whole = plain(task.model.config)
-        whole.load_state_dict(state)
+        # By assignment, so that a model of another precision keeps it.
+        whole.load_state_dict(state, assign=True)
         task.save(whole, folder)
     ranks.barrier()
 
