@@ -159,7 +159,7 @@ class GradCache:
     def _backpropagate(self, chunks, states, gradients, modules):
         last = len(chunks) - 1
         for i, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
-            with contextlib.nullcontext() if i == last else _unsynchronised(modules):
+            with contextlib.nullcontext() if i == last else unsynchronised(modules):
                 state.restore()
                 outputs = chunk.encode(self.model)
                 # A number belongs to no chunk. The last one takes its gradient, because DDP
@@ -293,7 +293,7 @@ def _cuda_devices(modules: list[nn.Module], values: list) -> list[torch.device]:
 
 
 @contextlib.contextmanager
-def _unsynchronised(modules: list[nn.Module]) -> Iterator[None]:
+def unsynchronised(modules: list[nn.Module]) -> Iterator[None]:
     """Gradients stay on their rank inside, for DDP and FSDP2 anywhere in the model."""
     with contextlib.ExitStack() as stack:
         for module in modules:

@@ -65,7 +65,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -135,7 +135,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     # A rename is on the disk only when its folder is; Windows cannot open folders, nor needs to.
     if os.name == "nt":
         return

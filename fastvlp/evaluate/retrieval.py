@@ -11,7 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from fastvlp.distributed import all_gather_rows, group_device
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 
@@ -23,6 +26,7 @@ def retrieval(
     *,
     ks: Sequence[int] = (1, 5, 10),
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, dict[str, float]]:
     """Recall at k and median rank of text→image and image→text retrieval.
 
@@ -39,6 +43,7 @@ def retrieval(
         ks: the cut-offs.
         workspace_bytes: bound on the extra memory, but for one row of scores and what is linear in
             the number of features.
+        group: ranks that all have the same features and divide the queries among them.
 
     Returns:
         {"text_to_image": {...}, "image_to_text": {...}}, each with, for each k, "R@k" (share of
@@ -56,12 +61,29 @@ def retrieval(
     captions = torch.bincount(owner, minlength=images)
     described = captions.nonzero().squeeze(1)
     row = torch.arange(images, device=owner.device)
-    image_ranks = _ranks(text_features, image_features, owner, row, workspace_bytes)
-    text_ranks = _ranks(image_features[described], text_features, described, owner, workspace_bytes)
+    to_image = (text_features, image_features, owner, row)
+    to_text = (image_features[described], text_features, described, owner)
+    image_ranks = _divided_ranks(*to_image, workspace_bytes, group)
+    text_ranks = _divided_ranks(*to_text, workspace_bytes, group)
     return {
         "text_to_image": _summary(image_ranks, torch.ones_like(owner), images, ks),
         "image_to_text": _summary(text_ranks, captions[described], texts, ks),
     }
+
+
+def _divided_ranks(queries, keys, query_label, key_label, workspace_bytes, group) -> Tensor:
+    """`_ranks`, each rank of the group for an equal share of the queries."""
+    if group is None or group.size() == 1:
+        return _ranks(queries, keys, query_label, key_label, workspace_bytes)
+    share = -(-len(queries) // group.size())
+    own = slice(group.rank() * share, (group.rank() + 1) * share)
+    found = torch.zeros(share, dtype=torch.int64, device=group_device(group))
+    if len(queries[own]):
+        ranks = _ranks(queries[own], keys, query_label[own], key_label, workspace_bytes)
+        found[: len(ranks)] = ranks
+    gathered = found.new_empty(share * group.size())
+    all_gather_rows(gathered, found, group=group)
+    return gathered[: len(queries)].cpu()
 
 
 def _ranks(

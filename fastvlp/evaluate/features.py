@@ -1,0 +1,88 @@
+"""Features of a whole data set, encoded a batch at a time, on one rank or divided among several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvlp.distributed import Gather, agree, group_device
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of all pairs, in the data's order and on every rank: rows of norm 1, float32.
+
+    Attributes:
+        images: [pairs, dim].
+        texts: [pairs, dim], or None.
+        ids: int64 [pairs], equal for pairs of one picture.
+    """
+
+    images: Tensor
+    texts: Tensor | None
+    ids: Tensor
+
+    def pictures(self) -> tuple[Tensor, Tensor]:
+        """Features of each picture once, and int64 [pairs], the picture of each caption."""
+        _, picture = self.ids.unique(return_inverse=True)
+        first = torch.full((int(picture.max()) + 1,), len(picture), device=picture.device)
+        place = torch.arange(len(picture), device=picture.device)
+        first = first.scatter_reduce(0, picture, place, "amin")
+        return self.images[first], picture
+
+
+@torch.inference_mode()
+def encode(
+    batches: Iterable[Any],
+    encode_images: Callable[[Tensor], Tensor],
+    encode_texts: Callable[[Any], Tensor] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    group: dist.ProcessGroup | None = None,
+) -> Features:
+    """Features of this rank's batches and, with a group, of everybody's.
+
+    Memory: the activations of one batch, and the features of the whole data set. Every rank must
+    have equally many batches where the model is sharded; they may be empty.
+
+    Args:
+        batches: with `images`, `tokens`, `ids` and `index`, the pair's place in the data.
+        encode_images, encode_texts: [n, dim], normalised or not.
+        device: where the model is.
+
+    Raises:
+        ValueError: there is no pair.
+    """
+    parts: dict[str, list[Tensor]] = {"images": [], "texts": [], "ids": [], "index": []}
+    for batch in batches:
+        parts["images"].append(_unit(encode_images(batch.images.to(device))))
+        if encode_texts is not None:
+            parts["texts"].append(_unit(encode_texts(batch.tokens)))
+        parts["ids"].append(batch.ids)
+        parts["index"].append(batch.index)
+    whole = {name: torch.cat(tensors).to(device) for name, tensors in parts.items() if tensors}
+    if group is not None and group.size() > 1:
+        whole = _gathered(whole, group)
+    if not whole or not len(whole["index"]):
+        raise ValueError("batches: expected at least one pair to encode")
+    order = whole["index"].argsort()
+    whole = {name: tensor[order] for name, tensor in whole.items()}
+    return Features(whole["images"], whole.get("texts"), whole["ids"])
+
+
+def _gathered(whole: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
+    error = "" if whole else "batches: expected one, though it may be empty, on each rank"
+    rows = len(whole["index"]) if whole else 0
+    shards = agree(group, rows, {}, error, group_device(group))
+    flying = {name: Gather(tensor, shards) for name, tensor in whole.items()}
+    return {name: each.rows(slice(None)) for name, each in flying.items()}
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=-1)

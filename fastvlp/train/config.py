@@ -1,0 +1,252 @@
+"""The settings of a training run: dataclasses, presets, and YAML files of them."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from fastvlp.data.optional import require
+from fastvlp.train.schedules import Kind
+
+_POSITIVE = (
+    "steps", "epochs", "batch_size", "chunk_size", "save_every", "keep", "log_every",
+    "evaluate_every", "max_skipped",
+)  # fmt: skip
+
+
+@dataclass
+class TrainConfig:
+    """What every run has. Rates, sizes and schedules have their defaults in each system's class."""
+
+    run: Path = Path("runs/train")
+    """Folder of the run: settings, checkpoints, logs, and in the end the model."""
+
+    data: str = "openmoji"
+    """"openmoji" for the built-in pictures, else a path, folder or pattern of WebDataset shards."""
+
+    eval_data: str | None = None
+    """Shards to evaluate on, where the data are shards."""
+
+    model: str = "tiny"
+    """Name of the model's size."""
+
+    tokenizer: Path | None = None
+    """Vocabulary of the tokenizer. By default one is learned from the OpenMoji captions."""
+
+    steps: int | None = None
+    """Length of the run in optimiser steps. Given, it counts in place of epochs."""
+
+    epochs: float | None = None
+    """Length of the run in passes over the data."""
+
+    batch_size: int = 128
+    """Pairs in a step, over all ranks."""
+
+    chunk_size: int | None = None
+    """Pairs that go through the model at a time on each rank; the gradients stay exact."""
+
+    lr: float = 1e-3
+    """Highest learning rate."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of AdamW's averages."""
+
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+
+    weight_decay: float = 0.01
+    """Decay of the weights, of those that each system decays."""
+
+    clip_norm: float | None = None
+    """Scale gradients down to this norm."""
+
+    schedule: Kind = "cosine"
+    """Shape of the learning rate; see fastvlp.train.schedules."""
+
+    warmup: int = 0
+    """Steps of the learning rate's rise."""
+
+    warmup_lr: float = 0.0
+    """Where the rise begins, of a staircase."""
+
+    final_lr: float = 0.0
+    """Where the learning rate ends."""
+
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the products. auto: bfloat16 where the processor has instructions for it."""
+
+    recompute: bool = False
+    """Gradient checkpointing: keep block inputs only, and compute blocks again going back."""
+
+    compile: str | None = None
+    """Backend of torch.compile for the blocks, such as "inductor"."""
+
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Over ranks: whole copies of the model, or shards of it (FSDP2)."""
+
+    ema: float | None = None
+    """Decay of a moving average of the weights, which is then what is evaluated and saved."""
+
+    reference: bool = False
+    """Compute with plain PyTorch in place of the kernels."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+    seed: int = 0
+    """Of weights, order and augmentation."""
+
+    max_skipped: int = 25
+    """Give up after this many steps in a row whose gradients were not finite."""
+
+    save_every: int = 100
+    """Steps between checkpoints."""
+
+    keep: int = 2
+    """Checkpoints to keep."""
+
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the run's last checkpoint if there is one. never: refuse such a folder."""
+
+    log_every: int = 10
+    """Steps between lines of the log."""
+
+    evaluate_every: int | None = None
+    """Steps between evaluations. By default only at the end."""
+
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps, epochs: expected one of the two, got neither")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: expected more than 0, got {value}")
+        for name in ("lr", "eps", "weight_decay", "warmup", "warmup_lr", "final_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected 0 to 1, got {self.ema}")
+
+
+@dataclass
+class TrainClip(TrainConfig):
+    """CLIP on the built-in OpenMoji pictures: a few minutes on two processor cores."""
+
+    run: Path = Path("runs/clip")
+    epochs: float | None = 25.0
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    warmup: int = 60
+
+
+# Of Radford et al. 2021, tables 18 to 20, for ViT-B/32.
+CLIP_PAPER: dict[str, Any] = {
+    "model": "ViT-B/32",
+    "epochs": 32.0,
+    "batch_size": 32768,
+    "lr": 5e-4,
+    "warmup": 2000,
+}
+# Of Kim et al. 2021, section 4.2.
+VILT_PAPER: dict[str, Any] = {
+    "model": "base",
+    "steps": 100_000,
+    "epochs": None,
+    "batch_size": 4096,
+    "lr": 1e-4,
+    "betas": (0.9, 0.98),
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "schedule": "linear",
+    "warmup": 10_000,
+}
+# Of Li et al. 2021, section 3.5, and their released configuration.
+ALBEF_PAPER: dict[str, Any] = {
+    "model": "base",
+    "epochs": 30.0,
+    "batch_size": 512,
+    "lr": 1e-4,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.02,
+    "schedule": "staircase",
+    "warmup": 2000,
+    "warmup_lr": 1e-5,
+    "final_lr": 1e-5,
+}
+
+# What `--preset` may name, beside "openmoji", the defaults of the class.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "clip": {"openmoji": {}, "paper": CLIP_PAPER},
+    "vilt": {"paper": VILT_PAPER},
+    "albef": {"paper": ALBEF_PAPER},
+}
+
+
+def from_mapping(cls: type, values: Mapping[str, Any], where: str):
+    """An instance of the dataclass `cls` with `values` over its defaults.
+
+    Raises:
+        ValueError: a name is not a field, or a value not of its type; `where` is named.
+    """
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in fields(cls)]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{where}: unknown setting {unknown[0]!r}; known are {', '.join(known)}")
+    return cls(**{k: _cast(v, hints[k], f"{where}: {k}") for k, v in values.items()})
+
+
+def _cast(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _cast(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ValueError(f"{where}: expected one of {arguments}, got {value!r}")
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
+            raise ValueError(f"{where}: expected {len(arguments)} values, got {value!r}")
+        return tuple(_cast(v, h, where) for v, h in zip(value, arguments, strict=True))
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        # YAML reads 1e-3, without a point, as text.
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"{where}: expected a number, got {value!r}") from None
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, a flat mapping."""
+    values = require("yaml").safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected settings as `name: value`, got {type(values).__name__}")
+    return values
+
+
+def to_yaml(config: Any) -> str:
+    """All settings as a YAML text that `read_yaml` and `from_mapping` turn back into them."""
+    plain = {name: _plain(value) for name, value in asdict(config).items()}
+    return require("yaml").safe_dump(plain, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

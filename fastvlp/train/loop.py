@@ -1,0 +1,170 @@
+"""The training loop: batches in, optimiser steps out, hooks after each.
+
+    loop = Loop(task, model, loader, optimizer, schedule, steps=1000, hooks=[log, save])
+    loop.run()
+
+Everything of a system is behind `task`, everything that watches or stores is a hook, and where the
+run stands is `loop.state_dict()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastvlp.train import parallel
+from fastvlp.train.tasks.base import Task
+
+Hook = Callable[["Loop", "Report"], None]
+
+
+@dataclass
+class Report:
+    """One step: `losses` are those of this rank's pairs, `norm` is of the gradients before
+    clipping, and `taken` is False where they were not finite and the step was left out."""
+
+    losses: dict[str, Tensor]
+    lr: float
+    norm: float
+    taken: bool
+    pairs: int
+
+
+class LossScale:
+    """The factor that keeps float16 gradients from vanishing; 1 for other precisions.
+
+    It doubles after `patience` steps and halves with each step whose gradients overflowed
+    (Micikevicius et al. 2018, section 3.2).
+    """
+
+    def __init__(self, enabled: bool, start: float = 2.0**16, patience: int = 2000) -> None:
+        self.enabled, self.patience = enabled, patience
+        self.value, self.good = (start if enabled else 1.0), 0
+
+    def update(self, finite: bool) -> None:
+        if not self.enabled:
+            return
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.value = max(self.value / 2, 1.0)
+        elif self.good % self.patience == 0:
+            self.value *= 2
+
+
+class Loop:
+    """Trains `task` until `steps` batches were taken from `loader`, epoch after epoch.
+
+    Args:
+        task: see `fastvlp.train.tasks.base`.
+        model: `task.model`, or the wrapper of it for several ranks.
+        loader: iterating gives the batches that are left of an epoch, on this rank.
+        optimizer: of the model's parameters; one that keeps a moving average moves it in `step`.
+        schedule: the learning rate of each step.
+        steps: of the whole run.
+        precision: dtype of the products under autocast, or None.
+        clip_norm: largest norm of the gradients over all ranks.
+        group: the ranks, or None.
+        max_skipped: FloatingPointError after so many steps in a row with gradients that are not
+            finite. Such a step leaves weights, averages and optimiser as they were.
+        hooks: called after each step with the loop and its report, in order.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        loader: Any,
+        optimizer: torch.optim.Optimizer,
+        schedule: Callable[[int], float],
+        *,
+        steps: int,
+        precision: torch.dtype | None = None,
+        clip_norm: float | None = None,
+        group: dist.ProcessGroup | None = None,
+        max_skipped: int = 25,
+        hooks: Sequence[Hook] = (),
+    ) -> None:
+        self.task, self.model, self.loader = task, model, loader
+        self.optimizer, self.schedule, self.steps = optimizer, schedule, steps
+        self.precision, self.clip_norm, self.group = precision, clip_norm, group
+        self.max_skipped, self.hooks = max_skipped, list(hooks)
+        self.scale = LossScale(precision is torch.float16)
+        self.device = next(model.parameters()).device
+        self.step = self.skipped = self.skipped_in_a_row = 0
+
+    def run(self) -> None:
+        self.model.train()
+        while self.step < self.steps:
+            before = self.step
+            for batch in self.loader:
+                report = self.train_step(batch)
+                self.step += 1
+                for hook in self.hooks:
+                    hook(self, report)
+                if self.step == self.steps:
+                    break
+            if self.step == before:
+                raise ValueError("loader: an epoch has no whole batch; choose a smaller batch_size")
+
+    def train_step(self, batch: Any) -> Report:
+        """One forward and backward pass, and the optimiser's step if its gradients are finite."""
+        with self.autocast():
+            losses = self.task.backward(self.model, batch, self.scale.value)
+        gradients = self._gradients()
+        norm = parallel.gradient_norm(gradients, self.group).item() / self.scale.value
+        finite = norm < float("inf")  # NaN is not
+        lr = self.schedule(self.step)
+        if finite:
+            factor = min(1.0, self.clip_norm / max(norm, 1e-12)) if self.clip_norm else 1.0
+            if factor != self.scale.value:
+                parallel.scale_(gradients, factor / self.scale.value)
+            for options in self.optimizer.param_groups:
+                options["lr"] = lr
+            self.optimizer.step()
+            self.task.after_step()
+        self.optimizer.zero_grad()
+        self.scale.update(finite)
+        self._count(finite)
+        return Report(losses, lr, norm, finite, len(batch))
+
+    def autocast(self):
+        """The context of the run's precision."""
+        if self.precision is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.precision)
+
+    def _gradients(self) -> list[Tensor]:
+        if self.group is not None and hasattr(self.model, "set_requires_gradient_sync"):
+            parallel.average_whole_gradients(self.model, self.group)
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    def _count(self, finite: bool) -> None:
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise FloatingPointError(
+                f"the gradients of the last {self.skipped_in_a_row} steps were not finite; no "
+                f"weight was changed by them. Try a lower lr, a clip_norm, or precision bfloat16"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands, equal on all ranks."""
+        return {
+            "step": self.step,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "scale": [self.scale.value, self.scale.good],
+            "loader": self.loader.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.scale.value, self.scale.good = state["scale"]
+        self.loader.load_state_dict(state["loader"])

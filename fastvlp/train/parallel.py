@@ -1,0 +1,135 @@
+"""One process or many: devices, wrapping a model for its ranks, and gradients over ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. `group` is None for a single process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier(self.group)
+
+
+@contextlib.contextmanager
+def ranks(device: str = "auto") -> Iterator[Ranks]:
+    """The ranks that torchrun started, or the one of a plain process.
+
+    A process group that exists already is used and left as it is.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        place = torch.device("cuda", torch.cuda.current_device())
+    else:
+        place = torch.device("cpu")
+    own = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if own:
+        # The processor's group is what checkpoints are written over, in the background.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    try:
+        if dist.is_initialized():
+            group = dist.group.WORLD
+            yield Ranks(group.rank(), group.size(), place, group if group.size() > 1 else None)
+        else:
+            yield Ranks(0, 1, place, None)
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def recompute(blocks: Sequence[nn.Module]) -> None:
+    """Gradient checkpointing: the blocks keep their inputs only and run again going back."""
+    for block in blocks:
+        block.forward = functools.partial(_recomputed, block.forward)
+
+
+def _recomputed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], methods: Sequence[str]) -> nn.Module:
+    """FSDP2 over all ranks: each block and the rest of the model, in place.
+
+    Numbers without dimensions cannot be sharded; every rank keeps them whole, see
+    `average_whole_gradients`. `methods` are those beside forward that use parameters.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    whole = {p for p in model.parameters() if p.ndim == 0}
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """DistributedDataParallel where there are several ranks."""
+    if ranks.group is None:
+        return model
+    return DistributedDataParallel(model, process_group=ranks.group)
+
+
+def average_whole_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """The gradients of what `shard` left whole become their mean over the ranks."""
+    for parameter in model.parameters():
+        if parameter.grad is not None and not _is_sharded(parameter):
+            dist.all_reduce(parameter.grad, group=group)
+            parameter.grad /= group.size()
+
+
+def gradient_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+    """The norm of all gradients together, the same on every rank; NaN or infinite if any is."""
+    whole = [g for g in gradients if not _is_sharded(g)]
+    shards = [g.to_local() for g in gradients if _is_sharded(g)]
+    device = gradients[0].device
+    total = _sum_of_squares(shards, device)
+    if shards:
+        dist.all_reduce(total, group=group)
+    return (total + _sum_of_squares(whole, device)).sqrt()
+
+
+def _sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    if not tensors:
+        return torch.zeros((), device=device)
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors)])
+    return norms.square().sum()
+
+
+def scale_(gradients: Sequence[Tensor], factor: float) -> None:
+    """Multiplies the gradients in place."""
+    torch._foreach_mul_([g.to_local() if _is_sharded(g) else g for g in gradients], factor)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")

@@ -1,0 +1,227 @@
+"""From settings to a trained model: builds what the loop needs, resumes, trains, saves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from fastvlp.data.shards import atomic_file
+from fastvlp.ema import EmaModel, unwrap
+from fastvlp.optim import AdamWEma
+from fastvlp.train import parallel
+from fastvlp.train.checkpointing import Checkpoints
+from fastvlp.train.config import TrainClip, TrainConfig, to_yaml
+from fastvlp.train.logging import Log
+from fastvlp.train.loop import Loop, Report
+from fastvlp.train.parallel import Ranks
+from fastvlp.train.schedules import Schedule
+from fastvlp.train.tasks.base import Task
+
+_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def train(config: TrainConfig) -> dict[str, float]:
+    """Trains, or goes on training, what `config` says; returns the scores on held-out data.
+
+    Started by torchrun, all processes train one model.
+    """
+    with parallel.ranks(config.device) as ranks:
+        torch.manual_seed(config.seed)
+        task, loader = _build(config, ranks)
+        return fit(config, task, loader, ranks)
+
+
+def _build(config: TrainConfig, ranks: Ranks) -> tuple[Task, Any]:
+    if isinstance(config, TrainClip):
+        from fastvlp.train.tasks import clip_setup
+
+        return clip_setup.build(config, ranks)
+    raise TypeError(f"config: expected a system's settings, got {type(config).__name__}")
+
+
+def fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str, float]:
+    """`train` with a task and a loader of one's own."""
+    model, average = _prepare(config, task, ranks)
+    loop = Loop(
+        task,
+        model,
+        loader,
+        _optimizer(config, task, model, average),
+        _schedule(config, loader),
+        steps=_steps(config, loader),
+        precision=_DTYPES[config.precision if config.precision != "auto" else _best(ranks)],
+        clip_norm=config.clip_norm,
+        group=ranks.group,
+        max_skipped=config.max_skipped,
+    )
+    checkpoints = Checkpoints(
+        config.run / "checkpoints",
+        ranks,
+        ema=average,
+        every=config.save_every,
+        keep=config.keep,
+        seed=config.seed,
+    )
+    _resume(config, loop, checkpoints, ranks)
+    evaluated = unwrap(model) if average is None else average.module
+    with Log(config.run, ranks, every=config.log_every, progress=config.progress) as log:
+        log.start(loop)
+        evaluation = Evaluation(evaluated, config.evaluate_every, log)
+        loop.hooks = [log, evaluation, checkpoints]
+        loop.run()
+        checkpoints.wait()
+        scores = evaluation.scores(loop)
+    _save(task, evaluated, config.run, ranks)
+    return scores
+
+
+class Evaluation:
+    """A hook that evaluates every so many steps."""
+
+    def __init__(self, model: nn.Module, every: int | None, log: Log) -> None:
+        self.model, self.every, self.log = model, every, log
+
+    def __call__(self, loop: Loop, report: Report) -> None:
+        if self.every and loop.step % self.every == 0 and loop.step < loop.steps:
+            self.scores(loop)
+
+    def scores(self, loop: Loop) -> dict[str, float]:
+        """Evaluates and records; the model is as it was afterwards."""
+        training = self.model.training
+        self.model.eval()
+        with loop.autocast():
+            scores = loop.task.evaluate(self.model)
+        self.model.train(training)
+        if scores:
+            self.log.evaluation(loop.step, scores)
+        return scores
+
+
+def _prepare(config: TrainConfig, task: Task, ranks: Ranks) -> tuple[nn.Module, EmaModel | None]:
+    """The model on its device, wrapped for its ranks, and the moving average of its weights."""
+    model = task.model.to(ranks.device)
+    twin = None
+    sharded = config.parallel == "fsdp" and ranks.group is not None
+    if config.ema is not None and sharded:
+        twin = copy.deepcopy(model)
+        blocks = _counterparts(task.blocks(), model, twin)
+        parallel.shard(twin, blocks, task.forward_methods)
+    average = None
+    if config.ema is not None and not sharded:
+        average = EmaModel(model, config.ema)
+    blocks = task.blocks()
+    if config.recompute:
+        parallel.recompute(blocks)
+    if config.compile is not None:
+        for block in blocks:
+            block.compile(backend=config.compile)
+    if sharded:
+        model = parallel.shard(model, blocks, task.forward_methods)
+        if twin is not None:
+            average = EmaModel(model, config.ema, module=twin)
+    else:
+        model = parallel.replicate(model, ranks)
+    if ranks.group is not None:
+        # Dropout differs between ranks; weights, drawn before, do not.
+        torch.manual_seed(config.seed * 65_537 + ranks.rank)
+    return model, average
+
+
+def _counterparts(blocks, model: nn.Module, twin: nn.Module) -> list[nn.Module]:
+    names = {id(module): name for name, module in model.named_modules()}
+    return [twin.get_submodule(names[id(block)]) for block in blocks]
+
+
+def _optimizer(
+    config: TrainConfig, task: Task, model: nn.Module, average: EmaModel | None
+) -> AdamWEma:
+    decayed, others = [], []
+    for name, parameter in unwrap(model).named_parameters():
+        if parameter.requires_grad:
+            (decayed if task.decays(name, parameter) else others).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return AdamWEma(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        ema=average,
+    )
+
+
+def _epoch_steps(loader: Any) -> int:
+    """Steps of a whole epoch; called while the loader stands at the beginning of one."""
+    steps = len(loader)
+    if steps < 1:
+        raise ValueError(
+            f"batch_size: expected at most the {loader.samples} pairs of the data, got more"
+        )
+    return steps
+
+
+def _steps(config: TrainConfig, loader: Any) -> int:
+    if config.steps is not None:
+        return config.steps
+    return max(1, round(config.epochs * _epoch_steps(loader)))
+
+
+def _schedule(config: TrainConfig, loader: Any) -> Callable[[int], float]:
+    return Schedule(
+        config.schedule,
+        config.lr,
+        _steps(config, loader),
+        warmup=config.warmup,
+        final=config.final_lr,
+        warmup_from=config.warmup_lr,
+        epoch_steps=_epoch_steps(loader),
+    )
+
+
+def _best(ranks: Ranks) -> str:
+    if ranks.device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return "bfloat16" if fast else "float32"
+
+
+def _resume(config: TrainConfig, loop: Loop, checkpoints: Checkpoints, ranks: Ranks) -> None:
+    last = checkpoints.latest()
+    if last is not None and config.resume == "never":
+        raise ValueError(
+            f"run: {config.run} holds the checkpoint {last.name}; choose another folder, or "
+            "resume=auto to go on from it"
+        )
+    if last is not None:
+        checkpoints.load(loop, last)
+    if ranks.is_first:
+        config.run.mkdir(parents=True, exist_ok=True)
+        with atomic_file(config.run / "config.yaml") as file:
+            file.write(to_yaml(config).encode())
+
+
+def _save(task: Task, model: nn.Module, folder: Path, ranks: Ranks) -> None:
+    """The trained model as one that is whole and on the processor, written by the first rank."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if ranks.is_first:
+        plain = type(task.model).__mro__[1] if _is_fsdp(task.model) else type(task.model)
+        whole = plain(task.model.config)
+        # By assignment, so that a model of another precision keeps it.
+        whole.load_state_dict(state, assign=True)
+        task.save(whole, folder)
+    ranks.barrier()
+
+
+def _is_fsdp(model: nn.Module) -> bool:
+    # fully_shard changes the class of a module to one of its own, derived from the old one.
+    return hasattr(model, "set_requires_gradient_sync")

@@ -1,0 +1,1 @@
+"""What differs between the systems when they are trained, one `Task` each."""

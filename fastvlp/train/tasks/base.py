@@ -1,0 +1,85 @@
+"""`Task`: what the training loop has to know of a system."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvlp.grad_cache import unsynchronised
+
+
+class Task:
+    """How a system is trained: the loop calls these methods and knows nothing else of it.
+
+    A subclass sets `model` and writes `losses`, `split` and `evaluate`; the rest has defaults.
+
+    Attributes:
+        model: the module as it was built. What the methods are given as `model` is this or a
+            wrapper of it that synchronises ranks.
+        forward_methods: names of the methods beside forward that evaluation calls on the model.
+        chunk_size: rows that go through the model at a time; None for all of them.
+    """
+
+    model: nn.Module
+    forward_methods: Sequence[str] = ()
+    chunk_size: int | None = None
+
+    def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """The losses of a batch. "loss" is what is minimised, the others are logged beside it."""
+        raise NotImplementedError
+
+    def split(self, batch: Any, rows: int) -> Iterable[tuple[Any, float]]:
+        """Parts of at most `rows` rows, each with its weight in the batch's loss."""
+        raise NotImplementedError
+
+    def backward(self, model: nn.Module, batch: Any, scale: float = 1.0) -> dict[str, Tensor]:
+        """Adds the gradients of `scale` times the loss to `.grad`; returns the losses, detached.
+
+        In chunks the losses are weighted means over them: exact where a loss is a mean over rows.
+        Contrastive losses are not; their tasks use `GradCache` here.
+        """
+        parts = [(batch, 1.0)]
+        if self.chunk_size is not None:
+            parts = list(self.split(batch, self.chunk_size))
+        total: dict[str, Tensor] = {}
+        for i, (part, weight) in enumerate(parts):
+            with unsynchronised([] if i == len(parts) - 1 else [*model.modules()]):
+                losses = self.losses(model, part)
+                with torch.autocast(losses["loss"].device.type, enabled=False):
+                    (losses["loss"] * (scale * weight)).backward()
+            for name, value in losses.items():
+                total[name] = total.get(name, 0) + weight * value.detach()
+        return total
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay applies to a parameter."""
+        return parameter.ndim > 1
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts of the model: what is sharded, compiled or recomputed one by one."""
+        return []
+
+    def after_step(self) -> None:
+        """Called after each optimiser step that was taken, not after one that was skipped."""
+
+    def metrics(self) -> dict[str, float]:
+        """What to log beside the losses, such as the temperature."""
+        return {}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Scores of `model` on the held-out data; called on all ranks, in evaluation mode."""
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors to keep in a checkpoint that are not the model's."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave."""
+
+    def save(self, model: nn.Module, folder) -> None:
+        """Writes what is needed to use the trained model."""
+        raise NotImplementedError

@@ -1,0 +1,83 @@
+"""Features of a whole data set: their order, pictures with several captions, and ranks."""
+
+from types import SimpleNamespace
+
+import gloo_ranks
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastvlp.evaluate.features import encode
+from fastvlp.evaluate.retrieval import retrieval
+
+PAIRS = 23
+
+
+def batches(rank=0, world_size=1, rows=4):
+    g = torch.Generator().manual_seed(0)
+    pictures, noise = torch.randn(9, 6, generator=g), torch.randn(PAIRS, 6, generator=g)
+    ids = torch.randint(0, 9, (PAIRS,), generator=g) * 100
+    images = pictures[ids // 100]
+    order = torch.randperm(PAIRS, generator=g)
+    shares = order.split(rows * world_size)
+    for index in (share.tensor_split(world_size)[rank] for share in shares):
+        yield SimpleNamespace(
+            images=images[index], tokens=(images + 2 * noise)[index], ids=ids[index], index=index
+        )
+
+
+def everything(**options):
+    return encode(batches(**options), lambda x: 3 * x, lambda x: x)
+
+
+def test_rows_have_norm_one_and_the_order_of_the_data():
+    found = everything()
+    each = {}
+    for b in batches():
+        each |= {int(i): row for i, *row in zip(b.index, b.images, b.tokens, strict=True)}
+    assert len(found.images) == PAIRS
+    for i in range(PAIRS):
+        torch.testing.assert_close(found.images[i], F.normalize(each[i][0], dim=0))
+        torch.testing.assert_close(found.texts[i], F.normalize(each[i][1], dim=0))
+
+
+def test_a_picture_with_several_captions_counts_once():
+    found = everything()
+    pictures, of_text = found.pictures()
+    assert len(pictures) == len(found.ids.unique())
+    torch.testing.assert_close(pictures[of_text], found.images)
+
+
+def test_a_picture_is_as_good_as_its_best_caption():
+    found = everything()
+    pictures, of_text = found.pictures()
+    scores = pictures @ found.texts.T
+    result = retrieval(pictures, found.texts, of_text)["image_to_text"]
+    hits = 0
+    for picture, row in enumerate(scores):
+        ranked = of_text[row.argsort(descending=True)]
+        hits += picture in ranked[:1].tolist()
+    assert result["R@1"] == pytest.approx(hits / len(pictures))
+
+
+def on_ranks(rank):
+    import torch.distributed as dist
+
+    group = dist.group.WORLD
+    found = encode(batches(rank, 2), lambda x: 3 * x, lambda x: x, group=group)
+    pictures, of_text = found.pictures()
+    return found.images, found.ids, retrieval(pictures, found.texts, of_text, group=group)
+
+
+def test_ranks_together_have_what_one_has():
+    found = everything()
+    pictures, of_text = found.pictures()
+    wanted = retrieval(pictures, found.texts, of_text)
+    for images, ids, result in gloo_ranks.run(2, on_ranks):
+        assert torch.equal(images, found.images) and torch.equal(ids, found.ids)
+        assert result == wanted
+
+
+def test_nothing_to_encode_is_refused():
+    with pytest.raises(ValueError, match="at least one pair"):
+        encode([], lambda x: x)

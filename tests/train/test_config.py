@@ -1,0 +1,79 @@
+"""Settings: files, presets, the command line, and what is wrong with them."""
+
+import dataclasses
+
+import pytest
+from tiny_run import settings
+
+from fastvlp.commands.train import parse
+from fastvlp.train.config import PRESETS, TrainClip, TrainConfig, from_mapping, read_yaml, to_yaml
+
+
+def test_a_saved_configuration_reads_back(tmp_path):
+    config = settings(tmp_path, betas=(0.8, 0.95), chunk_size=4)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert from_mapping(TrainClip, read_yaml(tmp_path / "config.yaml"), "file") == config
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    (tmp_path / "c.yaml").write_text("lr: 1e-3\nsteps: 5\n")
+    assert from_mapping(TrainClip, read_yaml(tmp_path / "c.yaml"), "file").lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 1.0}, "unknown setting 'learning_rate'"),
+        ({"lr": "fast"}, "lr: expected a number"),
+        ({"steps": 1.5}, "steps: expected int"),
+        ({"steps": True}, "steps: expected int"),
+        ({"betas": [0.9]}, "betas: expected 2 values"),
+        ({"precision": "half"}, "precision: expected one of"),
+        ({"progress": "no"}, "progress: expected bool"),
+        ({"steps": 0}, "steps: expected more than 0"),
+        ({"lr": -1.0}, "lr: expected 0 or more"),
+        ({"ema": 1.0}, "ema: expected 0 to 1"),
+        ({"epochs": None}, "steps, epochs"),
+    ],
+)
+def test_wrong_settings_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_mapping(TrainClip, values, "here")
+
+
+def test_every_preset_is_made_of_settings():
+    for system, presets in PRESETS.items():
+        for name, values in presets.items():
+            base = TrainClip if system == "clip" else TrainConfig
+            made = from_mapping(base, values, f"{system} {name}")
+            assert all(getattr(made, k) == v for k, v in values.items())
+
+
+def test_options_count_over_the_file_and_the_file_over_the_preset(tmp_path):
+    (tmp_path / "c.yaml").write_text("batch_size: 64\nseed: 7\n")
+    command = parse(
+        ["clip", "--preset", "paper", "--config", str(tmp_path / "c.yaml"), "--seed", "9"]
+    )
+    paper = from_mapping(TrainClip, PRESETS["clip"]["paper"], "paper")
+    assert command.config == dataclasses.replace(paper, batch_size=64, seed=9)
+
+
+def test_without_options_the_defaults_count():
+    assert parse(["clip"]).config == TrainClip()
+
+
+def test_help_lists_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(["clip", "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(TrainClip):
+        assert f"--{field.name.replace('_', '-')}" in shown
+    assert "(default: 0.001)" in shown and "--preset" in shown
+
+
+def test_other_systems_and_presets_are_refused():
+    with pytest.raises(ValueError, match="expected one of clip"):
+        parse(["vil"])
+    with pytest.raises(ValueError, match="preset: expected one of openmoji, paper"):
+        parse(["clip", "--preset", "best"])
