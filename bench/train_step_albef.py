@@ -42,7 +42,8 @@ def draw(size: str, batch: int, full: bool) -> Batch:
     sizes, generator = config(size), torch.Generator().manual_seed(1)
     lengths = torch.full((batch,), PADDED)
     if not full:
-        drawn = torch.randn(batch, generator=generator) * SPREAD + MEAN_LENGTH
+        # Quantiles of a normal distribution, so that the mean is met at any batch size.
+        drawn = torch.special.ndtri((torch.arange(batch) + 0.5) / batch) * SPREAD + MEAN_LENGTH
         lengths = drawn.round().clamp(SHORTEST, PADDED).long()
     ids = torch.randint(5, sizes.vocab_size, (batch, PADDED), generator=generator)
     mask = torch.arange(PADDED) < lengths[:, None]
