@@ -6,10 +6,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# What each command does, and where it is: a module of that name with a dataclass. A module is
-# imported only when its command is called.
+# What each command does. The module of its name in fastvlp.commands has `parse(options, prog)`,
+# which gives something to `run()`; it is imported only when its command is called.
 COMMANDS = {
-    "shards": ("turn image–caption pairs into WebDataset shards", "Shards"),
+    "train": "train a model, or go on training one",
+    "evaluate": "retrieval and zero-shot classification of a trained model",
+    "shards": "turn image–caption pairs into WebDataset shards",
 }
 
 
@@ -37,19 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(name: str, options: list[str]):
     try:
-        import tyro
+        import tyro  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"the command line needs tyro, which cannot be imported ({error}); "
             f'install it with: pip install "fastvlp[train]"'
         ) from error
     module = importlib.import_module(f"fastvlp.commands.{name}")
-    return tyro.cli(getattr(module, COMMANDS[name][1]), args=options, prog=f"fastvlp {name}")
+    return module.parse(options, f"fastvlp {name}")
 
 
 def _usage() -> str:
     lines = ["usage: fastvlp COMMAND OPTIONS", "", "commands:"]
-    lines += [f"  {name:10} {about}" for name, (about, _) in COMMANDS.items()]
+    lines += [f"  {name:10} {about}" for name, about in COMMANDS.items()]
     lines += ["", "fastvlp COMMAND --help lists the options of a command."]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -113,3 +114,8 @@ def _report(result: Result) -> None:
         print(f"{len(result.broken)} broken rows ({faults}), named in broken.tsv. The first:")
         for row in result.broken[:5]:
             print(f"  {row.place}: {row.fault}: {row.detail}")
+
+
+def parse(options: Sequence[str], prog: str = "fastvlp shards") -> Shards:
+    """The command that ``options`` spell."""
+    return tyro.cli(Shards, args=list(options), prog=prog)
