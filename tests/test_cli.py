@@ -12,7 +12,7 @@ def test_help_lists_the_commands(arguments, capsys):
     cli.main(arguments)
     output = capsys.readouterr().out
     assert "usage: fastvlp COMMAND" in output
-    for name, (about, _) in cli.COMMANDS.items():
+    for name, about in cli.COMMANDS.items():
         assert name in output and about in output
 
 

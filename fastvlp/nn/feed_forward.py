@@ -28,7 +28,9 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def _gelu_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(gradient, x)
+    if torch.compiler.is_compiling():  # which plans memory itself
+        return torch.ops.aten.gelu_backward(gradient, x)
+    return torch.ops.aten.gelu_backward.grad_input(gradient, x, grad_input=gradient)
 
 
 def _quick_gelu_backward(gradient: Tensor, x: Tensor) -> Tensor:
@@ -37,6 +39,7 @@ def _quick_gelu_backward(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+# Of a gradient that nobody else reads: it may be overwritten.
 _BACKWARD = {"gelu": _gelu_backward, "quick_gelu": _quick_gelu_backward}
 
 
