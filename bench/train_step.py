@@ -9,7 +9,8 @@ training. `error` is that of the losses without dropout before the first step ag
 in float64; peak memory is that of a later step, above weights and optimiser state.
 
 A model is an adapter: a module of this folder with `build`, `draw`, `use`, `losses`, `momentum`,
-`timed_parts`, `work` and `shape`, as train_step_albef.py has.
+`timed_parts`, `work` and `shape`, as train_step_albef.py has, and with the forms it knows: the
+`ATTENTIONS` of its plain form, and whether it has a `MOMENTUM` twin.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from rich.table import Table
 
 from fastvlp.optim import AdamWEma
 
-MODELS = ("albef",)
+MODELS = ("clip", "vilt", "albef")
 ADAMW = {"lr": 1e-4, "weight_decay": 0.02}
 LOW = f"{OURS}, bf16 momentum"
 
@@ -114,7 +115,7 @@ def reference_losses(inputs: Inputs) -> dict[str, torch.Tensor]:
     """Without dropout in float64, by the plain form."""
     adapter = inputs.case.adapter
     model = adapter.build(inputs.case.size, None).double().eval()
-    adapter.use(model, "eager")
+    adapter.use(model, adapter.ATTENTIONS[0])
     with torch.no_grad():
         return adapter.losses(model, _double(inputs.batch), False)
 
@@ -132,12 +133,21 @@ WAYS: dict[str, tuple[str | None, str | None]] = {
     OURS: (None, None),
     LOW: (None, "bfloat16"),
     "reference, eager": ("eager", None),
-    "reference, SDPA": ("sdpa", None),
+    "reference, SDPA": ("SDPA", None),
 }
 
 
-def contenders() -> list[Contender]:
-    return [Contender(name, functools.partial(Step, *way)) for name, way in WAYS.items()]
+def ways(adapter: Any) -> dict[str, tuple[str | None, str | None]]:
+    """Those that a model knows."""
+    return {
+        name: (attention, copy)
+        for name, (attention, copy) in WAYS.items()
+        if attention in (None, *adapter.ATTENTIONS) and (copy is None or adapter.MOMENTUM)
+    }
+
+
+def contenders(adapter: Any) -> list[Contender]:
+    return [Contender(name, functools.partial(Step, *way)) for name, way in ways(adapter).items()]
 
 
 def parts(way: tuple[str | None, str | None], inputs: Inputs, rounds: int) -> dict[str, float]:
@@ -194,7 +204,7 @@ def measure(
     case: Case, args: argparse.Namespace, settings: harness.Settings
 ) -> tuple[list[dict[str, Any]], list[Missing], dict[str, Any]]:
     """Rows, what failed, and the parts of every way."""
-    chosen = [each for each in contenders() if each.name in args.way]
+    chosen = [each for each in contenders(case.adapter) if each.name in args.way]
     inputs = build(case)
     rows, missing = harness.compare(
         case.op(),
@@ -211,7 +221,7 @@ def measure(
         warm_memory=True,
     )
     table = {}
-    for name in args.way if args.parts else ():
+    for name in [each.name for each in chosen] if args.parts else ():
         way = WAYS[name]
         table[name] = {
             "ms": parts(way, inputs, args.parts),

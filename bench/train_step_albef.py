@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from captions import caption_lengths, masked
 from torch import Tensor, nn
 
 from fastvlp import EmaModel
 from fastvlp.models import albef
 
 NAME = "albef"
-ALPHA, MASKED = 0.4, 0.15
-# Captions of the pretraining sets have about 12 tokens and are padded to 30.
-PADDED, MEAN_LENGTH, SPREAD, SHORTEST = 30, 12, 4, 5
+ATTENTIONS, MOMENTUM = ("eager", "SDPA"), True
+ALPHA, PADDED = 0.4, 30
 OVERRIDES = {"small": {}, "tiny": {"text_positions": 40}}
 
 
@@ -40,19 +40,13 @@ def build(size: str, momentum_copy: str | None) -> albef.Albef:
 def draw(size: str, batch: int, full: bool) -> Batch:
     """Images and texts of 30 tokens, or of a caption's lengths; 15 % of the tokens masked."""
     sizes, generator = config(size), torch.Generator().manual_seed(1)
-    lengths = torch.full((batch,), PADDED)
-    if not full:
-        # Quantiles of a normal distribution, so that the mean is met at any batch size.
-        drawn = torch.special.ndtri((torch.arange(batch) + 0.5) / batch) * SPREAD + MEAN_LENGTH
-        lengths = drawn.round().clamp(SHORTEST, PADDED).long()
+    lengths = caption_lengths(batch, PADDED, full)
     ids = torch.randint(5, sizes.vocab_size, (batch, PADDED), generator=generator)
-    mask = torch.arange(PADDED) < lengths[:, None]
-    chosen = (torch.rand(batch, PADDED, generator=generator) < MASKED) & mask
-    chosen[:, 0] = False
-    chosen[:, 1] |= ~chosen.any(1)
+    masked_ids, labels = masked(ids, lengths, generator)
     side = sizes.image_size
     images = torch.randn(batch, 3, side, side, generator=generator)
-    return Batch(images, ids, mask, torch.where(chosen, 4, ids), torch.where(chosen, ids, -100))
+    mask = torch.arange(PADDED) < lengths[:, None]
+    return Batch(images, ids, mask, masked_ids, labels)
 
 
 def momentum(model: albef.Albef) -> EmaModel:
@@ -64,7 +58,7 @@ def use(model: albef.Albef, attention: str | None) -> None:
     model.use_reference(attention is not None)
     for side in (model.student, model.teacher):
         for layer in (*side.text_encoder.text, *side.text_encoder.fusion):
-            layer.padded_attention = attention or "eager"
+            layer.padded_attention = (attention or "eager").lower()
 
 
 def losses(model: albef.Albef, batch: Batch, update: bool) -> dict[str, Tensor]:

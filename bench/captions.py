@@ -1,0 +1,26 @@
+"""Captions as long as those of the pretraining sets, drawn for the benchmarks of whole steps."""
+
+import torch
+from torch import Tensor
+
+# About 12 tokens on average, start and end included.
+MEAN_LENGTH, SPREAD, SHORTEST = 12, 4, 5
+MASKED, MASK_ID, IGNORED = 0.15, 4, -100
+
+
+def caption_lengths(batch: int, padded: int, full: bool) -> Tensor:
+    """Tokens of each of `batch` texts: `padded`, or as captions have."""
+    if full:
+        return torch.full((batch,), padded)
+    # Quantiles of a normal distribution, so that the mean is met at any batch size.
+    drawn = torch.special.ndtri((torch.arange(batch) + 0.5) / batch) * SPREAD + MEAN_LENGTH
+    return drawn.round().clamp(SHORTEST, padded).long()
+
+
+def masked(ids: Tensor, lengths: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """15 % of the tokens masked, at least one a text and never the first; and their labels."""
+    inside = torch.arange(ids.shape[1]) < lengths[:, None]
+    chosen = (torch.rand(ids.shape, generator=generator) < MASKED) & inside
+    chosen[:, 0] = False
+    chosen[:, 1] |= ~chosen.any(1)
+    return torch.where(chosen, MASK_ID, ids), torch.where(chosen, ids, IGNORED)
