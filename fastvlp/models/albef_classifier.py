@@ -140,10 +140,6 @@ class AlbefClassifier(WithTwin):
         network = _OneImageNetwork if config.images == 1 else _TwoImageNetwork
         super().__init__(config, network(config), twin=config.distill)
 
-    def forward(self, *args, **kwargs) -> Tensor:
-        """`loss`, so that a wrapper such as DistributedDataParallel can call it."""
-        return self.loss(*args, **kwargs)
-
     def logits(self, images: Tensor, text_ids: Tensor, text_mask: Tensor | list[int]) -> Tensor:
         """Logits of the classes [n, classes], at least float32.
 
@@ -241,10 +237,6 @@ class AlbefTextAssignment(WithTwin):
     def __init__(self, config: FinetuningConfig) -> None:
         super().__init__(config, _AssignmentNetwork(config), twin=False)
         self.vision_proj = nn.Linear(config.vision_width, config.embed_dim).requires_grad_(False)
-
-    def forward(self, *args, **kwargs) -> Tensor:
-        """`loss`, so that a wrapper such as DistributedDataParallel can call it."""
-        return self.loss(*args, **kwargs)
 
     def loss(
         self,

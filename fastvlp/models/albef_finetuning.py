@@ -7,7 +7,7 @@ packed texts grouped by image, and has a head of its own on the fused tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -66,6 +66,7 @@ class Texts(NamedTuple):
             TypeError, ValueError: an argument is not as described.
         """
         check_ids(f"{what}_ids", ids, config)
+        device = torch.device(device)
         on_host = text_mask(ids, mask, what)
         layout = TextLayout.from_mask(on_host, device)
         return cls(ids.to(device), to_device(on_host, device), layout)
@@ -146,3 +147,17 @@ def check_evaluating(model: torch.nn.Module) -> None:
 def check_alpha(alpha: Tensor | float) -> None:
     if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected 0 to 1, got {alpha!r}")
+
+
+def runs(tokens: Tensor, most: int) -> Iterator[slice]:
+    """Runs of items that together have at most so many tokens, one item at least.
+
+    tokens: of each item, int64 on the host.
+    """
+    begin = total = 0
+    for i, count in enumerate(tokens.tolist()):
+        if i > begin and total + count > most:
+            yield slice(begin, i)
+            begin, total = i, 0
+        total += count
+    yield slice(begin, len(tokens))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastvlp.distributed import group_device
 from fastvlp.models.albef import Albef
-from fastvlp.models.albef_finetuning import Texts, check_evaluating, fuse_first
+from fastvlp.models.albef_finetuning import Texts, check_evaluating, fuse_first, runs
 from fastvlp.ops.packing import PairLayout, TextLayout
 
 NOT_SCORED = -100.0
@@ -176,13 +176,6 @@ def _match_sharded(model, images, texts, image, text, group, workspace_bytes) ->
     return scores
 
 
-class _Chunk(NamedTuple):
-    """Pairs that are fused in one call; images and texts by their number in the whole sets."""
-
-    images: Tensor  # int64, the distinct ones of the pairs, as many as `keys` hold
-    pairs: slice
-
-
 def _match(model: Albef, tokens: Tensor, texts: TextSet, image, text, workspace_bytes) -> Tensor:
     """The score of each pair (image[p], text[p]), sorted by image: float32."""
     config, device = model.config, model.temp.device
@@ -198,7 +191,7 @@ def _match(model: Albef, tokens: Tensor, texts: TextSet, image, text, workspace_
         near = tokens[chosen].to(device, model.temp.dtype)
         keys = None if model.reference else [layer.project_images(near) for layer in layers]
         place = torch.searchsorted(chosen, image[part])
-        for call in _by_rows(texts.lengths[text[part]], most_rows):
+        for call in runs(texts.lengths[text[part]], most_rows):
             x, lengths, local = _gather(texts, starts, text[part][call], device)
             layout = TextLayout.from_lengths(lengths, int(lengths.max()), device)
             if model.reference:
@@ -218,17 +211,6 @@ def _by_images(image: Tensor, most: int) -> Iterator[tuple[Tensor, slice]]:
         end = begin + int(pairs.sum())
         yield chosen, slice(begin, end)
         begin = end
-
-
-def _by_rows(lengths: Tensor, most: int) -> Iterator[slice]:
-    """Runs of pairs that together have at most so many tokens, one pair at least."""
-    begin = total = 0
-    for i, length in enumerate(lengths.tolist()):
-        if i > begin and total + length > most:
-            yield slice(begin, i)
-            begin, total = i, 0
-        total += length
-    yield slice(begin, len(lengths))
 
 
 def _gather(texts: TextSet, starts: Tensor, text: Tensor, device) -> tuple[Tensor, ...]:

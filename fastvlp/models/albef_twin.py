@@ -12,6 +12,8 @@ from fastvlp.models import base
 class WithTwin(base.Model):
     """A model whose network is `student`, with or without a momentum twin as its teacher.
 
+    Subclasses have a method `loss`.
+
     Attributes:
         student: everything that the twin repeats.
         momentum: the twin, an `EmaModel` of `student`, or None.
@@ -26,6 +28,10 @@ class WithTwin(base.Model):
             self.momentum = EmaModel(
                 student, config.momentum, copy_dtype=copy and getattr(torch, copy)
             )
+
+    def forward(self, *args, **kwargs):
+        """`loss`, so that a wrapper such as DistributedDataParallel can call it."""
+        return self.loss(*args, **kwargs)
 
     @property
     def teacher(self) -> nn.Module:

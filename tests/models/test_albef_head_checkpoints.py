@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from albef_head_cases import LENGTHS, QUIET, disturb, pictures, sentences
+from albef_head_cases import LENGTHS, disturb, fresh, pictures, sentences
 
 from fastvlp.models import albef, albef_classifier, albef_vqa
 from fastvlp.models.checkpoints.albef_heads import load_finetuned, start_from
 
 
 def pretrained(**overrides):
-    return disturb(albef.create("tiny", pretraining=False, **(QUIET | overrides))).eval()
+    return disturb(fresh(albef.create, pretraining=False, **overrides)).eval()
 
 
 def theirs(model):
@@ -37,7 +37,7 @@ def one_image(model):
 
 @torch.no_grad()
 def test_entailment_starts_from_pretraining():
-    source, model = pretrained(), albef_classifier.entailment("tiny", **QUIET).eval()
+    source, model = pretrained(), fresh(albef_classifier.entailment).eval()
     report = start_from(model, source)
     assert set(report.missing) == {f"cls_head.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")}
     texts = albef_classifier.Texts.make(model.config, sentences(4, 9), LENGTHS, "cpu")
@@ -54,7 +54,7 @@ def test_entailment_starts_from_pretraining():
 
 
 def test_both_copies_of_a_fusion_layer_start_alike_and_go_on_to_nlvr2():
-    source, middle = pretrained(), albef_classifier.text_assignment("tiny", **QUIET)
+    source, middle = pretrained(), fresh(albef_classifier.text_assignment)
     start_from(middle, source)
     assert torch.equal(middle.vision_proj.weight, source.student.vision_proj.weight)
     layers = middle.student.text_encoder.fusion
@@ -62,7 +62,7 @@ def test_both_copies_of_a_fusion_layer_start_alike_and_go_on_to_nlvr2():
         wanted = source.student.text_encoder.fusion[i // 2].state_dict()
         assert all(torch.equal(v, wanted[k]) for k, v in layer.state_dict().items())
     disturb(middle)
-    model = albef_classifier.nlvr2("tiny", **QUIET)
+    model = fresh(albef_classifier.nlvr2)
     start_from(model, middle)
     for ours, before in zip(model.student.text_encoder.fusion, layers, strict=True):
         wanted = before.state_dict()
@@ -70,7 +70,7 @@ def test_both_copies_of_a_fusion_layer_start_alike_and_go_on_to_nlvr2():
 
 
 def test_the_decoder_starts_from_pretraining_with_the_vocabulary_head():
-    source, model = pretrained(), albef_vqa.create("tiny", **QUIET)
+    source, model = pretrained(), fresh(albef_vqa.create)
     assert start_from(model, source).missing == ()
     encoder, decoder = source.student.text_encoder, model.student.text_decoder
     wanted = encoder.predictions.state_dict()
@@ -78,13 +78,13 @@ def test_the_decoder_starts_from_pretraining_with_the_vocabulary_head():
     for ours, before in zip(decoder.bert["encoder"]["layer"], encoder.fusion, strict=True):
         wanted = before.state_dict()
         assert all(torch.equal(v, wanted[k]) for k, v in ours.state_dict().items())
-    narrow = albef_vqa.create("tiny", vision_width=32, **QUIET)
+    narrow = fresh(albef_vqa.create, vision_width=32)
     report = start_from(narrow, pretrained(vision_width=32))
     assert len(report.missing) == 4 and "differ in width" in str(report)
 
 
 def test_positions_are_resized():
-    model = albef_classifier.entailment("tiny", image_size=96, **QUIET)
+    model = fresh(albef_classifier.entailment, image_size=96)
     report = start_from(model, pretrained())
     assert report.reshaped == (("visual_encoder.pos_embed", (1, 17, 64), (1, 37, 64)),)
 
@@ -94,7 +94,7 @@ MAKE = [albef_vqa.create, albef_classifier.entailment, albef_classifier.nlvr2]
 
 @pytest.mark.parametrize("make", MAKE)
 def test_fine_tuned_files_of_the_authors(make):
-    source, model = disturb(make("tiny", **QUIET)), make("tiny", **QUIET)
+    source, model = disturb(fresh(make)), fresh(make)
     state = theirs(source)
     load_finetuned(model, state)
     wanted = source.state_dict()
@@ -106,7 +106,7 @@ def test_fine_tuned_files_of_the_authors(make):
     assert torch.equal(
         model.teacher.visual_encoder.pos_embed, source.student.visual_encoder.pos_embed
     )
-    without = make("tiny", distill=False, **QUIET)
+    without = fresh(make, distill=False)
     load_finetuned(without, state)
     assert torch.equal(
         without.student.visual_encoder.pos_embed, wanted["student.visual_encoder.pos_embed"]
@@ -114,9 +114,9 @@ def test_fine_tuned_files_of_the_authors(make):
 
 
 def test_what_does_not_fit_is_refused():
-    state = theirs(disturb(albef_classifier.entailment("tiny", **QUIET)))["model"]
+    state = theirs(disturb(fresh(albef_classifier.entailment)))["model"]
     del state["cls_head.0.weight"]
-    model = albef_classifier.entailment("tiny", **QUIET)
+    model = fresh(albef_classifier.entailment)
     before = {k: v.clone() for k, v in model.student.state_dict().items()}
     with pytest.raises(ValueError, match="cls_head.0.weight"):
         load_finetuned(model, state)

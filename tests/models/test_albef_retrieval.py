@@ -4,10 +4,10 @@ import pytest
 import torch
 from albef_head_cases import (
     LENGTHS,
-    QUIET,
     assert_forms_agree,
     assert_saved_and_loaded,
     disturb,
+    fresh,
     pictures,
     sentences,
 )
@@ -23,7 +23,7 @@ TEXT_LENGTHS = [9, 4, 6, 5, 1, 3, 8]
 
 
 def make(**overrides):
-    model = disturb(albef_retrieval.create("tiny", **(QUIET | overrides)))
+    model = disturb(fresh(albef_retrieval.create, **overrides))
     model.temp.data.fill_(0.07)
     return model
 
