@@ -56,8 +56,7 @@ def retrieval(
     _check_features(image_features, text_features)
     images, texts = len(image_features), len(text_features)
     owner = _check_owner(image_of_text, images, texts).to(image_features.device)
-    if not ks or any(type(k) is not int or k < 1 for k in ks):
-        raise ValueError(f"ks must be positive integers, at least one, got {ks!r}")
+    _check_ks(ks)
     captions = torch.bincount(owner, minlength=images)
     described = captions.nonzero().squeeze(1)
     row = torch.arange(images, device=owner.device)
@@ -86,6 +85,48 @@ def _divided_ranks(queries, keys, query_label, key_label, workspace_bytes, group
     return gathered[: len(queries)].cpu()
 
 
+def retrieval_from_scores(
+    text_to_image: Tensor,
+    image_to_text: Tensor,
+    image_of_text: Tensor | None = None,
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> dict[str, dict[str, float]]:
+    """`retrieval` by scores that something else computed, such as a re-ranking model's.
+
+    Args:
+        text_to_image: [texts, images] floating point, higher is better.
+        image_to_text: [images, texts], same device. It need not be the other's transpose: with
+            re-ranking each direction scores its own candidates and gives one low value to the rest.
+        image_of_text, ks, workspace_bytes: as in `retrieval`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or range.
+    """
+    for name, scores in (("text_to_image", text_to_image), ("image_to_text", image_to_text)):
+        if not scores.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {scores.dtype}")
+    texts, images = text_to_image.shape
+    if image_to_text.shape != (images, texts) or not texts or not images:
+        raise ValueError(
+            f"image_to_text must be [images, texts], the transpose of text_to_image's "
+            f"{[texts, images]} and not empty, got {list(image_to_text.shape)}"
+        )
+    owner = _check_owner(image_of_text, images, texts).to(text_to_image.device)
+    _check_ks(ks)
+    captions = torch.bincount(owner, minlength=images)
+    described = captions.nonzero().squeeze(1)
+    row = torch.arange(images, device=owner.device)
+
+    image_ranks = _ranks_by_scores(text_to_image, owner, row, workspace_bytes)
+    text_ranks = _ranks_by_scores(image_to_text, row, owner, workspace_bytes)
+    return {
+        "text_to_image": _summary(image_ranks, torch.ones_like(owner), images, ks),
+        "image_to_text": _summary(text_ranks[described.cpu()], captions[described], texts, ks),
+    }
+
+
 def _ranks(
     queries: Tensor, keys: Tensor, query_label: Tensor, key_label: Tensor, workspace_bytes: int
 ) -> Tensor:
@@ -100,13 +141,27 @@ def _ranks(
     rows = max(1, workspace_bytes // row_bytes)
     ranks = []
     for chunk, label in zip(queries.split(rows), query_label.split(rows), strict=True):
-        scores = chunk @ keys.T
-        right = label[:, None] == key_label
-        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        # Counts what is not behind, so that a score that overflowed to NaN never helps.
-        behind = (scores < best).logical_or_(right)
-        ranks.append(len(keys) + 1 - behind.count_nonzero(dim=1))
+        ranks.append(_ranks_of_scores(chunk @ keys.T, label[:, None] == key_label))
     return torch.cat(ranks).cpu()
+
+
+def _ranks_by_scores(
+    scores: Tensor, row_label: Tensor, column_label: Tensor, workspace_bytes: int
+) -> Tensor:
+    """`_ranks` of rows whose scores are there; a row without a right column counts for nothing."""
+    rows = max(1, workspace_bytes // (scores.shape[1] * (scores.element_size() + 2)))
+    parts = zip(scores.split(rows), row_label.split(rows), strict=True)
+    return torch.cat(
+        [_ranks_of_scores(part, label[:, None] == column_label) for part, label in parts]
+    ).cpu()
+
+
+def _ranks_of_scores(scores: Tensor, right: Tensor) -> Tensor:
+    """For each row, 1 + the number of wrong columns that score as high as its best right one."""
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    # Counts what is not behind, so that a score that overflowed to NaN never helps.
+    behind = (scores < best).logical_or_(right)
+    return scores.shape[1] + 1 - behind.count_nonzero(dim=1)
 
 
 def _summary(ranks: Tensor, right: Tensor, candidates: int, ks: Sequence[int]) -> dict[str, float]:
@@ -125,6 +180,11 @@ def _chance(right: int, candidates: int, k: int) -> float:
     """Probability that k draws without replacement hit one of the right candidates."""
     drawn = min(k, candidates)
     return 1 - math.comb(candidates - right, drawn) / math.comb(candidates, drawn)
+
+
+def _check_ks(ks: Sequence[int]) -> None:
+    if not ks or any(type(k) is not int or k < 1 for k in ks):
+        raise ValueError(f"ks must be positive integers, at least one, got {ks!r}")
 
 
 def _check_features(image_features: Tensor, text_features: Tensor) -> None:

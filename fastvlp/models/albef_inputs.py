@@ -47,8 +47,10 @@ class Batch:
         return len(self.images)
 
 
-def text_mask(ids: Tensor, mask: Tensor | list[int]) -> Tensor:
+def text_mask(ids: Tensor, mask: Tensor | list[int], what: str = "text") -> Tensor:
     """The mask on the host, from one or from the texts' lengths; it may wait for the device.
+
+    what: the texts' name in messages.
 
     Raises:
         ValueError: it does not fit `ids`, or a text lacks its first token.
@@ -58,12 +60,12 @@ def text_mask(ids: Tensor, mask: Tensor | list[int]) -> Tensor:
         found = torch.arange(ids.shape[1]) < found[:, None]
     if found.shape != ids.shape:
         raise ValueError(
-            f"text_mask: expected {tuple(ids.shape)} like text_ids, or {len(ids)} lengths; "
+            f"{what}_mask: expected {tuple(ids.shape)} like {what}_ids, or {len(ids)} lengths; "
             f"got {tuple(found.shape)}"
         )
     found = found.bool()
     if not found[:, 0].all():
-        raise ValueError("text_mask: expected the first token, [CLS], in every text")
+        raise ValueError(f"{what}_mask: expected the first token, [CLS], in every text")
     return found
 
 

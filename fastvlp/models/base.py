@@ -19,6 +19,18 @@ KINDS = {
     "clip": ("fastvlp.models.clip", "ClipConfig", "Clip"),
     "albef": ("fastvlp.models.albef", "AlbefConfig", "Albef"),
     "vilt": ("fastvlp.models.vilt", "ViltConfig", "Vilt"),
+    "albef-retrieval": ("fastvlp.models.albef_retrieval", "AlbefConfig", "AlbefRetrieval"),
+    "albef-vqa": ("fastvlp.models.albef_vqa", "FinetuningConfig", "AlbefVqa"),
+    "albef-classifier": (
+        "fastvlp.models.albef_classifier",
+        "ClassifierConfig",
+        "AlbefClassifier",
+    ),
+    "albef-text-assignment": (
+        "fastvlp.models.albef_classifier",
+        "FinetuningConfig",
+        "AlbefTextAssignment",
+    ),
 }
 
 

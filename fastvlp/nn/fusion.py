@@ -160,11 +160,19 @@ class FusionLayer(_BertParameters):
     Keys and values are projected once for each image, however many pairs use it.
     """
 
+    def project_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [.., heads, head_dim] of image tokens [.., E].
+
+        `forward` takes them in place of the tokens, so that several calls can share them.
+        """
+        project = self.crossattention.self
+        return self._split(project.key(images)), self._split(project.value(images))
+
     def forward(
         self,
         tokens: Tensor,
         cu_seqlens_pairs: Tensor,
-        images: Tensor | None = None,
+        images: Tensor | tuple[Tensor, Tensor] | None = None,
         cu_seqlens_images: Tensor | None = None,
         *,
         cu_seqlens_keys: Tensor | None = None,
@@ -181,7 +189,8 @@ class FusionLayer(_BertParameters):
         Args:
             tokens: [total, D], the pairs of image 0 first, then those of image 1, ...
             cu_seqlens_pairs: int32 [pairs + 1], each pair's first row.
-            images: [n, L, E], or packed [total keys, E]; with cross-attention only.
+            images: [n, L, E], or packed [total keys, E], or `project_images` of either; with
+                cross-attention only.
             cu_seqlens_images: int32 [n + 1], the first row of each image's pairs.
             cu_seqlens_keys: int32 [n + 1], for packed images.
             key_mask: bool [n, L] or [total keys], False for image tokens that no text sees.
@@ -220,11 +229,10 @@ class FusionLayer(_BertParameters):
         )
         x, probs = self.attention.output(heads.flatten(-2), queries), None
         if images is not None:
-            project = self.crossattention.self
+            keys = images if isinstance(images, tuple) else self.project_images(images)
             heads = cross_attention(
-                self._split(project.query(x)),
-                self._split(project.key(images)),
-                self._split(project.value(images)),
+                self._split(self.crossattention.self.query(x)),
+                *keys,
                 cu_seqlens_images,
                 cu_seqlens_keys,
                 key_mask=key_mask,
