@@ -93,7 +93,7 @@ class Checkpoints:
         part = place.with_name(f"{place.name}.part")
         with warnings.catch_warnings():
             # It says that there is only one process, which is known.
-            warnings.filterwarnings("ignore", message=".*single process.*")
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to.*")
             self._published.clear()
             self._writing = dcp.async_save(
                 self._state(loop), checkpoint_id=str(part), process_group=self._group
@@ -113,6 +113,12 @@ class Checkpoints:
         # No rank goes on to look for, or to write, what the first one is about to move.
         self.ranks.barrier()
 
+    def close(self) -> None:
+        """Waits for the last checkpoint and gives the group back."""
+        self.wait()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
     def load(self, loop: Loop, path: Path) -> None:
         """Brings the loop, its model, optimiser and average to the state of a checkpoint."""
         state = self._state(loop)
@@ -122,7 +128,7 @@ class Checkpoints:
         if not same_ranks:
             state.pop(mine)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*single process.*")
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to.*")
             dcp.load(state, checkpoint_id=str(path), process_group=self._group)
         set_model_state_dict(loop.model, state["model"])
         set_optimizer_state_dict(loop.model, loop.optimizer, state["optimizer"], options=_FLAT)

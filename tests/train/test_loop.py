@@ -116,7 +116,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(make, value):
 
 def test_many_such_steps_in_a_row_end_the_run(make):
     loop = make(max_skipped=3)
-    loop.model.logit_scale.data.fill_(float("nan"))
+    loop.model.text_projection.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="gradients of the last 3 steps"):
         loop.run()
 
