@@ -65,7 +65,7 @@ def test_recomputing_changes_nothing_and_compiling_little(tmp_path):
     for name, changes in {
         "plain": {}, "recomputed": {"recompute": True}, "compiled": {"compile": "aot_eager"},
     }.items():  # fmt: skip
-        train(tmp_path / name, PlainTask, **changes)
+        train(tmp_path / name, PlainTask, steps=2, **changes)
     plain = weights(tmp_path / "plain")
     for name in ("recomputed", "compiled"):
         for key, value in weights(tmp_path / name).items():
