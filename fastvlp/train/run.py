@@ -62,7 +62,7 @@ def fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str,
         max_skipped=config.max_skipped,
     )
     checkpoints = Checkpoints(
-        config.run / "checkpoints",
+        config.folder / "checkpoints",
         ranks,
         ema=average,
         every=config.save_every,
@@ -71,14 +71,14 @@ def fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str,
     )
     _resume(config, loop, checkpoints, ranks)
     evaluated = unwrap(model) if average is None else average.module
-    with Log(config.run, ranks, every=config.log_every, progress=config.progress) as log:
+    with Log(config.folder, ranks, every=config.log_every, progress=config.progress) as log:
         log.start(loop)
         evaluation = Evaluation(evaluated, config.evaluate_every, log)
         loop.hooks = [log, evaluation, checkpoints]
         loop.run()
         checkpoints.close()
         scores = evaluation.scores(loop)
-    _save(task, kind, evaluated, config.run, ranks)
+    _save(task, kind, evaluated, config.folder, ranks)
     return scores
 
 
@@ -199,14 +199,14 @@ def _resume(config: TrainConfig, loop: Loop, checkpoints: Checkpoints, ranks: Ra
     last = checkpoints.latest()
     if last is not None and config.resume == "never":
         raise ValueError(
-            f"run: {config.run} holds the checkpoint {last.name}; choose another folder, or "
+            f"folder: {config.folder} holds the checkpoint {last.name}; choose another folder, or "
             "resume=auto to go on from it"
         )
     if last is not None:
         checkpoints.load(loop, last)
     if ranks.is_first:
-        config.run.mkdir(parents=True, exist_ok=True)
-        with atomic_file(config.run / "config.yaml") as file:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(config.folder / "config.yaml") as file:
             file.write(to_yaml(config).encode())
 
 

@@ -111,7 +111,7 @@ def test_commands_train_and_evaluate_on_openmoji(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(openmoji, "build", partial(openmoji.build, limit=24))
     options = ["--steps", "2", "--batch-size", "8", "--precision", "float32", "--no-progress"]
-    scores = command.parse(["clip", "--run", str(tmp_path), *options]).run()
+    scores = command.parse(["clip", "--folder", str(tmp_path), *options]).run()
     assert "concept/text_to_image/R@10" in scores
     written = tmp_path / "scores.json"
     found = evaluate.parse(["retrieval", str(tmp_path), "--output", str(written)]).run()
