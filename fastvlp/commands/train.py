@@ -37,7 +37,7 @@ class Train:
         scores = train(self.config)
         for name, value in scores.items():
             print(f"{name:40} {value:.3f}")
-        print(f"The model is in {self.config.run}")
+        print(f"The model is in {self.config.folder}")
         return scores
 
 

@@ -3,7 +3,7 @@
     from fastvlp.train.config import TrainClip
     from fastvlp.train.run import train
 
-    train(TrainClip(run=Path("runs/clip")))      # what `fastvlp train clip` does
+    train(TrainClip(folder=Path("runs/clip")))      # what `fastvlp train clip` does
 
 ``fastvlp.train.loop`` is the place to begin reading.
 """

@@ -66,6 +66,8 @@ class Checkpoints:
         self._published, self._error = threading.Event(), None
         # A group of its own, because it is used while the training uses the other one.
         self._group = dist.new_group(backend="gloo") if ranks.group is not None else None
+        # It says that there is one process only, which is known, and says so in the background.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
         if ranks.is_first:
             folder.mkdir(parents=True, exist_ok=True)
             for rest in folder.glob("*.part"):
@@ -91,13 +93,10 @@ class Checkpoints:
         if place.exists():  # a run that ended was called again
             return
         part = place.with_name(f"{place.name}.part")
-        with warnings.catch_warnings():
-            # It says that there is only one process, which is known.
-            warnings.filterwarnings("ignore", message=".*single process.*")
-            self._published.clear()
-            self._writing = dcp.async_save(
-                self._state(loop), checkpoint_id=str(part), process_group=self._group
-            )
+        self._published.clear()
+        self._writing = dcp.async_save(
+            self._state(loop), checkpoint_id=str(part), process_group=self._group
+        )
         # torch's future is done on the first rank when all ranks have written.
         self._writing.add_done_callback(lambda future: self._publish(future, part, place))
 
@@ -113,6 +112,12 @@ class Checkpoints:
         # No rank goes on to look for, or to write, what the first one is about to move.
         self.ranks.barrier()
 
+    def close(self) -> None:
+        """Waits for the last checkpoint and gives the group back."""
+        self.wait()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
     def load(self, loop: Loop, path: Path) -> None:
         """Brings the loop, its model, optimiser and average to the state of a checkpoint."""
         state = self._state(loop)
@@ -121,9 +126,7 @@ class Checkpoints:
         same_ranks = any(key.startswith(f"{mine}.") for key in stored)
         if not same_ranks:
             state.pop(mine)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*single process.*")
-            dcp.load(state, checkpoint_id=str(path), process_group=self._group)
+        dcp.load(state, checkpoint_id=str(path), process_group=self._group)
         set_model_state_dict(loop.model, state["model"])
         set_optimizer_state_dict(loop.model, loop.optimizer, state["optimizer"], options=_FLAT)
         if self.ema is not None:

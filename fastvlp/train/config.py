@@ -22,7 +22,7 @@ _POSITIVE = (
 class TrainConfig:
     """What every run has. Rates, sizes and schedules have their defaults in each system's class."""
 
-    run: Path = Path("runs/train")
+    folder: Path = Path("runs/train")
     """Folder of the run: settings, checkpoints, logs, and in the end the model."""
 
     data: str = "openmoji"
@@ -139,7 +139,7 @@ class TrainConfig:
 class TrainClip(TrainConfig):
     """CLIP on the built-in OpenMoji pictures: a few minutes on two processor cores."""
 
-    run: Path = Path("runs/clip")
+    folder: Path = Path("runs/clip")
     epochs: float | None = 25.0
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)

@@ -47,6 +47,7 @@ def _build(config: TrainConfig, ranks: Ranks) -> tuple[Task, Any]:
 
 def fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str, float]:
     """`train` with a task and a loader of one's own."""
+    kind = type(task.model)  # FSDP2 changes the class of what it shards
     model, average = _prepare(config, task, ranks)
     loop = Loop(
         task,
@@ -61,7 +62,7 @@ def fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str,
         max_skipped=config.max_skipped,
     )
     checkpoints = Checkpoints(
-        config.run / "checkpoints",
+        config.folder / "checkpoints",
         ranks,
         ema=average,
         every=config.save_every,
@@ -70,14 +71,14 @@ def fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str,
     )
     _resume(config, loop, checkpoints, ranks)
     evaluated = unwrap(model) if average is None else average.module
-    with Log(config.run, ranks, every=config.log_every, progress=config.progress) as log:
+    with Log(config.folder, ranks, every=config.log_every, progress=config.progress) as log:
         log.start(loop)
         evaluation = Evaluation(evaluated, config.evaluate_every, log)
         loop.hooks = [log, evaluation, checkpoints]
         loop.run()
-        checkpoints.wait()
+        checkpoints.close()
         scores = evaluation.scores(loop)
-    _save(task, evaluated, config.run, ranks)
+    _save(task, kind, evaluated, config.folder, ranks)
     return scores
 
 
@@ -198,30 +199,24 @@ def _resume(config: TrainConfig, loop: Loop, checkpoints: Checkpoints, ranks: Ra
     last = checkpoints.latest()
     if last is not None and config.resume == "never":
         raise ValueError(
-            f"run: {config.run} holds the checkpoint {last.name}; choose another folder, or "
+            f"folder: {config.folder} holds the checkpoint {last.name}; choose another folder, or "
             "resume=auto to go on from it"
         )
     if last is not None:
         checkpoints.load(loop, last)
     if ranks.is_first:
-        config.run.mkdir(parents=True, exist_ok=True)
-        with atomic_file(config.run / "config.yaml") as file:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(config.folder / "config.yaml") as file:
             file.write(to_yaml(config).encode())
 
 
-def _save(task: Task, model: nn.Module, folder: Path, ranks: Ranks) -> None:
+def _save(task: Task, kind: type, model: nn.Module, folder: Path, ranks: Ranks) -> None:
     """The trained model as one that is whole and on the processor, written by the first rank."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
     if ranks.is_first:
-        plain = type(task.model).__mro__[1] if _is_fsdp(task.model) else type(task.model)
-        whole = plain(task.model.config)
+        whole = kind(task.model.config)
         # By assignment, so that a model of another precision keeps it.
         whole.load_state_dict(state, assign=True)
         task.save(whole, folder)
     ranks.barrier()
-
-
-def _is_fsdp(model: nn.Module) -> bool:
-    # fully_shard changes the class of a module to one of its own, derived from the old one.
-    return hasattr(model, "set_requires_gradient_sync")

@@ -6,9 +6,11 @@ import gloo_ranks
 import pytest
 import torch
 import torch.nn.functional as F
+from labelled_features import drawn
 
 from fastvlp.evaluate.features import encode
 from fastvlp.evaluate.retrieval import retrieval
+from fastvlp.evaluate.zero_shot import accuracy
 
 PAIRS = 23
 
@@ -66,16 +68,23 @@ def on_ranks(rank):
     group = dist.group.WORLD
     found = encode(batches(rank, 2), lambda x: 3 * x, lambda x: x, group=group)
     pictures, of_text = found.pictures()
-    return found.images, found.ids, retrieval(pictures, found.texts, of_text, group=group)
+    ways = retrieval(pictures, found.texts, of_text, group=group)
+    features, weights, labels = drawn()
+    accuracies = []
+    for count in (30, 37):  # a rank may have no picture
+        own = slice(0, count) if rank == 0 else slice(count, None)
+        accuracies.append(accuracy(features[own], weights, labels[own], group=group))
+    return found.images, found.ids, ways, accuracies
 
 
 def test_ranks_together_have_what_one_has():
     found = everything()
     pictures, of_text = found.pictures()
-    wanted = retrieval(pictures, found.texts, of_text)
-    for images, ids, result in gloo_ranks.run(2, on_ranks):
+    ways = retrieval(pictures, found.texts, of_text)
+    for images, ids, our_ways, accuracies in gloo_ranks.run(2, on_ranks):
         assert torch.equal(images, found.images) and torch.equal(ids, found.ids)
-        assert result == wanted
+        assert our_ways == ways
+        assert accuracies == [pytest.approx(accuracy(*drawn()))] * 2
 
 
 def test_nothing_to_encode_is_refused():

@@ -1,9 +1,9 @@
 """Zero-shot classification against its definition."""
 
-import gloo_ranks
 import pytest
 import torch
 import torch.nn.functional as F
+from labelled_features import drawn
 
 from fastvlp.evaluate.zero_shot import TEMPLATES, accuracy, classifier, prompts, read_templates
 
@@ -34,13 +34,6 @@ def test_batches_do_not_change_the_classes_even_of_unlike_sizes(batch_size):
     torch.testing.assert_close(classifier(uneven, letters, encode, batch_size=batch_size), whole)
 
 
-def drawn(n=37, classes=6):
-    g = torch.Generator().manual_seed(1)
-    features = F.normalize(torch.randn(n, 5, generator=g), dim=-1)
-    weights = F.normalize(torch.randn(classes, 5, generator=g), dim=-1)
-    return features, weights, torch.randint(0, classes - 1, (n,), generator=g)
-
-
 def by_sorting(features, weights, labels, k):
     top = (features @ weights.T).argsort(1, descending=True)[:, :k]
     return (top == labels[:, None]).any(1)
@@ -65,23 +58,6 @@ def test_equal_products_are_no_merit():
     assert found["top-1"] == 0.0 and found["top-5"] == 1.0
     nothing = accuracy(torch.full((1, 2), float("nan")), torch.ones(4, 2), torch.tensor([0]))
     assert nothing["top-1"] == 0.0
-
-
-def shared(rank):
-    import torch.distributed as dist
-
-    features, weights, labels = drawn()
-    own = slice(0, 37) if rank == 0 else slice(37, None)  # a rank may have no picture
-    uneven = slice(0, 30) if rank == 0 else slice(30, None)
-    return [accuracy(features[s], weights, labels[s], group=dist.group.WORLD)
-            for s in (own, uneven)]  # fmt: skip
-
-
-def test_ranks_get_the_accuracy_over_all_pictures():
-    wanted = accuracy(*drawn())
-    for results in gloo_ranks.run(2, shared):
-        for result in results:
-            assert result == pytest.approx(wanted)
 
 
 def test_templates_are_read_and_checked(tmp_path):

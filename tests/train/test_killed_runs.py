@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from fastvlp.train.logging import read_log
 
-BY_TIME, BY_EVENT = 8, 14
+BY_TIME, BY_EVENT = 7, 13
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 STEPS, ROWS = 3, 8
-# Three steps in float32, whose losses are sums in another order.
-CURVE = {"rel": 1e-5}
+# Adam's first steps are signs of gradients, so that roundings of a sum in another order grow.
+CURVE = {"rel": 1e-4}
 
 
 def pairs():

@@ -65,7 +65,7 @@ def test_recomputing_changes_nothing_and_compiling_little(tmp_path):
     for name, changes in {
         "plain": {}, "recomputed": {"recompute": True}, "compiled": {"compile": "aot_eager"},
     }.items():  # fmt: skip
-        train(tmp_path / name, PlainTask, **changes)
+        train(tmp_path / name, PlainTask, steps=2, **changes)
     plain = weights(tmp_path / "plain")
     for name in ("recomputed", "compiled"):
         for key, value in weights(tmp_path / name).items():
@@ -111,7 +111,7 @@ def test_commands_train_and_evaluate_on_openmoji(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(openmoji, "build", partial(openmoji.build, limit=24))
     options = ["--steps", "2", "--batch-size", "8", "--precision", "float32", "--no-progress"]
-    scores = command.parse(["clip", "--run", str(tmp_path), *options]).run()
+    scores = command.parse(["clip", "--folder", str(tmp_path), *options]).run()
     assert "concept/text_to_image/R@10" in scores
     written = tmp_path / "scores.json"
     found = evaluate.parse(["retrieval", str(tmp_path), "--output", str(written)]).run()
