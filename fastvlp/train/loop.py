@@ -100,6 +100,7 @@ class Loop:
 
     def run(self) -> None:
         self.model.train()
+        empty = 0
         while self.step < self.steps:
             before = self.step
             for batch in self.loader:
@@ -109,7 +110,9 @@ class Loop:
                     hook(self, report)
                 if self.step == self.steps:
                     break
-            if self.step == before:
+            # A run that resumes at the end of an epoch finds nothing left of it, once.
+            empty = empty + 1 if self.step == before else 0
+            if empty == 2:
                 raise ValueError("loader: an epoch has no whole batch; choose a smaller batch_size")
 
     def train_step(self, batch: Any) -> Report:

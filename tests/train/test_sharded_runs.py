@@ -60,7 +60,7 @@ def test_scores_are_equal_on_all_ranks_and_those_of_one(runs, kind):
     assert found[0][kind].keys() == scores.keys()
     assert "held_out/zero_shot/top-1" in scores
     for name, value in scores.items():
-        # One of 40 pairs may change its place with another by a rounding.
+        # One of 32 pairs may change its place with another by a rounding.
         assert abs(found[0][kind][name] - value) <= 0.05, name
 
 

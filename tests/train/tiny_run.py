@@ -12,7 +12,8 @@ from fastvlp.train.config import TrainClip
 from fastvlp.train.tasks.clip import ClipTask
 
 MODEL = clip.ClipConfig(8, 8, 4, 8, 2, 2, 8, 2, 2, context_length=6, vocab_size=32)
-PAIRS = 40
+# Four steps an epoch, so that some checkpoints lie at the end of one and some within.
+PAIRS = 32
 
 
 class Pairs:
