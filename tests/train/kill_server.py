@@ -5,7 +5,7 @@
 Everything is imported once, and each run is a fork. FOLDER/whole is the run that nobody kills. Run
 `time-i` is killed after a share of its time, drawn at random; run `event-i` kills itself at one of
 the moments when it opens, renames, makes or removes something in its folder, among which are all
-those inside of writing a checkpoint. MODULE.train(folder) is what runs, that of tiny_run unless said.
+those inside of writing a checkpoint. MODULE.train(folder) is what runs, tiny_run.train unless said.
 """
 
 import importlib
