@@ -89,10 +89,10 @@ class _OfPairs(_Common):
         # BERT's tokenizers give a mask besides.
         tokenize = getattr(tokenizer, "padded", tokenizer)
         if self.data == "openmoji":
+            pictures = data.openmoji_data(model.config.image_size, ranks)
             return data.openmoji_loader(
-                model.config.image_size, self.split, self.batch_size, tokenize, ranks,
-                training=False,
-            )  # fmt: skip
+                pictures, self.split, self.batch_size, tokenize, ranks, training=False
+            )
         recipe, sizes = _RECIPES[model.kind]
         return data.shard_loader(
             self.data, recipe, sizes(model.config), self.batch_size, tokenize, ranks

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import gloo_ranks
 import pytest
 import torch
 from tiny_pretraining import ALBEF, TOKENIZER, VILT, build, fit, settings
@@ -83,6 +84,20 @@ def test_kernels_and_plain_pytorch_have_one_curve(tmp_path, system, monkeypatch)
         fit(folder, system, reference=reference, steps=6)
         curves.append([row["loss"] for row in read_log(folder) if "loss" in row])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def every_system(rank, folder):
+    return {system: fit(folder / system, system)[0] for system in SYSTEMS}
+
+
+def test_two_ranks_share_scores_and_queues_and_one_goes_on_from_there(tmp_path):
+    found = gloo_ranks.run(2, every_system, tmp_path, limit=120)
+    assert isinstance(found[0], dict) and found[0] == found[1], found
+    for system in SYSTEMS:
+        _, task = fit(tmp_path / system, system, steps=9)
+        assert len(read_log(tmp_path / system)) == 11  # nine steps, two evaluations
+    assert task.twin.num_updates == 9
+    assert int(task.model.queue.position) == 9 * 8 % ALBEF.queue_size
 
 
 def test_the_twin_moves_in_the_optimiser_as_the_paper_has_it():

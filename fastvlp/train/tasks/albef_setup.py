@@ -16,6 +16,7 @@ from fastvlp.train.tasks.data import (
     HELD_OUT,
     bert_vocabulary,
     openmoji_captions,
+    openmoji_data,
     openmoji_loader,
     rows_of_a_rank,
     shard_loader,
@@ -56,12 +57,13 @@ def _start(model: albef.Albef, config: TrainAlbef) -> None:
 
 
 def _openmoji(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
-    captions = openmoji_captions(size, ranks, config.progress)
-    tokenizer = albef_tokenizer(bert_vocabulary(config.tokenizer, captions, clean_albef))
+    data = openmoji_data(size, ranks, config.progress)
+    source = bert_vocabulary(config.tokenizer, openmoji_captions(data), clean_albef)
+    tokenizer = albef_tokenizer(source)
     masking = MaskingTokenizer(tokenizer, rate=config.mask_rate)
-    loader = openmoji_loader(size, "train", rows, masking, ranks, training=True, seed=config.seed)
+    loader = openmoji_loader(data, "train", rows, masking, ranks, training=True, seed=config.seed)
     held_out = {
-        split: openmoji_loader(size, split, rows, tokenizer.padded, ranks, training=False)
+        split: openmoji_loader(data, split, rows, tokenizer.padded, ranks, training=False)
         for split in HELD_OUT
     }
     return tokenizer, loader, held_out

@@ -19,6 +19,7 @@ from fastvlp.train.tasks.clip import (
 from fastvlp.train.tasks.data import (
     HELD_OUT,
     openmoji_captions,
+    openmoji_data,
     openmoji_loader,
     rows_of_a_rank,
     shard_loader,
@@ -52,19 +53,19 @@ def build(config: TrainClip, ranks: Ranks) -> tuple[ClipTask, Any]:
 
 def zero_shot_openmoji(model, tokenizer: Callable, ranks: Ranks, rows: int) -> dict[str, float]:
     """Accuracy over base emoji on the composition split."""
-    size = model.config.image_size
-    train = openmoji_loader(size, "train", rows, tokenizer, ranks, training=False)
-    loader = openmoji_loader(size, "composition", rows, tokenizer, ranks, training=False)
+    data = openmoji_data(model.config.image_size, ranks)
+    train = openmoji_loader(data, "train", rows, tokenizer, ranks, training=False)
+    loader = openmoji_loader(data, "composition", rows, tokenizer, ranks, training=False)
     found = features(model, loader, ranks)
     return zero_shot_over_groups(model, tokenizer, openmoji_groups(train), loader.bases, found)
 
 
 def _openmoji(config: TrainClip, ranks: Ranks, rows: int, size: int):
-    captions = openmoji_captions(size, ranks, config.progress)
-    tokenizer = _tokenizer(config.tokenizer, captions)
-    loader = openmoji_loader(size, "train", rows, tokenizer, ranks, training=True, seed=config.seed)
+    data = openmoji_data(size, ranks, config.progress)
+    tokenizer = _tokenizer(config.tokenizer, openmoji_captions(data))
+    loader = openmoji_loader(data, "train", rows, tokenizer, ranks, training=True, seed=config.seed)
     held_out = {
-        split: openmoji_loader(size, split, rows, tokenizer, ranks, training=False)
+        split: openmoji_loader(data, split, rows, tokenizer, ranks, training=False)
         for split in HELD_OUT
     }
     return tokenizer, loader, held_out, openmoji_groups(loader)

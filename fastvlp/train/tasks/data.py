@@ -36,17 +36,20 @@ def openmoji_data(size: int, ranks: Ranks, progress: bool = True) -> openmoji.Op
     return openmoji.build(size=size, progress=False)
 
 
-def openmoji_captions(size: int, ranks: Ranks, progress: bool = True) -> list[str]:
+def openmoji_captions(data: openmoji.OpenMoji) -> list[str]:
     """Captions of the built-in pictures for training."""
-    samples = openmoji_data(size, ranks, progress).samples("train")
-    return [sample.members["txt"].decode() for sample in samples]
+    return [sample.members["txt"].decode() for sample in data.samples("train")]
 
 
 def openmoji_loader(
-    size: int, split: str, rows: int, tokenizer: Callable, ranks: Ranks, **options: Any
+    data: openmoji.OpenMoji,
+    split: str,
+    rows: int,
+    tokenizer: Callable,
+    ranks: Ranks,
+    **options: Any,
 ) -> OpenMojiLoader:
     """A split of the built-in pictures; `options` are the loader's."""
-    data = openmoji_data(size, ranks)
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "device": ranks.device}
     return OpenMojiLoader(data, split, rows, tokenizer, **place, **options)
 

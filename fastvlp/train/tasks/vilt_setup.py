@@ -14,6 +14,7 @@ from fastvlp.train.tasks.data import (
     HELD_OUT,
     bert_vocabulary,
     openmoji_captions,
+    openmoji_data,
     openmoji_loader,
     rows_of_a_rank,
     shard_loader,
@@ -42,15 +43,14 @@ def build(config: TrainVilt, ranks: Ranks) -> tuple[ViltTask, Any]:
 
 
 def _openmoji(config: TrainVilt, sizes: vilt.ViltConfig, ranks: Ranks, rows: int):
-    captions = openmoji_captions(sizes.image_size, ranks, config.progress)
-    source = bert_vocabulary(config.tokenizer, captions)
+    data = openmoji_data(sizes.image_size, ranks, config.progress)
+    source = bert_vocabulary(config.tokenizer, openmoji_captions(data))
     tokenizer = vilt_tokenizer(source, padding="longest", context_length=sizes.context_length)
     # Of captions as short as these the published budget, of the padded row, would mask everything.
     masking = MaskingTokenizer(tokenizer, rate=config.mask_rate, whole_word=True)
-    size = sizes.image_size
-    loader = openmoji_loader(size, "train", rows, masking, ranks, training=True, seed=config.seed)
+    loader = openmoji_loader(data, "train", rows, masking, ranks, training=True, seed=config.seed)
     held_out = {
-        split: openmoji_loader(size, split, rows, tokenizer.padded, ranks, training=False)
+        split: openmoji_loader(data, split, rows, tokenizer.padded, ranks, training=False)
         for split in HELD_OUT
     }
     return tokenizer, loader, held_out
