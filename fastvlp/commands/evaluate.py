@@ -1,4 +1,4 @@
-"""``fastvlp evaluate``: retrieval and zero-shot classification of a trained model."""
+"""``fastvlp evaluate``: retrieval, matching and zero-shot classification of a trained model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import tyro
@@ -15,7 +15,15 @@ import tyro
 from fastvlp.data.text import CaptionTokenizer
 from fastvlp.models import base
 from fastvlp.train import parallel
-from fastvlp.train.tasks import clip, clip_setup
+from fastvlp.train.tasks import (
+    albef_retrieval,
+    albef_setup,
+    clip,
+    clip_setup,
+    data,
+    vilt,
+    vilt_setup,
+)
 
 
 @dataclass
@@ -32,11 +40,17 @@ class _Common:
     output: Path | None = None
     """JSON file for the scores."""
 
+    kinds: ClassVar[tuple[str, ...]] = ("clip",)
+
     def run_all(self, score) -> dict[str, float]:
         """Print, and write, the scores that `score` gives; under torchrun over all ranks."""
         with parallel.ranks(self.device) as ranks, torch.inference_mode():
             model = base.load(self.run / "model").to(ranks.device)
-            tokenizer = CaptionTokenizer.load(self.run / "tokenizer.json")
+            if model.kind not in self.kinds:
+                raise ValueError(
+                    f"run: expected a model of {' or '.join(self.kinds)}, got one of {model.kind}"
+                )
+            tokenizer = _tokenizer(self.run, model)
             scores = score(model, tokenizer, ranks)
             if ranks.is_first:
                 for name, value in scores.items():
@@ -46,18 +60,57 @@ class _Common:
         return scores
 
 
+def _tokenizer(run: Path, model):
+    if model.kind == "vilt":
+        return vilt_setup.saved_tokenizer(run, model.config)
+    if model.kind == "albef":
+        return albef_setup.saved_tokenizer(run)
+    return CaptionTokenizer.load(run / "tokenizer.json")
+
+
+# Image transforms of held-out shards, with their parameters of a model.
+_RECIPES = {
+    "clip": ("clip_eval", lambda config: {"size": config.image_size}),
+    "vilt": ("vilt_eval", vilt_setup.recipe_sizes),
+    "albef": ("albef_eval", lambda config: {"size": config.image_size}),
+}
+
+
 @dataclass
-class Retrieval(_Common):
-    """Recall of captions by picture and of pictures by caption.
-
-    A picture with several captions is as good as the best-ranked of them.
-    """
-
+class _OfPairs(_Common):
     data: str = "openmoji"
     """"openmoji", or shards; captions of equal id are captions of one picture."""
 
     split: str = "composition"
     """Of OpenMoji: train, composition or concept."""
+
+    def loader(self, model, tokenizer, ranks):
+        """The pairs, not shuffled."""
+        # BERT's tokenizers give a mask besides.
+        tokenize = getattr(tokenizer, "padded", tokenizer)
+        if self.data == "openmoji":
+            pictures = data.openmoji_data(model.config.image_size, ranks)
+            return data.openmoji_loader(
+                pictures, self.split, self.batch_size, tokenize, ranks, training=False
+            )
+        recipe, sizes = _RECIPES[model.kind]
+        return data.shard_loader(
+            self.data, recipe, sizes(model.config), self.batch_size, tokenize, ranks
+        )
+
+
+@dataclass
+class Retrieval(_OfPairs):
+    """Recall of captions by picture and of pictures by caption, by CLIP or ALBEF.
+
+    A picture with several captions is as good as the best-ranked of them. ALBEF's contrastive
+    features choose candidates, which its matching head then ranks again.
+    """
+
+    candidates: int = 32
+    """Of re-ranking, for each caption and each picture. ALBEF's paper takes 128 and 256."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("clip", "albef")
 
     def execute(self) -> dict[str, float]:
         return self.run_all(self._score)
@@ -65,19 +118,30 @@ class Retrieval(_Common):
     def _score(self, model, tokenizer, ranks) -> dict[str, float]:
         from fastvlp.evaluate.retrieval import retrieval
 
-        size = model.config.image_size
-        if self.data == "openmoji":
-            loader = clip_setup.openmoji_loader(
-                size, self.split, self.batch_size, tokenizer, ranks, training=False
+        loader = self.loader(model, tokenizer, ranks)
+        if model.kind == "albef":
+            found = albef_retrieval.retrieval_scores(
+                model, tokenizer, loader, self.candidates, ranks
             )
-        else:
-            loader = clip_setup.shard_loader(
-                self.data, "clip_eval", size, self.batch_size, tokenizer, ranks
-            )
+            return {name.replace("/", " "): value for name, value in found.items()}
         found = clip.features(model, loader, ranks)
         pictures, of_text = found.pictures()
         ways = retrieval(pictures, found.texts, of_text, group=ranks.group)
         return {f"{way} {k}": v for way, result in ways.items() for k, v in result.items()}
+
+
+@dataclass
+class Matching(_OfPairs):
+    """Accuracy of ViLT's matching head: each picture with its caption and with a wrong one."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("vilt",)
+
+    def execute(self) -> dict[str, float]:
+        return self.run_all(self._score)
+
+    def _score(self, model, tokenizer, ranks) -> dict[str, float]:
+        loader = self.loader(model, tokenizer, ranks)
+        return vilt.matching_accuracy(model, loader, ranks)
 
 
 @dataclass
@@ -129,6 +193,7 @@ class ZeroShot(_Common):
 
 Options = (
     Annotated[Retrieval, tyro.conf.subcommand("retrieval")]
+    | Annotated[Matching, tyro.conf.subcommand("matching")]
     | Annotated[ZeroShot, tyro.conf.subcommand("zero-shot")]
 )
 
@@ -137,7 +202,7 @@ Options = (
 class Evaluate:
     """A parsed command."""
 
-    options: Retrieval | ZeroShot
+    options: Retrieval | Matching | ZeroShot
 
     def run(self) -> dict[str, float]:
         """Evaluate and print the scores."""
@@ -145,7 +210,7 @@ class Evaluate:
 
 
 def parse(options: Sequence[str], prog: str = "fastvlp evaluate") -> Evaluate:
-    """The command that ``options`` spell: retrieval or zero-shot, and its options."""
+    """The command that ``options`` spell: retrieval, matching or zero-shot, and its options."""
     return Evaluate(tyro.cli(Options, args=list(options), prog=prog))
 
 

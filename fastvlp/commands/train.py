@@ -9,10 +9,18 @@ from pathlib import Path
 
 import tyro
 
-from fastvlp.train.config import PRESETS, TrainClip, TrainConfig, from_mapping, read_yaml
+from fastvlp.train.config import (
+    PRESETS,
+    TrainAlbef,
+    TrainClip,
+    TrainConfig,
+    TrainVilt,
+    from_mapping,
+    read_yaml,
+)
 
 # Settings of each system that can be trained.
-SYSTEMS: dict[str, type[TrainConfig]] = {"clip": TrainClip}
+SYSTEMS: dict[str, type[TrainConfig]] = {"clip": TrainClip, "vilt": TrainVilt, "albef": TrainAlbef}
 
 _USAGE = """usage: {prog} {{{systems}}} OPTIONS
 

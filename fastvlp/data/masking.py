@@ -41,6 +41,9 @@ class MaskedText:
     masked_ids: torch.Tensor
     labels: torch.Tensor
 
+    def __getitem__(self, rows: slice) -> MaskedText:
+        return MaskedText(self.ids[rows], self.mask[rows], self.masked_ids[rows], self.labels[rows])
+
 
 class MaskingTokenizer:
     """A tokenizer that masks too: called with captions and the key of each.

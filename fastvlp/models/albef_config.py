@@ -72,6 +72,11 @@ CONFIGS: dict[str, AlbefConfig] = {
     "base": AlbefConfig(),
     "base-384": AlbefConfig(image_size=384),
     "small": AlbefConfig(vision_width=384, vision_heads=6, text_width=384, text_heads=6),
+    "mini": AlbefConfig(
+        image_size=64, vision_width=192, vision_layers=6, vision_heads=3, text_width=192,
+        text_heads=3, text_layers=2, fusion_layers=2, vocab_size=4096, text_positions=25,
+        embed_dim=128, dropout=0.0, attention_dropout=0.0, queue_size=2048,
+    ),
     "tiny": AlbefConfig(
         image_size=64, vision_width=64, vision_layers=2, vision_heads=2, text_width=64,
         text_heads=2, text_layers=2, fusion_layers=2, vocab_size=512, text_positions=64,

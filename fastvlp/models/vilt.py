@@ -94,6 +94,7 @@ class ViltConfig:
 
 CONFIGS: dict[str, ViltConfig] = {
     "tiny": ViltConfig(image_size=64, patch_size=8, width=192, layers=6, heads=3),
+    "mini": ViltConfig(image_size=64, patch_size=16, width=192, layers=4, heads=3, dropout=0.0),
     "small": ViltConfig(width=384, heads=6),
     "base-p32-384": ViltConfig(),
 }

@@ -148,6 +148,70 @@ class TrainClip(TrainConfig):
     warmup: int = 60
 
 
+@dataclass
+class TrainVilt(TrainConfig):
+    """ViLT on the built-in OpenMoji pictures: a quarter of an hour on two processor cores."""
+
+    run: Path = Path("runs/vilt")
+    model: str = "mini"
+    epochs: float | None = 40.0
+    batch_size: int = 64
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    schedule: Kind = "linear"
+    warmup: int = 100
+
+    mask_rate: float = 0.15
+    """Share of a caption's tokens to mask, in whole words."""
+
+
+@dataclass
+class TrainAlbef(TrainConfig):
+    """ALBEF on the built-in OpenMoji pictures: a quarter of an hour on two processor cores."""
+
+    run: Path = Path("runs/albef")
+    model: str = "mini"
+    epochs: float | None = 25.0
+    batch_size: int = 64
+    lr: float = 5e-4
+    weight_decay: float = 0.02
+    schedule: Kind = "staircase"
+    warmup: int = 100
+    warmup_lr: float = 1e-5
+    final_lr: float = 1e-5
+
+    mask_rate: float = 0.15
+    """Share of a caption's tokens to mask."""
+
+    alpha: float = 0.4
+    """Weight of what the momentum twin teaches."""
+
+    alpha_epochs: float = 1.0
+    """Length of alpha's rise from 0."""
+
+    match_ids: bool = True
+    """Pairs of equal id match one another, in the batch and in the queue, where a small data set
+    comes by again before the queue has forgotten it."""
+
+    candidates: int = 32
+    """What the contrastive features choose for re-ranking, for each caption and each picture."""
+
+    vision_weights: Path | None = None
+    """File of a pretrained ViT, timm's or DeiT's, for the image transformer to start from."""
+
+    text_weights: Path | None = None
+    """File of a pretrained BERT for the text and fusion layers to start from."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ema is not None:
+            raise ValueError("ema: expected none; the momentum twin is the average in ALBEF")
+        if self.parallel != "ddp":
+            raise ValueError("parallel: expected ddp; the momentum twin is not sharded")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha: expected 0 to 1, got {self.alpha}")
+
+
 # Of Radford et al. 2021, tables 18 to 20, for ViT-B/32.
 CLIP_PAPER: dict[str, Any] = {
     "model": "ViT-B/32",
@@ -158,7 +222,7 @@ CLIP_PAPER: dict[str, Any] = {
 }
 # Of Kim et al. 2021, section 4.2.
 VILT_PAPER: dict[str, Any] = {
-    "model": "base",
+    "model": "base-p32-384",
     "steps": 100_000,
     "epochs": None,
     "batch_size": 4096,
@@ -182,13 +246,16 @@ ALBEF_PAPER: dict[str, Any] = {
     "warmup": 2000,
     "warmup_lr": 1e-5,
     "final_lr": 1e-5,
+    "match_ids": False,
+    "candidates": 256,
+    "precision": "float32",
 }
 
 # What `--preset` may name, beside "openmoji", the defaults of the class.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "clip": {"openmoji": {}, "paper": CLIP_PAPER},
-    "vilt": {"paper": VILT_PAPER},
-    "albef": {"paper": ALBEF_PAPER},
+    "vilt": {"openmoji": {}, "paper": VILT_PAPER},
+    "albef": {"openmoji": {}, "paper": ALBEF_PAPER},
 }
 
 

@@ -16,7 +16,7 @@ from fastvlp.ema import EmaModel, unwrap
 from fastvlp.optim import AdamWEma
 from fastvlp.train import parallel
 from fastvlp.train.checkpointing import Checkpoints
-from fastvlp.train.config import TrainClip, TrainConfig, to_yaml
+from fastvlp.train.config import TrainAlbef, TrainClip, TrainConfig, TrainVilt, to_yaml
 from fastvlp.train.logging import Log
 from fastvlp.train.loop import Loop, Report
 from fastvlp.train.parallel import Ranks
@@ -42,6 +42,14 @@ def _build(config: TrainConfig, ranks: Ranks) -> tuple[Task, Any]:
         from fastvlp.train.tasks import clip_setup
 
         return clip_setup.build(config, ranks)
+    if isinstance(config, TrainVilt):
+        from fastvlp.train.tasks import vilt_setup
+
+        return vilt_setup.build(config, ranks)
+    if isinstance(config, TrainAlbef):
+        from fastvlp.train.tasks import albef_setup
+
+        return albef_setup.build(config, ranks)
     raise TypeError(f"config: expected a system's settings, got {type(config).__name__}")
 
 
@@ -155,7 +163,7 @@ def _optimizer(
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        ema=average,
+        ema=task.twin if average is None else average,
     )
 
 

@@ -1,13 +1,14 @@
 """Kills training runs at given moments and lets them resume; a process of its own, which forks.
 
-    python kill_server.py FOLDER SECONDS_KILLS EVENT_KILLS
+    python kill_server.py FOLDER SECONDS_KILLS EVENT_KILLS [MODULE]
 
 Everything is imported once, and each run is a fork. FOLDER/whole is the run that nobody kills. Run
 `time-i` is killed after a share of its time, drawn at random; run `event-i` kills itself at one of
 the moments when it opens, renames, makes or removes something in its folder, among which are all
-those inside of writing a checkpoint.
+those inside of writing a checkpoint. MODULE.train(folder) is what runs, tiny_run.train unless said.
 """
 
+import importlib
 import json
 import os
 import random
@@ -20,10 +21,10 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 import matplotlib.backends.backend_agg  # noqa: E402, F401
 import safetensors.torch  # noqa: E402, F401
-import tiny_run  # noqa: E402
 import torch  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401
 
+tiny = importlib.import_module(sys.argv[4] if len(sys.argv) > 4 else "tiny_run")
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 
 
@@ -56,7 +57,7 @@ def train(folder, at=None, counts=None):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-    tiny_run.train(folder)
+    tiny.train(folder)
     if counts is not None:
         counts.write_text(str(seen))
 

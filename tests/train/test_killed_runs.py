@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_state import last_state, same
 from tiny_run import weights
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from fastvlp.train.logging import read_log
 
@@ -70,17 +70,3 @@ def test_two_checkpoints_and_no_part_of_one_are_left(runs):
     for name in found["killed"]:
         left = sorted(path.name for path in (folder / name / "checkpoints").iterdir())
         assert left == ["step-00000006", "step-00000008"], name
-
-
-def last_state(folder, tmp_path):
-    path = sorted((folder / "checkpoints").glob("step-*"))[-1]
-    dcp_to_torch_save(path, tmp_path / "state.pt")
-    return torch.load(tmp_path / "state.pt", weights_only=False)
-
-
-def same(ours, wanted):
-    if isinstance(wanted, dict):
-        return ours.keys() == wanted.keys() and all(same(ours[k], wanted[k]) for k in wanted)
-    if isinstance(wanted, torch.Tensor):
-        return torch.equal(ours, wanted)
-    return ours == wanted

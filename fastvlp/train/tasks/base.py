@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvlp.ema import EmaModel
 from fastvlp.grad_cache import unsynchronised
 
 
@@ -21,11 +22,13 @@ class Task:
             wrapper of it that synchronises ranks.
         forward_methods: names of the methods beside forward that evaluation calls on the model.
         chunk_size: rows that go through the model at a time; None for all of them.
+        twin: the momentum twin inside of the model, which the optimiser moves with each step.
     """
 
     model: nn.Module
     forward_methods: Sequence[str] = ()
     chunk_size: int | None = None
+    twin: EmaModel | None = None
 
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """The losses of a batch. "loss" is what is minimised, the others are logged beside it."""

@@ -1,0 +1,87 @@
+"""From ALBEF's settings to its task and its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastvlp.data.cleaning import clean_albef
+from fastvlp.data.masking import MaskingTokenizer
+from fastvlp.data.text import BertTokenizer, albef_tokenizer
+from fastvlp.models import albef
+from fastvlp.train.config import TrainAlbef
+from fastvlp.train.parallel import Ranks
+from fastvlp.train.tasks.albef import AlbefTask
+from fastvlp.train.tasks.data import (
+    HELD_OUT,
+    bert_vocabulary,
+    openmoji_captions,
+    openmoji_data,
+    openmoji_loader,
+    rows_of_a_rank,
+    shard_loader,
+)
+
+
+def build(config: TrainAlbef, ranks: Ranks) -> tuple[AlbefTask, Any]:
+    """The task and the training loader."""
+    rows = rows_of_a_rank(config.batch_size, ranks)
+    if config.model not in albef.CONFIGS:
+        raise ValueError(f"model: expected one of {sorted(albef.CONFIGS)}, got {config.model!r}")
+    size = albef.CONFIGS[config.model].image_size
+    make = _openmoji if config.data == "openmoji" else _shards
+    tokenizer, loader, held_out = make(config, size, ranks, rows)
+    model = albef.create(config.model, vocab_size=tokenizer.vocab_size, queue_ids=config.match_ids)
+    _start(model, config)
+    task = AlbefTask(
+        model,
+        tokenizer,
+        ranks,
+        held_out=held_out,
+        chunk_size=config.chunk_size,
+        alpha=config.alpha,
+        alpha_steps=max(1, round(config.alpha_epochs * len(loader))),
+        candidates=config.candidates,
+        reference=config.reference,
+    )
+    return task, loader
+
+
+def _start(model: albef.Albef, config: TrainAlbef) -> None:
+    from fastvlp.models.checkpoints import albef as checkpoints
+
+    if config.vision_weights is not None:
+        checkpoints.load_vit(model, config.vision_weights)
+    if config.text_weights is not None:
+        checkpoints.load_bert(model, config.text_weights)
+
+
+def _openmoji(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
+    data = openmoji_data(size, ranks, config.progress)
+    source = bert_vocabulary(config.tokenizer, openmoji_captions(data), clean_albef)
+    tokenizer = albef_tokenizer(source)
+    masking = MaskingTokenizer(tokenizer, rate=config.mask_rate)
+    loader = openmoji_loader(data, "train", rows, masking, ranks, training=True, seed=config.seed)
+    held_out = {
+        split: openmoji_loader(data, split, rows, tokenizer.padded, ranks, training=False)
+        for split in HELD_OUT
+    }
+    return tokenizer, loader, held_out
+
+
+def _shards(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
+    tokenizer = albef_tokenizer(config.tokenizer)
+    masking = MaskingTokenizer(tokenizer, rate=config.mask_rate)
+    sizes = {"size": size}
+    loader = shard_loader(config.data, "albef_pretrain", sizes, rows, masking, ranks, config.seed)
+    held_out = {}
+    if config.eval_data is not None:
+        held_out["eval"] = shard_loader(
+            config.eval_data, "albef_eval", sizes, rows, tokenizer.padded, ranks
+        )
+    return tokenizer, loader, held_out
+
+
+def saved_tokenizer(folder: Path) -> BertTokenizer:
+    """The tokenizer of a trained model."""
+    return albef_tokenizer(folder / "vocab.txt")

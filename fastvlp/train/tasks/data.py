@@ -1,0 +1,110 @@
+"""The data of a run: built-in pictures or shards, each rank's share of them, and vocabularies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvlp.data import openmoji
+from fastvlp.data.openmoji_batches import OpenMojiLoader
+from fastvlp.data.text import train_wordpiece
+from fastvlp.train.parallel import Ranks
+
+HELD_OUT = ("composition", "concept")
+
+
+def rows_of_a_rank(batch_size: int, ranks: Ranks) -> int:
+    """Pairs of a step on each rank.
+
+    Raises:
+        ValueError: the ranks cannot share the batch evenly.
+    """
+    rows, rest = divmod(batch_size, ranks.world_size)
+    if rest:
+        raise ValueError(
+            f"batch_size: expected a multiple of the {ranks.world_size} ranks, got {batch_size}"
+        )
+    return rows
+
+
+def openmoji_data(size: int, ranks: Ranks, progress: bool = True) -> openmoji.OpenMoji:
+    """The built-in pictures, `size` pixels wide; rendered once, by one rank."""
+    if ranks.is_first:
+        openmoji.build(size=size, progress=progress)
+    ranks.barrier()
+    return openmoji.build(size=size, progress=False)
+
+
+def openmoji_captions(data: openmoji.OpenMoji) -> list[str]:
+    """Captions of the built-in pictures for training."""
+    return [sample.members["txt"].decode() for sample in data.samples("train")]
+
+
+def openmoji_loader(
+    data: openmoji.OpenMoji,
+    split: str,
+    rows: int,
+    tokenizer: Callable,
+    ranks: Ranks,
+    **options: Any,
+) -> OpenMojiLoader:
+    """A split of the built-in pictures; `options` are the loader's."""
+    place = {"rank": ranks.rank, "world_size": ranks.world_size, "device": ranks.device}
+    return OpenMojiLoader(data, split, rows, tokenizer, **place, **options)
+
+
+def shard_loader(
+    shards: str,
+    recipe: str,
+    sizes: dict[str, int],
+    rows: int,
+    tokenizer: Callable,
+    ranks: Ranks,
+    seed: int = 0,
+):
+    """Shards by `fastvlp.data.loader.Loader`; `sizes` are parameters of the recipe."""
+    from fastvlp.data import recipes
+    from fastvlp.data.loader import Loader
+
+    return Loader(
+        shards,
+        recipes.recipe(recipe, **sizes),
+        rows,
+        tokenizer,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=seed,
+        device=ranks.device,
+    )
+
+
+def bert_vocabulary(
+    path: Path | None, captions: Sequence[str], clean: Callable[[str], str] | None = None
+) -> Path | list[str] | None:
+    """What a BertTokenizer is made from: the file given, else what the captions teach, else None,
+    BERT's own vocabulary."""
+    if path is not None or not captions:
+        return path
+    return train_wordpiece(captions, clean=clean).entries
+
+
+def split_pairs(batch: Any, rows: int) -> Iterator[tuple[Any, float]]:
+    """Parts of a batch of masked pairs, each with its share of the pairs."""
+    total = len(batch)
+    for start in range(0, total, rows):
+        part = _Pairs(batch, slice(start, min(total, start + rows)))
+        yield part, len(part) / total
+
+
+class _Pairs:
+    """Some rows of a loader's batch."""
+
+    def __init__(self, batch: Any, rows: slice) -> None:
+        self.images, self.ids, self.index = batch.images[rows], batch.ids[rows], batch.index[rows]
+        self.captions = batch.captions[rows]
+        self.pixel_mask = None if batch.pixel_mask is None else batch.pixel_mask[rows]
+        self.tokens = batch.tokens[rows]
+
+    def __len__(self) -> int:
+        return len(self.captions)

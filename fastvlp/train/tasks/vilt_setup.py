@@ -1,0 +1,86 @@
+"""From ViLT's settings to its task and its data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastvlp.data.masking import MaskingTokenizer
+from fastvlp.data.text import BertTokenizer, vilt_tokenizer
+from fastvlp.models import vilt
+from fastvlp.train.config import TrainVilt
+from fastvlp.train.parallel import Ranks
+from fastvlp.train.tasks.data import (
+    HELD_OUT,
+    bert_vocabulary,
+    openmoji_captions,
+    openmoji_data,
+    openmoji_loader,
+    rows_of_a_rank,
+    shard_loader,
+)
+from fastvlp.train.tasks.vilt import PretrainingVilt, ViltTask
+
+
+def build(config: TrainVilt, ranks: Ranks) -> tuple[ViltTask, Any]:
+    """The task and the training loader."""
+    rows = rows_of_a_rank(config.batch_size, ranks)
+    if config.model not in vilt.CONFIGS:
+        raise ValueError(f"model: expected one of {sorted(vilt.CONFIGS)}, got {config.model!r}")
+    sizes = vilt.CONFIGS[config.model]
+    make = _openmoji if config.data == "openmoji" else _shards
+    tokenizer, loader, held_out = make(config, sizes, ranks, rows)
+    model = PretrainingVilt(dataclasses.replace(sizes, vocab_size=tokenizer.vocab_size))
+    task = ViltTask(
+        model,
+        tokenizer,
+        ranks,
+        held_out=held_out,
+        chunk_size=config.chunk_size,
+        reference=config.reference,
+    )
+    return task, loader
+
+
+def _openmoji(config: TrainVilt, sizes: vilt.ViltConfig, ranks: Ranks, rows: int):
+    data = openmoji_data(sizes.image_size, ranks, config.progress)
+    source = bert_vocabulary(config.tokenizer, openmoji_captions(data))
+    tokenizer = vilt_tokenizer(source, padding="longest", context_length=sizes.context_length)
+    # Of captions as short as these the published budget, of the padded row, would mask everything.
+    masking = MaskingTokenizer(tokenizer, rate=config.mask_rate, whole_word=True)
+    loader = openmoji_loader(data, "train", rows, masking, ranks, training=True, seed=config.seed)
+    held_out = {
+        split: openmoji_loader(data, split, rows, tokenizer.padded, ranks, training=False)
+        for split in HELD_OUT
+    }
+    return tokenizer, loader, held_out
+
+
+def _shards(config: TrainVilt, sizes: vilt.ViltConfig, ranks: Ranks, rows: int):
+    tokenizer = vilt_tokenizer(config.tokenizer, context_length=sizes.context_length)
+    masking = MaskingTokenizer(tokenizer, rate=config.mask_rate, whole_word=True, budget="padded")
+    recipe = recipe_sizes(sizes)
+    loader = shard_loader(config.data, "vilt_train", recipe, rows, masking, ranks, config.seed)
+    held_out = {}
+    if config.eval_data is not None:
+        held_out["eval"] = shard_loader(
+            config.eval_data, "vilt_eval", recipe, rows, tokenizer.padded, ranks
+        )
+    return tokenizer, loader, held_out
+
+
+def recipe_sizes(sizes: vilt.ViltConfig) -> dict[str, int]:
+    """Parameters of ViLT's image transforms: a side is at most 1333 / 800 of the other."""
+    shorter = sizes.image_size
+    return {
+        "shorter": shorter,
+        "longer": int(1333 / 800 * shorter),
+        "multiple": sizes.patch_size,
+    }
+
+
+def saved_tokenizer(folder, sizes: vilt.ViltConfig) -> BertTokenizer:
+    """The tokenizer of a trained model."""
+    return vilt_tokenizer(
+        folder / "vocab.txt", padding="longest", context_length=sizes.context_length
+    )

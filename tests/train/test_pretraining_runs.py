@@ -1,0 +1,248 @@
+"""ViLT and ALBEF in the engine: what a run leaves, and how twin, chunks and scores count."""
+
+from functools import partial
+
+import gloo_ranks
+import pytest
+import torch
+from tiny_pretraining import ALBEF, TOKENIZER, VILT, build, fit, settings
+from tiny_run import weights
+
+from fastvlp.models import base
+from fastvlp.train import parallel, run
+from fastvlp.train.config import ALBEF_PAPER, VILT_PAPER, TrainAlbef, TrainVilt, from_mapping
+from fastvlp.train.logging import read_log
+from fastvlp.train.tasks import albef_retrieval, vilt
+from fastvlp.train.tasks.data import split_pairs
+
+SYSTEMS = ("vilt", "albef")
+
+
+def ready(system, **changes):
+    with parallel.ranks("cpu") as ranks:
+        return build(settings(None, system, **changes), ranks)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_run_leaves_a_model_that_loads(tmp_path, system):
+    scores, task = fit(tmp_path, system)
+    model = base.load(tmp_path / "model")
+    assert model.kind == system
+    assert (tmp_path / "vocab.txt").read_text().split("\n")[:-1] == TOKENIZER.entries
+    trained = task.model.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+    rows = [row for row in read_log(tmp_path) if "loss" in row]
+    parts = [name for name in rows[0] if name.endswith("_loss")]
+    assert len(parts) == 3
+    for row in rows:
+        assert row["loss"] == pytest.approx(sum(row[name] for name in parts), rel=1e-5)
+    assert all(0 <= value <= 1 for value in scores.values())
+    if system == "vilt":
+        assert len(scores) == 3
+    else:
+        assert len(scores) == 12
+        assert model.momentum is None
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_resuming_gives_the_weights_of_one_run(tmp_path, system):
+    fit(tmp_path / "whole", system)
+    config = settings(tmp_path / "two", system)
+    with parallel.ranks("cpu") as ranks:
+        task, loader = build(config, ranks)
+        taken, after = 0, task.after_step
+
+        def stop():
+            nonlocal taken
+            taken += 1
+            if taken == 6:
+                raise KeyboardInterrupt
+            after()
+
+        task.after_step = stop
+        with pytest.raises(KeyboardInterrupt):
+            run.fit(config, task, loader, ranks)
+    fit(tmp_path / "two", system)
+    whole, ours = weights(tmp_path / "whole"), weights(tmp_path / "two")
+    assert [name for name in whole if not torch.equal(whole[name], ours[name])] == []
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_kernels_and_plain_pytorch_have_one_curve(tmp_path, system, monkeypatch):
+    # Dropout draws in another order where texts are padded.
+    from dataclasses import replace
+
+    import tiny_pretraining
+
+    monkeypatch.setattr(tiny_pretraining, "VILT", replace(VILT, dropout=0.0))
+    monkeypatch.setattr(
+        tiny_pretraining, "ALBEF", replace(ALBEF, dropout=0.0, attention_dropout=0.0)
+    )
+    curves = []
+    for reference in (False, True):
+        folder = tmp_path / str(reference)
+        fit(folder, system, reference=reference, steps=6)
+        curves.append([row["loss"] for row in read_log(folder) if "loss" in row])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def every_system(rank, folder):
+    return {system: fit(folder / system, system)[0] for system in SYSTEMS}
+
+
+def test_two_ranks_share_scores_and_queues_and_one_goes_on_from_there(tmp_path):
+    found = gloo_ranks.run(2, every_system, tmp_path, limit=120)
+    assert isinstance(found[0], dict) and found[0] == found[1], found
+    for system in SYSTEMS:
+        _, task = fit(tmp_path / system, system, steps=9)
+        assert len(read_log(tmp_path / system)) == 11  # nine steps, two evaluations
+    assert task.twin.num_updates == 9
+    assert int(task.model.queue.position) == 9 * 8 % ALBEF.queue_size
+
+
+def test_the_twin_moves_in_the_optimiser_as_the_paper_has_it():
+    task, loader = ready("albef")
+    other, _ = ready("albef")
+    from fastvlp.optim import AdamWEma
+
+    def parameters(model):
+        return [p for p in model.parameters() if p.requires_grad]
+
+    fused = AdamWEma(parameters(task.model), lr=1e-2, ema=task.twin)
+    apart = AdamWEma(parameters(other.model), lr=1e-2)
+    for batch in [batch for batch in loader][:3]:
+        for each, optimizer in ((task, fused), (other, apart)):
+            torch.manual_seed(0)
+            if each is other:
+                # The paper moves the twin in the step's forward pass; the first move is none.
+                text = batch.tokens
+                moved = each.model.momentum.num_updates
+                alpha = each.alpha * min(1.0, moved / each.alpha_steps)
+                each.model(
+                    batch.images, text.ids, text.mask, text.masked_ids, text.labels, alpha,
+                    ids=batch.ids,
+                ).total.backward()  # fmt: skip
+            else:
+                each.backward(each.model, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    for ours, theirs in zip(task.model.parameters(), other.model.parameters(), strict=True):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_alpha_rises_with_the_steps_that_were_taken():
+    task, _ = ready("albef")
+    seen = []
+    for _ in range(7):
+        seen.append(task.present_alpha())
+        task.twin.num_updates += 1
+    assert seen == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4, 0.4])
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_chunks_cover_the_batch(system):
+    task, loader = ready(system)
+    batch = next(iter(loader))
+    parts = list(split_pairs(batch, 3))
+    assert [len(part) for part, _ in parts] == [3, 3, 2]
+    assert sum(weight for _, weight in parts) == pytest.approx(1)
+    assert torch.equal(torch.cat([part.tokens.labels for part, _ in parts]), batch.tokens.labels)
+    assert torch.equal(torch.cat([part.images for part, _ in parts]), batch.images)
+    task.chunk_size = 3
+    losses = task.backward(task.model, batch)
+    assert losses["loss"].isfinite()
+    if system == "albef":
+        assert int(task.model.queue.position) == len(batch)
+
+
+def test_wrong_pictures_are_of_other_ids():
+    ids = torch.tensor([0, 0, 1, 2])
+    for seed in range(20):
+        partner = vilt.partners(ids, torch.Generator().manual_seed(seed))
+        assert (ids[partner] != ids).all()
+    assert vilt.partners(torch.tensor([3, 3])).tolist() == [-1, -1]
+    assert vilt.partners(torch.tensor([3])).tolist() == [-1]
+
+
+def test_matching_accuracy_counts_both_kinds():
+    task, _ = ready("vilt")
+    model, loader = task.model.eval(), task.held_out["held_out"]
+    for bias, expected in (((0.0, 50.0), (0.5, 1.0, 0.0)), ((50.0, 0.0), (0.5, 0.0, 1.0))):
+        with torch.no_grad():
+            model.itm_score["fc"].bias.copy_(torch.tensor(bias))
+        found = vilt.matching_accuracy(model, loader, task.ranks)
+        assert tuple(found.values()) == expected
+
+
+def test_reranking_ranks_by_the_matching_head():
+    task, _ = ready("albef")
+    model, loader = task.model.eval(), task.held_out["held_out"]
+    found = albef_retrieval.retrieval_scores(model, TOKENIZER, loader, 40, task.ranks)
+    # By definition: every caption with every picture, fused in the padded form.
+    pairs = loader.samples
+    images = loader._images.float() / 127.5 - 1
+    text = TOKENIZER.padded(loader.captions)
+    student = model.student
+    with torch.no_grad():
+        tokens = student.encode_padded(text.ids, text.mask)
+        pictures = student.encode_image(images)
+        table = torch.stack(
+            [
+                model.itm_head(
+                    student.fuse_padded(tokens, text.mask, one.expand(pairs, -1, -1))[:, 0]
+                )[:, 1]
+                for one in pictures
+            ],
+            1,
+        )
+    own = torch.eye(pairs, dtype=torch.bool)
+    for way, scores in (("text_to_image", table), ("image_to_text", table.T)):
+        for name, value in albef_retrieval.recalls(scores, own).items():
+            assert found[f"reranked/{way}/{name}"] == value
+    few = albef_retrieval.retrieval_scores(model, TOKENIZER, loader, 1, task.ranks)
+    assert few["reranked/text_to_image/R@1"] >= few["text_to_image/R@1"]
+
+
+def test_recalls_count_ties_against_the_model():
+    scores = torch.tensor([[1.0, 1.0, 0.0], [0.0, 2.0, 1.0]])
+    right = torch.tensor([[True, False, False], [False, True, True]])
+    assert albef_retrieval.recalls(scores, right, ks=(1, 2)) == {"R@1": 0.5, "R@2": 1.0}
+
+
+def test_decay_is_as_published():
+    task, _ = ready("albef")
+    named = dict(task.model.named_parameters())
+    assert task.decays("temp", named["temp"])
+    assert task.decays("", named["student.visual_encoder.cls_token"])
+    assert not task.decays("", named["student.visual_encoder.norm.weight"])
+
+
+def test_papers_settings_and_what_is_refused():
+    found = from_mapping(TrainAlbef, ALBEF_PAPER, "paper")
+    assert (found.batch_size, found.weight_decay, found.match_ids) == (512, 0.02, False)
+    found = from_mapping(TrainVilt, VILT_PAPER, "paper")
+    assert (found.batch_size, found.betas, found.warmup) == (4096, (0.9, 0.98), 10_000)
+    for name, value in {"ema": 0.9, "parallel": "fsdp", "alpha": 2.0}.items():
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            TrainAlbef(**{name: value})
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_commands_train_and_evaluate_on_openmoji(tmp_path, monkeypatch, system):
+    from fastvlp.commands import evaluate
+    from fastvlp.commands import train as command
+    from fastvlp.data import openmoji
+
+    monkeypatch.setattr(openmoji, "build", partial(openmoji.build, limit=24))
+    options = ["--steps", "1", "--batch-size", "8", "--precision", "float32", "--no-progress"]
+    scores = command.parse([system, "--run", str(tmp_path), *options]).run()
+    if system == "vilt":
+        found = evaluate.parse(["matching", str(tmp_path), "--batch-size", "8"]).run()
+        assert found["matching/accuracy"] == scores["composition/matching/accuracy"]
+        with pytest.raises(ValueError, match="run: expected a model of clip or albef, got one of"):
+            evaluate.parse(["retrieval", str(tmp_path)]).run()
+    else:
+        found = evaluate.parse(["retrieval", str(tmp_path)]).run()
+        for name in ("text_to_image R@10", "reranked image_to_text R@1"):
+            assert found[name] == pytest.approx(scores[f"composition/{name.replace(' ', '/')}"])
