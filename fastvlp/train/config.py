@@ -152,7 +152,7 @@ class TrainClip(TrainConfig):
 class TrainVilt(TrainConfig):
     """ViLT on the built-in OpenMoji pictures: a quarter of an hour on two processor cores."""
 
-    run: Path = Path("runs/vilt")
+    folder: Path = Path("runs/vilt")
     model: str = "mini"
     epochs: float | None = 40.0
     batch_size: int = 64
@@ -169,7 +169,7 @@ class TrainVilt(TrainConfig):
 class TrainAlbef(TrainConfig):
     """ALBEF on the built-in OpenMoji pictures: a quarter of an hour on two processor cores."""
 
-    run: Path = Path("runs/albef")
+    folder: Path = Path("runs/albef")
     model: str = "mini"
     epochs: float | None = 25.0
     batch_size: int = 64

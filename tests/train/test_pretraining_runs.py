@@ -236,7 +236,7 @@ def test_commands_train_and_evaluate_on_openmoji(tmp_path, monkeypatch, system):
 
     monkeypatch.setattr(openmoji, "build", partial(openmoji.build, limit=24))
     options = ["--steps", "1", "--batch-size", "8", "--precision", "float32", "--no-progress"]
-    scores = command.parse([system, "--run", str(tmp_path), *options]).run()
+    scores = command.parse([system, "--folder", str(tmp_path), *options]).run()
     if system == "vilt":
         found = evaluate.parse(["matching", str(tmp_path), "--batch-size", "8"]).run()
         assert found["matching/accuracy"] == scores["composition/matching/accuracy"]

@@ -26,7 +26,7 @@ ALBEF = albef.AlbefConfig(
 
 def settings(folder, system, **changes):
     values = {
-        "run": folder, "steps": 8, "batch_size": 8, "warmup": 2, "lr": 1e-3, "save_every": 2,
+        "folder": folder, "steps": 8, "batch_size": 8, "warmup": 2, "lr": 1e-3, "save_every": 2,
         "log_every": 1, "progress": False, "precision": "float32", "device": "cpu",
         "mask_rate": 0.5,
     }  # fmt: skip
