@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from tiny_run import settings
 
-from fastvlp.commands.train import parse
-from fastvlp.train.config import PRESETS, TrainClip, TrainConfig, from_mapping, read_yaml, to_yaml
+from fastvlp.commands.train import SYSTEMS, parse
+from fastvlp.train.config import PRESETS, TrainClip, from_mapping, read_yaml, to_yaml
 
 
 def test_a_saved_configuration_reads_back(tmp_path):
@@ -44,8 +44,7 @@ def test_wrong_settings_are_named(values, message):
 def test_every_preset_is_made_of_settings():
     for system, presets in PRESETS.items():
         for name, values in presets.items():
-            base = TrainClip if system == "clip" else TrainConfig
-            made = from_mapping(base, values, f"{system} {name}")
+            made = from_mapping(SYSTEMS[system], values, f"{system} {name}")
             assert all(getattr(made, k) == v for k, v in values.items())
 
 
