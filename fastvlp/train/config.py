@@ -155,14 +155,16 @@ class TrainVilt(TrainConfig):
     folder: Path = Path("runs/vilt")
     model: str = "mini"
     epochs: float | None = 40.0
-    batch_size: int = 64
-    lr: float = 5e-4
+    batch_size: int = 32
+    lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)
     schedule: Kind = "linear"
     warmup: int = 100
 
-    mask_rate: float = 0.15
-    """Share of a caption's tokens to mask, in whole words."""
+    mask_rate: float = 0.4
+    """Share of a caption's tokens to mask, in whole words; 0.15 in the paper. Captions of few words
+    tell little about the masked one, so that the picture has to be looked at, which matching, from
+    scratch and from few pairs, learns from."""
 
 
 @dataclass
@@ -172,8 +174,8 @@ class TrainAlbef(TrainConfig):
     folder: Path = Path("runs/albef")
     model: str = "mini"
     epochs: float | None = 25.0
-    batch_size: int = 64
-    lr: float = 5e-4
+    batch_size: int = 32
+    lr: float = 1e-3
     weight_decay: float = 0.02
     schedule: Kind = "staircase"
     warmup: int = 100
@@ -192,6 +194,12 @@ class TrainAlbef(TrainConfig):
     match_ids: bool = True
     """Pairs of equal id match one another, in the batch and in the queue, where a small data set
     comes by again before the queue has forgotten it."""
+
+    queue_size: int | None = None
+    """Pairs in the queue. By default the size of the model says."""
+
+    momentum: float | None = None
+    """Of the twin, for each step. By default the size of the model says."""
 
     candidates: int = 32
     """What the contrastive features choose for re-ranking, for each caption and each picture."""
@@ -232,6 +240,7 @@ VILT_PAPER: dict[str, Any] = {
     "weight_decay": 0.01,
     "schedule": "linear",
     "warmup": 10_000,
+    "mask_rate": 0.15,
 }
 # Of Li et al. 2021, section 3.5, and their released configuration.
 ALBEF_PAPER: dict[str, Any] = {

@@ -8,11 +8,12 @@ import torch
 from tiny_pretraining import ALBEF, TOKENIZER, VILT, build, fit, settings
 from tiny_run import weights
 
-from fastvlp.models import base
+from fastvlp.models import albef, base
 from fastvlp.train import parallel, run
 from fastvlp.train.config import ALBEF_PAPER, VILT_PAPER, TrainAlbef, TrainVilt, from_mapping
 from fastvlp.train.logging import read_log
 from fastvlp.train.tasks import albef_retrieval, vilt
+from fastvlp.train.tasks.albef_setup import start_from_files
 from fastvlp.train.tasks.data import split_pairs
 
 SYSTEMS = ("vilt", "albef")
@@ -208,6 +209,22 @@ def test_recalls_count_ties_against_the_model():
     scores = torch.tensor([[1.0, 1.0, 0.0], [0.0, 2.0, 1.0]])
     right = torch.tensor([[True, False, False], [False, True, True]])
     assert albef_retrieval.recalls(scores, right, ks=(1, 2)) == {"R@1": 0.5, "R@2": 1.0}
+
+
+def test_towers_start_from_given_files(tmp_path):
+    donor, model = albef.Albef(ALBEF), albef.Albef(ALBEF)
+    for name in ("visual_encoder", "text_encoder"):
+        torch.save(getattr(donor.student, name).state_dict(), tmp_path / f"{name}.pt")
+    config = settings(
+        None,
+        "albef",
+        vision_weights=tmp_path / "visual_encoder.pt",
+        text_weights=tmp_path / "text_encoder.pt",
+    )
+    start_from_files(model, config)
+    for name, value in model.momentum.module.state_dict().items():
+        wanted = donor if "_encoder." in name else model
+        assert torch.equal(value, wanted.student.state_dict()[name]), name
 
 
 def test_decay_is_as_published():

@@ -31,8 +31,14 @@ def build(config: TrainAlbef, ranks: Ranks) -> tuple[AlbefTask, Any]:
     size = albef.CONFIGS[config.model].image_size
     make = _openmoji if config.data == "openmoji" else _shards
     tokenizer, loader, held_out = make(config, size, ranks, rows)
-    model = albef.create(config.model, vocab_size=tokenizer.vocab_size, queue_ids=config.match_ids)
-    _start(model, config)
+    sizes = {"queue_size": config.queue_size, "momentum": config.momentum}
+    model = albef.create(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        queue_ids=config.match_ids,
+        **{name: value for name, value in sizes.items() if value is not None},
+    )
+    start_from_files(model, config)
     task = AlbefTask(
         model,
         tokenizer,
@@ -47,7 +53,8 @@ def build(config: TrainAlbef, ranks: Ranks) -> tuple[AlbefTask, Any]:
     return task, loader
 
 
-def _start(model: albef.Albef, config: TrainAlbef) -> None:
+def start_from_files(model: albef.Albef, config: TrainAlbef) -> None:
+    """Give the model, and its twin, the pretrained towers that the settings name."""
     from fastvlp.models.checkpoints import albef as checkpoints
 
     if config.vision_weights is not None:
