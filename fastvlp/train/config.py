@@ -150,7 +150,7 @@ class TrainClip(TrainConfig):
 
 @dataclass
 class TrainVilt(TrainConfig):
-    """ViLT on the built-in OpenMoji pictures: a quarter of an hour on two processor cores."""
+    """ViLT on the built-in OpenMoji pictures."""
 
     folder: Path = Path("runs/vilt")
     model: str = "mini"
@@ -162,14 +162,12 @@ class TrainVilt(TrainConfig):
     warmup: int = 100
 
     mask_rate: float = 0.4
-    """Share of a caption's tokens to mask, in whole words; 0.15 in the paper. Captions of few words
-    tell little about the masked one, so that the picture has to be looked at, which matching, from
-    scratch and from few pairs, learns from."""
+    """Share of a caption's tokens to mask, in whole words; 0.15 in the paper, for longer captions."""
 
 
 @dataclass
 class TrainAlbef(TrainConfig):
-    """ALBEF on the built-in OpenMoji pictures: a quarter of an hour on two processor cores."""
+    """ALBEF on the built-in OpenMoji pictures."""
 
     folder: Path = Path("runs/albef")
     model: str = "mini"
