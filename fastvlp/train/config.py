@@ -162,7 +162,7 @@ class TrainVilt(TrainConfig):
     warmup: int = 100
 
     mask_rate: float = 0.4
-    """Share of a caption's tokens to mask, in whole words; 0.15 in the paper, for longer captions."""
+    """Share of a caption's tokens to mask, in whole words; 0.15 in the paper."""
 
 
 @dataclass
