@@ -18,6 +18,9 @@ class AlbefConfig:
         vocab_size, text_positions: tokens, and the longest text.
         embed_dim: width of the contrastive features.
         dropout, attention_dropout: of text and fusion; the image transformer has none.
+        init_by_width: draw the layers' weights from N(0, 1 / inputs) rather than BERT's and timm's
+            N(0, 0.02²), which suits widths of about 768 and pretrained weights. Narrow models that
+            train from scratch hardly tell two texts apart with 0.02.
         temperature: the contrastive temperature to start from; it is learned.
         pretraining: keep the momentum twin and the queues. Without them the model encodes, fuses
             and classifies, which is what fine-tuning and evaluation want.
@@ -44,6 +47,7 @@ class AlbefConfig:
     embed_dim: int = 256
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    init_by_width: bool = False
     temperature: float = 0.07
     pretraining: bool = True
     queue_size: int = 65536
@@ -73,9 +77,10 @@ CONFIGS: dict[str, AlbefConfig] = {
     "base-384": AlbefConfig(image_size=384),
     "small": AlbefConfig(vision_width=384, vision_heads=6, text_width=384, text_heads=6),
     "mini": AlbefConfig(
-        image_size=64, vision_width=192, vision_layers=6, vision_heads=3, text_width=192,
-        text_heads=3, text_layers=2, fusion_layers=2, vocab_size=4096, text_positions=25,
-        embed_dim=128, dropout=0.0, attention_dropout=0.0, queue_size=2048,
+        image_size=64, patch_size=8, vision_width=192, vision_layers=6, vision_heads=3,
+        text_width=192, text_heads=3, text_layers=2, fusion_layers=2, vocab_size=4096,
+        text_positions=25, embed_dim=128, dropout=0.0, attention_dropout=0.0, init_by_width=True,
+        queue_size=1024, momentum=0.99,
     ),
     "tiny": AlbefConfig(
         image_size=64, vision_width=64, vision_layers=2, vision_heads=2, text_width=64,

@@ -83,6 +83,9 @@ class Towers(nn.Module):
         self.text_encoder = TextEncoder(config)
         self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
         self.text_proj = nn.Linear(config.text_width, config.embed_dim)
+        if config.init_by_width:
+            for layers in (self.visual_encoder.blocks, self.text_encoder.bert["encoder"]):
+                _init_by_width(layers)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """[n, 3, image_size, image_size] → [n, 1 + patches, vision_width]"""
@@ -139,6 +142,15 @@ class Towers(nn.Module):
     def text_features(self, first: Tensor) -> Tensor:
         """Each text's first token before fusion, [n, text_width] → unit rows [n, embed_dim]."""
         return _unit_rows(self.text_proj(first))
+
+
+def _init_by_width(layers: nn.Module) -> None:
+    for layer in layers.modules():
+        if isinstance(layer, nn.Linear):
+            # What narrows is added to the residual stream, which is not to grow with depth.
+            narrows = layer.in_features > layer.out_features
+            std = layer.in_features**-0.5 * (0.7 if narrows else 1.0)
+            nn.init.normal_(layer.weight, std=std)
 
 
 def _unit_rows(features: Tensor) -> Tensor:

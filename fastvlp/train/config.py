@@ -172,7 +172,7 @@ class TrainAlbef(TrainConfig):
     folder: Path = Path("runs/albef")
     model: str = "mini"
     epochs: float | None = 25.0
-    batch_size: int = 32
+    batch_size: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.02
     schedule: Kind = "staircase"
