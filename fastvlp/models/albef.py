@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlp.ema import EmaModel
 from fastvlp.feature_queue import FeatureQueue
 from fastvlp.models import albef_reference, base
 from fastvlp.models.albef_config import CONFIGS as CONFIGS
 from fastvlp.models.albef_config import AlbefConfig
 from fastvlp.models.albef_encoder import Towers
 from fastvlp.models.albef_inputs import Batch, Matches, Teacher, prepare
+from fastvlp.models.albef_twin import WithTwin
 from fastvlp.models.base import save as save
 from fastvlp.ops import momentum_contrastive, soft_cross_entropy
 from fastvlp.ops.packing import PairLayout
@@ -46,7 +46,7 @@ class Losses(NamedTuple):
     mlm: Tensor
 
 
-class Albef(base.Model):
+class Albef(WithTwin):
     """The model, its momentum twin and its queues.
 
     Attributes:
@@ -61,47 +61,18 @@ class Albef(base.Model):
     kind = "albef"
 
     def __init__(self, config: AlbefConfig) -> None:
-        super().__init__(config)
-        self.student = Towers(config)
+        super().__init__(config, Towers(config), twin=False)
         self.itm_head = nn.Linear(config.text_width, 2)
         self.temp = nn.Parameter(torch.tensor(config.temperature))
-        self.momentum = self.queue = None
+        self.queue = None
         if config.pretraining:
-            copy = config.momentum_copy
-            self.momentum = EmaModel(
-                self.student, config.momentum, copy_dtype=copy and getattr(torch, copy)
-            )
+            # After the heads: the order of parameters is that of optimiser states.
+            self._add_twin()
             self.queue = FeatureQueue(
                 config.queue_size, config.embed_dim, fill="random", with_ids=config.queue_ids
             )
         # The twin has moved to the present weights in a step that failed after it.
         self._moved = False
-
-    @property
-    def teacher(self) -> Towers:
-        """The module that computes for the momentum twin: its low-precision copy if it has one."""
-        return self.momentum.module if self.momentum.copy is None else self.momentum.copy
-
-    def train(self, mode: bool = True) -> Albef:
-        super().train(mode)
-        if self.momentum is not None and not self.config.teacher_dropout:
-            self.momentum.eval()
-        return self
-
-    @torch.no_grad()
-    def reset_momentum(self) -> None:
-        """The twin takes the present weights, as at the start of training."""
-        for ours, theirs in zip(
-            self.momentum.module.state_dict().values(),
-            self.student.state_dict().values(),
-            strict=True,
-        ):
-            ours.copy_(theirs)
-        self.refresh_copy()
-
-    def refresh_copy(self) -> None:
-        """The twin's low-precision copy takes the twin's values, after they were set by hand."""
-        self.momentum.load_state_dict(self.momentum.state_dict())
 
     def forward(self, *args, **kwargs) -> Losses:
         """`pretraining_loss`, so that a wrapper such as DistributedDataParallel can call it."""

@@ -24,10 +24,13 @@ class WithTwin(base.Model):
         self.student = student
         self.momentum = None
         if twin:
-            copy = config.momentum_copy
-            self.momentum = EmaModel(
-                student, config.momentum, copy_dtype=copy and getattr(torch, copy)
-            )
+            self._add_twin()
+
+    def _add_twin(self) -> None:
+        copy = self.config.momentum_copy
+        self.momentum = EmaModel(
+            self.student, self.config.momentum, copy_dtype=copy and getattr(torch, copy)
+        )
 
     def forward(self, *args, **kwargs):
         """`loss`, so that a wrapper such as DistributedDataParallel can call it."""
