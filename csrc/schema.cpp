@@ -143,4 +143,11 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   m.def(
       "transform_images(Tensor[] images, Tensor plans, Tensor operations, Tensor table, "
       "bool may_start_down, Tensor(a!) out) -> ()");
+  // a [m, k] b [k, n] + bias [n], contiguous; float32 matrices with unit stride along one dim.
+  m.def("matmul(Tensor a, Tensor b, Tensor? bias) -> Tensor");
+  // out [m, n] = alpha a b, added to what out holds where accumulating; unit stride along n.
+  m.def(
+      "add_matmul(Tensor a, Tensor b, float alpha, bool accumulate, Tensor(a!) out) -> ()");
+  // Whether the CPU's instruction set in use has these two.
+  m.def("matmul_available() -> bool");
 }

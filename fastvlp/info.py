@@ -54,7 +54,8 @@ def _build() -> list[str]:
 def _backends() -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     features, heads = torch.zeros(2, 8, device=device), torch.zeros(2, 1, 8, device=device)
-    examples = {"cross_attention": (heads, heads, heads)}
+    square = torch.zeros(256, 256, device=device)
+    examples = {"cross_attention": (heads, heads, heads), "matmul": (square, square)}
     return [f"backends for float32 tensors on {device}:"] + [
         str(explain(op, *examples.get(op, (features, features)))) for op in operators()
     ]

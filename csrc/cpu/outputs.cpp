@@ -31,10 +31,16 @@ void give_back(void* data, void* context) {
 }  // namespace
 
 Tensor empty_output(const Tensor& t) {
-  std::vector<int64_t> sizes(t.dim()), strides(t.dim());
+  std::vector<int64_t> sizes(t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) sizes[i] = t.size(i);
+  return empty_output(t, sizes);
+}
+
+Tensor empty_output(const Tensor& t, const std::vector<int64_t>& sizes) {
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  std::vector<int64_t> strides(sizes.size());
   int64_t elements = 1;
-  for (int64_t i = t.dim() - 1; i >= 0; --i) {
-    sizes[i] = t.size(i);
+  for (int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = elements;
     elements *= sizes[i];
   }
@@ -50,7 +56,7 @@ Tensor empty_output(const Tensor& t) {
   AtenTensorHandle handle;
   auto* context = new BufferDeleter(buffer.get_deleter());
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      buffer.get(), t.dim(), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(),
+      buffer.get(), dims, sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(),
       -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, context));
   buffer.release();
   return Tensor(handle);

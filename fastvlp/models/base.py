@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlp.nn import Dropout
+from fastvlp.nn import Dropout, Linear
 
 # Module, configuration and model of each kind, by the name in its saved configuration.
 KINDS = {
@@ -58,7 +58,7 @@ class Model(Switched):
         The weights, and up to rounding the results, are the same.
         """
         for module in self.modules():
-            if isinstance(module, Switched | Dropout):
+            if isinstance(module, Switched | Dropout | Linear):
                 module.reference = reference
         return self
 

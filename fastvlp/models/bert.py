@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlp.nn import Dropout, LayerNorm
+from fastvlp.nn import Dropout, LayerNorm, Linear
 from fastvlp.nn.fusion import EPS
 
 
@@ -55,7 +55,7 @@ class MlmHead(nn.Module):
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
         self.transform = nn.ModuleDict(
-            {"dense": nn.Linear(width, width), "LayerNorm": LayerNorm(width, EPS)}
+            {"dense": Linear(width, width), "LayerNorm": LayerNorm(width, EPS)}
         )
         self.decoder = nn.Linear(width, vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(vocab_size))

@@ -23,7 +23,7 @@ from fastvlp.models.base import save as save
 from fastvlp.models.layers import ACTIVATIONS, Transformer
 from fastvlp.models.resnet import ModifiedResNet
 from fastvlp.models.vit import Segments
-from fastvlp.nn import LayerNorm
+from fastvlp.nn import LayerNorm, linear
 from fastvlp.ops.packing import TextLayout
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -183,7 +183,7 @@ class VisionTransformer(Switched):
         size = self.conv1.kernel_size[0]
         patches = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return F.linear(patches, self.conv1.weight.flatten(1))
+        return linear(patches, self.conv1.weight.flatten(1))
 
 
 class Clip(base.Model):

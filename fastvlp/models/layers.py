@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvlp.models.base import Switched, plain_attention
 from fastvlp.models.vit import Segments
-from fastvlp.nn import LayerNorm, Norm, attention, feed_forward
+from fastvlp.nn import LayerNorm, Linear, Norm, attention, feed_forward, linear
 from fastvlp.nn.feed_forward import ACTIVATIONS
 from fastvlp.ops import cross_attention
 
@@ -29,7 +29,7 @@ class SelfAttention(Switched):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -63,7 +63,8 @@ class SelfAttention(Switched):
         """Numbers `first` to `end` of q, k and v: [.., width] → each [.., heads, head_dim]"""
         width = self.out_proj.in_features
         rows = slice(first * width, end * width)
-        out = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        project = F.linear if self.reference else linear
+        out = project(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
         return out.unflatten(-1, (end - first, self.heads, -1)).unbind(-3)
 
 
@@ -72,9 +73,9 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, hidden)
+        self.c_fc = Linear(width, hidden)
         self.activation = activation
-        self.c_proj = nn.Linear(hidden, width)
+        self.c_proj = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., width] → the same shape."""

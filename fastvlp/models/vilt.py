@@ -40,6 +40,7 @@ from fastvlp.models.vilt_packing import (
 )
 from fastvlp.models.vilt_patches import ImageBatch, PatchGrid, position_weights, select
 from fastvlp.models.vit import VisionTransformer
+from fastvlp.nn import Linear, linear
 from fastvlp.ops.packing import TextLayout
 
 
@@ -116,7 +117,7 @@ class Vilt(vilt_heads.Objectives, base.Model):
         self.transformer = VisionTransformer(
             config.image_size, config.patch_size, width, config.layers, config.heads, dropout
         )
-        self.pooler = nn.ModuleDict({"dense": nn.Linear(width, width)})
+        self.pooler = nn.ModuleDict({"dense": Linear(width, width)})
         vilt_heads.initialise(self.token_type_embeddings)
         vilt_heads.initialise(self.pooler)
         with torch.no_grad():
@@ -247,7 +248,8 @@ class Vilt(vilt_heads.Objectives, base.Model):
         if kept is not True:
             patches = patches.masked_fill(~kept, 0)
         patches = patches.to(projection.weight.dtype)
-        patches = F.linear(patches, projection.weight.flatten(1), projection.bias)
+        project = F.linear if self.reference else linear
+        patches = project(patches, projection.weight.flatten(1), projection.bias)
         return (patches + self._positions(grid, image, place, patches)) * kept
 
     def _positions(self, grid: PatchGrid, image: Tensor, place: Tensor, like: Tensor) -> Tensor:

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.models.base import Switched, plain_attention
-from fastvlp.nn import Dropout, LayerNorm, Norm, attention, feed_forward, norm_linear
+from fastvlp.nn import (
+    Dropout,
+    LayerNorm,
+    Linear,
+    Norm,
+    attention,
+    feed_forward,
+    linear,
+    norm_linear,
+)
 from fastvlp.ops import cross_attention
 
 EPS = 1e-6
@@ -31,7 +40,7 @@ class Segments(NamedTuple):
     max_seqlen: int
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Switched):
     """[n, 3, height, width] → [n, rows, columns, width of the model]"""
 
     def __init__(self, patch: int, width: int) -> None:
@@ -43,7 +52,8 @@ class PatchEmbed(nn.Module):
         size = self.proj.kernel_size[0]
         patches = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        project = F.linear if self.reference else linear
+        return project(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(Switched):
@@ -52,8 +62,8 @@ class Attention(Switched):
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.dropout = Dropout(dropout)
 
     def forward(
@@ -82,8 +92,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp.ops.matmul import product
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x · sigmoid(1.702 x), the approximation of GELU in all of OpenAI's CLIP weights."""
@@ -136,10 +138,15 @@ def _norm_backward(gradient, x, gain, shift, mean, rstd):
     return dx.to(x.dtype), dgain.to(gain.dtype), dshift.to(shift.dtype)
 
 
+def _product(x, b, bias=None):
+    """x [.., k] @ b [k, n] + bias"""
+    return product(x.reshape(-1, x.shape[-1]), b, bias).view(*x.shape[:-1], b.shape[1])
+
+
 def _parameter_gradients(gradient, x, wanted):
     """Gradients of F.linear by its weight and bias, those that are wanted."""
     rows = gradient.reshape(-1, gradient.shape[-1])
-    dweight = rows.T @ x.reshape(-1, x.shape[-1]) if wanted[0] else None
+    dweight = product(rows.T, x.reshape(-1, x.shape[-1])) if wanted[0] else None
     return dweight, rows.sum(0) if wanted[1] else None
 
 
@@ -181,7 +188,7 @@ class _NormLinear(torch.autograd.Function):
             y, mean, rstd = _normed(x, gain, shift, eps, weight.dtype)
             ctx.save_for_backward(x, gain, shift, weight, mean, rstd)
             ctx.eps = eps
-            return F.linear(y, weight, bias)
+            return _product(y, weight.T, bias)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -190,7 +197,7 @@ class _NormLinear(torch.autograd.Function):
         def compute(gradient, x, gain, shift, weight, mean, rstd):
             y, _, _ = _normed(x, gain, shift, eps, weight.dtype)
             parameters = _parameter_gradients(gradient, y, wanted[3:5])
-            dnorm = _norm_backward(gradient @ weight, x, gain, shift, mean, rstd)
+            dnorm = _norm_backward(_product(gradient, weight), x, gain, shift, mean, rstd)
             return *dnorm, *parameters
 
         return *_once(compute, gradient, *ctx.saved_tensors), None
@@ -201,10 +208,10 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx, x, gain, shift, weight1, bias1, weight2, bias2, eps, activation):
         with _plain(x):
             y, mean, rstd = _normed(x, gain, shift, eps, weight1.dtype)
-            inner = F.linear(y, weight1, bias1)
+            inner = _product(y, weight1.T, bias1)
             ctx.save_for_backward(x, gain, shift, weight1, weight2, mean, rstd, inner)
             ctx.eps, ctx.activation = eps, activation
-            return F.linear(ACTIVATIONS[activation](inner), weight2, bias2)
+            return _product(ACTIVATIONS[activation](inner), weight2.T, bias2)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -214,10 +221,10 @@ class _FeedForward(torch.autograd.Function):
             activated = ACTIVATIONS[activation](inner)
             outer = _parameter_gradients(gradient, activated, wanted[5:7])
             del activated  # before the next tensor of its size is made
-            dinner = _BACKWARD[activation](gradient @ weight2, inner)
+            dinner = _BACKWARD[activation](_product(gradient, weight2), inner)
             y, _, _ = _normed(x, gain, shift, eps, weight1.dtype)
             first = _parameter_gradients(dinner, y, wanted[3:5])
-            dnorm = _norm_backward(dinner @ weight1, x, gain, shift, mean, rstd)
+            dnorm = _norm_backward(_product(dinner, weight1), x, gain, shift, mean, rstd)
             return *dnorm, *first, *outer
 
         return *_once(compute, gradient, *ctx.saved_tensors), None, None

@@ -33,6 +33,7 @@ from ..ops import cross_attention
 from ..ops.packing import KeptRows
 from .dropout import Dropout
 from .feed_forward import feed_forward
+from .linear import Linear
 from .norm import LayerNorm
 
 EPS = 1e-12
@@ -77,7 +78,7 @@ class _BertParameters(nn.Module):
         self.crossattention = None
         if cross:
             self.crossattention = _Attention(width, image_width or width, dropout)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
+        self.intermediate = nn.ModuleDict({"dense": Linear(width, hidden)})
         self.output = _Output(hidden, width, dropout)
         self.reset_parameters()
 
@@ -256,6 +257,12 @@ class PaddedFusionLayer(_BertParameters):
     What the public implementations do, and what the packed layer is measured against.
     """
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.reference = True
+
     def forward(self, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
         """`padded`, with its arguments."""
         return self.padded(*args, **kwargs)
@@ -301,9 +308,9 @@ class _Attention(nn.Module):
 class _Projections(nn.Module):
     def __init__(self, width: int, key_width: int) -> None:
         super().__init__()
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(key_width, width)
-        self.value = nn.Linear(key_width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(key_width, width)
+        self.value = Linear(key_width, width)
 
 
 class _Output(nn.Module):
@@ -311,7 +318,7 @@ class _Output(nn.Module):
 
     def __init__(self, width: int, out: int, dropout: float) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, out)
+        self.dense = Linear(width, out)
         self.LayerNorm = LayerNorm(out, EPS)
         self.dropout = Dropout(dropout)
 

@@ -7,6 +7,7 @@ from .adamw_ema import adamw_ema, adamw_ema_reference
 from .contrastive import contrastive, contrastive_reference
 from .cross_attention import cross_attention, cross_attention_reference
 from .ema import ema, ema_reference
+from .matmul import matmul, matmul_reference
 from .momentum_contrastive import (
     MomentumContrastive,
     momentum_contrastive,
@@ -43,6 +44,8 @@ __all__ = [
     "ema",
     "ema_reference",
     "last_exceeding",
+    "matmul",
+    "matmul_reference",
     "select_rows",
     "soft_cross_entropy",
     "soft_cross_entropy_reference",

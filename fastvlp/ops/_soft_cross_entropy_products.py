@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .matmul import one_unit_stride, runs_natively
+
 # Rows of the vocabulary in one product, and in one whose weights or result are converted.
 _BLOCK, _CONVERTED_BLOCK = 4096, 2048
 # Rows of hidden states in one bfloat16 product with all of the vocabulary (bench/NOTES.md).
@@ -56,7 +58,7 @@ def logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Non
     hidden = hidden.to(out.dtype)
     step = _BLOCK if weight.dtype == out.dtype else _CONVERTED_BLOCK
     for block in _slices(len(weight), step):
-        torch.mm(hidden, weight[block].to(out.dtype).T, out=out[:, block])
+        _multiply(hidden, weight[block].to(out.dtype).T, out[:, block], 1.0, False)
 
 
 def hidden_gradient(gradient: torch.Tensor, weight: torch.Tensor, factor: Factor) -> torch.Tensor:
@@ -66,6 +68,10 @@ def hidden_gradient(gradient: torch.Tensor, weight: torch.Tensor, factor: Factor
     if weight.dtype != gradient.dtype:
         return _converted_product(gradient, weight).mul_(factor)
     rows = len(gradient)
+    if runs_natively(gradient, weight):
+        out = gradient.new_empty(rows, weight.shape[1])
+        _multiply(gradient, weight, out, factor, False)
+        return out
     # Zeros, not empty: a factor of 0 before the old value does not silence NaN in every product.
     out = gradient.new_zeros(rows, weight.shape[1])
     for part in _slices(rows, _LOW_ROWS if gradient.dtype == torch.bfloat16 else rows):
@@ -99,7 +105,8 @@ def weight_gradient(
     if total.dtype == gradient.dtype:
         if first:  # fresh pages are cheaper to touch in order than in the midst of the product
             total.zero_()
-        return total.addmm_(gradient.T, hidden, beta=0 if first else 1, alpha=factor)
+        _multiply(gradient.T, hidden, total, factor, not first)
+        return total
     for block in _slices(len(total), _CONVERTED_BLOCK // 2):  # memory is at its highest here
         part = hidden.new_zeros(block.stop - block.start, hidden.shape[1])
         part.addmm_(gradient[:, block].T, hidden, beta=0, alpha=factor)
@@ -115,6 +122,17 @@ def bias_gradient(gradient: torch.Tensor, row_weights: torch.Tensor) -> torch.Te
     if not gradient.is_cuda:
         return torch.ops.fastvlp.soft_cross_entropy_column_sums(gradient, row_weights)
     return _product_on_cuda(gradient.T, row_weights[:, None].to(gradient.dtype)).squeeze(1)
+
+
+def _multiply(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, factor: float, add: bool
+) -> None:
+    """out = factor * a b, or that added to it, on a CPU."""
+    if runs_natively(a, b):
+        a, b = one_unit_stride(a), one_unit_stride(b)
+        torch.ops.fastvlp.add_matmul(a, b, float(factor), add, out)
+    else:
+        out.addmm_(a, b, beta=1 if add else 0, alpha=factor)
 
 
 def _product_on_cuda(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,34 @@
+"""The linear layer on `fastvlp.ops.matmul`.
+
+    y = x W^T + b
+
+The same as PyTorch's but for the rate of float32 products on a CPU with tiles of bfloat16.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvlp.ops.matmul import product, runs_natively
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`: [.., width] → [.., out], with weight [out, width], bias [out].
+
+    Differentiable any number of times.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if not runs_natively(rows, weight.T):
+        return F.linear(x, weight, bias)
+    return product(rows, weight.T, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`. `reference` leaves the product to PyTorch."""
+
+    reference = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.linear if self.reference else linear)(x, self.weight, self.bias)
