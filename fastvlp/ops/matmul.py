@@ -77,12 +77,19 @@ def _is_large(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _tiles_wanted() -> bool:
-    return (
-        not _native.load()
-        and torch.ops.fastvlp.matmul_available()
-        and torch.get_float32_matmul_precision() != "medium"
-        and forced_backend("matmul") in (None, "native")
-    )
+    return not _processor_reasons() and forced_backend("matmul") in (None, "native")
+
+
+@torch.compiler.assume_constant_result
+def _processor_reasons() -> list[str]:
+    reasons = list(_native.load())
+    if not reasons and not torch.ops.fastvlp.matmul_available():
+        reasons.append(
+            "the processor or FASTVLP_CPU_ISA has no tiles of bfloat16 (AMX); torch.mm is as fast"
+        )
+    if torch.get_float32_matmul_precision() == "medium":
+        reasons.append('torch.set_float32_matmul_precision("medium") asks for less precision')
+    return reasons
 
 
 def _native_matmul(a, b, bias):
@@ -124,17 +131,11 @@ def _check_inputs(a, b, bias) -> None:
 
 
 def _native_reasons(a, b, bias=None) -> list[str]:
-    reasons = list(_native.load())
+    reasons = list(_processor_reasons())
     if a.device.type != "cpu":
         reasons.append(f"the native kernels run on CPUs, the matrices are on {a.device}")
     if a.dtype != torch.float32:
         reasons.append(f"dtype {a.dtype} has no kernel; float32 has")
-    if not reasons and not torch.ops.fastvlp.matmul_available():
-        reasons.append(
-            "the processor or FASTVLP_CPU_ISA has no tiles of bfloat16 (AMX); torch.mm is as fast"
-        )
-    if torch.get_float32_matmul_precision() == "medium":
-        reasons.append('torch.set_float32_matmul_precision("medium") asks for less precision')
     if not _is_large(a, b) and forced_backend("matmul") != "native":
         reasons.append("torch.mm is faster for matrices as small as these")
     return reasons
