@@ -14,14 +14,20 @@ using fastvlp::MatmulTask;
 using fastvlp::Matrix;
 
 // Packed blocks of A stay in the second-level cache; a chunk of B streams from the cache behind it.
-constexpr int64_t kDepthChunk = 16;            // steps along K
-constexpr int64_t kRowWords = 160 * 1024;      // of a packed block of A
+constexpr int64_t kMostSteps = 24;             // of a chunk of K
+constexpr int64_t kRowWords = 256 * 1024;      // of a packed block of A
 constexpr int64_t kColumnWords = 1024 * 1024;  // of a packed chunk of B
 
 int64_t blocks_of(int64_t side) { return (side + kStepSide - 1) / kStepSide; }
 // At least one: a product over nothing is a step of zeros.
 int64_t steps_of(int64_t depth) { return depth == 0 ? 1 : (depth + kStepDepth - 1) / kStepDepth; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// K in equal chunks.
+int64_t chunk_of(int64_t depth) {
+  const int64_t steps = steps_of(depth), chunks = (steps + kMostSteps - 1) / kMostSteps;
+  return (steps + chunks - 1) / chunks;
+}
 
 // How many blocks of 32 rows or columns are packed at a time for chunks of so many steps.
 int64_t packed_blocks(int64_t side, int64_t steps, int64_t words) {
@@ -156,13 +162,13 @@ void multiply_chunk(const MatmulTask& t, const Scratch& s, int64_t row, int64_t 
 }
 
 int64_t scratch_floats(int64_t m, int64_t n, int64_t k) {
-  const int64_t steps = smaller(steps_of(k), kDepthChunk);
+  const int64_t steps = chunk_of(k);
   const int64_t blocks = packed_blocks(m, steps, kRowWords) + packed_blocks(n, steps, kColumnWords);
   return blocks * steps * kStepWords + blocks_of(n) * kStepSide + kStepSide * kStepSide;
 }
 
 void multiply(const MatmulTask& t, float* scratch) {
-  const int64_t most = smaller(steps_of(t.k), kDepthChunk);
+  const int64_t most = chunk_of(t.k);
   const int64_t rows = packed_blocks(t.m, most, kRowWords) * kStepSide;
   const int64_t cols = packed_blocks(t.n, most, kColumnWords) * kStepSide;
   Scratch s;
@@ -174,8 +180,8 @@ void multiply(const MatmulTask& t, float* scratch) {
   for (int64_t col = 0; col < t.n; col += cols) {
     const int64_t width = smaller(cols, t.n - col);
     if (t.bias != nullptr) std::memcpy(s.bias, t.bias + col, width * 4);
-    for (int64_t step = 0; step < steps_of(t.k); step += kDepthChunk) {
-      const int64_t steps = smaller(kDepthChunk, steps_of(t.k) - step), k = step * kStepDepth;
+    for (int64_t step = 0; step < steps_of(t.k); step += most) {
+      const int64_t steps = smaller(most, steps_of(t.k) - step), k = step * kStepDepth;
       const int64_t depth = smaller(steps * kStepDepth, t.k - k);
       pack({t.b.data + k * t.b.row + col * t.b.col, t.b.col, t.b.row, width, depth, true}, steps,
            t.alpha, s.b);

@@ -5,7 +5,7 @@
 On a processor that multiplies tiles of bfloat16 (AMX) a float32 is taken apart into three bfloat16
 whose sum it is, and the six largest of the nine products of such parts are added up in float32;
 what is left out is below 2^-25 of each product, half of the rounding of a float32. Sums run over at
-most 512 of K before they are added to C. The error is below that of `torch.mm`, the rate 1.3 to 1.5
+most 768 of K before they are added to C. The error is below that of `torch.mm`, the rate 1.3 to 1.5
 times its. Elsewhere, for other dtypes, for small matrices and where
 ``torch.set_float32_matmul_precision("medium")`` asks for less, this is `torch.mm`.
 
@@ -23,9 +23,9 @@ from ._contrastive_inputs import check_same_kind, reference_reasons
 from ._dispatch import choose, forced_backend, register
 
 # Multiply-adds from which on taking the operands apart pays.
-LEAST_WORK = 1 << 22
+LEAST_WORK = 1 << 24
 # Rows or columns that share the price of taking the other operand apart.
-LEAST_SIDE = 64
+LEAST_SIDE = 96
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
