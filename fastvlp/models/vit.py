@@ -118,10 +118,12 @@ class Block(Switched):
             return x + self.mlp(self.norm2(x))
         qkv = norm_linear(x, Norm.of(self.norm1), self.attn.qkv.weight, self.attn.qkv.bias)
         x = x + self.attn.attend(qkv, key_mask, segments)
-        if self.training and self.mlp.dropout.p:
-            return x + self.mlp(self.norm2(x))
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        return x + feed_forward(x, Norm.of(self.norm2), fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        fc1, fc2, dropout = self.mlp.fc1, self.mlp.fc2, self.mlp.dropout
+        y = feed_forward(
+            x, Norm.of(self.norm2), fc1.weight, fc1.bias, fc2.weight, fc2.bias,
+            dropout_p=dropout.p if self.training else 0.0,
+        )  # fmt: skip
+        return x + dropout(y)
 
 
 class VisionTransformer(nn.Module):

@@ -5,7 +5,7 @@
 Source: Srivastava et al., "Dropout", JMLR 15, 2014. PyTorch draws a mask on the CPU value by value,
 one double each; here a word of 64 bits decides four values, so p is rounded to a multiple of 2^-16
 (and the factor goes by the rounded one: the mean is exact). Elsewhere and in compiled code this is
-PyTorch's.
+PyTorch's. For the backward pass a byte of each value is kept.
 """
 
 import torch
@@ -21,15 +21,50 @@ class Dropout(nn.Dropout):
     reference = False
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = round(self.p * STEPS)
-        draws = self.training and 0 < dropped < STEPS and x.device.type == "cpu"
-        if not draws or self.reference or torch.compiler.is_compiling():
+        if not (self.training and _draws_words(x, self.p)) or self.reference:
             return F.dropout(x, self.p, self.training)
-        return x * _mask(x, dropped)
+        keep, factor = _words(x, self.p)
+        return _Masked.apply(x, keep, factor)
 
 
-def _mask(x: Tensor, dropped: int) -> Tensor:
-    """0 for `dropped` of 2^16 values, else the factor that keeps the mean; in the shape of x."""
+def draw_dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+    """x after dropout, which values were kept (bool, the shape of x), and the factor of those.
+
+    Outside of autograd, for those who keep the mask themselves; see `apply_mask`.
+    """
+    if _draws_words(x, p):
+        keep, factor = _words(x, p)
+        return apply_mask(x, keep, factor), keep, factor
+    y, keep = torch.native_dropout(x, p, True)
+    return y, keep, 0.0 if p == 1 else 1 / (1 - p)
+
+
+def apply_mask(x: Tensor, keep: Tensor, factor: float) -> Tensor:
+    """x times the factor where it is kept, else 0; also the derivative of dropout."""
+    return x * keep.to(x.dtype).mul_(factor)
+
+
+def _draws_words(x: Tensor, p: float) -> bool:
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return 0 < round(p * STEPS) < STEPS
+
+
+def _words(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """False for round(2^16 p) of 2^16 values, and the factor that keeps the mean."""
+    dropped = round(p * STEPS)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     keep = words.view(torch.int16)[: x.numel()] >= dropped - STEPS // 2
-    return keep.view(x.shape).to(x.dtype).mul_(STEPS / (STEPS - dropped))
+    return keep.view(x.shape), STEPS / (STEPS - dropped)
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, keep, factor):
+        ctx.save_for_backward(keep)
+        ctx.factor = factor
+        return apply_mask(x, keep, factor)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return apply_mask(gradient, *ctx.saved_tensors, ctx.factor), None, None

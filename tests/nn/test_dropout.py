@@ -59,3 +59,20 @@ def test_evaluation_and_empty_and_strided_inputs():
     assert Dropout(0.5)(x[:0]).shape == (0, 6)
     y = Dropout(0.5)(x.T)
     assert y.shape == (6, 4) and torch.all((y == 0) | (y == 2 * x.T))
+
+
+def test_keeps_one_byte_a_value():
+    x, kept = torch.randn(1000, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        Dropout(0.3)(x)
+    assert sum(t.untyped_storage().nbytes() for t in kept) == 1000
+
+
+def test_second_derivative():
+    x = torch.randn(50, dtype=torch.float64, requires_grad=True)
+
+    def run(x):
+        torch.manual_seed(0)
+        return Dropout(0.3)(x).pow(3)
+
+    assert torch.autograd.gradgradcheck(run, x)

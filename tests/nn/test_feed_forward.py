@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from leaves import with_gradients
 from tolerance import assert_as_accurate, epsilon
 
+from fastvlp.nn import Dropout
 from fastvlp.nn.feed_forward import ACTIVATIONS, Norm, feed_forward, norm_linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -141,6 +142,43 @@ def test_only_the_inner_product_is_kept():
     assert kept_bytes(ours("gelu", True), leaves) == rows * hidden * 4 + statistics
     leaves, _ = drawn((rows,), width, hidden, None, True, torch.float32)
     assert kept_bytes(ours(None, True), leaves) == statistics
+
+
+def with_dropout(p):
+    def run(x, gain, shift, *rest):
+        torch.manual_seed(5)
+        return feed_forward(x, Norm(gain, shift, EPS), *rest, dropout_p=p)
+
+    return run
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_dropout_is_that_of_the_plain_layers(p):
+    leaves, upstream = drawn((4, 6), 16, 24, "gelu", True, torch.float32)
+
+    def layers(x, gain, shift, weight1, bias1, weight2, bias2):
+        torch.manual_seed(5)
+        x = F.layer_norm(x, x.shape[-1:], gain, shift, EPS)
+        return F.linear(Dropout(p)(F.gelu(F.linear(x, weight1, bias1))), weight2, bias2)
+
+    got = with_gradients(with_dropout(p), leaves, upstream)
+    expected = with_gradients(layers, leaves, upstream)
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+    without = with_gradients(with_dropout(0.0), leaves, upstream)
+    assert not torch.equal(got[0], without[0])
+
+
+def test_dropout_keeps_one_byte_a_value():
+    rows, width, hidden = 50, 32, 128
+    leaves, _ = drawn((rows,), width, hidden, "gelu", True, torch.float32)
+    assert kept_bytes(with_dropout(0.1), leaves) == rows * hidden * 5 + 2 * rows * 4
+
+
+def test_dropout_gradcheck_and_errors():
+    leaves, _ = drawn((3,), 5, 4, "gelu", True, torch.float64)
+    assert torch.autograd.gradcheck(with_dropout(0.4), [t.requires_grad_() for t in leaves])
+    with pytest.raises(ValueError, match="dropout_p: expected a probability, got 1.5"):
+        with_dropout(1.5)(*leaves)
 
 
 def test_frozen_parameters_get_no_gradient():
