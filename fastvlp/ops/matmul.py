@@ -5,8 +5,8 @@
 On a processor that multiplies tiles of bfloat16 (AMX) a float32 is taken apart into three bfloat16
 whose sum it is, and the six largest of the nine products of such parts are added up in float32;
 what is left out is below 2^-25 of each product, half of the rounding of a float32. Sums run over at
-most 768 of K before they are added to C. The error is below that of `torch.mm`, the rate 1.3 to 1.5
-times its. Elsewhere, for other dtypes, for small matrices and where
+most 768 of K before they are added to C. The error is about that of `torch.mm` or less, the rate
+1.2 to 1.5 times its. Elsewhere, for other dtypes, for small matrices and where
 ``torch.set_float32_matmul_precision("medium")`` asks for less, this is `torch.mm`.
 
 Source: Henry, Tang, Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For
