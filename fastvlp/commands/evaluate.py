@@ -141,7 +141,7 @@ class Matching(_OfPairs):
 
     def _score(self, model, tokenizer, ranks) -> dict[str, float]:
         loader = self.loader(model, tokenizer, ranks)
-        return vilt.matching_accuracy(model, loader, ranks)
+        return vilt.matching_accuracy(model, tokenizer, loader, ranks)
 
 
 @dataclass

@@ -76,6 +76,15 @@ def encode(
     return Features(whole["images"], whole.get("texts"), whole["ids"])
 
 
+def products(queries: Tensor, keys: Tensor) -> Tensor:
+    """[queries, keys], in the features' own precision under autocast too.
+
+    In half precision many products would be equal, and what ranks by them counts equals as wrong.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries @ keys.T
+
+
 def _gathered(whole: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
     error = "" if whole else "batches: expected one, though it may be empty, on each rank"
     rows = len(whole["index"]) if whole else 0

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvlp.distributed import all_gather_rows, group_device
+from fastvlp.evaluate.features import products
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 
@@ -31,9 +32,9 @@ def retrieval(
     """Recall at k and median rank of text→image and image→text retrieval.
 
     A pair's score is the dot product of its features, in float32 or, for float64 features, in
-    float64; normalise the rows first for cosine similarity. Every score is computed; none is
-    sampled. A wrong candidate with the same score as the right one is ranked before it, so that a
-    model which says the same of everything scores nothing.
+    float64, under autocast too; normalise the rows first for cosine similarity. Every score is
+    computed; none is sampled. A wrong candidate with the same score as the right one is ranked
+    before it, so that a model which says the same of everything scores nothing.
 
     Args:
         image_features: [images, dim] floating point.
@@ -141,7 +142,7 @@ def _ranks(
     rows = max(1, workspace_bytes // row_bytes)
     ranks = []
     for chunk, label in zip(queries.split(rows), query_label.split(rows), strict=True):
-        ranks.append(_ranks_of_scores(chunk @ keys.T, label[:, None] == key_label))
+        ranks.append(_ranks_of_scores(products(chunk, keys), label[:, None] == key_label))
     return torch.cat(ranks).cpu()
 
 

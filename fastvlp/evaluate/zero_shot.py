@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvlp.evaluate.features import products
+
 # A short ensemble in the manner of the paper's section 3.1.4. `read_templates` takes any other.
 TEMPLATES = (
     "a photo of a {}.",
@@ -108,7 +110,7 @@ def accuracy(
     hits = torch.zeros(len(ks), dtype=torch.float64, device=weights.device)
     seen, first = (torch.zeros(classes, dtype=torch.float64, device=weights.device) for _ in "ab")
     for features, label in zip(image_features.split(chunk), labels.split(chunk), strict=True):
-        scores = features.float() @ weights.T
+        scores = products(features.float(), weights)
         right = scores.gather(1, label[:, None])
         # What is not behind, so that a NaN never helps; the right class itself is one of them.
         rank = classes - (scores < right).sum(1)

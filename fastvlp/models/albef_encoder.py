@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvlp.models.albef_config import AlbefConfig
 from fastvlp.models.bert import BertEmbeddings, MlmHead
-from fastvlp.models.vit import VisionTransformer
+from fastvlp.models.vit import VisionTransformer, init_by_width
 from fastvlp.nn import FusionLayer
 from fastvlp.ops.packing import PairLayout, TextLayout
 
@@ -85,7 +85,7 @@ class Towers(nn.Module):
         self.text_proj = nn.Linear(config.text_width, config.embed_dim)
         if config.init_by_width:
             for layers in (self.visual_encoder.blocks, self.text_encoder.bert["encoder"]):
-                _init_by_width(layers)
+                init_by_width(layers)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """[n, 3, image_size, image_size] → [n, 1 + patches, vision_width]"""
@@ -142,15 +142,6 @@ class Towers(nn.Module):
     def text_features(self, first: Tensor) -> Tensor:
         """Each text's first token before fusion, [n, text_width] → unit rows [n, embed_dim]."""
         return _unit_rows(self.text_proj(first))
-
-
-def _init_by_width(layers: nn.Module) -> None:
-    for layer in layers.modules():
-        if isinstance(layer, nn.Linear):
-            # What narrows is added to the residual stream, which is not to grow with depth.
-            narrows = layer.in_features > layer.out_features
-            std = layer.in_features**-0.5 * (0.7 if narrows else 1.0)
-            nn.init.normal_(layer.weight, std=std)
 
 
 def _unit_rows(features: Tensor) -> Tensor:

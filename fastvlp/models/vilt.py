@@ -39,7 +39,7 @@ from fastvlp.models.vilt_packing import (
     lengths_of,
 )
 from fastvlp.models.vilt_patches import ImageBatch, PatchGrid, position_weights, select
-from fastvlp.models.vit import VisionTransformer
+from fastvlp.models.vit import VisionTransformer, init_by_width
 from fastvlp.nn import Linear, linear
 from fastvlp.ops.packing import TextLayout
 
@@ -61,6 +61,8 @@ class ViltConfig:
         dropout: of embeddings, projections and feed-forward parts; attention has none.
         max_image_len: most patches of an image in training, others are left out at random; -1 for
             no limit. The original pretrains with 200 and fine-tunes without.
+        init_by_width: draw the blocks' weights by `fastvlp.models.vit.init_by_width`, for narrow
+            models that train from scratch, rather than from N(0, 0.02²).
         eps: of the transformer's layer norms. 1e-6 in the original, 1e-12 in transformers.
         text_eps: of the layer norms of the text embedding and the masked language modelling head.
     """
@@ -77,6 +79,7 @@ class ViltConfig:
     token_labels: int = 2
     dropout: float = 0.1
     max_image_len: int = 200
+    init_by_width: bool = False
     eps: float = 1e-6
     text_eps: float = 1e-12
 
@@ -95,7 +98,9 @@ class ViltConfig:
 
 CONFIGS: dict[str, ViltConfig] = {
     "tiny": ViltConfig(image_size=64, patch_size=8, width=192, layers=6, heads=3),
-    "mini": ViltConfig(image_size=64, patch_size=16, width=192, layers=4, heads=3, dropout=0.0),
+    "mini": ViltConfig(
+        image_size=64, patch_size=8, width=192, layers=4, heads=3, dropout=0.0, init_by_width=True
+    ),
     "small": ViltConfig(width=384, heads=6),
     "base-p32-384": ViltConfig(),
 }
@@ -118,6 +123,8 @@ class Vilt(vilt_heads.Objectives, base.Model):
             config.image_size, config.patch_size, width, config.layers, config.heads, dropout
         )
         self.pooler = nn.ModuleDict({"dense": Linear(width, width)})
+        if config.init_by_width:
+            init_by_width(self.transformer.blocks)
         vilt_heads.initialise(self.token_type_embeddings)
         vilt_heads.initialise(self.pooler)
         with torch.no_grad():

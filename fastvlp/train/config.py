@@ -154,8 +154,8 @@ class TrainVilt(TrainConfig):
 
     folder: Path = Path("runs/vilt")
     model: str = "mini"
-    epochs: float | None = 40.0
-    batch_size: int = 32
+    epochs: float | None = 30.0
+    batch_size: int = 64
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)
     schedule: Kind = "linear"

@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,6 +99,15 @@ def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
     if ranks.group is None:
         return model
     return DistributedDataParallel(model, process_group=ranks.group)
+
+
+def gathered(own: dict[int, Any], ranks: Ranks) -> dict[int, Any]:
+    """The entries of all ranks, in the order of their keys."""
+    parts = [own]
+    if ranks.group is not None:
+        parts *= ranks.world_size
+        dist.all_gather_object(parts, own, group=ranks.group)
+    return dict(sorted(entry for part in parts for entry in part.items()))
 
 
 def average_whole_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:

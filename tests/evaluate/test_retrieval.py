@@ -180,3 +180,13 @@ def test_errors_name_the_argument(arguments, error, name):
 def test_bad_ks(ks):
     with pytest.raises(ValueError, match="^ks "):
         retrieval(torch.eye(2), torch.eye(2), ks=ks)
+
+
+def test_autocast_makes_no_ties():
+    """Neighbours on a circle, whose products differ by less than bfloat16 tells apart."""
+    angles = torch.linspace(0, 1, 64)
+    features = torch.stack([angles.cos(), angles.sin()], 1)
+    plain = retrieval(features, features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert retrieval(features, features) == plain
+    assert plain["text_to_image"]["R@1"] == 1.0

@@ -93,3 +93,10 @@ def test_a_class_without_prompts_is_refused():
         classifier([["a"], []], letters, encode)
     with pytest.raises(ValueError, match="expected at least one picture"):
         accuracy(torch.ones(0, 5), torch.ones(2, 5), torch.zeros(0, dtype=torch.int64))
+
+
+def test_autocast_makes_no_ties():
+    angles = torch.linspace(0, 1, 64)
+    features, labels = torch.stack([angles.cos(), angles.sin()], 1), torch.arange(64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert accuracy(features, features, labels)["top-1"] == 1.0

@@ -158,10 +158,13 @@ def test_chunks_cover_the_batch(system):
 
 
 def test_wrong_pictures_are_of_other_ids():
-    ids = torch.tensor([0, 0, 1, 2])
-    for seed in range(20):
-        partner = vilt.partners(ids, torch.Generator().manual_seed(seed))
-        assert (ids[partner] != ids).all()
+    ids = torch.tensor([0, 2, 1, 0])
+    drawn = [vilt.partners(ids, torch.Generator().manual_seed(seed)) for seed in range(50)]
+    assert all((ids[partner] != ids).all() for partner in drawn)
+    # Every other one is drawn.
+    assert [set(column.tolist()) for column in torch.stack(drawn, 1)] == [
+        {1, 2}, {0, 2, 3}, {0, 1, 3}, {1, 2}
+    ]  # fmt: skip
     assert vilt.partners(torch.tensor([3, 3])).tolist() == [-1, -1]
     assert vilt.partners(torch.tensor([3])).tolist() == [-1]
 
@@ -172,8 +175,16 @@ def test_matching_accuracy_counts_both_kinds():
     for bias, expected in (((0.0, 50.0), (0.5, 1.0, 0.0)), ((50.0, 0.0), (0.5, 0.0, 1.0))):
         with torch.no_grad():
             model.itm_score["fc"].bias.copy_(torch.tensor(bias))
-        found = vilt.matching_accuracy(model, loader, task.ranks)
+        found = vilt.matching_accuracy(model, TOKENIZER, loader, task.ranks)
         assert tuple(found.values()) == expected
+
+
+def test_matching_accuracy_does_not_depend_on_batches():
+    found = []
+    for batch_size in (4, 16):
+        task, _ = ready("vilt", batch_size=batch_size)
+        found.append(task.evaluate(task.model.eval()))
+    assert found[0] == found[1]
 
 
 def test_reranking_ranks_by_the_matching_head():

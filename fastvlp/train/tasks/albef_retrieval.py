@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastvlp.data.text import BertTokenizer
-from fastvlp.evaluate.features import encode
+from fastvlp.evaluate.features import encode, products
 from fastvlp.evaluate.retrieval import retrieval
 from fastvlp.ops.packing import PairLayout, TextLayout
-from fastvlp.train.parallel import Ranks
+from fastvlp.train.parallel import Ranks, gathered
 
 _PAIRS_AT_A_TIME = 2048
 
@@ -39,10 +39,8 @@ def retrieval_scores(
         encoder.watch(loader), encoder.images, encoder.texts, device=ranks.device, group=ranks.group
     )
     pictures, picture = found.pictures()
-    # Not in the precision of the model, whose ties would count as wrong.
-    with torch.autocast(ranks.device.type, enabled=False):
-        ways = retrieval(pictures, found.texts, picture, group=ranks.group)
-        similarity = found.texts @ pictures.T
+    ways = retrieval(pictures, found.texts, picture, group=ranks.group)
+    similarity = products(found.texts, pictures)
     scores = {f"{way}/{key}": v for way, result in ways.items() for key, v in result.items()}
     chosen = _best(similarity, candidates) | _best(similarity.T, candidates).T
     match = torch.full_like(similarity, -torch.inf)
@@ -121,7 +119,8 @@ class _Encoder:
 
     def _fused(self, tokenizer: BertTokenizer, text: Tensor, row: Tensor) -> Tensor:
         """Logits of texts with this rank's images, sorted by image."""
-        padded = tokenizer.padded(self._all_captions())
+        captions = gathered(self._captions, self.ranks)
+        padded = tokenizer.padded(list(captions.values()))
         layout = self._layout(padded.mask)
         texts = self.student.encode_text(padded.ids.to(self.ranks.device), layout)
         tokens = torch.cat(self._tokens)
@@ -134,11 +133,3 @@ class _Encoder:
             fused = self.student.fuse(pairs.expand(texts), pairs, near)
             logits.append(self.model.itm_head(pairs.first(fused))[:, 1].float())
         return torch.cat(logits)
-
-    def _all_captions(self) -> list[str]:
-        parts = [self._captions]
-        if self.ranks.group is not None:
-            parts *= self.ranks.world_size
-            dist.all_gather_object(parts, self._captions, group=self.ranks.group)
-        captions = {index: caption for part in parts for index, caption in part.items()}
-        return [captions[index] for index in sorted(captions)]

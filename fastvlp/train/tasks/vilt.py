@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from fastvlp.data.text import BertTokenizer
 from fastvlp.models import base, vilt
 from fastvlp.models.vilt_heads import MATCH, draw_matches
+from fastvlp.models.vilt_packing import ImageTokens
 from fastvlp.models.vilt_patches import ImageBatch
+from fastvlp.train import parallel
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.base import Task
 from fastvlp.train.tasks.data import split_pairs
@@ -36,7 +38,7 @@ class ViltTask(Task):
         model: the model.
         tokenizer: of the captions; the loaders' tokenizer masks what it gives.
         ranks: the processes of the run.
-        held_out: loaders of held-out pairs by name, not shuffled, with masked or plain texts.
+        held_out: loaders of held-out pairs by name, not shuffled.
         chunk_size: pairs that go through the model at a time.
     """
 
@@ -83,7 +85,7 @@ class ViltTask(Task):
         return {
             f"{name}/{key}": value
             for name, loader in self.held_out.items()
-            for key, value in matching_accuracy(model, loader, self.ranks).items()
+            for key, value in matching_accuracy(model, self.tokenizer, loader, self.ranks).items()
         }
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -93,55 +95,77 @@ class ViltTask(Task):
 
 
 def partners(ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """For each pair of a batch another one, drawn among those of other ids; -1 where none is.
+    """For each pair another one, drawn among those of other ids; -1 where none is.
 
     On the host, int64 [n].
     """
-    ids = ids.cpu()
-    draws = torch.rand(len(ids), len(ids), generator=generator)
-    best, partner = draws.masked_fill(ids[:, None] == ids, -1.0).max(1)
-    return partner.where(best >= 0, -1)
+    n = len(ids)
+    _, group, counts = ids.cpu().unique(return_inverse=True, return_counts=True)
+    order, first = group.argsort(stable=True), (counts.cumsum(0) - counts)[group]
+    own = counts[group]
+    draw = (torch.rand(n, generator=generator, dtype=torch.float64) * (n - own)).long()
+    # In the order by id: those of the pair's own id lie side by side and are left out.
+    draw += own * (draw >= first)
+    return order[draw.clamp(max=n - 1)].where(own < n, -1)
 
 
 @torch.inference_mode()
-def matching_accuracy(model: nn.Module, loader: Any, ranks: Ranks) -> dict[str, float]:
+def matching_accuracy(
+    model: nn.Module, tokenizer: BertTokenizer, loader: Any, ranks: Ranks
+) -> dict[str, float]:
     """How often the matching head is right about a picture with its own and with a wrong caption.
 
-    Each picture of a held-out set is judged with its caption and with the caption of another
-    picture of its batch, always the same one; half of the judgements are "match".
+    Each picture of a held-out set is judged with its caption and with that of another picture,
+    drawn from the whole set and always the same one; half of the judgements are "match".
 
     Args:
-        loader: of held-out pairs; its tokens have `ids` and `mask`.
+        tokenizer: without masking.
+        loader: of held-out pairs.
     """
     loader.load_state_dict({**loader.state_dict(), "epoch": 0, "place": 0})
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.zeros(4, dtype=torch.float64)
+    parts, pairs = [], {}
     for batch in loader:
         if len(batch):
-            counts += _judged(model, batch, ranks.device, generator)
+            images = model.embed_images(ImageBatch(batch.images, batch.pixel_mask))
+            parts.append((batch.index.tolist(), images))
+            about = zip(batch.ids.tolist(), batch.captions, strict=True)
+            pairs |= zip(batch.index.tolist(), about, strict=True)
+    pairs = parallel.gathered(pairs, ranks)
+    ids = torch.tensor([id_ for id_, _ in pairs.values()])
+    captions = [caption for _, caption in pairs.values()]
+    partner = partners(ids, torch.Generator().manual_seed(0)).tolist()
+    wrong = {i: captions[p] for i, p in zip(pairs, partner, strict=True) if p >= 0}
+    counts = torch.zeros(4, dtype=torch.float64)
+    for index, images in parts:
+        true = [pairs[i][1] for i in index]
+        counts += _judged(model, tokenizer, images, true, [wrong.get(i) for i in index])
     if ranks.group is not None:
         counts = counts.to(ranks.device)
         dist.all_reduce(counts, group=ranks.group)
-    right, matching, right_wrong, wrong = counts.tolist()
+    right, matching, right_wrong, mismatched = counts.tolist()
     return {
-        "matching/accuracy": (right + right_wrong) / (matching + wrong),
+        "matching/accuracy": (right + right_wrong) / (matching + mismatched),
         "matching/accuracy_matched": right / matching,
-        "matching/accuracy_mismatched": right_wrong / max(1.0, wrong),
+        "matching/accuracy_mismatched": right_wrong / max(1.0, mismatched),
     }
 
 
-def _judged(model, batch, device, generator) -> Tensor:
+def _judged(
+    model: nn.Module,
+    tokenizer: BertTokenizer,
+    images: ImageTokens,
+    true: list[str],
+    wrong: list[str | None],
+) -> Tensor:
     """Right judgements of true captions, their number, and the same of wrong captions."""
-    text, n = batch.tokens, len(batch)
-    partner = partners(batch.ids, generator)
-    has_wrong = (partner >= 0).nonzero()[:, 0]
-    which = torch.cat([torch.arange(n), partner[has_wrong]])
-    images = model.embed_images(ImageBatch(batch.images, batch.pixel_mask))
+    n, device = len(true), images.rows.device
+    has_wrong = [row for row, caption in enumerate(wrong) if caption is not None]
+    text = tokenizer.padded([*true, *(wrong[row] for row in has_wrong)])
     sequences = model.encode(
-        text.ids[which].to(device),
+        text.ids.to(device),
         images,
-        text.mask.sum(1)[which].tolist(),
-        image_index=torch.cat([torch.arange(n), has_wrong]),
+        text.mask.sum(1).tolist(),
+        image_index=[*range(n), *has_wrong],
     )
     says_match = (model.match_logits(sequences).argmax(1) == MATCH).cpu()
     right, right_wrong = says_match[:n].sum(), (~says_match[n:]).sum()
