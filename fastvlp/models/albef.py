@@ -112,7 +112,7 @@ class Albef(WithTwin):
             update: move the twin and fill the queues.
             momentum_updated: the optimiser has moved the twin already (`AdamWEma(ema=...)`, which
                 does it in one pass with the weights).
-            hold_features: let the features wait for `enqueue_held`, which is called once the step is
+            hold_features: let the features wait for `enqueue_held`, to be called once the step is
                 known to be good, or for `drop_held`.
             check_finite: refuse images, weights and losses that are NaN or infinite; it waits for
                 the device.

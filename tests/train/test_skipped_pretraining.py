@@ -1,4 +1,4 @@
-"""A step whose features are not finite leaves ALBEF's queues and twin as they were, on all ranks."""
+"""A step whose features are not finite leaves ALBEF's queues and twin as they were."""
 
 import copy
 
