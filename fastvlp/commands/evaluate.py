@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 import torch
 import tyro
 
-from fastvlp.data.text import CaptionTokenizer
+from fastvlp.data import tokenizer_files
 from fastvlp.models import base
 from fastvlp.train import parallel
 from fastvlp.train.tasks import (
@@ -65,7 +65,7 @@ def _tokenizer(run: Path, model):
         return vilt_setup.saved_tokenizer(run, model.config)
     if model.kind == "albef":
         return albef_setup.saved_tokenizer(run)
-    return CaptionTokenizer.load(run / "tokenizer.json")
+    return tokenizer_files.for_clip(run / "tokenizer.json")
 
 
 # Image transforms of held-out shards, with their parameters of a model.
@@ -86,8 +86,8 @@ class _OfPairs(_Common):
 
     def loader(self, model, tokenizer, ranks):
         """The pairs, not shuffled."""
-        # BERT's tokenizers give a mask besides.
-        tokenize = getattr(tokenizer, "padded", tokenizer)
+        # ViLT and ALBEF want a mask besides, CLIP finds the end of a text by itself.
+        tokenize = tokenizer if model.kind == "clip" else tokenizer.padded
         if self.data == "openmoji":
             pictures = data.openmoji_data(model.config.image_size, ranks)
             return data.openmoji_loader(

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fastvlp.data.cleaning import clean_clip
 from fastvlp.data.optional import require
+from fastvlp.data.shards import atomic_file
 from fastvlp.data.text_batch import TextTokenizer, packaged_file
 
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -27,8 +28,8 @@ MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _MERGES = 49152 - 256 - 2
 _PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+)"
 # OpenAI's and Hugging Face's spelling, open_clip's spelling.
-_STARTS = ("<|startoftext|>", "<start_of_text>")
-_ENDS = ("<|endoftext|>", "<end_of_text>")
+STARTS = ("<|startoftext|>", "<start_of_text>")
+ENDS = ("<|endoftext|>", "<end_of_text>")
 
 _Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]
 
@@ -61,8 +62,8 @@ class ClipTokenizer(TextTokenizer):
     ) -> None:
         lib = require("tokenizers")
         vocabulary, merges = _read(source)
-        start = _special(vocabulary, _STARTS)
-        self.eot_id = _special(vocabulary, _ENDS)
+        start = _special(vocabulary, STARTS)
+        self.eot_id = _special(vocabulary, ENDS)
         model = lib.models.BPE(vocabulary, merges, end_of_word_suffix="</w>")
         tokenizer = lib.Tokenizer(model)
         tokenizer.pre_tokenizer = lib.pre_tokenizers.Sequence(
@@ -77,7 +78,7 @@ class ClipTokenizer(TextTokenizer):
             [lib.decoders.ByteLevel(), lib.decoders.Replace("</w>", " ")]
         )
         if special_tokens_in_text:
-            known = [name for name in (*_STARTS, *_ENDS) if name in vocabulary]
+            known = [name for name in (*STARTS, *ENDS) if name in vocabulary]
             tokenizer.add_special_tokens(known)
         super().__init__(
             tokenizer,
@@ -90,6 +91,18 @@ class ClipTokenizer(TextTokenizer):
             truncate=truncate,
             clean=clean,
         )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a tokenizer.json, which is a `source`; it tells the context length besides."""
+        content = json.loads(self._tokenizer.to_str())
+        content["truncation"] = {
+            "max_length": self.context_length,
+            "strategy": "LongestFirst",
+            "stride": 0,
+            "direction": "Right",
+        }
+        with atomic_file(Path(path)) as file:
+            file.write(json.dumps(content, ensure_ascii=False, indent=2).encode())
 
 
 def _read(source: str | os.PathLike[str] | None) -> _Vocabulary:
@@ -128,8 +141,8 @@ def _from_merges(merges: list[tuple[str, str]]) -> _Vocabulary:
     characters = sorted(require("tokenizers").pre_tokenizers.ByteLevel.alphabet())
     entries = [*characters, *(c + "</w>" for c in characters), *(a + b for a, b in merges)]
     vocabulary = {entry: number for number, entry in enumerate(entries)}
-    vocabulary[_STARTS[1]] = len(entries)
-    vocabulary[_ENDS[1]] = len(entries) + 1
+    vocabulary[STARTS[1]] = len(entries)
+    vocabulary[ENDS[1]] = len(entries) + 1
     return vocabulary, merges
 
 

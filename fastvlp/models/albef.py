@@ -73,6 +73,8 @@ class Albef(WithTwin):
             )
         # The twin has moved to the present weights in a step that failed after it.
         self._moved = False
+        # Features that wait for the end of their step, see `enqueue_held`.
+        self._held: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def forward(self, *args, **kwargs) -> Losses:
         """`pretraining_loss`, so that a wrapper such as DistributedDataParallel can call it."""
@@ -90,6 +92,7 @@ class Albef(WithTwin):
         ids: Tensor | None = None,
         update: bool = True,
         momentum_updated: bool = False,
+        hold_features: bool = False,
         check_finite: bool = False,
         seed: Tensor | int | None = None,
     ) -> Losses:
@@ -109,6 +112,8 @@ class Albef(WithTwin):
             update: move the twin and fill the queues.
             momentum_updated: the optimiser has moved the twin already (`AdamWEma(ema=...)`, which
                 does it in one pass with the weights).
+            hold_features: let the features wait for `enqueue_held`, to be called once the step is
+                known to be good, or for `drop_held`.
             check_finite: refuse images, weights and losses that are NaN or infinite; it waits for
                 the device.
             seed: of the hard negatives; None takes one from torch's generator.
@@ -145,9 +150,21 @@ class Albef(WithTwin):
                 f"losses: expected finite values, got {losses}; the queues are as they were"
             )
         if update:
-            self.queue.enqueue(teacher.image, teacher.text, ids)
+            self._held.append((teacher.image, teacher.text, ids))
             self._moved = False
+            if not hold_features:
+                self.enqueue_held()
         return losses
+
+    def enqueue_held(self) -> None:
+        """Fills the queues with the features that waited, in their order."""
+        held, self._held = self._held, []
+        for image, text, ids in held:
+            self.queue.enqueue(image, text, ids)
+
+    def drop_held(self) -> None:
+        """Forgets the features that waited, those of a step that failed."""
+        self._held = []
 
 
 def _step(model: Albef, batch: Batch, seed) -> tuple[tuple[Tensor, ...], Teacher]:

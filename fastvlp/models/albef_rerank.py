@@ -94,6 +94,7 @@ def rerank(
     k: int,
     *,
     group: dist.ProcessGroup | None = None,
+    own: Tensor | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> Scores:
     """Scores of the k best candidates of every image and of every text.
@@ -104,6 +105,9 @@ def rerank(
         k: candidates a query; more than there are means all.
         group: every rank calls with the same sets and scores the pairs of its share of the images;
             all get the whole result.
+        own: int64 on the host, rising; the numbers of the images whose tokens are in `images`,
+            where each rank keeps the tokens of another share of them and the features of all. It
+            scores the pairs of those.
         workspace_bytes: about how much memory similarities and fusion may use at a time.
 
     Returns:
@@ -115,22 +119,23 @@ def rerank(
     """
     check_evaluating(model)
     _check(images, texts, k)
+    own = _own(images, own, group)
     text_of_image = _best(images.features, texts.features, k, workspace_bytes)
     image_of_text = _best(texts.features, images.features, k, workspace_bytes)
     # A pair's number is image * texts + text: sorted, the pairs of an image lie together.
     count = len(texts.lengths)
-    here = torch.arange(len(images.tokens))[:, None] * count + text_of_image
+    here = torch.arange(len(images.features))[:, None] * count + text_of_image
     there = image_of_text * count + torch.arange(count)[:, None]
     pairs, back = torch.cat([here.flatten(), there.flatten()]).unique(return_inverse=True)
     scores = _match_sharded(
-        model, images, texts, pairs // count, pairs % count, group, workspace_bytes
+        model, images, texts, pairs // count, pairs % count, own, group, workspace_bytes
     )
     device = images.features.device
     both = scores.to(device)[back.to(device)].split([here.numel(), there.numel()])
     result = []
     for chosen, found, shape in (
-        (image_of_text, both[1], (count, len(images.tokens))),
-        (text_of_image, both[0], (len(images.tokens), count)),
+        (image_of_text, both[1], (count, len(images.features))),
+        (text_of_image, both[0], (len(images.features), count)),
     ):
         full = torch.full(shape, NOT_SCORED, device=device)
         result.append(full.scatter_(1, chosen.to(device), found.view(chosen.shape)))
@@ -140,20 +145,40 @@ def rerank(
 def _check(images: ImageSet, texts: TextSet, k: int) -> None:
     if type(k) is not int or k < 1:
         raise ValueError(f"k: expected a whole number above 0, got {k!r}")
-    for name, features, count in (
-        ("images", images.features, len(images.tokens)),
-        ("texts", texts.features, len(texts.lengths)),
-    ):
-        if not count or len(features) != count:
-            raise ValueError(
-                f"{name}: expected features of each of {count} {name}, one or more, got "
-                f"{len(features)}"
-            )
+    if not len(images.features):
+        raise ValueError("images: expected one or more, got none")
+    if not len(texts.lengths) or len(texts.features) != len(texts.lengths):
+        raise ValueError(
+            f"texts: expected features of each of {len(texts.lengths)} texts, one or more, got "
+            f"{len(texts.features)}"
+        )
     if int(texts.lengths.sum()) != len(texts.tokens):
         raise ValueError(
             f"texts: expected {int(texts.lengths.sum())} tokens as the lengths say, got "
             f"{len(texts.tokens)}"
         )
+
+
+def _own(images: ImageSet, own: Tensor | None, group) -> tuple[Tensor, Tensor]:
+    """The images that this rank scores, and where among `images.tokens` they are."""
+    count, given = len(images.features), len(images.tokens)
+    alone = group is None or group.size() == 1
+    if own is None or alone:
+        if given != count:
+            raise ValueError(
+                f"images: expected features of each of {given} images, or `own` and a group that "
+                f"has the tokens of the others, got {count}"
+            )
+        # Neighbours go to different ranks, so that no rank has all images of many candidates.
+        mine = torch.arange(count) if alone else torch.arange(group.rank(), count, group.size())
+        return mine, mine
+    rising = own.numel() == given and bool((own.diff() > 0).all())
+    if not rising or given and not 0 <= int(own[0]) <= int(own[-1]) < count:
+        raise ValueError(
+            f"own: expected the numbers, rising and below {count}, of the {given} images whose "
+            f"tokens are given, got {own}"
+        )
+    return own, torch.arange(given)
 
 
 def _best(queries: Tensor, keys: Tensor, k: int, workspace_bytes: int) -> Tensor:
@@ -163,14 +188,15 @@ def _best(queries: Tensor, keys: Tensor, k: int, workspace_bytes: int) -> Tensor
     return torch.cat([(part @ keys.T).topk(k, dim=1).indices.cpu() for part in queries.split(rows)])
 
 
-def _match_sharded(model, images, texts, image, text, group, workspace_bytes) -> Tensor:
+def _match_sharded(model, images, texts, image, text, own, group, workspace_bytes) -> Tensor:
     """The score of each pair; over ranks each one's own pairs, added up."""
+    row = torch.full((len(images.features),), -1)
+    row[own[0]] = own[1]
+    mine = (row[image] >= 0).nonzero()[:, 0]
+    found = _match(model, images.tokens, texts, row[image[mine]], text[mine], workspace_bytes)
     if group is None or group.size() == 1:
-        return _match(model, images.tokens, texts, image, text, workspace_bytes)
+        return found
     scores = torch.zeros(len(image), device=group_device(group))
-    # Neighbours go to different ranks, so that no rank has all images of many candidates.
-    mine = (image % group.size() == group.rank()).nonzero()[:, 0]
-    found = _match(model, images.tokens, texts, image[mine], text[mine], workspace_bytes)
     scores[mine.to(scores.device)] = found.to(scores.device)
     dist.all_reduce(scores, group=group)
     return scores

@@ -35,7 +35,9 @@ class TrainConfig:
     """Name of the model's size."""
 
     tokenizer: Path | None = None
-    """Vocabulary of the tokenizer. By default one is learned from the OpenMoji captions."""
+    """Vocabulary of the tokenizer: for CLIP its bpe_simple_vocab_16e6.txt.gz, vocab.json with
+    merges.txt, or tokenizer.json; for ViLT and ALBEF BERT's vocab.txt or tokenizer.json. By default
+    one is learned from the OpenMoji captions."""
 
     steps: int | None = None
     """Length of the run in optimiser steps. Given, it counts in place of epochs."""

@@ -231,6 +231,8 @@ def test_faults_of_reranking():
     images, texts = sets(model.eval())
     with pytest.raises(ValueError, match="k: expected"):
         albef_rerank.rerank(model, images, texts, 0)
+    with pytest.raises(ValueError, match="images: expected one or more"):
+        albef_rerank.rerank(model, images._replace(features=images.features[:0]), texts, 1)
     with pytest.raises(ValueError, match="images: expected features of each of 5"):
         albef_rerank.rerank(model, images._replace(features=images.features[:2]), texts, 1)
     with pytest.raises(ValueError, match="texts: expected 36 tokens"):

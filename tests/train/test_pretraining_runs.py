@@ -1,6 +1,7 @@
 """ViLT and ALBEF in the engine: what a run leaves, and how twin, chunks and scores count."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import gloo_ranks
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tiny_pretraining import ALBEF, TOKENIZER, VILT, build, fit, settings
 from tiny_run import weights
 
+from fastvlp.evaluate.retrieval import retrieval_from_scores
 from fastvlp.models import albef, base
 from fastvlp.train import parallel, run
 from fastvlp.train.config import ALBEF_PAPER, VILT_PAPER, TrainAlbef, TrainVilt, from_mapping
@@ -126,6 +128,8 @@ def test_the_twin_moves_in_the_optimiser_as_the_paper_has_it():
             else:
                 each.backward(each.model, batch)
             optimizer.step()
+            if each is task:
+                task.after_step()
             optimizer.zero_grad()
     for ours, theirs in zip(task.model.parameters(), other.model.parameters(), strict=True):
         if ours.requires_grad:
@@ -154,6 +158,8 @@ def test_chunks_cover_the_batch(system):
     losses = task.backward(task.model, batch)
     assert losses["loss"].isfinite()
     if system == "albef":
+        assert int(task.model.queue.position) == 0
+        task.after_step()
         assert int(task.model.queue.position) == len(batch)
 
 
@@ -208,18 +214,87 @@ def test_reranking_ranks_by_the_matching_head():
             ],
             1,
         )
-    own = torch.eye(pairs, dtype=torch.bool)
-    for way, scores in (("text_to_image", table), ("image_to_text", table.T)):
-        for name, value in albef_retrieval.recalls(scores, own).items():
-            assert found[f"reranked/{way}/{name}"] == value
+    for way, ranked in retrieval_from_scores(table, table.T).items():
+        for name in ("R@1", "R@5", "R@10"):
+            assert found[f"reranked/{way}/{name}"] == ranked[name]
     few = albef_retrieval.retrieval_scores(model, TOKENIZER, loader, 1, task.ranks)
     assert few["reranked/text_to_image/R@1"] >= few["text_to_image/R@1"]
 
 
-def test_recalls_count_ties_against_the_model():
-    scores = torch.tensor([[1.0, 1.0, 0.0], [0.0, 2.0, 1.0]])
-    right = torch.tensor([[True, False, False], [False, True, True]])
-    assert albef_retrieval.recalls(scores, right, ks=(1, 2)) == {"R@1": 0.5, "R@2": 1.0}
+class Shared:
+    """Held-out pairs of pictures that have one to three captions, the pairs of a picture apart."""
+
+    batch_size = 4
+
+    def __init__(self, rank=0, world_size=1):
+        self.rank, self.world_size = rank, world_size
+        self.ids = torch.tensor([5, 2, 9, 5, 7, 2, 5, 8, 11, 7])
+        self.captions = [str(i) for i in range(10)]
+        pictures = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+        self.images = pictures[self.ids]
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state["epoch"] == 0
+
+    def __iter__(self):
+        for rows in torch.arange(10).split(self.batch_size * self.world_size):
+            rows = rows.tensor_split(self.world_size)[self.rank]
+            captions = [self.captions[i] for i in rows]
+            yield SimpleNamespace(
+                images=self.images[rows], ids=self.ids[rows], index=rows, captions=captions,
+                tokens=TOKENIZER.padded(captions),
+            )  # fmt: skip
+
+
+def shared_scores(rank, candidates):
+    with parallel.ranks("cpu") as ranks:
+        task, _ = build(settings(None, "albef"), ranks)
+        loader, model = Shared(ranks.rank, ranks.world_size), task.model.eval()
+        return albef_retrieval.retrieval_scores(model, TOKENIZER, loader, candidates, ranks)
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_reranking_counts_a_pair_that_either_direction_chose(candidates):
+    task, _ = ready("albef")
+    model, loader = task.model.eval(), Shared()
+    student, text = model.student, TOKENIZER.padded(Shared().captions)
+    names, picture = loader.ids.unique(return_inverse=True)
+    shown = torch.stack([loader.images[loader.ids == name][0] for name in names])
+    with torch.no_grad():
+        encoded, words = student.encode_image(shown), student.encode_padded(text.ids, text.mask)
+        similarity = student.text_features(words[:, 0]) @ student.image_features(encoded).T
+        fused = [
+            student.fuse_padded(words, text.mask, one.expand(len(words), -1, -1))[:, 0]
+            for one in encoded
+        ]
+        table = torch.stack([model.itm_head(each)[:, 1] for each in fused], 1)
+    chosen = torch.zeros_like(table, dtype=torch.bool)
+    for scores, mask in ((similarity, chosen), (similarity.T, chosen.T)):
+        mask.scatter_(1, scores.topk(candidates, 1).indices, True)
+    table = table.masked_fill(~chosen, -torch.inf)
+    found = shared_scores(0, candidates)
+    for way, ranked in retrieval_from_scores(table, table.T, picture).items():
+        for name in ("R@1", "R@5", "R@10"):
+            assert found[f"reranked/{way}/{name}"] == ranked[name]
+
+
+def test_ranks_rerank_what_one_reranks():
+    alone = shared_scores(0, 2)
+    for found in gloo_ranks.run(2, shared_scores, 2):
+        assert found == pytest.approx(alone)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_reranking_in_low_precision_ranks_alike(reference):
+    task, _ = ready("albef", reference=reference)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = albef_retrieval.retrieval_scores(
+            task.model.eval(), TOKENIZER, Shared(), 3, task.ranks
+        )
+    assert all(0 <= value for value in found.values()) and "reranked/text_to_image/R@5" in found
 
 
 def test_towers_start_from_given_files(tmp_path):

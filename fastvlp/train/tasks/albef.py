@@ -22,7 +22,8 @@ class AlbefTask(Task):
 
     The twin and the queues are in the model, and so in its checkpoints. The optimiser moves the
     twin in one pass with the weights: what the paper does before a step's forward pass is done
-    after the step before. In chunks, each contrasts with its own pairs and the queue, as each
+    after the step before. Features enter the queues after the step, so that one that is skipped
+    leaves them as they were. In chunks, each contrasts with its own pairs and the queue, as each
     rank does.
 
     Args:
@@ -67,8 +68,17 @@ class AlbefTask(Task):
             self.present_alpha(),
             ids=batch.ids.to(batch.images.device) if self.model.config.queue_ids else None,
             momentum_updated=True,
+            hold_features=True,
         )
         return {"loss": total, "itc_loss": itc, "itm_loss": itm, "mlm_loss": mlm}
+
+    def backward(self, model: nn.Module, batch: Any, scale: float = 1.0) -> dict[str, Tensor]:
+        # Of a step that was skipped.
+        self.model.drop_held()
+        return super().backward(model, batch, scale)
+
+    def after_step(self) -> None:
+        self.model.enqueue_held()
 
     def present_alpha(self) -> float:
         """Alpha of the next step."""

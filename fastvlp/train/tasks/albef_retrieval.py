@@ -1,25 +1,26 @@
 """Retrieval by ALBEF: contrastive features, then the matching head on the best candidates.
 
 Li et al., arXiv 2107.07651, section 5: for each picture the k captions, and for each caption the k
-pictures, of largest feature product are scored by the logit of "match"; the others come after.
+pictures, of largest feature product are scored by the logit of "match"; the others come after. A
+pair that one of the two directions chose counts in both.
+
+Each rank keeps the tokens of the pictures that it encoded and fuses those with their captions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastvlp.data.text import BertTokenizer
-from fastvlp.evaluate.features import encode, products
-from fastvlp.evaluate.retrieval import retrieval
-from fastvlp.ops.packing import PairLayout, TextLayout
+from fastvlp.evaluate.features import encode
+from fastvlp.evaluate.retrieval import retrieval, retrieval_from_scores
+from fastvlp.models import albef_rerank
+from fastvlp.ops.packing import TextLayout
 from fastvlp.train.parallel import Ranks, gathered
-
-_PAIRS_AT_A_TIME = 2048
 
 
 @torch.inference_mode()
@@ -28,9 +29,12 @@ def retrieval_scores(
 ) -> dict[str, float]:
     """Recalls both ways, by contrast and, with "reranked" before them, by the matching head.
 
+    Memory: features of all pairs, tokens of all captions and of this rank's pictures (on the
+    host), two matrices of captions by pictures, and `albef_rerank`'s workspace.
+
     Args:
         model: an `Albef` in evaluation mode.
-        loader: of held-out pairs; its tokens have `ids` and `mask`.
+        loader: of held-out pairs, not shuffled; its tokens have `ids` and `mask`.
         candidates: scored by the matching head for each query.
     """
     encoder = _Encoder(model, ranks)
@@ -40,96 +44,72 @@ def retrieval_scores(
     )
     pictures, picture = found.pictures()
     ways = retrieval(pictures, found.texts, picture, group=ranks.group)
-    similarity = products(found.texts, pictures)
     scores = {f"{way}/{key}": v for way, result in ways.items() for key, v in result.items()}
-    chosen = _best(similarity, candidates) | _best(similarity.T, candidates).T
-    match = torch.full_like(similarity, -torch.inf)
-    match[chosen] = encoder.matching(tokenizer, found.ids, picture, chosen)
-    own = picture[:, None] == torch.arange(len(pictures), device=picture.device)
-    for way, table, right in (("text_to_image", match, own), ("image_to_text", match.T, own.T)):
-        scores |= {f"reranked/{way}/{k}": v for k, v in recalls(table, right).items()}
+    own, images = encoder.image_set(pictures, picture)
+    texts = encoder.text_set(tokenizer, found.texts, loader.batch_size)
+    matched = albef_rerank.rerank(model, images, texts, candidates, group=ranks.group, own=own)
+    either = torch.maximum(matched.text_to_image, matched.image_to_text.T)
+    for way, result in retrieval_from_scores(either, either.T, picture).items():
+        scores |= {f"reranked/{way}/{k}": v for k, v in result.items() if k.startswith("R@")}
     return scores
 
 
-def recalls(scores: Tensor, right: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """The share of queries, rows, of which a right key is among the first k.
-
-    A wrong key of the same score is ranked before the right one.
-    """
-    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-    ahead = ((scores >= best) & ~right).sum(1)
-    return {f"R@{k}": (ahead < k).double().mean().item() for k in ks}
-
-
-def _best(scores: Tensor, k: int) -> Tensor:
-    """Which entries are among the k largest of their row."""
-    at = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, at, True)
-
-
 class _Encoder:
-    """Encodes pairs and keeps what fusion needs of this rank's: image tokens and all captions."""
+    """Encodes pairs and keeps what fusion needs: tokens of this rank's pictures, all captions."""
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.model, self.student, self.ranks = model, model.student, ranks
         self._tokens: list[Tensor] = []
         self._captions: dict[int, str] = {}
+        # Of each picture's first pair on this rank, the row among the tokens.
+        self._row: dict[int, int] = {}
+        self._seen: set[int] = set()
+        self._new: list[int] = []
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
-            self._captions |= zip(batch.index.tolist(), batch.captions, strict=True)
+            pairs = batch.index.tolist()
+            self._captions |= zip(pairs, batch.captions, strict=True)
+            self._new = []
+            for at, (pair, name) in enumerate(zip(pairs, batch.ids.tolist(), strict=True)):
+                if name not in self._seen:
+                    self._seen.add(name)
+                    self._row[pair] = len(self._row)
+                    self._new.append(at)
             yield batch
 
     def images(self, images: Tensor) -> Tensor:
-        self._tokens.append(self.student.encode_image(images))
-        return self.student.image_features(self._tokens[-1])
+        tokens = self.student.encode_image(images)
+        self._tokens.append(tokens[self._new].cpu())
+        return self.student.image_features(tokens)
 
     def texts(self, text: Any) -> Tensor:
-        ids, layout = text.ids.to(self.ranks.device), self._layout(text.mask)
+        ids, layout = (
+            text.ids.to(self.ranks.device),
+            TextLayout.from_mask(text.mask, self.ranks.device),
+        )
         return self.student.text_features(layout.first(self.student.encode_text(ids, layout)))
 
-    def _layout(self, mask: Tensor) -> TextLayout:
-        return TextLayout.from_mask(mask, self.ranks.device)
+    def image_set(self, pictures: Tensor, picture: Tensor) -> tuple[Tensor, albef_rerank.ImageSet]:
+        """Which pictures are this rank's, and their tokens with the features of all.
 
-    def matching(
-        self, tokenizer: BertTokenizer, ids: Tensor, picture: Tensor, chosen: Tensor
-    ) -> Tensor:
-        """The logit of "match" of the chosen (caption, picture), each scored where its picture is.
-
-        Args:
-            ids, picture: of all pairs, see `Features`.
-            chosen: bool [captions, pictures].
+        A picture is that of the first pair that shows it.
         """
-        text, image = chosen.cpu().nonzero(as_tuple=True)
-        # A picture is that of the first pair that shows it.
-        pair = torch.arange(len(ids))
-        first = torch.full((chosen.shape[1],), len(ids)).scatter_reduce(
-            0, picture.cpu(), pair, "amin"
-        )
-        row = torch.full((len(ids),), -1)
-        row[list(self._captions)] = torch.arange(len(self._captions))
-        row = row[first][image]
-        here = (row >= 0).nonzero()[:, 0]
-        here = here[row[here].argsort(stable=True)]
-        logits = torch.zeros(len(text), device=self.ranks.device)
-        logits[here.to(logits.device)] = self._fused(tokenizer, text[here], row[here])
-        if self.ranks.group is not None:
-            dist.all_reduce(logits, group=self.ranks.group)
-        return logits
+        pairs = torch.arange(len(picture))
+        first = torch.full((len(pictures),), len(picture))
+        first = first.scatter_reduce(0, picture.cpu(), pairs, "amin")
+        row = torch.full((len(picture),), -1)
+        row[list(self._row)] = torch.tensor(list(self._row.values()), dtype=torch.int64)
+        row = row[first]
+        own = (row >= 0).nonzero()[:, 0]
+        return own, albef_rerank.ImageSet(torch.cat(self._tokens)[row[own]], pictures)
 
-    def _fused(self, tokenizer: BertTokenizer, text: Tensor, row: Tensor) -> Tensor:
-        """Logits of texts with this rank's images, sorted by image."""
-        captions = gathered(self._captions, self.ranks)
-        padded = tokenizer.padded(list(captions.values()))
-        layout = self._layout(padded.mask)
-        texts = self.student.encode_text(padded.ids.to(self.ranks.device), layout)
-        tokens = torch.cat(self._tokens)
-        logits = [torch.zeros(0, device=self.ranks.device)]
-        parts = text.split(_PAIRS_AT_A_TIME), row.split(_PAIRS_AT_A_TIME)
-        for part, rows in zip(*parts, strict=True):
-            distinct, place = rows.unique(return_inverse=True)
-            pairs = PairLayout.make(layout, part, place, len(distinct))
-            near = tokens[distinct.to(tokens.device)]
-            fused = self.student.fuse(pairs.expand(texts), pairs, near)
-            logits.append(self.model.itm_head(pairs.first(fused))[:, 1].float())
-        return torch.cat(logits)
+    def text_set(
+        self, tokenizer: BertTokenizer, features: Tensor, rows: int
+    ) -> albef_rerank.TextSet:
+        """Tokens of the captions of all ranks, encoded some rows at a time."""
+        captions = list(gathered(self._captions, self.ranks).values())
+        parts = [captions[i : i + rows] for i in range(0, len(captions), rows)]
+        padded = (tokenizer.padded(part) for part in parts)
+        texts = albef_rerank.encode_texts(self.model, ((text.ids, text.mask) for text in padded))
+        return texts._replace(features=features)

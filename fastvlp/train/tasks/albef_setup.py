@@ -77,7 +77,7 @@ def _openmoji(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
 
 
 def _shards(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
-    tokenizer = albef_tokenizer(config.tokenizer)
+    tokenizer = albef_tokenizer(bert_vocabulary(config.tokenizer, []))
     masking = MaskingTokenizer(tokenizer, rate=config.mask_rate)
     sizes = {"size": size}
     loader = shard_loader(config.data, "albef_pretrain", sizes, rows, masking, ranks, config.seed)

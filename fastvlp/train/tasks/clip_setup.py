@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from fastvlp.data.text import CaptionTokenizer, train_tokenizer
+from fastvlp.data import tokenizer_files
+from fastvlp.data.text import train_tokenizer
 from fastvlp.models import clip
 from fastvlp.train.config import TrainClip
 from fastvlp.train.parallel import Ranks
@@ -32,12 +32,16 @@ def build(config: TrainClip, ranks: Ranks) -> tuple[ClipTask, Any]:
     if config.model not in clip.CONFIGS:
         raise ValueError(f"model: expected one of {sorted(clip.CONFIGS)}, got {config.model!r}")
     size = clip.CONFIGS[config.model].image_size
+    tokenizer = None
+    if config.tokenizer is not None:
+        length = clip.CONFIGS[config.model].context_length
+        tokenizer = tokenizer_files.for_clip(config.tokenizer, length)
     make = _openmoji if config.data == "openmoji" else _shards
-    tokenizer, loader, held_out, groups = make(config, ranks, rows, size)
+    tokenizer, loader, held_out, groups = make(config, tokenizer, ranks, rows, size)
     model = clip.create(
         config.model,
         vocab_size=tokenizer.vocab_size,
-        context_length=min(tokenizer.context_length, 77),
+        context_length=tokenizer.context_length,
     )
     task = ClipTask(
         model,
@@ -60,9 +64,10 @@ def zero_shot_openmoji(model, tokenizer: Callable, ranks: Ranks, rows: int) -> d
     return zero_shot_over_groups(model, tokenizer, openmoji_groups(train), loader.bases, found)
 
 
-def _openmoji(config: TrainClip, ranks: Ranks, rows: int, size: int):
+def _openmoji(config: TrainClip, tokenizer, ranks: Ranks, rows: int, size: int):
     data = openmoji_data(size, ranks, config.progress)
-    tokenizer = _tokenizer(config.tokenizer, openmoji_captions(data))
+    if tokenizer is None:
+        tokenizer = train_tokenizer(openmoji_captions(data), model="word")
     loader = openmoji_loader(data, "train", rows, tokenizer, ranks, training=True, seed=config.seed)
     held_out = {
         split: openmoji_loader(data, split, rows, tokenizer, ranks, training=False)
@@ -71,10 +76,9 @@ def _openmoji(config: TrainClip, ranks: Ranks, rows: int, size: int):
     return tokenizer, loader, held_out, openmoji_groups(loader)
 
 
-def _shards(config: TrainClip, ranks: Ranks, rows: int, size: int):
-    if config.tokenizer is None:
+def _shards(config: TrainClip, tokenizer, ranks: Ranks, rows: int, size: int):
+    if tokenizer is None:
         raise ValueError("tokenizer: expected a vocabulary file where the data are shards")
-    tokenizer = _tokenizer(config.tokenizer, [])
     loader = shard_loader(
         config.data, "clip_train", {"size": size}, rows, tokenizer, ranks, config.seed
     )
@@ -84,9 +88,3 @@ def _shards(config: TrainClip, ranks: Ranks, rows: int, size: int):
             config.eval_data, "clip_eval", {"size": size}, rows, tokenizer, ranks
         )
     return tokenizer, loader, held_out, {}
-
-
-def _tokenizer(path: Path | None, captions: list[str]) -> Callable:
-    if path is None:
-        return train_tokenizer(captions, model="word")
-    return CaptionTokenizer.load(path)

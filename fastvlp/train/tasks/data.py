@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvlp.data import openmoji
+from fastvlp.data import openmoji, tokenizer_files
 from fastvlp.data.openmoji_batches import OpenMojiLoader
 from fastvlp.data.text import train_wordpiece
 from fastvlp.train.parallel import Ranks
@@ -84,8 +84,10 @@ def bert_vocabulary(
 ) -> Path | list[str] | None:
     """What a BertTokenizer is made from: the file given, else what the captions teach, else None,
     BERT's own vocabulary."""
-    if path is not None or not captions:
-        return path
+    if path is not None:
+        return tokenizer_files.for_bert(path)
+    if not captions:
+        return None
     return train_wordpiece(captions, clean=clean).entries
 
 

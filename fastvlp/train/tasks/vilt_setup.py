@@ -57,7 +57,8 @@ def _openmoji(config: TrainVilt, sizes: vilt.ViltConfig, ranks: Ranks, rows: int
 
 
 def _shards(config: TrainVilt, sizes: vilt.ViltConfig, ranks: Ranks, rows: int):
-    tokenizer = vilt_tokenizer(config.tokenizer, context_length=sizes.context_length)
+    source = bert_vocabulary(config.tokenizer, [])
+    tokenizer = vilt_tokenizer(source, context_length=sizes.context_length)
     masking = MaskingTokenizer(tokenizer, rate=config.mask_rate, whole_word=True, budget="padded")
     recipe = recipe_sizes(sizes)
     loader = shard_loader(config.data, "vilt_train", recipe, rows, masking, ranks, config.seed)
