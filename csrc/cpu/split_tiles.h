@@ -24,69 +24,83 @@ constexpr int64_t kPartWords = kStepSide * kTile;  // of one part of a step
 constexpr int64_t kHalfWords = kTile * kTile;
 constexpr int64_t kStepWords = 3 * kPartWords;
 
-struct Parts {
-  __m512i high, middle, low;  // the upper halves of their lanes count, the lower ones are zero
-};
+inline __m512i words_of(__m512bh x) { return (__m512i)x; }
 
-// Where a vector has floats that are not finite or would round up to infinity: these stay whole in
-// `high`, cut off instead of rounded.
-[[gnu::noinline]] inline __m512i high_of_special(__m512i b) {
+// Whether a float of these is not finite or would round up to infinity.
+inline bool has_special(Vec a, Vec b) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), least = _mm512_set1_epi32(0x7f7f8000);
+  const __m512i larger = _mm512_max_epu32(_mm512_and_si512((__m512i)a, magnitude),
+                                          _mm512_and_si512((__m512i)b, magnitude));
+  return _mm512_cmpge_epu32_mask(larger, least) != 0;
+}
+
+// The high part of floats among which special ones may be, in the upper half of each lane, and what
+// is left of them: the special ones are cut off instead of rounded, and nothing is left of those
+// that are not finite.
+[[gnu::noinline]] inline __m512i high_of_special(Vec x, Vec* rest) {
+  const __m512i b = (__m512i)x, upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   const __m512i magnitude = _mm512_and_si512(b, _mm512_set1_epi32(0x7fffffff));
   const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
+  const __mmask16 finite = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
   const __mmask16 special = _mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(0x7f7f8000));
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
   __m512i high = _mm512_add_epi32(b, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   high = _mm512_mask_mov_epi32(high, special, b);
   high = _mm512_mask_or_epi32(high, nan, high, _mm512_set1_epi32(0x00400000));
-  return _mm512_and_si512(high, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+  high = _mm512_and_si512(high, upper);
+  *rest = (Vec)_mm512_maskz_sub_ps(finite, (__m512)x, (__m512)high);
+  return high;
 }
 
-inline __m512i rounded_to_bf16(__m512i b) {
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
-  const __m512i sum = _mm512_add_epi32(b, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_and_si512(sum, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
-}
-
-inline Parts split(Vec x) {
-  const __m512i b = (__m512i)x;
-  const __m512i magnitude = _mm512_and_si512(b, _mm512_set1_epi32(0x7fffffff));
-  const __mmask16 special =
-      _mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(0x7f7f8000));
-  __m512i high = rounded_to_bf16(b);
-  Vec rest = x - (Vec)high;
-  if (__builtin_expect(special != 0, 0)) {
-    high = high_of_special(b);
-    const __mmask16 finite = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
-    rest = (Vec)_mm512_maskz_sub_ps(finite, (__m512)x, (__m512)high);
+// Layouts of two vectors of bfloat16 in one: one after the other, or alternating.
+struct Neighbours {
+  static __m512i round(Vec a, Vec b) {
+    return words_of(_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
   }
-  const __m512i middle = rounded_to_bf16((__m512i)rest);
-  return {high, middle, (__m512i)(rest - (Vec)middle)};
+  static Vec first(__m512i words) {
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(words)), 16);
+  }
+  static Vec second(__m512i words) {
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1)), 16);
+  }
+};
+struct Pairs {
+  static __m512i round(Vec a, Vec b) { return (__m512i)bf16_pairs(a, b); }
+  static Vec first(__m512i words) { return (Vec)_mm512_slli_epi32(words, 16); }
+  static Vec second(__m512i words) {
+    return (Vec)_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+  }
+};
+
+// The three parts of 32 floats as 16 words each, kPartWords apart.
+template <class Layout>
+inline void store_parts(Vec a, Vec b, uint32_t* out) {
+  __m512i high;
+  if (__builtin_expect(has_special(a, b), 0)) {
+    Vec a_rest, b_rest;
+    const Vec a_high = (Vec)high_of_special(a, &a_rest), b_high = (Vec)high_of_special(b, &b_rest);
+    high = Layout::round(a_high, b_high);  // exact
+    a = a_rest;
+    b = b_rest;
+  } else {
+    high = Layout::round(a, b);
+    a = a - Layout::first(high);
+    b = b - Layout::second(high);
+  }
+  const __m512i middle = Layout::round(a, b);
+  _mm512_storeu_si512(out, high);
+  _mm512_storeu_si512(out + kPartWords, middle);
+  _mm512_storeu_si512(out + 2 * kPartWords,
+                      Layout::round(a - Layout::first(middle), b - Layout::second(middle)));
 }
 
 // 32 floats that are neighbours along K, as 16 words of each part at `out`.
 inline void store_neighbours(Vec first, Vec second, uint32_t* out) {
-  const __m512i upper = _mm512_set_epi16(
-      63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17,
-      15, 13, 11, 9, 7, 5, 3, 1);
-  const Parts a = split(first), b = split(second);
-  const auto put = [&](__m512i low, __m512i high, uint32_t* to) {
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(low, upper, high));
-  };
-  put(a.high, b.high, out);
-  put(a.middle, b.middle, out + kPartWords);
-  put(a.low, b.low, out + 2 * kPartWords);
+  store_parts<Neighbours>(first, second, out);
 }
 
 // 16 pairs of floats, the first of each pair from `even`, as 16 words of each part at `out`.
-inline void store_pairs(Vec even, Vec odd, uint32_t* out) {
-  const Parts a = split(even), b = split(odd);
-  const auto put = [](__m512i low, __m512i high, uint32_t* to) {
-    _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(low, 16), high));
-  };
-  put(a.high, b.high, out);
-  put(a.middle, b.middle, out + kPartWords);
-  put(a.low, b.low, out + 2 * kPartWords);
-}
+inline void store_pairs(Vec even, Vec odd, uint32_t* out) { store_parts<Pairs>(even, odd, out); }
 
 // Transposes one half of a step in place, each of its parts.
 inline void transpose_half(uint32_t* half) {
