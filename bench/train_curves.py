@@ -42,7 +42,6 @@ def curve(
             seed=seed,
             save_every=steps,
             log_every=1,
-            progress=False,
         )
         train(config)
         return [row["loss"] for row in read_log(config.folder) if "loss" in row]

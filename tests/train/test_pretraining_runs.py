@@ -324,6 +324,7 @@ def test_decay_is_as_published():
 def test_papers_settings_and_what_is_refused():
     found = from_mapping(TrainAlbef, ALBEF_PAPER, "paper")
     assert (found.batch_size, found.weight_decay, found.match_ids) == (512, 0.02, False)
+    assert found.mask_rate == 0.15
     found = from_mapping(TrainVilt, VILT_PAPER, "paper")
     assert (found.batch_size, found.betas, found.warmup) == (4096, (0.9, 0.98), 10_000)
     for name, value in {"ema": 0.9, "parallel": "fsdp", "alpha": 2.0}.items():
