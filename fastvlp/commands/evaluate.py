@@ -12,9 +12,10 @@ from typing import Annotated, ClassVar
 import torch
 import tyro
 
-from fastvlp.data import tokenizer_files
-from fastvlp.models import base
+from fastvlp.evaluate import picture_folders
+from fastvlp.models.checkpoints import load_any
 from fastvlp.train import parallel
+from fastvlp.train.config import read_yaml
 from fastvlp.train.tasks import (
     albef_retrieval,
     albef_setup,
@@ -28,8 +29,16 @@ from fastvlp.train.tasks import (
 
 @dataclass
 class _Common:
-    run: tyro.conf.Positional[Path]
-    """Folder of a trained model, as `fastvlp train` leaves it."""
+    model: tyro.conf.Positional[Path]
+    """Folder of a trained model, as `fastvlp train` leaves it; a model saved by
+    fastvlp.models.base.save; or a published checkpoint of CLIP, ViLT or ALBEF, file or folder."""
+
+    tokenizer: Path | None = None
+    """Vocabulary of the captions. By default that of the run, beside the model, or the one that the
+    papers use."""
+
+    activation: str | None = None
+    """Of weights from open_clip, which do not tell it: gelu or quick_gelu."""
 
     batch_size: int = 128
     """Pictures and captions that are encoded at a time, on each rank."""
@@ -45,13 +54,15 @@ class _Common:
     def run_all(self, score) -> dict[str, float]:
         """Print, and write, the scores that `score` gives; under torchrun over all ranks."""
         with parallel.ranks(self.device) as ranks, torch.inference_mode():
-            model = base.load(self.run / "model").to(ranks.device)
+            model, report = load_any(self.model, activation=self.activation)
             if model.kind not in self.kinds:
                 raise ValueError(
-                    f"run: expected a model of {' or '.join(self.kinds)}, got one of {model.kind}"
+                    f"model: expected one of {' or '.join(self.kinds)}, got one of {model.kind}"
                 )
-            tokenizer = _tokenizer(self.run, model)
-            scores = score(model, tokenizer, ranks)
+            if report is not None and ranks.is_first:
+                print(report)
+            tokenizer = saved_tokenizer(self.model, model, self.tokenizer)
+            scores = score(model.to(ranks.device), tokenizer, ranks)
             if ranks.is_first:
                 for name, value in scores.items():
                     print(f"{name:30} {value:.4f}")
@@ -60,12 +71,27 @@ class _Common:
         return scores
 
 
-def _tokenizer(run: Path, model):
-    if model.kind == "vilt":
-        return vilt_setup.saved_tokenizer(run, model.config)
-    if model.kind == "albef":
-        return albef_setup.saved_tokenizer(run)
-    return tokenizer_files.for_clip(run / "tokenizer.json")
+def saved_tokenizer(path: Path, model, given: Path | None = None):
+    """The tokenizer of a model: from the file given, from beside the model, or the papers'.
+
+    Raises:
+        ValueError: it is of another kind, or has more ids than the model.
+    """
+    name = "tokenizer.json" if model.kind == "clip" else "vocab.txt"
+    beside = (path if path.is_dir() else path.parent) / name
+    file = given or (beside if beside.is_file() else None)
+    if model.kind == "clip":
+        tokenizer = clip_setup.tokenizer_of(file, model.config)
+    elif model.kind == "vilt":
+        tokenizer = vilt_setup.tokenizer_of(file, model.config)
+    else:
+        tokenizer = albef_setup.tokenizer_of(file, model.config)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer: expected at most the model's {model.config.vocab_size} ids, got "
+            f"{tokenizer.vocab_size} of {file or 'the vocabulary of the papers'}; give --tokenizer"
+        )
+    return tokenizer
 
 
 # Image transforms of held-out shards, with their parameters of a model.
@@ -76,10 +102,19 @@ _RECIPES = {
 }
 
 
+def picture_values(path: Path) -> tuple[tuple[float, ...], ...]:
+    """Mean and deviation that the pictures of a model were normalised by in its training."""
+    settings = path / "config.yaml"
+    if settings.is_file() and read_yaml(settings).get("data") == "openmoji":
+        return (0.5,) * 3, (0.5,) * 3
+    return picture_folders.MEAN, picture_folders.STD
+
+
 @dataclass
 class _OfPairs(_Common):
     data: str = "openmoji"
-    """"openmoji", or shards; captions of equal id are captions of one picture."""
+    """"openmoji", or shards; captions of equal id are captions of one picture. Pictures of shards
+    are normalised as in the system's paper, those of OpenMoji as `fastvlp train` has them."""
 
     split: str = "composition"
     """Of OpenMoji: train, composition or concept."""
@@ -165,7 +200,7 @@ class ZeroShot(_Common):
     def _score(self, model, tokenizer, ranks) -> dict[str, float]:
         if self.images is None:
             return clip_setup.zero_shot_openmoji(model, tokenizer, ranks, self.batch_size)
-        from fastvlp.evaluate import picture_folders, zero_shot
+        from fastvlp.evaluate import zero_shot
 
         folders = picture_folders.find(self.images)
         names = list(folders)
@@ -186,7 +221,12 @@ class ZeroShot(_Common):
         )
         pictures = picture_folders.share(folders, ranks.rank, ranks.world_size)
         features, labels = picture_folders.encode(
-            pictures, model.encode_image, model.config.image_size, self.batch_size, ranks.device
+            pictures,
+            model.encode_image,
+            model.config.image_size,
+            self.batch_size,
+            ranks.device,
+            *picture_values(self.model),
         )
         return zero_shot.accuracy(features, weights, labels, group=ranks.group)
 

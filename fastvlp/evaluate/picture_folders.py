@@ -11,8 +11,8 @@ from torch import Tensor
 
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 # Of CLIP's training data; Radford et al. release their models with them.
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def find(folder: Path) -> dict[str, list[Path]]:
@@ -46,8 +46,8 @@ def encode(
     size: int,
     batch_size: int,
     device: torch.device,
-    mean: Sequence[float] = _MEAN,
-    std: Sequence[float] = _STD,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
 ) -> tuple[Tensor, Tensor]:
     """Features [n, dim] with rows of norm 1, and labels int64 [n]."""
     parts = []

@@ -213,9 +213,15 @@ class TrainAlbef(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ema is not None:
-            raise ValueError("ema: expected none; the momentum twin is the average in ALBEF")
+            raise ValueError(
+                "ema: expected none; ALBEF has a moving average already, its momentum twin, whose "
+                f"decay is --momentum; got {self.ema}"
+            )
         if self.parallel != "ddp":
-            raise ValueError("parallel: expected ddp; the momentum twin is not sharded")
+            raise ValueError(
+                "parallel: expected ddp; the momentum twin and re-ranking, which calls fusion "
+                f"unequally often on each rank, are not sharded; got {self.parallel}"
+            )
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha: expected 0 to 1, got {self.alpha}")
 

@@ -4,12 +4,16 @@ import json
 
 import photo_shards
 import pytest
+import torch
+from albef_peer import PeerAlbef
+from clip_cases import transformers_model
 from tiny_vocabularies import bert_vocabulary, bpe_file
+from vilt_cases import small
 
 from fastvlp import cli
 from fastvlp.commands import evaluate
 from fastvlp.commands import train as command
-from fastvlp.models import base
+from fastvlp.models import base, clip
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +61,88 @@ def test_a_vocabulary_of_another_kind_is_refused(tmp_path, shards, system, make,
         cli.main(["train", system, "--model", "tiny", *given])
     shown = capsys.readouterr().err
     assert "tokenizer: expected" in shown and "; found " in shown
+
+
+def test_a_model_that_the_library_saved_is_evaluated_with_a_given_vocabulary(tmp_path, shards):
+    model = clip.create("tiny", vocab_size=520, context_length=20)
+    base.save(model, tmp_path / "mine")
+    arguments = ["--data", shards, "--tokenizer", str(bpe_file(tmp_path))]
+    found = [
+        evaluate.parse(["retrieval", str(tmp_path / name), *arguments]).run()
+        for name in ("mine", "mine.safetensors")
+    ]
+    assert found[0] == found[1] and found[0]["image_to_text R@10"] <= 1
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Files of a tiny model of each kind, as they are published, with a vocabulary of its size."""
+    words = [f"w{i}" for i in range(20)]
+    vocabulary = bert_vocabulary(tmp_path, ["caption", *words])
+    torch.save(PeerAlbef().checkpoint(), tmp_path / "albef.pth")
+    vilt = small(width=64, heads=1, vocab_size=60, context_length=12)
+    torch.save({"state_dict": vilt.state_dict()}, tmp_path / "vilt.ckpt")
+    return {"albef": tmp_path / "albef.pth", "vilt": tmp_path / "vilt.ckpt"}, vocabulary
+
+
+def test_albefs_and_vilts_checkpoints_are_evaluated(published, shards, capsys):
+    models, vocabulary = published
+    given = ["--data", shards, "--batch-size", "6"]
+    found = evaluate.parse(["retrieval", str(models["albef"]), *given]).run()  # vocab.txt beside it
+    assert found["reranked text_to_image R@10"] <= 1
+    assert "ALBEF" in capsys.readouterr().out
+    given += ["--tokenizer", str(vocabulary)]
+    assert "matching/accuracy" in evaluate.parse(["matching", str(models["vilt"]), *given]).run()
+    vocabulary.unlink()
+    with pytest.raises(ValueError, match="tokenizer: expected at most the model's 300 ids, got"):
+        evaluate.parse(["retrieval", str(models["albef"]), "--data", shards]).run()
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for i in range(6):
+        place = tmp_path / "pictures" / ("cat" if i % 2 else "sat")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{i}.jpg").write_bytes(photo_shards.jpeg(i))
+    return tmp_path / "pictures"
+
+
+def test_zero_shot_by_a_checkpoint_with_an_ensemble_of_prompts(tmp_path, folders):
+    peer = transformers_model(eos=519, vocab_size=520)
+    peer.save_pretrained(tmp_path / "clip")
+    (tmp_path / "prompts.txt").write_text("the {}\na {} sat\n")
+    (tmp_path / "names.txt").write_text("cat\nthe\n")
+    vocabulary = bpe_file(tmp_path)
+    arguments = [
+        "--images", str(folders), "--tokenizer", str(vocabulary),
+        "--templates", str(tmp_path / "prompts.txt"), "--classes", str(tmp_path / "names.txt"),
+    ]  # fmt: skip
+    found = evaluate.parse(["zero-shot", str(tmp_path / "clip"), *arguments]).run()
+    # By definition, one picture and one prompt at a time.
+    from fastvlp.data import recipes
+    from fastvlp.data.text import ClipTokenizer
+    from fastvlp.evaluate import picture_folders
+    from fastvlp.models.checkpoints import load_any
+
+    model, _ = load_any(tmp_path / "clip")
+    size, length = model.config.image_size, model.config.context_length
+    tokenizer = ClipTokenizer(vocabulary, context_length=length, truncate=True)
+    recipe = recipes.recipe("clip_eval")
+    right = []
+    with torch.no_grad():
+        classes = []
+        for name in ("cat", "the"):
+            each = [
+                torch.nn.functional.normalize(model.encode_text(tokenizer([prompt])), dim=-1)
+                for prompt in (f"the {name}", f"a {name} sat")
+            ]
+            classes.append(sum(each) / 2)
+        for label, folder in enumerate(("cat", "sat")):
+            for path in sorted((folders / folder).iterdir()):
+                picture = picture_folders.read(path, size, recipe.mean, recipe.std)
+                feature = model.encode_image(picture[None])
+                scores = [
+                    torch.nn.functional.cosine_similarity(feature, each).item() for each in classes
+                ]
+                right.append(scores.index(max(scores)) == label)
+    assert found["top-1"] == pytest.approx(sum(right) / len(right))

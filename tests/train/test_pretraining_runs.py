@@ -344,7 +344,9 @@ def test_commands_train_and_evaluate_on_openmoji(tmp_path, monkeypatch, system):
     if system == "vilt":
         found = evaluate.parse(["matching", str(tmp_path), "--batch-size", "8"]).run()
         assert found["matching/accuracy"] == scores["composition/matching/accuracy"]
-        with pytest.raises(ValueError, match="run: expected a model of clip or albef, got one of"):
+        with pytest.raises(
+            ValueError, match="model: expected one of clip or albef, got one of vilt"
+        ):
             evaluate.parse(["retrieval", str(tmp_path)]).run()
     else:
         found = evaluate.parse(["retrieval", str(tmp_path)]).run()

@@ -8,13 +8,16 @@ and the vocabulary head. LAVIS leaves the twin out when it saves.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvlp.models.albef import Albef
+from fastvlp.models.albef import Albef, AlbefConfig
 
 from ._files import read_state_dict, unwrap
 from ._positions import resize_grid_positions
@@ -66,6 +69,49 @@ def load_albef(model: Albef, source: Source, *, strict: bool = True) -> LoadRepo
     if model.momentum is not None:
         model.refresh_copy() if twin else model.reset_momentum()
     return report
+
+
+def config_of_shapes(state: Mapping[str, Tensor], **overrides: Any) -> AlbefConfig:
+    """The sizes of the authors' or LAVIS' checkpoint, heads being of 64, as in all published ones.
+
+    Without a twin and queues unless `overrides`, fields of ``AlbefConfig``, say pretraining=True.
+
+    Raises:
+        ValueError: a weight that tells a size is not there.
+    """
+    shapes = {
+        _own_name(name).removeprefix("student."): value.shape for name, value in state.items()
+    }
+    try:
+        side = math.isqrt(shapes["visual_encoder.pos_embed"][1] - 1)
+        width, _, patch, _ = shapes["visual_encoder.patch_embed.proj.weight"]
+        words, text_width = shapes[f"text_encoder.{WORDS}"]
+        positions = shapes["text_encoder.bert.embeddings.position_embeddings.weight"][0]
+        embed_dim = shapes["vision_proj.weight"][0]
+    except KeyError as error:
+        raise ValueError(f"state: expected the weights of an ALBEF, found no {error}") from None
+    layers = _numbers(shapes, r"text_encoder\.bert\.encoder\.layer\.(\d+)\.")
+    fusion = _numbers(shapes, r"text_encoder\.bert\.encoder\.layer\.(\d+)\.crossattention\.")
+    found: dict[str, Any] = {
+        "image_size": side * patch,
+        "patch_size": patch,
+        "vision_width": width,
+        "vision_layers": _numbers(shapes, r"visual_encoder\.blocks\.(\d+)\."),
+        "vision_heads": max(1, width // 64),
+        "text_width": text_width,
+        "text_heads": max(1, text_width // 64),
+        "text_layers": layers - fusion,
+        "fusion_layers": fusion,
+        "vocab_size": words,
+        "text_positions": positions,
+        "embed_dim": embed_dim,
+        "pretraining": False,
+    }
+    return AlbefConfig(**found | overrides)
+
+
+def _numbers(names, pattern: str) -> int:
+    return len({found[1] for found in (re.match(pattern, name) for name in names) if found})
 
 
 def load_vit(model: Albef, source: Source, *, strict: bool = True) -> LoadReport:

@@ -89,6 +89,6 @@ def _shards(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
     return tokenizer, loader, held_out
 
 
-def saved_tokenizer(folder: Path) -> BertTokenizer:
-    """The tokenizer of a trained model."""
-    return albef_tokenizer(folder / "vocab.txt")
+def tokenizer_of(file: Path | None, sizes: albef.AlbefConfig) -> BertTokenizer:
+    """The tokenizer of a trained model; without a file with the paper's vocabulary."""
+    return albef_tokenizer(bert_vocabulary(file, []), context_length=min(25, sizes.text_positions))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastvlp.data import tokenizer_files
-from fastvlp.data.text import train_tokenizer
+from fastvlp.data.text import ClipTokenizer, train_tokenizer
 from fastvlp.models import clip
 from fastvlp.train.config import TrainClip
 from fastvlp.train.parallel import Ranks
@@ -88,3 +89,17 @@ def _shards(config: TrainClip, tokenizer, ranks: Ranks, rows: int, size: int):
             config.eval_data, "clip_eval", {"size": size}, rows, tokenizer, ranks
         )
     return tokenizer, loader, held_out, {}
+
+
+def tokenizer_of(file: Path | None, sizes: clip.ClipConfig) -> Callable:
+    """The tokenizer of a trained model; without a file with the paper's vocabulary."""
+    length = sizes.context_length
+    if file is None:
+        return ClipTokenizer(context_length=length, truncate=True)
+    tokenizer = tokenizer_files.for_clip(file, length)
+    if tokenizer.context_length > length:
+        raise ValueError(
+            f"tokenizer: expected at most the model's {length} ids of a caption, got "
+            f"{tokenizer.context_length} of {file}"
+        )
+    return tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from fastvlp.data.masking import MaskingTokenizer
@@ -80,8 +81,7 @@ def recipe_sizes(sizes: vilt.ViltConfig) -> dict[str, int]:
     }
 
 
-def saved_tokenizer(folder, sizes: vilt.ViltConfig) -> BertTokenizer:
-    """The tokenizer of a trained model."""
-    return vilt_tokenizer(
-        folder / "vocab.txt", padding="longest", context_length=sizes.context_length
-    )
+def tokenizer_of(file: Path | None, sizes: vilt.ViltConfig) -> BertTokenizer:
+    """The tokenizer of a trained model; without a file with the paper's vocabulary."""
+    source = bert_vocabulary(file, [])
+    return vilt_tokenizer(source, padding="longest", context_length=sizes.context_length)

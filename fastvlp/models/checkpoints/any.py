@@ -1,0 +1,84 @@
+"""A model from whatever it was saved as: by `fastvlp.models.base.save`, a run, or a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastvlp.models import base
+from fastvlp.models.albef import Albef
+
+from . import albef, clip, vilt
+from ._files import read_state_dict
+from ._report import LoadReport
+
+# A weight that tells a published checkpoint's system, by every name that it has.
+MARKS = {
+    "albef": ("visual_encoder.pos_embed",),
+    "vilt": ("transformer.patch_embed.proj.weight", "vilt.embeddings.cls_token"),
+    "clip": (
+        "visual.conv1.weight",
+        "vision_model.embeddings.class_embedding",
+        "visual.trunk.",
+        "text.transformer.",
+    ),
+}
+
+
+def load_any(
+    path: str | Path, *, activation: str | None = None, **sizes: Any
+) -> tuple[base.Model, LoadReport | None]:
+    """The model of a path, on the CPU, in evaluation mode, and what happened to a checkpoint.
+
+    Args:
+        path: the folder of a run; a model that `base.save` wrote, with or without its suffix; or a
+            published checkpoint, a file or a folder, of CLIP (OpenAI, open_clip, transformers),
+            ViLT (the authors', transformers) or ALBEF (the authors', LAVIS).
+        activation: of open_clip's weights, which do not tell it: "gelu" or "quick_gelu".
+        sizes: `image_size`, to which positions are resized.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no known model, or one that needs more arguments.
+    """
+    path = Path(path)
+    saved = _saved(path)
+    if saved is not None:
+        if activation is not None or sizes:
+            given = "activation" if activation is not None else next(iter(sizes))
+            raise ValueError(f"{given}: expected none, because {saved}.json says all; got a value")
+        return base.load(saved), None
+    state = read_state_dict(path)
+    kind = _kind(path, state)
+    if kind == "clip":
+        return clip.load_clip(path, activation=activation, **sizes)
+    if activation is not None:
+        raise ValueError(f"activation: expected none, {kind} has one only; got {activation!r}")
+    if kind == "vilt":
+        return vilt.load_vilt(path, **sizes)
+    model = Albef(albef.config_of_shapes(state, **sizes))
+    report = albef.load_albef(model, state)
+    return model.eval(), report
+
+
+def _saved(path: Path) -> Path | None:
+    """What `base.load` takes for a path, if it holds that."""
+    places = [path / "model"] if path.is_dir() else [path, path.with_suffix("")]
+    for place in places:
+        described = Path(f"{place}.json")
+        if described.is_file() and Path(f"{place}.safetensors").is_file():
+            content = json.loads(described.read_text())
+            if isinstance(content, dict) and content.get("kind") in base.KINDS:
+                return place
+    return None
+
+
+def _kind(path: Path, state) -> str:
+    for kind, marks in MARKS.items():
+        if any(name.startswith(mark) for mark in marks for name in state):
+            return kind
+    raise ValueError(
+        f"path: expected a CLIP, ViLT or ALBEF in {path}, got {len(state)} tensors such as "
+        f"{sorted(state)[:3]}"
+    )
