@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+# The operators that came last: a library without them was built from older sources.
+_NEWEST = ("transform_images", "matmul", "add_matmul")
+
 
 # Tracing must see the answers of the two loaders as constants, not trace into the loading.
 @torch.compiler.assume_constant_result
@@ -30,6 +33,11 @@ def _load() -> tuple[str, ...]:
         torch.ops.load_library(str(library))
     except OSError as error:
         return (f"the compiled library {library.name} does not load: {error}",)
+    if missing := [name for name in _NEWEST if not hasattr(torch.ops.fastvlp, name)]:
+        return (
+            f"the compiled library {library.name} is older than its Python code and lacks "
+            f"{', '.join(missing)}: build it again with `pip install -e .`",
+        )
     return ()
 
 

@@ -259,3 +259,11 @@ def test_the_module_prints_the_report():
         [sys.executable, "-m", "fastvlp.info"], capture_output=True, text=True, check=True
     )
     assert f"CUDA kernels: {_native.build_info()['cuda']}" in done.stdout
+
+
+def test_a_library_built_from_older_sources_is_explained(monkeypatch):
+    monkeypatch.setattr(_native, "_NEWEST", ("matmul", "of_tomorrow"))
+    (reason,) = _native._load.__wrapped__()
+    assert "older than its Python code and lacks of_tomorrow" in reason
+    assert "pip install -e ." in reason
+    assert not _native.load()
