@@ -18,8 +18,8 @@ FASTVLP_DEFINE_KERNELS(MatmulKernels, matmul)
 
 namespace {
 
-constexpr int64_t kGrain = 32;                  // tasks are that many rows and columns, or a multiple
-constexpr double kLeastWork = 1 << 20;          // multiply-adds that are worth a thread
+constexpr int64_t kGrain = 32;          // tasks are multiples of so many rows and columns
+constexpr double kLeastWork = 1 << 20;  // multiply-adds that are worth a thread
 
 bool matmul_available() { return matmul_kernels().multiply != nullptr; }
 

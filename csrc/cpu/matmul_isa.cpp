@@ -97,8 +97,8 @@ void pack(const Side& x, int64_t steps, float alpha, uint32_t* out) {
 // A block of C, up to 32 x 32, in rows `c_row` floats apart. Its rows start as `bias`, or as zeros
 // where that is null.
 template <int rows, int cols>
-void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, const float* bias, float* c,
-                    int64_t c_row) {
+void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, const float* bias,
+                    float* c, int64_t c_row) {
   if (bias == nullptr) {
     _tile_zero(0);
     _tile_zero(1);
@@ -117,8 +117,8 @@ void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, const f
   if constexpr (rows > 1 && cols > 1) _tile_stored(3, c + kTile * c_row + kTile, c_row * 4);
 }
 
-// The same for a block at the edge of C or one that is added to it, by way of `square`, 32 x 32. One
-// running sum over all of K would round worse than a vendor's product; sums of chunks do not.
+// The same for a block at the edge of C or one that is added to it, by way of `square`, 32 x 32.
+// One running sum over all of K would round worse than a vendor's product; sums of chunks do not.
 void multiply_block_apart(const uint32_t* a, const uint32_t* b, int64_t steps, const float* bias,
                           float* c, int64_t c_row, int64_t rows, int64_t cols, bool added,
                           float* square) {

@@ -1,5 +1,5 @@
-// What the matmul driver (baseline code, owns memory and threads) and the per-instruction-set kernels
-// (no allocation, no threads, no torch) say to each other.
+// What the matmul driver (baseline code, owns memory and threads) and the per-instruction-set
+// kernels (no allocation, no threads, no torch) say to each other.
 #pragma once
 
 #include <cstdint>

@@ -1,14 +1,14 @@
 // Products of floats on AMX tiles. A float is the exact sum of three bfloat16: high, middle and low,
 // each rounded to nearest. Of the nine products of such parts the six largest are added up; the rest
-// is below 2^-25 of the product, half of what a float's rounding is. On a processor that adds bfloat16
-// products at seventeen times the rate of floats this is twice as fast as its float units.
+// is below 2^-25 of the product, half of what a float's rounding is. Where the tiles add bfloat16
+// products at seventeen times the rate of floats, this is faster than the float units.
 //
-// Operands lie as steps of 32 along K: [step][part: high, middle, low][half][16][16] words. A word is a
-// pair of bfloat16 that are neighbours along K, so a step holds 32 of K for 32 rows of A, half
+// Operands lie as steps of 32 along K: [step][part: high, middle, low][half][16][16] words. A word
+// is a pair of bfloat16 that are neighbours along K, so a step holds 32 of K for 32 rows of A, half
 // [row][word], or for 32 columns of B, half [word][column].
 //
-// Parts below 2^-126 count as zero: floats below 2^-110 lose their last bits, as those below 2^-126 lose
-// all of theirs.
+// Parts below 2^-126 count as zero: floats below 2^-110 lose their last bits, and those below 2^-126
+// all of them.
 #pragma once
 
 #include "gemm.h"
@@ -108,7 +108,8 @@ inline void transpose_half(uint32_t* half) {
     uint32_t* tile = half + part * kPartWords;
     Vec rows[kTile];
     FASTVLP_UNROLL
-    for (int i = 0; i < kTile; ++i) rows[i] = load(reinterpret_cast<const float*>(tile + i * kTile));
+    for (int i = 0; i < kTile; ++i)
+      rows[i] = load(reinterpret_cast<const float*>(tile + i * kTile));
     store_transposed(rows, tile, kTile);
   }
 }
