@@ -41,28 +41,32 @@ class TileGradient {
                                        : Vec{});
   }
 
-  void column(int64_t j, float* g) const {
-    const float* z = tile_ + j * fastvlp::tile_stride(p_);
-    const float* row_lse = p_.row_lse + first_row_;
+  void column(int64_t j, float* g) const { part(j, 0, n_, g); }
+
+  // Rows [first, first + n) of column j; both are multiples of kLanes.
+  void part(int64_t j, int64_t first, int64_t n, float* g) const {
+    const float* column = tile_ + j * fastvlp::tile_stride(p_);
+    const float* z = column + first;
+    const float* row_lse = p_.row_lse + first_row_ + first;
     const int64_t col = first_col_ + j;
     if (p_.loss == Loss::kSigmoid)
-      sigmoid_gradient(z, n_, p_.bias, p_.row_weight, g);
+      sigmoid_gradient(z, n, p_.bias, p_.row_weight, g);
     else if (shift_ == shift_)
       shifted_softmax_gradient(
-          z, n_, row_factor_,
+          z, n, row_factor_ + first,
           p_.use_cols ? p_.col_weight * std::exp(shift_ - p_.col_lse[col]) : 0.0f, g);
     else if (p_.use_rows && p_.use_cols)
-      softmax_gradient<true, true>(z, n_, row_lse, p_.col_lse[col], p_.row_weight, p_.col_weight,
+      softmax_gradient<true, true>(z, n, row_lse, p_.col_lse[col], p_.row_weight, p_.col_weight,
                                    g);
     else if (p_.use_rows)
-      softmax_gradient<true, false>(z, n_, row_lse, 0.0f, p_.row_weight, 0.0f, g);
+      softmax_gradient<true, false>(z, n, row_lse, 0.0f, p_.row_weight, 0.0f, g);
     else
-      softmax_gradient<false, true>(z, n_, row_lse, p_.col_lse[col], 0.0f, p_.col_weight, g);
-    const int64_t positive = col - p_.offset - first_row_;
-    if (positive < 0 || positive >= rows_) return;
+      softmax_gradient<false, true>(z, n, row_lse, p_.col_lse[col], 0.0f, p_.col_weight, g);
+    const int64_t positive = col - p_.offset - first_row_ - first;
+    if (positive < 0 || positive >= n || first + positive >= rows_) return;
     if (shift_ == shift_)
       g[positive] = fastvlp::softmax_logit_gradient(
-          z[p_.block_rows + 1], p_.use_rows ? row_lse[positive] : 0.0f,
+          column[p_.block_rows + 1], p_.use_rows ? row_lse[positive] : 0.0f,
           p_.use_cols ? p_.col_lse[col] : 0.0f, p_.use_rows ? p_.row_weight : 0.0f,
           p_.use_cols ? p_.col_weight : 0.0f);
     g[positive] -= p_.positive_weight;

@@ -5,6 +5,7 @@
 #include "../common/contrastive_math.h"
 #include "contrastive_gradient.h"
 #include "contrastive_rows.h"
+#include "contrastive_split.h"
 #include "isa_name.h"
 #include "pack.h"
 #include "units.h"
@@ -21,6 +22,12 @@ bool uses_bf16_products(const ContrastiveProblem& p) {
 }
 #endif
 
+#if defined(__AMX_BF16__)
+bool uses_split_products(const ContrastiveProblem& p) { return !uses_bf16_products(p); }
+#else
+bool uses_split_products(const ContrastiveProblem&) { return false; }
+#endif
+
 int64_t padded_dim(const ContrastiveProblem& p) { return round_up(p.dim, kPanel); }
 
 // Rows of the packed A operand are 16 words longer than needed, to spread over the cache sets.
@@ -29,10 +36,21 @@ int64_t row_words(const ContrastiveProblem& p) { return round_up(p.dim, 16) + 16
 // The scratch buffers of one call, in words; sized for the widest use.
 struct Scratch {
   explicit Scratch(const ContrastiveProblem& p) {
-    x_panels = take(p.block_rows * round_up(p.dim, 16));
-    y_rows = take(p.block_cols * row_words(p));
-    gradient = take(p.block_cols * fastvlp::tile_stride(p));
-    words = take(p.block_rows * gradient_stride(p));
+    if (uses_split_products(p)) {
+#if defined(__AMX_BF16__)
+      x_panels = take(split_words(p.block_rows, p.dim));
+      x_factor = take(1);
+      a = take(split_group_words(p));
+      gradient = take(kStepDepth * SplitScratch::kColumnStride);
+      transposed = take(kTile * kStepDepth);
+      block = take(kStepSide * kStepSide);
+#endif
+    } else {
+      x_panels = take(p.block_rows * round_up(p.dim, 16));
+      y_rows = take(p.block_cols * row_words(p));
+      gradient = take(p.block_cols * fastvlp::tile_stride(p));
+      words = take(p.block_rows * gradient_stride(p));
+    }
     row = take(2 * padded_dim(p));
     columns = take(2 * p.block_rows);
     row_max = take(p.block_rows);
@@ -47,43 +65,76 @@ struct Scratch {
     return at;
   }
   int64_t total = 0;
-  int64_t x_panels, y_rows, gradient, words, row, columns, row_max, row_sum, tile_max, col_max,
-      tile;
+  int64_t x_panels = 0, gradient = 0, row, columns, row_max, row_sum, tile_max, col_max, tile;
+  int64_t y_rows = 0, words = 0;                            // of products that are not split
+  int64_t x_factor = 0, a = 0, transposed = 0, block = 0;  // of those that are
 };
 
 GradientScratch gradient_scratch(float* base, const Scratch& s) {
   return {base + s.gradient, base + s.words, base + s.columns, base + s.row_max};
 }
 
+#if defined(__AMX_BF16__)
+SplitScratch split_scratch(float* base, const Scratch& s) {
+  return {reinterpret_cast<uint32_t*>(base + s.a), base + s.row,   base + s.gradient,
+          base + s.transposed,                     base + s.block, base + s.row_max};
+}
+#endif
+
 int64_t scratch_bytes(const ContrastiveProblem& p) { return Scratch(p).total * 4; }
 
-template <class Dot>
+template <class Units>
 void pack_x(const ContrastiveProblem& p, int64_t block, float* base, const Scratch& s) {
-  pack_transposed<Dot>(p.x, block * p.block_rows, p.rows_in(block), p.dim, base + s.x_panels,
-                       reinterpret_cast<uint32_t*>(base + s.row));
+  const int64_t begin = block * p.block_rows, count = p.rows_in(block);
+#if defined(__AMX_BF16__)
+  if constexpr (Units::kSplit) {
+    base[s.x_factor] = factor_of_rows(p.x, begin, count, p.dim, base + s.row);
+    return split_columns(p.x, begin, count, p.dim, base[s.x_factor],
+                         reinterpret_cast<uint32_t*>(base + s.x_panels), base + s.row);
+  }
+#endif
+  pack_transposed<typename Units::Dot>(p.x, begin, count, p.dim, base + s.x_panels,
+                                       reinterpret_cast<uint32_t*>(base + s.row));
 }
 
-// tile = scale * y x^T for one block pair; elements outside the matrix become -inf, whose
-// exponential is 0 in every later pass.
+// tile = scale * y x^T for one block pair, rows and columns rounded up.
+template <class Units>
+void multiply_features(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
+                       float* base, const Scratch& s, float* tile) {
+  using Dot = typename Units::Dot;
+  const int64_t cols = p.cols_in(col_block), first = col_block * p.block_cols;
+  const int64_t padded_rows = round_up(p.rows_in(row_block), kPanel);
+#if defined(__AMX_BF16__)
+  if constexpr (Units::kSplit)
+    return split_logits(p, first, cols, padded_rows,
+                        reinterpret_cast<const uint32_t*>(base + s.x_panels), base[s.x_factor],
+                        split_scratch(base, s), tile);
+#endif
+  if constexpr (!Units::kSplit) {
+    const uint32_t* y = rows_in_place<Dot>(p.y, first, cols, p.dim, Units::kRows);
+    int64_t y_stride = p.y.stride / Dot::kPerWord;
+    if (y == nullptr) {
+      copy_rows<Dot>(p.y, first, cols, p.dim, reinterpret_cast<uint32_t*>(base + s.y_rows),
+                     row_words(p), Units::kRows);
+      y = reinterpret_cast<const uint32_t*>(base + s.y_rows);
+      y_stride = row_words(p);
+    }
+    Units::multiply(y, y_stride, base + s.x_panels, tile, fastvlp::tile_stride(p),
+                    round_up(cols, Units::kRows), padded_rows / kPanel, depth_words<Dot>(p.dim),
+                    p.scale, false);
+  }
+}
+
+// The logits of one block pair; elements outside the matrix become -inf, whose exponential is 0 in
+// every later pass.
 template <class Units>
 void compute_tile(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, float* base,
                   const Scratch& s, float* tile) {
-  using Dot = typename Units::Dot;
   const int64_t rows = p.rows_in(row_block), cols = p.cols_in(col_block);
   const int64_t padded_rows = round_up(rows, kPanel), padded_cols = round_up(cols, Units::kRows);
-  const int64_t stride = fastvlp::tile_stride(p), words = depth_words<Dot>(p.dim);
-  const int64_t first = col_block * p.block_cols;
-  const uint32_t* y = rows_in_place<Dot>(p.y, first, cols, p.dim, Units::kRows);
-  int64_t y_stride = p.y.stride / Dot::kPerWord;
-  if (y == nullptr) {
-    copy_rows<Dot>(p.y, first, cols, p.dim, reinterpret_cast<uint32_t*>(base + s.y_rows),
-                   row_words(p), Units::kRows);
-    y = reinterpret_cast<const uint32_t*>(base + s.y_rows);
-    y_stride = row_words(p);
-  }
-  Units::multiply(y, y_stride, base + s.x_panels, tile, stride, padded_cols, padded_rows / kPanel,
-                  words, p.scale, false);
-  if (words == 0)
+  const int64_t stride = fastvlp::tile_stride(p);
+  multiply_features<Units>(p, row_block, col_block, base, s, tile);
+  if (p.dim == 0)
     for (int64_t j = 0; j < cols; ++j) std::memset(tile + j * stride, 0, rows * 4);
   if (rows < padded_rows)
     for (int64_t j = 0; j < cols; ++j)
@@ -169,7 +220,7 @@ void statistics_with(const ContrastiveProblem& p, int64_t block, void* scratch, 
     base[s.row_max + i] = kNegativeInfinity;
     base[s.row_sum + i] = 0.0f;
   }
-  pack_x<typename Units::Dot>(p, block, base, s);
+  pack_x<Units>(p, block, base, s);
   for (int64_t j = 0; j < p.col_blocks(); ++j) {
     float* tile = tiles ? tiles + j * fastvlp::tile_floats(p) : base + s.tile;
     compute_tile<Units>(p, block, j, base, s, tile);
@@ -234,41 +285,77 @@ void shift_tile(const ContrastiveProblem& p, int64_t row_block, int64_t col_bloc
   }
 }
 
-template <class Dot>
+template <class Units>
 int64_t packed_floats_with(const ContrastiveProblem& p, int64_t rows) {
-  return depth_words<Dot>(rows) * padded_dim(p);
+#if defined(__AMX_BF16__)
+  if constexpr (Units::kSplit) return packed_split_floats(p, rows);
+#endif
+  return depth_words<typename Units::Dot>(rows) * padded_dim(p);
 }
 
-template <class Dot>
+template <class Units>
+void pack_features(const ContrastiveProblem& p, const Features& m, int64_t begin, int64_t count,
+                   void* scratch, float* packed) {
+  float* row = static_cast<float*>(scratch) + Scratch(p).row;
+#if defined(__AMX_BF16__)
+  if constexpr (Units::kSplit) return pack_split(m, begin, count, p.dim, packed, row);
+#endif
+  pack_along_rows<typename Units::Dot>(m, begin, count, p.dim, packed, row);
+}
+
+template <class Units>
 void pack_cols_with(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
-  pack_along_rows<Dot>(p.y, block * p.block_cols, p.cols_in(block), p.dim, packed,
-                       static_cast<float*>(scratch) + Scratch(p).row);
+  pack_features<Units>(p, p.y, block * p.block_cols, p.cols_in(block), scratch, packed);
 }
 
-template <class Dot>
+template <class Units>
 void pack_rows_with(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
-  pack_along_rows<Dot>(p.x, block * p.block_rows, p.rows_in(block), p.dim, packed,
-                       static_cast<float*>(scratch) + Scratch(p).row);
+  pack_features<Units>(p, p.x, block * p.block_rows, p.rows_in(block), scratch, packed);
+}
+
+template <class Units>
+void add_rows(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, const float* tile,
+              float* base, const Scratch& s, const float* packed, float* accumulator) {
+  if constexpr (!Units::kSplit)
+    add_row_gradient<Units>(p, row_block, col_block, tile, gradient_scratch(base, s), packed,
+                            accumulator, padded_dim(p));
+#if defined(__AMX_BF16__)
+  if constexpr (Units::kSplit)
+    add_split_row_gradient(p, row_block, col_block, tile, split_scratch(base, s), packed,
+                           accumulator, padded_dim(p));
+#endif
+}
+
+template <class Units>
+void add_cols(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, const float* tile,
+              float* base, const Scratch& s, const float* packed, float* accumulator) {
+  if constexpr (!Units::kSplit)
+    add_col_gradient<Units>(p, row_block, col_block, tile, gradient_scratch(base, s), packed,
+                            accumulator, padded_dim(p));
+#if defined(__AMX_BF16__)
+  if constexpr (Units::kSplit)
+    add_split_col_gradient(p, row_block, col_block, tile, split_scratch(base, s),
+                           base + s.columns, packed, accumulator, padded_dim(p));
+#endif
 }
 
 template <class Units>
 void row_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
                        bool fresh, void* scratch, float* tiles, const float* packed,
                        float* accumulator, SigmoidSums* sums) {
-  using Dot = typename Units::Dot;
   [[maybe_unused]] const typename Units::State state;
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
-  if (fresh) pack_x<Dot>(p, block, base, s);
+  if (fresh) pack_x<Units>(p, block, base, s);
   for (int64_t j = begin; j < end; ++j) {
     float* tile = tiles ? tiles + (j - begin) * fastvlp::tile_floats(p) : base + s.tile;
     if (fresh) compute_tile<Units>(p, block, j, base, s, tile);
     if (fresh && p.loss == Loss::kSigmoid) add_sums(p, block, j, tile, sums);
     if (!accumulator) continue;
     if (fresh && p.loss == Loss::kSoftmax) shift_tile(p, block, j, tile);
-    add_row_gradient<Units>(p, block, j, tile, gradient_scratch(base, s),
-                            packed + (j - begin) * packed_floats_with<Dot>(p, p.block_cols),
-                            accumulator, padded_dim(p));
+    add_rows<Units>(p, block, j, tile, base, s,
+                    packed + (j - begin) * packed_floats_with<Units>(p, p.block_cols),
+                    accumulator);
   }
 }
 
@@ -276,32 +363,24 @@ template <class Units>
 void col_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
                        void* scratch, const float* tiles, int64_t tile_step, const float* packed,
                        float* accumulator) {
-  using Dot = typename Units::Dot;
   [[maybe_unused]] const typename Units::State state;
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
   for (int64_t i = begin; i < end; ++i)
-    add_col_gradient<Units>(p, i, block, tiles + (i - begin) * tile_step,
-                            gradient_scratch(base, s),
-                            packed + (i - begin) * packed_floats_with<Dot>(p, p.block_rows),
-                            accumulator, padded_dim(p));
+    add_cols<Units>(p, i, block, tiles + (i - begin) * tile_step, base, s,
+                    packed + (i - begin) * packed_floats_with<Units>(p, p.block_rows),
+                    accumulator);
 }
 
 // Each table entry chooses the units by the element type; only this set's own products exist.
 #if defined(__AMX_BF16__)
 #define FASTVLP_WITH_UNITS(function) \
-  (uses_bf16_products(p) ? function<MatrixUnits> : function<VectorUnits<FloatDot>>)
+  (uses_bf16_products(p) ? function<MatrixUnits> : function<SplitUnits>)
 #elif defined(__AVX512BF16__)
 #define FASTVLP_WITH_UNITS(function) \
   (uses_bf16_products(p) ? function<VectorUnits<BFloat16Dot>> : function<VectorUnits<FloatDot>>)
 #else
 #define FASTVLP_WITH_UNITS(function) (function<VectorUnits<FloatDot>>)
-#endif
-#if defined(__AVX512BF16__)
-#define FASTVLP_WITH_DOT(function) \
-  (uses_bf16_products(p) ? function<BFloat16Dot> : function<FloatDot>)
-#else
-#define FASTVLP_WITH_DOT(function) (function<FloatDot>)
 #endif
 
 void statistics(const ContrastiveProblem& p, int64_t block, void* scratch, float* tiles,
@@ -311,15 +390,15 @@ void statistics(const ContrastiveProblem& p, int64_t block, void* scratch, float
 }
 
 int64_t packed_floats(const ContrastiveProblem& p, int64_t rows) {
-  return FASTVLP_WITH_DOT(packed_floats_with)(p, rows);
+  return FASTVLP_WITH_UNITS(packed_floats_with)(p, rows);
 }
 
 void pack_cols(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
-  FASTVLP_WITH_DOT(pack_cols_with)(p, block, scratch, packed);
+  FASTVLP_WITH_UNITS(pack_cols_with)(p, block, scratch, packed);
 }
 
 void pack_rows(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
-  FASTVLP_WITH_DOT(pack_rows_with)(p, block, scratch, packed);
+  FASTVLP_WITH_UNITS(pack_rows_with)(p, block, scratch, packed);
 }
 
 void row_gradient(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
