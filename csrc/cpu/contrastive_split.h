@@ -79,15 +79,8 @@ inline void split_gradient_rows(const TileGradient& gradient, int64_t first, int
         gradient.part(j + c, first, count, s.columns + c * stride);
       else
         std::memset(s.columns + c * stride, 0, count * 4);
-    for (int64_t i = 0; i < count; i += kTile) {
-      transpose_words(reinterpret_cast<const uint32_t*>(s.columns + i), stride, kStepDepth, kTile,
-                      reinterpret_cast<uint32_t*>(s.transposed), kStepDepth);
-      uint32_t* out = s.a + (i / kStepSide * steps + j / kStepDepth) * kStepWords +
-                      i % kStepSide / kTile * kHalfWords;
-      for (int64_t r = 0; r < kTile; ++r)
-        store_neighbours(load(s.transposed + r * kStepDepth),
-                         load(s.transposed + r * kStepDepth + kLanes), out + r * kTile);
-    }
+    split_transposed_step(s.columns, stride, count, 1.0f, j / kStepDepth, steps, s.a,
+                          s.transposed);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "amx.h"
 #include "pack.h"
 #include "split_tiles.h"
 
@@ -46,9 +47,10 @@ inline const float* padded_row(const Features& m, int64_t row, int64_t dim, floa
   return copy;
 }
 
-// For rows [begin, begin + count). Floats of 16 bits are never small enough to need one.
-inline float factor_of_rows(const Features& m, int64_t begin, int64_t count, int64_t dim,
-                            float* copy) {
+// The largest of rows [begin, begin + count). That of 16-bit floats does not matter: they are never
+// small enough to need a factor.
+inline float largest_magnitude(const Features& m, int64_t begin, int64_t count, int64_t dim,
+                               float* copy) {
   if (m.element != Element::kFloat32) return 1.0f;
   VecI largest = {};
   for (int64_t r = 0; r < count; ++r) {
@@ -59,7 +61,12 @@ inline float factor_of_rows(const Features& m, int64_t begin, int64_t count, int
     }
   }
   const int32_t most = _mm512_reduce_max_epi32((__m512i)largest);
-  return factor_to(bits_to_float(static_cast<uint32_t>(most)), 0);
+  return bits_to_float(static_cast<uint32_t>(most));
+}
+
+inline float factor_of_rows(const Features& m, int64_t begin, int64_t count, int64_t dim,
+                            float* copy) {
+  return factor_to(largest_magnitude(m, begin, count, dim, copy), 0);
 }
 
 // Rows [begin, begin + count) times `factor`, zero up to a multiple of 32, as the A operand of a
@@ -104,6 +111,22 @@ inline void split_along_rows(const Features& m, int64_t begin, int64_t count, in
       store_pairs(even ? load(even + d) * factor : Vec{}, odd ? load(odd + d) * factor : Vec{},
                   out + (d / kStepSide * steps + k / kTile) * kStepWords +
                       d % kStepSide / kTile * kHalfWords + k % kTile * kTile);
+  }
+}
+
+// Step `step` of `steps` of the A operand whose columns along K are rows of `columns`: 32 of them,
+// `stride` apart, `m` long, a multiple of 16. `rows` is scratch for 16 rows of the step.
+inline void split_transposed_step(const float* columns, int64_t stride, int64_t m, float factor,
+                                  int64_t step, int64_t steps, uint32_t* a, float* rows) {
+  for (int64_t i = 0; i < m; i += kTile) {
+    transpose_words(reinterpret_cast<const uint32_t*>(columns + i), stride, kStepDepth, kTile,
+                    reinterpret_cast<uint32_t*>(rows), kStepDepth);
+    uint32_t* out =
+        a + (i / kStepSide * steps + step) * kStepWords + i % kStepSide / kTile * kHalfWords;
+    for (int64_t r = 0; r < kTile; ++r) {
+      const float* row = rows + r * kStepDepth;
+      store_neighbours(load(row) * factor, load(row + kLanes) * factor, out + r * kTile);
+    }
   }
 }
 

@@ -89,6 +89,20 @@ def test_every_instruction_set(monkeypatch, dtype, isa):
     check(draw(64, 3000, 256, dtype, "cpu"))
 
 
+@pytest.mark.parametrize("norm, upstream", [(1e-33, 1.0), (1e-33, 1e6), (1e3, 1e-30), (1.0, 1e-33)])
+def test_extreme_magnitudes_on_every_instruction_set(monkeypatch, norm, upstream):
+    # Products of bfloat16 parts flush what is small: features and weights have to be raised.
+    step = draw(6, 500, 70, torch.float32, "cpu", norm=norm, temperature=max(0.07, norm**2))
+    for isa in torch.ops.fastvlp.cpu_instruction_sets().split(","):
+        monkeypatch.setenv("FASTVLP_CPU_ISA", isa)
+        ours = step.run(momentum_contrastive, upstream=upstream)
+        eager = step.run(reference, upstream=upstream)
+        exact = step.run(reference, torch.float64, upstream)
+        for name, our, near, true in zip(NAMES[:3], ours, eager, exact, strict=False):
+            floor = 4 * epsilon(torch.float32) * true.norm().item()
+            assert_as_accurate(f"{isa} {name}", our, near, true, floor)
+
+
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_any_number_of_threads(device, threads):
     before = torch.get_num_threads()
