@@ -38,7 +38,7 @@ inline float quotient(double numerator, float f, float g) {
   return static_cast<float>(value > most ? most : value < -most ? -most : value);
 }
 
-// A row of features as floats, zero up to whole steps; in place where it can be. `copy` has room for it.
+// A row of features as floats, zero up to whole steps; in place where it can be, else in `copy`.
 inline const float* padded_row(const Features& m, int64_t row, int64_t dim, float* copy) {
   if (m.element == Element::kFloat32 && dim % kStepDepth == 0)
     return static_cast<const float*>(m.data) + row * m.stride;

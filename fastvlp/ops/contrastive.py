@@ -12,10 +12,10 @@ and a third one for those logits that did not fit into `workspace_bytes`. Memory
 gradients: at most about `workspace_bytes` plus a few MB for each thread.
 
 The gradient by s costs N D operations, the one by b is exactly zero: the softmax does not see a
-constant. Products of float32 features have float32 accuracy: where the processor multiplies matrices
-of bfloat16, each float goes in as three of these. Products of bfloat16 features use bfloat16
-multiplications with float32 sums where the processor has them, else float32; softmax and sums are
-always float32.
+constant. Products of float32 features have float32 accuracy: where the processor multiplies
+matrices of bfloat16, each float goes in as three of these. Products of bfloat16 features use
+bfloat16 multiplications with float32 sums where the processor has them, else float32; softmax and
+sums are always float32.
 """
 
 import torch
