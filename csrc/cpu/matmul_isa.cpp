@@ -94,37 +94,14 @@ void pack(const Side& x, int64_t steps, float alpha, uint32_t* out) {
       transpose_half(out + i * kStepWords + half * kHalfWords);
 }
 
-// A block of C, up to 32 x 32, in rows `c_row` floats apart. Its rows start as `bias`, or as zeros
-// where that is null.
-template <int rows, int cols>
-void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, const float* bias,
-                    float* c, int64_t c_row) {
-  if (bias == nullptr) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, bias, 0);
-    if constexpr (cols > 1) _tile_loadd(1, bias + kTile, 0);
-    if constexpr (rows > 1) _tile_loadd(2, bias, 0);
-    if constexpr (rows > 1 && cols > 1) _tile_loadd(3, bias + kTile, 0);
-  }
-  add_split_steps<rows, cols>(a, b, steps);
-  _tile_stored(0, c, c_row * 4);
-  if constexpr (cols > 1) _tile_stored(1, c + kTile, c_row * 4);
-  if constexpr (rows > 1) _tile_stored(2, c + kTile * c_row, c_row * 4);
-  if constexpr (rows > 1 && cols > 1) _tile_stored(3, c + kTile * c_row + kTile, c_row * 4);
-}
-
-// The same for a block at the edge of C or one that is added to it, by way of `square`, 32 x 32.
+// A block at the edge of C or one that is added to it, by way of `square`, 32 x 32.
 // One running sum over all of K would round worse than a vendor's product; sums of chunks do not.
 void multiply_block_apart(const uint32_t* a, const uint32_t* b, int64_t steps, const float* bias,
                           float* c, int64_t c_row, int64_t rows, int64_t cols, bool added,
                           float* square) {
-  const auto run = rows <= kTile ? cols <= kTile ? multiply_block<1, 1> : multiply_block<1, 2>
-                   : cols <= kTile ? multiply_block<2, 1>
-                                   : multiply_block<2, 2>;
+  const auto run = rows <= kTile ? cols <= kTile ? split_block<1, 1> : split_block<1, 2>
+                   : cols <= kTile ? split_block<2, 1>
+                                   : split_block<2, 2>;
   run(a, b, steps, bias, square, kStepSide);
   publish(square);
   for (int64_t r = 0; r < rows; ++r, c += c_row, square += kStepSide)
@@ -154,7 +131,7 @@ void multiply_chunk(const MatmulTask& t, const Scratch& s, int64_t row, int64_t 
       const float* bias = biased ? s.bias + j : nullptr;
       float* c = t.c + (row + i) * t.c_row + col + j;
       if (!added && rows - i >= kStepSide && cols - j >= kStepSide)
-        multiply_block<2, 2>(a, b, steps, bias, c, t.c_row);
+        split_block<2, 2>(a, b, steps, bias, c, t.c_row);
       else
         multiply_block_apart(a, b, steps, bias, c, t.c_row, smaller(rows - i, kStepSide),
                              smaller(cols - j, kStepSide), added, s.square);

@@ -137,15 +137,8 @@ inline void multiply_split(const uint32_t* a, const uint32_t* b, int64_t steps, 
   publish(a);
   for (int64_t p = 0; p < panels; ++p, b += steps * kStepWords)
     for (int64_t i = 0; i < m; i += kStepSide) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      add_split_steps<2, 2>(a + i / kStepSide * steps * kStepWords, b, steps);
-      _tile_stored(0, block, kStepSide * 4);
-      _tile_stored(1, block + kTile, kStepSide * 4);
-      _tile_stored(2, block + kTile * kStepSide, kStepSide * 4);
-      _tile_stored(3, block + kTile * kStepSide + kTile, kStepSide * 4);
+      split_block<2, 2>(a + i / kStepSide * steps * kStepWords, b, steps, nullptr, block,
+                        kStepSide);
       publish(block);
       float* out = c + i * ldc + p * kStepSide;
       for (int64_t r = 0; r < kStepSide; ++r, out += ldc)

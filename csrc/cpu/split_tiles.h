@@ -141,6 +141,29 @@ inline void add_split_steps(const uint32_t* a, const uint32_t* b, int64_t steps)
   }
 }
 
+// A block of C, up to 32 x 32, in rows `c_row` floats apart. Its rows start as `bias`, or as zeros
+// where that is null. Needs a TileSession.
+template <int rows, int cols>
+inline void split_block(const uint32_t* a, const uint32_t* b, int64_t steps, const float* bias,
+                        float* c, int64_t c_row) {
+  if (bias == nullptr) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, bias, 0);
+    if constexpr (cols > 1) _tile_loadd(1, bias + kTile, 0);
+    if constexpr (rows > 1) _tile_loadd(2, bias, 0);
+    if constexpr (rows > 1 && cols > 1) _tile_loadd(3, bias + kTile, 0);
+  }
+  add_split_steps<rows, cols>(a, b, steps);
+  _tile_stored(0, c, c_row * 4);
+  if constexpr (cols > 1) _tile_stored(1, c + kTile, c_row * 4);
+  if constexpr (rows > 1) _tile_stored(2, c + kTile * c_row, c_row * 4);
+  if constexpr (rows > 1 && cols > 1) _tile_stored(3, c + kTile * c_row + kTile, c_row * 4);
+}
+
 }  // namespace
 
 #endif
