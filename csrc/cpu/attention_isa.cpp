@@ -1,17 +1,16 @@
 // The attention kernels for one instruction set. Compiled once per set with FASTVLP_ISA naming it;
 // everything but the one exported table has internal linkage.
+#include <algorithm>
+
 #include "attention_kernel.h"
 #include "attention_pass.h"
-#include "attention_tiles.h"
+#include "attention_tile_backward.h"
+#include "attention_tile_forward.h"
 #include "isa_name.h"
 
 namespace {
 
-#if defined(__AMX_BF16__)
-#define FASTVLP_WITH_PRODUCTS(function, p)                             \
-  ((p).element == fastvlp::Element::kBFloat16 ? function<TileProducts> \
-                                              : function<DotProducts<FloatDot>>)
-#elif defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)
 #define FASTVLP_WITH_PRODUCTS(function, p)                                       \
   ((p).element == fastvlp::Element::kBFloat16 ? function<DotProducts<BFloat16Dot>> \
                                               : function<DotProducts<FloatDot>>)
@@ -19,21 +18,67 @@ namespace {
 #define FASTVLP_WITH_PRODUCTS(function, p) (function<DotProducts<FloatDot>>)
 #endif
 
+#if defined(__AMX_BF16__)
+
+template <template <class, int> class Pass, class... Arguments>
+int64_t pass_floats(const AttentionProblem& p, Arguments... arguments) {
+  if (p.element == fastvlp::Element::kBFloat16)
+    return typename Pass<BFloat16Rows, 0>::Places(TileShape<BFloat16Rows>(p.dim), arguments...)
+        .total;
+  return typename Pass<FloatRows, 0>::Places(TileShape<FloatRows>(p.dim), arguments...).total;
+}
+
+template <template <class, int> class Pass, class Rows, class Out>
+bool run_rows(const AttentionProblem& p, const AttentionTask& task, const Out& out,
+              float* scratch) {
+  if (p.dim == 64) return Pass<Rows, 64>(p, task, out, scratch).run();
+  return Pass<Rows, 0>(p, task, out, scratch).run();
+}
+
+template <template <class, int> class Pass, class Out>
+bool run_on_tiles(const AttentionProblem& p, const AttentionTask& task, const Out& out,
+                  float* scratch) {
+  switch (p.element) {
+    case fastvlp::Element::kBFloat16:
+      return run_rows<Pass, BFloat16Rows>(p, task, out, scratch);
+    case fastvlp::Element::kFloat16:
+      return run_rows<Pass, HalfRows>(p, task, out, scratch);
+    default:
+      return run_rows<Pass, FloatRows>(p, task, out, scratch);
+  }
+}
+
+#endif
+
 int64_t forward_scratch(const AttentionProblem& p, int64_t queries, int64_t seen_keys) {
-  return FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, false);
+  int64_t floats = FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, false);
+#if defined(__AMX_BF16__)
+  floats = std::max(floats, pass_floats<TileForward>(p, queries, seen_keys));
+#endif
+  return floats;
 }
 
 int64_t backward_scratch(const AttentionProblem& p, int64_t queries, int64_t seen_keys) {
-  return FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, true);
+  int64_t floats = FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, true);
+#if defined(__AMX_BF16__)
+  floats = std::max(floats, pass_floats<TileBackward>(p, queries));
+#endif
+  return floats;
 }
 
 void forward(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
              float* scratch) {
+#if defined(__AMX_BF16__)
+  if (run_on_tiles<TileForward>(p, task, out, scratch)) return;
+#endif
   FASTVLP_WITH_PRODUCTS(forward_with, p)(p, task, out, scratch);
 }
 
 void backward(const AttentionProblem& p, const AttentionTask& task, const AttentionBackward& out,
               float* scratch) {
+#if defined(__AMX_BF16__)
+  if (run_on_tiles<TileBackward>(p, task, out, scratch)) return;
+#endif
   FASTVLP_WITH_PRODUCTS(backward_with, p)(p, task, out, scratch);
 }
 

@@ -118,18 +118,16 @@ inline int64_t visible(const AttentionProblem& p, const AttentionTask& task, int
   return n;
 }
 
-// Lets the products of this task fetch the rows of the next one.
-template <class Products>
-void look_ahead(const Products& x, const AttentionProblem& p, const AttentionTask& task,
-                bool backward) {
+// Lets the products of this task, `work` of them in all, fetch the rows of the next one.
+inline void look_ahead(Ahead& ahead, const AttentionProblem& p, const AttentionTask& task,
+                       int64_t work, bool backward) {
   if (task.next == nullptr) return;
   const AttentionTask& next = *task.next;
-  const int64_t products = backward ? 5 : 2;
-  x.ahead.start(p.dim, products * task.queries * task.seen_keys * p.dim);
-  x.ahead.add(seen_rows(p, next, p.k, next.key_offset));
-  x.ahead.add(seen_rows(p, next, p.v, next.value_offset));
-  x.ahead.add({query_rows(p, next, p.q), nullptr, next.queries});
-  if (backward) x.ahead.add({query_rows(p, next, p.grad), nullptr, next.queries});
+  ahead.start(p.dim, work);
+  ahead.add(seen_rows(p, next, p.k, next.key_offset));
+  ahead.add(seen_rows(p, next, p.v, next.value_offset));
+  ahead.add({query_rows(p, next, p.q), nullptr, next.queries});
+  if (backward) ahead.add({query_rows(p, next, p.grad), nullptr, next.queries});
 }
 
 inline void* output_row(const AttentionProblem& p, void* out, int64_t row, int64_t head) {
@@ -146,7 +144,7 @@ inline void store_row(const AttentionProblem& p, const float* in, void* out) {
     from_floats(in, p.dim, p.element, out);
 }
 
-// The rows of a block from the sums of into_queries, times `factor` where there is one. `rows` is
+// The rows of a block from their sums [dim][m], times `factor` where there is one. `rows` is
 // scratch for kLanes of them.
 template <class Products>
 void store_queries(const Products& x, const WeightBlock& b, const float* in, const float* factor,
@@ -154,17 +152,11 @@ void store_queries(const Products& x, const WeightBlock& b, const float* in, con
   const int64_t stride = x.padded_dim();
   for (int64_t r = 0; r < b.queries; r += kLanes) {
     const int64_t count = b.queries - r < kLanes ? b.queries - r : kLanes;
-    if constexpr (Products::kQueriesTransposed) {
-      const Vec scale = factor ? load(factor + r) : splat(1.0f);
-      for (int64_t d = 0; d < stride; d += kLanes) {
-        Vec tile[kLanes];
-        for (int64_t j = 0; j < kLanes; ++j) tile[j] = load(in + (d + j) * b.m + r) * scale;
-        store_transposed(tile, reinterpret_cast<uint32_t*>(rows + d), stride);
-      }
-    } else {
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t d = 0; d < stride; ++d)
-          rows[i * stride + d] = in[(r + i) * stride + d] * (factor ? factor[r + i] : 1.0f);
+    const Vec scale = factor ? load(factor + r) : splat(1.0f);
+    for (int64_t d = 0; d < stride; d += kLanes) {
+      Vec tile[kLanes];
+      for (int64_t j = 0; j < kLanes; ++j) tile[j] = load(in + (d + j) * b.m + r) * scale;
+      store_transposed(tile, reinterpret_cast<uint32_t*>(rows + d), stride);
     }
     for (int64_t i = 0; i < count; ++i)
       store_row(b.p, rows + i * stride,
@@ -220,7 +212,7 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
   const KeyRows value_columns = x.key_columns(
       seen_rows(p, task, p.v, task.value_offset),
       words + at.value_columns);
-  look_ahead(x, p, task, false);
+  look_ahead(x.ahead, p, task, 2 * task.queries * task.seen_keys * p.dim, false);
   const Features q = query_rows(p, task, p.q);
   float* weights = scratch + at.weights;
   float *largest = scratch + at.largest, *reciprocal = scratch + at.reciprocal;
@@ -326,7 +318,7 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
   const auto block_words = [&](int64_t first) {
     return words + at.blocks + first / x.kQueryBlock * at.block.total;
   };
-  look_ahead(x, p, task, true);
+  look_ahead(x.ahead, p, task, 5 * task.queries * task.seen_keys * p.dim, true);
   for (int64_t first = 0; first < task.queries; first += x.kQueryBlock)
     prepare_queries(x, at.block, block_at(x, p, task, first), out, words + at.row,
                     block_words(first));

@@ -4,9 +4,9 @@
 //
 // A Products class offers, for one head of one segment with n key rows x [n, dim] and one block of m
 // query rows y [m, dim] (weights w are fp32 [padded n][padded m]):
-//   scores      C[n][m]  = x y^T           of x as key_rows and y as query_columns
-//   into_keys   C[n][d] += w y             of w as key_weights and y as query_rows
-//   into_queries           w^T x (+=)      of w as query_weights and x as key_columns
+//   scores       C[n][m]   = x y^T   of x as key_rows and y as query_columns
+//   into_keys    C[n][d] (+)= w y    of w as key_weights and y as query_rows
+//   into_queries C[d][m] (+)= x^T w  of w as query_weights and x as key_columns
 #pragma once
 
 #include "ahead.h"
@@ -14,13 +14,10 @@
 
 namespace {
 
-// An operand of key rows; where a product wants whole blocks of rows, those from `whole` on are in
-// `tail`, padded with zeros.
+// An operand of key rows.
 struct KeyRows {
   const uint32_t* words;
   int64_t stride;  // words from one row to the next
-  int64_t whole;
-  const uint32_t* tail;
 };
 
 // How far ahead of its copy a row is fetched where no task before this one did so.
@@ -72,8 +69,6 @@ struct DotProducts {
   static constexpr int64_t kKeyBlock = 64;
   // Floats enter the products as they are; the weights are their own operands.
   static constexpr bool kWeightsInPlace = kFloat;
-  // into_queries gives [dim][m].
-  static constexpr bool kQueriesTransposed = true;
 
   const int64_t dim;
   mutable Ahead ahead;  // advances with the products
@@ -119,7 +114,7 @@ struct DotProducts {
       const int64_t used = r < x.count ? words : 0;
       std::memset(out + r * stride + used, 0, (stride - used) * 4);
     }
-    return {out, stride, padded_keys(x.count), nullptr};
+    return {out, stride};
   }
 
   // The columns of floats are the rows themselves.
@@ -137,7 +132,7 @@ struct DotProducts {
         for (int64_t d = 0; d < dim; ++d) row[d] = first[d] | (second[d] & keep) << 16;
         std::memset(row + dim, 0, (stride - dim) * 4);
       }
-      return {out, stride, depth_words<Dot>(x.count), nullptr};
+      return {out, stride};
     }
   }
 

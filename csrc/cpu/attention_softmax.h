@@ -33,6 +33,7 @@ class DropoutRow {
   void start(const WeightBlock& b, int64_t column) {
     const int64_t row = b.task.first_query + b.first + column;
     for (int i = 0; i < kLanes; ++i) rows_[i] = static_cast<uint32_t>(row + i);
+    group_ = -1;
   }
   Vec factor(const WeightBlock& b, int64_t r) {
     const int64_t key = b.key(r);
@@ -45,8 +46,8 @@ class DropoutRow {
   }
 
  private:
-  VecU rows_;
-  VecU words_[4];
+  VecU rows_ = {};
+  VecU words_[4] = {};
   int64_t group_ = -1;
 };
 

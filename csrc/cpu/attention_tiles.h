@@ -1,161 +1,288 @@
-// The products of attention on AMX tiles, for bfloat16; see attention_products.h for what a Products
-// class is.
+// What the passes over attention on AMX tiles share: the sizes of operands, products with the vector
+// units' work beside them, the pieces of that work, and what says whether floats could be taken apart.
 #pragma once
 
-#include "attention_products.h"
-#include "tiles.h"
+#include "attention_operands.h"
+#include "attention_pass.h"
+#include "beside.h"
 
 #if defined(__AMX_BF16__)
 
 namespace {
 
-struct TileProducts {
-  static constexpr int64_t kQueryBlock = 128;
-  static constexpr int64_t kKeyBlock = 64;
-  static constexpr bool kWeightsInPlace = false;
-  static constexpr bool kQueriesTransposed = false;
+constexpr int64_t kTileQueryBlock = 128;
+
+// Operands are blocks of 32 rows or columns, each all steps along K.
+template <class Rows>
+struct TileShape {
+  static constexpr int64_t kStep = Rows::kParts * kPartWords;
+  // Calls of Beside for a step of a block.
+  static constexpr int64_t kCalls = Rows::kParts == 3 ? 6 : 1;
+  static constexpr int64_t kQueryBlock = kTileQueryBlock;
+  static constexpr int64_t kKeyBlock = Rows::kParts == 3 ? 64 : 128;
 
   const int64_t dim;
-  const TileSession session;
-  mutable Ahead ahead;  // advances with the products
-  explicit TileProducts(int64_t d) : dim(d) {}
+  explicit TileShape(int64_t d) : dim(d) {}
 
-  int64_t padded_keys(int64_t n) const { return round_up(n, kTile); }
-  int64_t padded_queries(int64_t m) const { return round_up(m, 2 * kTile); }
-  int64_t padded_dim() const { return round_up(dim, kTile); }
-  int64_t dim_words() const { return pair_words(dim); }
-  static int64_t pair_words(int64_t n) { return round_up((n + 1) / 2, kTile); }
+  static int64_t padded(int64_t n) { return round_up(n, kStepSide); }
+  static int64_t steps(int64_t n) { return padded(n) / kStepDepth; }
+  int64_t padded_dim() const { return padded(dim); }
+  int64_t padded_queries(int64_t m) const { return padded(m); }
+  int64_t dim_steps() const { return steps(dim); }
+  static int64_t words(int64_t side, int64_t depth) { return steps(side) * steps(depth) * kStep; }
+  static int64_t tiles(int64_t words) { return words / kHalfWords; }
+};
 
-  // What a product calls between its blocks.
-  auto step() const {
-    return [this](int64_t words) { ahead.step(words * 2); };
+// C[32][32] (+)= A B over `steps` steps; needs a TileSession.
+template <class Rows>
+inline void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, float* c,
+                           int64_t ldc, bool accumulate, Beside& beside) {
+  if (accumulate) {
+    _tile_loadd(0, c, ldc * 4);
+    _tile_loadd(1, c + kTile, ldc * 4);
+    _tile_loadd(2, c + kTile * ldc, ldc * 4);
+    _tile_loadd(3, c + kTile * ldc + kTile, ldc * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
   }
-
-  int64_t row_words() const { return kTile * padded_dim(); }
-  int64_t key_rows_words(int64_t n) const { return n * dim_words(); }
-  int64_t key_columns_words(int64_t n) const { return pair_words(n) * padded_dim(); }
-  int64_t query_columns_words(int64_t m) const { return dim_words() * m; }
-  int64_t query_rows_words(int64_t m) const { return m / 2 * padded_dim(); }
-  int64_t key_weights_words(int64_t n, int64_t m) const { return n * (m / 2); }
-  int64_t query_weights_words(int64_t n, int64_t m) const { return m * pair_words(n); }
-  int64_t into_queries_floats(int64_t m) const { return m * padded_dim(); }
-
-  // In place where tiles can be read from there, but for a tail in `out`; else packed there.
-  KeyRows key_rows(const SeenRows& x, uint32_t* out) const {
-    const bool in_place = x.seen == nullptr && dim % (2 * kTile) == 0 &&
-                          x.features.stride % 2 == 0 &&
-                          reinterpret_cast<uintptr_t>(x.features.data) % 4 == 0;
-    const int64_t begin = in_place ? x.count / kTile * kTile : 0, end = padded_keys(x.count);
-    for (int64_t r = begin; r < end; ++r) {
-      prefetch_row<3>(x, r + kPrefetchRows, dim);
-      pack_row(x.features, r < x.count ? x[r] : -1, out + (r - begin) * dim_words());
-    }
-    if (!in_place) return {out, dim_words(), end, nullptr};
-    return {static_cast<const uint32_t*>(x.features.data), x.features.stride / 2, begin, out};
-  }
-
-  KeyRows key_columns(const SeenRows& x, uint32_t* out) const {
-    for (int64_t w = 0; w < pair_words(x.count); ++w) {
-      prefetch_row<3>(x, 2 * w + kPrefetchRows, dim);
-      prefetch_row<3>(x, 2 * w + 1 + kPrefetchRows, dim);
-      pack_pair(x.features, 2 * w < x.count ? x[2 * w] : -1,
-                2 * w + 1 < x.count ? x[2 * w + 1] : -1, out + w * padded_dim());
-    }
-    return {out, padded_dim(), pair_words(x.count), nullptr};
-  }
-
-  void pack_query_columns(const Features& y, int64_t begin, int64_t count, bool negate,
-                          uint32_t* out, uint32_t* row) const {
-    const int64_t m = padded_queries(count), words = dim_words();
-    const uint32_t sign = negate ? 0x80008000u : 0u;
-    for (int64_t r = 0; r < m; r += kTile) {
-      // Sixteen rows of words, transposed a tile at a time.
-      for (int64_t i = 0; i < kTile; ++i)
-        pack_row(y, r + i < count ? begin + r + i : -1, row + i * words);
-      transpose_rows(row, words, sign, out + r, m);
+  if constexpr (Rows::kParts == 3) {
+    add_split_steps<2, 2>(a, b, steps, beside);
+  } else {
+    for (int64_t s = 0; s < steps; ++s, a += kPartWords, b += kPartWords) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(5, a + kHalfWords, 64);
+      _tile_loadd(6, b, 64);
+      _tile_loadd(7, b + kHalfWords, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      beside();
     }
   }
+  _tile_stored(0, c, ldc * 4);
+  _tile_stored(1, c + kTile, ldc * 4);
+  _tile_stored(2, c + kTile * ldc, ldc * 4);
+  _tile_stored(3, c + kTile * ldc + kTile, ldc * 4);
+}
 
-  void column_dots(const uint32_t* a, const uint32_t* b, int64_t m, float* sums) const {
-    dots_of_columns<BFloat16Dot>(a, b, dim_words(), m, sums);
+// C[m][n] (+)= A B for whole blocks of 32; blocks of A and B are all their steps apart.
+template <class Rows>
+inline void multiply_blocks(const uint32_t* a, int64_t m, const uint32_t* b, int64_t n,
+                            int64_t steps, float* c, int64_t ldc, bool accumulate, Beside& beside) {
+  const int64_t block = steps * TileShape<Rows>::kStep;
+  publish(c);
+  for (int64_t i = 0; i < m; i += kStepSide)
+    for (int64_t j = 0; j < n; j += kStepSide)
+      multiply_block<Rows>(a + i / kStepSide * block, b + j / kStepSide * block, steps,
+                           c + i * ldc + j, ldc, accumulate, beside);
+  publish(c);
+}
+
+// Packs query rows [begin, begin + count) of a product along their width, `columns`, and of one along
+// the queries, `rows`, if kAlong. Negates the columns where asked.
+template <class Rows, bool kAlong>
+inline void place_queries(const TileShape<Rows>& x, const Features& y, int64_t begin, int64_t count,
+                          bool negate, uint32_t* columns, uint32_t* rows) {
+  using Scalar = typename Rows::Scalar;
+  constexpr int64_t step = TileShape<Rows>::kStep;
+  const int64_t steps = x.steps(count);
+  const auto row_at = [&](int64_t r) {
+    return r < count ? static_cast<const Scalar*>(y.data) + (begin + r) * y.stride : nullptr;
+  };
+  for (int64_t s = 0; s < steps; ++s)
+    for (int64_t i = 0; i < kTile; ++i) {
+      const int64_t low = Rows::kApart == 1 ? 2 * i : i, high = low + Rows::kApart;
+      uint32_t* block = columns + s * x.dim_steps() * step;
+      const RowPlaces to = {block + low * kTile, block + high * kTile, step,
+                            rows + s * step + i * kTile, steps * step};
+      place_rows<Rows, true, kAlong, false>(row_at(s * kStepDepth + low),
+                                            row_at(s * kStepDepth + high), x.dim, to);
+    }
+  const int64_t words = steps * x.dim_steps() * step;
+  for (int64_t at = 0; at < words; at += kHalfWords) transpose_tile(columns + at);
+  for (int64_t at = 0; negate && at < words; ++at) columns[at] ^= 0x80008000u;
+}
+
+// Packs a block of keys, a few rows a piece, as operand of a product along their width, `rows`, and of
+// one along the keys, `columns`, there still [words of keys][width] in each tile; those of them that
+// are wanted. Fetches what lies `ahead` bytes behind the rows, those of the next task, where that is
+// not 0. kDim: their width, 0 where it is known at run time only.
+template <class Rows, int kDim, bool kRows, bool kColumns>
+class KeyPacker {
+ public:
+  void start(const TileShape<Rows>& x, const SeenRows& keys, int64_t ahead, uint32_t* rows,
+             uint32_t* columns) {
+    data_ = static_cast<const char*>(keys.features.data);
+    stride_ = keys.features.stride * sizeof(Scalar);
+    seen_ = keys.seen;
+    count_ = keys.count;
+    ahead_ = ahead;
+    dim_ = x.dim;
+    row_ = 0;
+    row_words_ = x.dim_steps() * kStep;
+    column_words_ = x.steps(keys.count) * kStep;
+    rows_ = rows;
+    columns_ = columns;
   }
+  int64_t left() const { return (round_up(count_, kStepSide) - row_) / kCount; }
 
-  void pack_query_rows(const Features& y, int64_t begin, int64_t count, uint32_t* out) const {
-    for (int64_t w = 0; w < padded_queries(count) / 2; ++w)
-      pack_pair(y, 2 * w < count ? begin + 2 * w : -1, 2 * w + 1 < count ? begin + 2 * w + 1 : -1,
-                out + w * padded_dim());
-  }
-
-  void pack_key_weights(const float* w, int64_t n, int64_t m, uint32_t* out) const {
-    for (int64_t at = 0; at < padded_keys(n) * m; at += 2 * kLanes)
-      store_bf16(out + at / 2, load(w + at), load(w + at + kLanes));
-  }
-
-  void pack_query_weights(const float* w, int64_t n, int64_t m, uint32_t* out) const {
-    const int64_t stride = pair_words(n);
-    for (int64_t r = 0; r < 2 * stride; r += 2 * kTile)
-      for (int64_t j = 0; j < m; j += kTile) {
-        Vec tile[kTile];
-        for (int64_t i = 0; i < kTile; ++i) {
-          const int64_t low = r + 2 * i;
-          tile[i] = bf16_pairs(low < n ? load(w + low * m + j) : Vec{},
-                               low + 1 < n ? load(w + (low + 1) * m + j) : Vec{});
-        }
-        store_transposed(tile, out + j * stride + r / 2, stride);
-      }
-  }
-
-  void scores(const KeyRows& keys, const uint32_t* query_columns, int64_t n, int64_t m,
-              float* c) const {
-    const int64_t rows = padded_keys(n), whole = rows < keys.whole ? rows : keys.whole;
-    multiply_tiles({keys.words, keys.stride}, {query_columns, m}, c, m, whole, m, dim_words(), false,
-                   true, step(), nothing_done);
-    if (whole < rows)
-      multiply_tiles({keys.tail, dim_words()}, {query_columns, m}, c + whole * m, m, rows - whole, m,
-                     dim_words(), false, true, step(), nothing_done);
-  }
-
-  template <class Done>
-  void into_keys(const uint32_t* key_weights, const uint32_t* query_rows, int64_t n, int64_t m,
-                 int64_t, float* c, bool accumulate, bool keep, const Done& done) const {
-    multiply_tiles({key_weights, m / 2}, {query_rows, padded_dim()}, c, padded_dim(),
-                   padded_keys(n), padded_dim(), m / 2, accumulate, keep, step(), [&](int64_t r) {
-                     done(r, n - r < 2 * kTile ? n - r : 2 * kTile,
-                          c + (keep ? r * padded_dim() : 0));
-                   });
-  }
-
-  void into_queries(const uint32_t* query_weights, const KeyRows& columns, int64_t n, int64_t m,
-                    float* c, bool accumulate) const {
-    multiply_tiles({query_weights, pair_words(n)}, {columns.words, columns.stride}, c, padded_dim(),
-                   m, padded_dim(), pair_words(n), accumulate, true, step(), nothing_done);
+  void operator()() {
+    if (kDim > 0 && seen_ == nullptr && row_ + kCount <= count_)
+      pack<true>();
+    else
+      pack<false>();
+    row_ += kCount;
+    rows_ += kCount * kTile;
+    columns_ += kCount / 2 * kTile;
+    if (row_ % kStepDepth == 0) {
+      rows_ += row_words_ - kStepSide * kTile;
+      columns_ += kStep - kHalfWords;
+    }
   }
 
  private:
-  static const uint16_t* row_of(const Features& x, int64_t row) {
-    return static_cast<const uint16_t*>(x.data) + row * x.stride;
-  }
+  using Scalar = typename Rows::Scalar;
+  static constexpr int64_t kStep = TileShape<Rows>::kStep;
+  static constexpr int64_t kCount = Rows::kParts == 3 ? 2 : 8;  // rows a piece
 
-  // One row, or zeros for row -1, as words along dim.
-  void pack_row(const Features& x, int64_t row, uint32_t* out) const {
-    const int64_t words = dim_words(), used = row < 0 ? 0 : dim;
-    std::memset(out + used / 2, 0, (words - used / 2) * 4);
-    if (used > 0) std::memcpy(out, row_of(x, row), used * 2);
-  }
-
-  // Two rows, zeros for row -1, as words that pair them.
-  void pack_pair(const Features& x, int64_t low, int64_t high, uint32_t* out) const {
-    for (int64_t d = 0; d < padded_dim(); d += kTile) {
-      const int64_t left = dim - d < kTile ? dim - d : kTile;
-      const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1);
-      const __m512i a = _mm512_cvtepu16_epi32(
-          _mm256_maskz_loadu_epi16(low < 0 ? 0 : mask, row_of(x, low < 0 ? 0 : low) + d));
-      const __m512i b = _mm512_cvtepu16_epi32(
-          _mm256_maskz_loadu_epi16(high < 0 ? 0 : mask, row_of(x, high < 0 ? 0 : high) + d));
-      _mm512_storeu_si512(out + d, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+  template <bool whole>
+  [[gnu::always_inline]] void pack() const {
+    static_assert(kDim % kStepSide == 0);
+    const int64_t dim = whole ? kDim : dim_;
+    RowPlaces to = {rows_, rows_ + kTile, kStep, columns_, column_words_};
+    for (int64_t r = row_; r < row_ + kCount; r += 2) {
+      const Scalar *low = row_at<whole>(r), *high = row_at<whole>(r + 1);
+      if (ahead_ != 0) fetch(dim, low), fetch(dim, high);
+      place_rows<Rows, kRows, kColumns, whole>(low, high, dim, to);
+      to.low += 2 * kTile, to.high += 2 * kTile, to.pairs += kTile;
     }
   }
+
+  template <bool whole>
+  [[gnu::always_inline]] const Scalar* row_at(int64_t r) const {
+    if (!whole && r >= count_) return nullptr;
+    return reinterpret_cast<const Scalar*>(data_ + (whole || !seen_ ? r : seen_[r]) * stride_);
+  }
+
+  [[gnu::always_inline]] void fetch(int64_t dim, const Scalar* row) const {
+    if (row == nullptr) return;
+    const uintptr_t at = reinterpret_cast<uintptr_t>(row) + ahead_;
+    for (int64_t b = 0; b < dim * static_cast<int64_t>(sizeof(Scalar)); b += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(at + b), 0, 2);
+  }
+
+  const char* data_;
+  const int32_t* seen_;
+  int64_t stride_, count_, ahead_, dim_, row_words_, column_words_, row_;
+  uint32_t *rows_, *columns_;
 };
+
+// Bytes from a task's rows of a key tensor to those of the next one; 0 where none is known.
+inline int64_t bytes_ahead(const AttentionProblem& p, const AttentionTask& task,
+                           const AttentionInput& input, int64_t offset, int64_t next_offset) {
+  const int64_t elements = next_offset - offset + (task.next->head - task.head) * input.head;
+  return elements * (p.element == Element::kFloat32 ? 4 : 2);
+}
+inline int64_t keys_ahead(const AttentionProblem& p, const AttentionTask& task) {
+  return task.next ? bytes_ahead(p, task, p.k, task.key_offset, task.next->key_offset) : 0;
+}
+inline int64_t values_ahead(const AttentionProblem& p, const AttentionTask& task) {
+  return task.next ? bytes_ahead(p, task, p.v, task.value_offset, task.next->value_offset) : 0;
+}
+
+// Transposes so many tiles, one after another in place.
+class Transposer {
+ public:
+  void start(uint32_t* at, int64_t tiles) { at_ = at, left_ = tiles; }
+  int64_t left() const { return left_; }
+  void operator()() {
+    transpose_tile(at_);
+    at_ += kHalfWords;
+    --left_;
+  }
+
+ private:
+  uint32_t* at_;
+  int64_t left_ = 0;
+};
+
+// A row of results stored past the caches: a copy of store_row for a width that is known.
+template <class Rows, int kDim>
+[[gnu::always_inline]] inline void store_row_as(const AttentionProblem& p, const float* in,
+                                                void* out) {
+  constexpr int64_t kBytes = kDim * sizeof(typename Rows::Scalar);
+  if (std::is_same_v<Rows, HalfRows> || kBytes == 0 || kBytes % 64 != 0 ||
+      reinterpret_cast<uintptr_t>(out) % 64 != 0)
+    return store_row(p, in, out);
+  char* to = static_cast<char*>(out);
+  FASTVLP_UNROLL
+  for (int64_t b = 0; b < kBytes; b += 64) {
+    if constexpr (Rows::kParts == 3) {
+      _mm512_stream_ps(reinterpret_cast<float*>(to + b), (__m512)load(in + b / 4));
+    } else {
+      const float* from = in + b / 2;
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + b),
+                          words_of(_mm512_cvtne2ps_pbh((__m512)load(from + kLanes),
+                                                       (__m512)load(from))));
+    }
+  }
+}
+
+// The largest magnitude among floats. Parts of floats lose bits below 2^-110, and what is not finite
+// or would round up to infinity is not taken apart: where that may have happened, floats have to be
+// multiplied as such.
+class Magnitude {
+ public:
+  void see(Vec x) {
+    const VecI magnitude = bits(absolute(x));
+    most_ = magnitude > most_ ? magnitude : most_;
+  }
+  void see(const float* in, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes) see(load(in + i));
+  }
+  // Rows of a tensor; `finite`: without what is not.
+  template <class Rows>
+  void see_rows(const SeenRows& x, int64_t dim, bool finite) {
+    for (int64_t r = 0; r < x.count; ++r) {
+      const auto* row = static_cast<const typename Rows::Scalar*>(x.features.data) +
+                        x[r] * x.features.stride;
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        const Vec v = Rows::load_some(row + d, dim - d);
+        see(finite ? (absolute(v) < splat(__builtin_inff()) ? v : Vec{}) : v);
+      }
+    }
+  }
+
+  bool finite() const { return most() < __builtin_inff(); }
+  bool small() const { return most() > 0.0f && most() < 0x1p-90f; }
+  bool sound() const { return !small() && most() < 0x1p120f; }
+
+ private:
+  float most() const {
+    return bits_to_float(static_cast<uint32_t>(_mm512_reduce_max_epi32((__m512i)most_)));
+  }
+
+  VecI most_ = {};
+};
+
+// Whether keys and values, and all that is finite of the queries and, in the backward pass, of their
+// gradients, may be taken apart.
+template <class Rows>
+inline bool inputs_are_sound(const AttentionProblem& p, const AttentionTask& task, bool backward) {
+  const auto sound = [&](const SeenRows& rows, bool finite) {
+    Magnitude magnitude;
+    magnitude.see_rows<Rows>(rows, p.dim, finite);
+    return magnitude.sound();
+  };
+  return sound(seen_rows(p, task, p.k, task.key_offset), false) &&
+         sound(seen_rows(p, task, p.v, task.value_offset), false) &&
+         sound({query_rows(p, task, p.q), nullptr, task.queries}, true) &&
+         (!backward || sound({query_rows(p, task, p.grad), nullptr, task.queries}, true));
+}
 
 }  // namespace
 

@@ -114,9 +114,13 @@ inline void transpose_half(uint32_t* half) {
   }
 }
 
-// C, up to 2 x 2 tiles, = `steps` steps of A B, on top of what the four tiles of C hold.
-template <int rows, int cols>
-inline void add_split_steps(const uint32_t* a, const uint32_t* b, int64_t steps) {
+constexpr auto nothing_beside = [] {};
+
+// C, up to 2 x 2 tiles, = `steps` steps of A B, on top of what the four tiles of C hold. `beside` is
+// called after every product of parts.
+template <int rows, int cols, class Beside = decltype(nothing_beside)>
+inline void add_split_steps(const uint32_t* a, const uint32_t* b, int64_t steps,
+                            Beside& beside = nothing_beside) {
   const auto load_a = [&](int part) {
     _tile_loadd(4, a + part * kPartWords, 64);
     if constexpr (rows > 1) _tile_loadd(5, a + part * kPartWords + kHalfWords, 64);
@@ -125,11 +129,12 @@ inline void add_split_steps(const uint32_t* a, const uint32_t* b, int64_t steps)
     _tile_loadd(6, b + part * kPartWords, 64);
     if constexpr (cols > 1) _tile_loadd(7, b + part * kPartWords + kHalfWords, 64);
   };
-  const auto add = [] {
+  const auto add = [&] {
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (cols > 1) _tile_dpbf16ps(1, 4, 7);
     if constexpr (rows > 1) _tile_dpbf16ps(2, 5, 6);
     if constexpr (rows > 1 && cols > 1) _tile_dpbf16ps(3, 5, 7);
+    beside();
   };
   for (int64_t s = 0; s < steps; ++s, a += kStepWords, b += kStepWords) {
     load_a(2), load_b(0), add();
