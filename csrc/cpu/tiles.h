@@ -71,35 +71,6 @@ inline void tile_block(const TileOperand& a, const TileOperand& b, float* c, int
   if constexpr (rows > 1 && cols > 1) _tile_stored(3, c + kTile * ldc + kTile, ldc * 4);
 }
 
-// C[m][n] (+)= A B; needs a TileSession. Where not `keep`, every 32 rows of C take the place of those
-// before them. `between` is told the multiply-adds of words after each block of them, `done` the row
-// of C from which up to 32 are complete.
-template <class Between, class Done>
-void multiply_tiles(const TileOperand& a, const TileOperand& b, float* c, int64_t ldc, int64_t m,
-                    int64_t n, int64_t k, bool accumulate, bool keep, const Between& between,
-                    const Done& done) {
-  publish(c);
-  for (int64_t i = 0; i < m; i += 2 * kTile) {
-    const TileOperand ai = {a.words + i * a.stride, a.stride};
-    for (int64_t j = 0; j < n; j += 2 * kTile) {
-      const TileOperand bj = {b.words + j, b.stride};
-      float* cij = c + (keep ? i * ldc : 0) + j;
-      const bool tall = m - i > kTile, wide = n - j > kTile;
-      if (tall && wide)
-        tile_block<2, 2>(ai, bj, cij, ldc, k, accumulate);
-      else if (tall)
-        tile_block<2, 1>(ai, bj, cij, ldc, k, accumulate);
-      else if (wide)
-        tile_block<1, 2>(ai, bj, cij, ldc, k, accumulate);
-      else
-        tile_block<1, 1>(ai, bj, cij, ldc, k, accumulate);
-      between(4 * kTile * kTile * k);
-    }
-    publish(c);
-    done(i);
-  }
-}
-
 }  // namespace
 
 #endif
