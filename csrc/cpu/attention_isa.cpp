@@ -35,9 +35,15 @@ bool run_rows(const AttentionProblem& p, const AttentionTask& task, const Out& o
   return Pass<Rows, 0>(p, task, out, scratch).run();
 }
 
+// Taking floats apart for fewer weights costs more than their products gain.
+constexpr int64_t kLeastWeights = 4096;
+
+// Whether the task has been done.
 template <template <class, int> class Pass, class Out>
 bool run_on_tiles(const AttentionProblem& p, const AttentionTask& task, const Out& out,
                   float* scratch) {
+  if (p.element != fastvlp::Element::kBFloat16 && task.queries * task.seen_keys < kLeastWeights)
+    return false;
   switch (p.element) {
     case fastvlp::Element::kBFloat16:
       return run_rows<Pass, BFloat16Rows>(p, task, out, scratch);
