@@ -81,6 +81,13 @@ def test_head_widths(device, dtype, dim):
     check(draw([30, 17], [45, 33], dim=dim, dtype=dtype, device=device, mask="holes"), causal=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_causal_rows_and_dropout_beyond_one_block(device, dtype, mask):
+    case = draw([140, 300], [170, 310], dtype=dtype, device=device, mask=mask)
+    check(case, causal=True, dropout_p=0.1, dropout_seed=5)
+
+
 @pytest.mark.parametrize("dim", [257, 320])
 def test_wider_heads_than_the_kernels_hold(device, dim):
     check(draw([9, 4], 33, dim=dim, device=device))
@@ -94,7 +101,7 @@ def test_many_images_and_heads(device, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("keys", [45, [45, 3, 61]])
+@pytest.mark.parametrize("keys", [45, [45, 3, 61], 200])
 def test_layouts_are_read_in_place_or_copied_but_not_misread(device, dtype, layout, keys):
     case = draw([30, 2, 9], keys, dtype=dtype, device=device, layout=layout)
     plain = draw([30, 2, 9], keys, dtype=dtype, device=device)
