@@ -143,14 +143,6 @@ template <class Rows, bool with_rows, bool with_pairs>
   }
 }
 
-// Transposes 16 x 16 words in place.
-inline void transpose_tile(uint32_t* tile) {
-  Vec rows[kTile];
-  FASTVLP_UNROLL
-  for (int i = 0; i < kTile; ++i) rows[i] = load(reinterpret_cast<const float*>(tile + i * kTile));
-  store_transposed(rows, tile, kTile);
-}
-
 }  // namespace
 
 #endif

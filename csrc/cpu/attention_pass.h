@@ -118,16 +118,18 @@ inline int64_t visible(const AttentionProblem& p, const AttentionTask& task, int
   return n;
 }
 
-// Lets the products of this task, `work` of them in all, fetch the rows of the next one.
-inline void look_ahead(Ahead& ahead, const AttentionProblem& p, const AttentionTask& task,
-                       int64_t work, bool backward) {
+// Lets the products of this task fetch the rows of the next one.
+template <class Products>
+void look_ahead(const Products& x, const AttentionProblem& p, const AttentionTask& task,
+                bool backward) {
   if (task.next == nullptr) return;
   const AttentionTask& next = *task.next;
-  ahead.start(p.dim, work);
-  ahead.add(seen_rows(p, next, p.k, next.key_offset));
-  ahead.add(seen_rows(p, next, p.v, next.value_offset));
-  ahead.add({query_rows(p, next, p.q), nullptr, next.queries});
-  if (backward) ahead.add({query_rows(p, next, p.grad), nullptr, next.queries});
+  const int64_t products = backward ? 5 : 2;
+  x.ahead.start(p.dim, products * task.queries * task.seen_keys * p.dim);
+  x.ahead.add(seen_rows(p, next, p.k, next.key_offset));
+  x.ahead.add(seen_rows(p, next, p.v, next.value_offset));
+  x.ahead.add({query_rows(p, next, p.q), nullptr, next.queries});
+  if (backward) x.ahead.add({query_rows(p, next, p.grad), nullptr, next.queries});
 }
 
 inline void* output_row(const AttentionProblem& p, void* out, int64_t row, int64_t head) {
@@ -212,7 +214,7 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
   const KeyRows value_columns = x.key_columns(
       seen_rows(p, task, p.v, task.value_offset),
       words + at.value_columns);
-  look_ahead(x.ahead, p, task, 2 * task.queries * task.seen_keys * p.dim, false);
+  look_ahead(x, p, task, false);
   const Features q = query_rows(p, task, p.q);
   float* weights = scratch + at.weights;
   float *largest = scratch + at.largest, *reciprocal = scratch + at.reciprocal;
@@ -318,7 +320,7 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
   const auto block_words = [&](int64_t first) {
     return words + at.blocks + first / x.kQueryBlock * at.block.total;
   };
-  look_ahead(x.ahead, p, task, 5 * task.queries * task.seen_keys * p.dim, true);
+  look_ahead(x, p, task, true);
   for (int64_t first = 0; first < task.queries; first += x.kQueryBlock)
     prepare_queries(x, at.block, block_at(x, p, task, first), out, words + at.row,
                     block_words(first));

@@ -37,17 +37,7 @@ struct TileShape {
 template <class Rows>
 inline void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, float* c,
                            int64_t ldc, bool accumulate, Beside& beside) {
-  if (accumulate) {
-    _tile_loadd(0, c, ldc * 4);
-    _tile_loadd(1, c + kTile, ldc * 4);
-    _tile_loadd(2, c + kTile * ldc, ldc * 4);
-    _tile_loadd(3, c + kTile * ldc + kTile, ldc * 4);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  start_block<2, 2>(c, ldc, accumulate);
   if constexpr (Rows::kParts == 3) {
     add_split_steps<2, 2>(a, b, steps, beside);
   } else {
@@ -63,10 +53,7 @@ inline void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, 
       beside();
     }
   }
-  _tile_stored(0, c, ldc * 4);
-  _tile_stored(1, c + kTile, ldc * 4);
-  _tile_stored(2, c + kTile * ldc, ldc * 4);
-  _tile_stored(3, c + kTile * ldc + kTile, ldc * 4);
+  store_block<2, 2>(c, ldc);
 }
 
 // C[m][n] (+)= A B for whole blocks of 32; blocks of A and B are all their steps apart.

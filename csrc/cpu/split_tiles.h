@@ -102,16 +102,17 @@ inline void store_neighbours(Vec first, Vec second, uint32_t* out) {
 // 16 pairs of floats, the first of each pair from `even`, as 16 words of each part at `out`.
 inline void store_pairs(Vec even, Vec odd, uint32_t* out) { store_parts<Pairs>(even, odd, out); }
 
+// Transposes 16 x 16 words in place.
+inline void transpose_tile(uint32_t* tile) {
+  Vec rows[kTile];
+  FASTVLP_UNROLL
+  for (int i = 0; i < kTile; ++i) rows[i] = load(reinterpret_cast<const float*>(tile + i * kTile));
+  store_transposed(rows, tile, kTile);
+}
+
 // Transposes one half of a step in place, each of its parts.
 inline void transpose_half(uint32_t* half) {
-  for (int part = 0; part < 3; ++part) {
-    uint32_t* tile = half + part * kPartWords;
-    Vec rows[kTile];
-    FASTVLP_UNROLL
-    for (int i = 0; i < kTile; ++i)
-      rows[i] = load(reinterpret_cast<const float*>(tile + i * kTile));
-    store_transposed(rows, tile, kTile);
-  }
+  for (int part = 0; part < 3; ++part) transpose_tile(half + part * kPartWords);
 }
 
 constexpr auto nothing_beside = [] {};
@@ -152,10 +153,7 @@ template <int rows, int cols>
 inline void split_block(const uint32_t* a, const uint32_t* b, int64_t steps, const float* bias,
                         float* c, int64_t c_row) {
   if (bias == nullptr) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    start_block<rows, cols>(nullptr, 0, false);
   } else {
     _tile_loadd(0, bias, 0);
     if constexpr (cols > 1) _tile_loadd(1, bias + kTile, 0);
@@ -163,10 +161,7 @@ inline void split_block(const uint32_t* a, const uint32_t* b, int64_t steps, con
     if constexpr (rows > 1 && cols > 1) _tile_loadd(3, bias + kTile, 0);
   }
   add_split_steps<rows, cols>(a, b, steps);
-  _tile_stored(0, c, c_row * 4);
-  if constexpr (cols > 1) _tile_stored(1, c + kTile, c_row * 4);
-  if constexpr (rows > 1) _tile_stored(2, c + kTile * c_row, c_row * 4);
-  if constexpr (rows > 1 && cols > 1) _tile_stored(3, c + kTile * c_row + kTile, c_row * 4);
+  store_block<rows, cols>(c, c_row);
 }
 
 }  // namespace

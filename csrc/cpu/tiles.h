@@ -36,6 +36,30 @@ struct TileOperand {
   int64_t stride;  // words from one row to the next
 };
 
+// The block of C that tiles 0 to 3 hold, rows x cols of them, from C or as zeros.
+template <int rows, int cols>
+inline void start_block(const float* c, int64_t ldc, bool accumulate) {
+  if (accumulate) {
+    _tile_loadd(0, c, ldc * 4);
+    if constexpr (cols > 1) _tile_loadd(1, c + kTile, ldc * 4);
+    if constexpr (rows > 1) _tile_loadd(2, c + kTile * ldc, ldc * 4);
+    if constexpr (rows > 1 && cols > 1) _tile_loadd(3, c + kTile * ldc + kTile, ldc * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+
+template <int rows, int cols>
+inline void store_block(float* c, int64_t ldc) {
+  _tile_stored(0, c, ldc * 4);
+  if constexpr (cols > 1) _tile_stored(1, c + kTile, ldc * 4);
+  if constexpr (rows > 1) _tile_stored(2, c + kTile * ldc, ldc * 4);
+  if constexpr (rows > 1 && cols > 1) _tile_stored(3, c + kTile * ldc + kTile, ldc * 4);
+}
+
 // One step along K for a block of rows x cols tiles of C.
 template <int rows, int cols>
 inline void tile_step(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb) {
@@ -52,23 +76,10 @@ inline void tile_step(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t
 template <int rows, int cols>
 inline void tile_block(const TileOperand& a, const TileOperand& b, float* c, int64_t ldc, int64_t k,
                        bool accumulate) {
-  if (accumulate) {
-    _tile_loadd(0, c, ldc * 4);
-    if constexpr (cols > 1) _tile_loadd(1, c + kTile, ldc * 4);
-    if constexpr (rows > 1) _tile_loadd(2, c + kTile * ldc, ldc * 4);
-    if constexpr (rows > 1 && cols > 1) _tile_loadd(3, c + kTile * ldc + kTile, ldc * 4);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  start_block<rows, cols>(c, ldc, accumulate);
   for (int64_t at = 0; at < k; at += kTile)
     tile_step<rows, cols>(a.words + at, a.stride, b.words + at * b.stride, b.stride);
-  _tile_stored(0, c, ldc * 4);
-  if constexpr (cols > 1) _tile_stored(1, c + kTile, ldc * 4);
-  if constexpr (rows > 1) _tile_stored(2, c + kTile * ldc, ldc * 4);
-  if constexpr (rows > 1 && cols > 1) _tile_stored(3, c + kTile * ldc + kTile, ldc * 4);
+  store_block<rows, cols>(c, ldc);
 }
 
 }  // namespace
