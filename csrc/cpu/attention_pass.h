@@ -180,6 +180,7 @@ void store_keys(const Products& x, const AttentionProblem& p, const AttentionTas
 // Zero to the gradients of keys that no query sees.
 inline void clear_unseen(const AttentionProblem& p, const AttentionTask& task, void* out) {
   const int64_t seen_keys = task.queries > 0 ? task.seen_keys : 0;
+  if (seen_keys == task.keys) return;
   for (int64_t key = 0, r = 0; key < task.keys; ++key)
     if (r < seen_keys && (task.seen == nullptr || task.seen[r] == key))
       ++r;

@@ -41,7 +41,7 @@ class TileBackward {
 
   struct Places : Layout {
     Places(const Shape& x, int64_t queries)
-        : m(x.padded(queries < kTileQueryBlock ? queries : kTileQueryBlock)), block(x, m) {
+        : m(x.padded(queries < Shape::kQueryBlock ? queries : Shape::kQueryBlock)), block(x, m) {
       const int64_t n = Shape::kKeyBlock;
       row = take(kLanes * x.padded_dim());
       for (int64_t& at : key_rows) at = take(x.words(n, x.dim));
@@ -54,7 +54,7 @@ class TileBackward {
       for (int64_t& at : gradient_pairs) at = take(x.words(m, n));
       dk = take(n * x.padded_dim());
       dv = take(n * x.padded_dim());
-      blocks = take((queries + kTileQueryBlock - 1) / kTileQueryBlock * block.total);
+      blocks = take((queries + Shape::kQueryBlock - 1) / Shape::kQueryBlock * block.total);
     }
     int64_t m;
     QueryPlaces block;
@@ -66,8 +66,8 @@ class TileBackward {
                float* scratch)
       : p_(p), task_(task), out_(out), x_(p.dim), at_(x_, task.queries), floats_(scratch),
         words_(reinterpret_cast<uint32_t*>(scratch)),
-        keys_(seen_rows(p, task, p.k, task.key_offset)),
-        values_(seen_rows(p, task, p.v, task.value_offset)) {}
+        keys_(p, task, p.k, &AttentionTask::key_offset),
+        values_(p, task, p.v, &AttentionTask::value_offset) {}
 
   // False where the floats have to be multiplied as such: see Magnitude.
   bool run() {
@@ -75,13 +75,13 @@ class TileBackward {
       queries_.see_rows<Rows>({query_rows(p_, task_, p_.q), nullptr, task_.queries}, p_.dim, true);
       grads_.see_rows<Rows>({query_rows(p_, task_, p_.grad), nullptr, task_.queries}, p_.dim, true);
     }
-    for (int64_t first = 0; first < task_.queries; first += kTileQueryBlock) prepare_queries(first);
+    for (int64_t first = 0; first < task_.queries; first += Shape::kQueryBlock) prepare_queries(first);
     if (task_.queries > 0 && task_.seen_keys > 0) run_pairs();
-    for (int64_t first = 0; first < task_.queries; first += kTileQueryBlock) {
+    for (int64_t first = 0; first < task_.queries; first += Shape::kQueryBlock) {
       const WeightBlock b = block_at(x_, p_, task_, first);
       const float* sums = floats_of(first, at_.block.sums);
       if constexpr (Rows::kParts == 3) sums_.see(sums, x_.padded_dim() * b.m);
-      store_queries(x_, b, sums, nullptr, floats_ + at_.row, out_.dq);
+      store_sums(b, sums);
     }
     clear_unseen(p_, task_, out_.dk);
     clear_unseen(p_, task_, out_.dv);
@@ -95,16 +95,22 @@ class TileBackward {
 
  private:
   uint32_t* words_of(int64_t query, int64_t offset) const {
-    return words_ + at_.blocks + query / kTileQueryBlock * at_.block.total + offset;
+    return words_ + at_.blocks + query / Shape::kQueryBlock * at_.block.total + offset;
   }
   float* floats_of(int64_t query, int64_t offset) const {
     return reinterpret_cast<float*>(words_of(query, offset));
   }
 
-  // Seen keys of the block that begins at `key`.
-  int64_t count(int64_t key) const {
-    return task_.seen_keys - key < Shape::kKeyBlock ? task_.seen_keys - key : Shape::kKeyBlock;
+  void store_sums(const WeightBlock& b, const float* sums) {
+    if (!turned_) return store_queries(x_, b, sums, nullptr, floats_ + at_.row, out_.dq);
+    for (int64_t r = 0; r < b.queries; ++r)
+      store_row_as<Rows, kDim>(
+          p_, sums + r * x_.padded_dim(),
+          output_row(p_, out_.dq, task_.first_query + b.first + r, task_.head));
   }
+
+  // Seen keys of the block that begins at `key`.
+  int64_t count(int64_t key) const { return x_.count(key, task_.seen_keys); }
 
   WeightBlock block_of(const AttentionPair& pair) const {
     WeightBlock b = block_at(x_, p_, task_, pair.query);
@@ -120,16 +126,16 @@ class TileBackward {
     if (key >= task_.seen_keys) return pair;
     pair.key = key;
     pair.starts = query == 0;
-    while (block_at(x_, p_, task_, query).n <= key) query += kTileQueryBlock;
+    while (block_at(x_, p_, task_, query).n <= key) query += Shape::kQueryBlock;
     pair.query = query;
-    pair.ends = query + kTileQueryBlock >= task_.queries;
+    pair.ends = query + Shape::kQueryBlock >= task_.queries;
     pair.number = number;
     return pair;
   }
   AttentionPair after(const AttentionPair& pair) const {
     if (pair.key < 0) return pair;
     return pair.ends ? pair_from(pair.key + Shape::kKeyBlock, 0, pair.number + 1)
-                     : pair_from(pair.key, pair.query + kTileQueryBlock, pair.number + 1);
+                     : pair_from(pair.key, pair.query + Shape::kQueryBlock, pair.number + 1);
   }
 
   void prepare_queries(int64_t first) {
@@ -161,7 +167,7 @@ class TileBackward {
       const int64_t left = b.queries - r < kStepSide ? b.queries - r : kStepSide;
       const SeenRows outputs = {{rows + r * stride, left, stride, p_.element}, nullptr, left};
       KeyPacker<Rows, kDim, true, false> pack;
-      pack.start(x_, outputs, 0, words_ + at_.key_rows[0], nullptr);
+      pack.start(x_, outputs, {{}, nullptr, 0}, words_ + at_.key_rows[0], nullptr);
       while (pack.left() > 0) pack();
       float* products = floats_ + at_.logits;
       multiply_blocks<Rows>(words_ + at_.key_rows[0], kStepSide,
@@ -180,14 +186,15 @@ class TileBackward {
     const auto pack = [&](int64_t key) {
       const int64_t block = key / Shape::kKeyBlock;
       packed = key;
-      pack_keys.start(x_, keys_.slice(key, count(key)), keys_ahead(p_, task_),
-                      words_ + at_.key_rows[block % 2], words_ + at_.key_columns[block % 3]);
-      pack_values.start(x_, values_.slice(key, count(key)), values_ahead(p_, task_),
-                        words_ + at_.value_rows[block % 2], nullptr);
+      pack_keys.start(x_, keys_.at(key), keys_.after(key), words_ + at_.key_rows[block % 2],
+                      words_ + at_.key_columns[block % 3]);
+      pack_values.start(x_, values_.at(key), values_.after(key), words_ + at_.value_rows[block % 2],
+                        nullptr);
       beside_.add(pack_keys);
       beside_.add(pack_values);
     };
     const auto add_transposition = [&] {
+      if (turned_) return;
       transpose.start(words_ + at_.key_columns[packed / Shape::kKeyBlock % 3],
                       x_.tiles(x_.words(count(packed), p_.dim)));
       beside_.add(transpose);
@@ -208,6 +215,11 @@ class TileBackward {
       const WeightBlock b = block_of(last);
       Weigh weigh(*this, last, b, p_.drop_below ? drop : nullptr);
       beside_.add(weigh);
+      if (turned_ && last.key >= 0) {
+        transpose.start(words_ + at_.gradient_pairs[last.number % 2],
+                        x_.tiles(x_.words(b.m, b.n)));
+        beside_.add(transpose);
+      }
       if (!transposed) add_transposition(), transposed = true;
       if (before.key >= 0) add_key_gradients(before);
       beside_.finish();
@@ -331,9 +343,13 @@ class TileBackward {
   void add_query_gradients(const AttentionPair& pair) {
     const WeightBlock b = block_of(pair);
     beside_.spread(calls(p_.dim, b.m, b.n));
-    multiply(words_ + at_.key_columns[pair.key / Shape::kKeyBlock % 3], p_.dim,
-             words_ + at_.gradient_pairs[pair.number % 2], b.m, b.n,
-             floats_of(pair.query, at_.block.sums), b.m, true);
+    const uint32_t* keys = words_ + at_.key_columns[pair.key / Shape::kKeyBlock % 3];
+    const uint32_t* gradients = words_ + at_.gradient_pairs[pair.number % 2];
+    float* sums = floats_of(pair.query, at_.block.sums);
+    if (turned_)
+      multiply(gradients, b.m, keys, p_.dim, b.n, sums, x_.padded_dim(), true);
+    else
+      multiply(keys, p_.dim, gradients, b.m, b.n, sums, b.m, true);
     beside_.finish();
   }
 
@@ -369,7 +385,8 @@ class TileBackward {
   const Places at_;
   float* const floats_;
   uint32_t* const words_;
-  const SeenRows keys_, values_;
+  const KeyBlocks<Rows> keys_, values_;
+  const bool turned_ = Shape::turns_weights(task_.queries);
   const TileSession session_;
   Beside beside_;
   Magnitude queries_, grads_, sums_;

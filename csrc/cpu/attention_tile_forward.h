@@ -10,7 +10,8 @@ namespace {
 // For each block of query rows the logits of all keys first, then a block of keys at a time weights
 // and their sums of values. Beside the logits of one block of keys the next one is packed and the
 // largest logits of the one before are found; beside the sums of one the weights of the next are made
-// and its values packed.
+// and its values packed. Each block of query rows packs the keys anew: two blocks of them stay in the
+// first cache, all of them would not.
 template <class Rows, int kDim>
 class TileForward {
   using Shape = TileShape<Rows>;
@@ -18,11 +19,10 @@ class TileForward {
  public:
   struct Places : Layout {
     Places(const Shape& x, int64_t queries, int64_t keys) {
-      const int64_t m = x.padded(queries < kTileQueryBlock ? queries : kTileQueryBlock);
+      const int64_t m = x.padded(queries < Shape::kQueryBlock ? queries : Shape::kQueryBlock);
       const int64_t n = round_up(keys, Shape::kKeyBlock);
       row = take(kLanes * x.padded_dim());
-      key_rows = take(x.words(n, x.dim));
-      value_columns = take(x.words(x.dim, n));
+      for (int64_t& at : packed) at = take(x.words(Shape::kKeyBlock, x.dim));
       query_columns = take(x.words(m, x.dim));
       logits = take(n * m);
       for (int64_t& at : weights) at = take(x.words(m, Shape::kKeyBlock));
@@ -30,20 +30,19 @@ class TileForward {
       largest = take(m);
       reciprocal = take(m);
     }
-    int64_t row, key_rows, value_columns, query_columns, logits, weights[2], sums, largest,
-        reciprocal;
+    int64_t row, packed[2], query_columns, logits, weights[2], sums, largest, reciprocal;
   };
 
   TileForward(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
               float* scratch)
       : p_(p), task_(task), out_(out), x_(p.dim), at_(x_, task.queries, task.seen_keys),
         floats_(scratch), words_(reinterpret_cast<uint32_t*>(scratch)),
-        keys_(seen_rows(p, task, p.k, task.key_offset)),
-        values_(seen_rows(p, task, p.v, task.value_offset)) {}
+        keys_(p, task, p.k, &AttentionTask::key_offset),
+        values_(p, task, p.v, &AttentionTask::value_offset) {}
 
   // False where the floats have to be multiplied as such: see Magnitude.
   bool run() {
-    for (int64_t first = 0; first < task_.queries; first += kTileQueryBlock)
+    for (int64_t first = 0; first < task_.queries; first += Shape::kQueryBlock)
       run_queries(block_at(x_, p_, task_, first));
     finish_streams();
     if constexpr (Rows::kParts == 3)
@@ -76,23 +75,35 @@ class TileForward {
       store(sum + i, total > Vec{} ? 1.0f / total : total);
     }
     if constexpr (Rows::kParts == 3) sums_.see(floats_ + at_.sums, x_.padded_dim() * b.m);
-    store_queries(x_, b, floats_ + at_.sums, sum, floats_ + at_.row, out_.out);
+    store_sums(b, sum);
     const int64_t row = task_.head * p_.total_queries + task_.first_query + b.first;
     std::memcpy(out_.statistics + row, most, b.queries * 4);
     std::memcpy(out_.statistics + p_.heads * p_.total_queries + row, sum, b.queries * 4);
   }
 
-  // Seen keys of the block that begins at `key`, and where its operands begin.
-  int64_t count(int64_t key) const {
-    return task_.seen_keys - key < Shape::kKeyBlock ? task_.seen_keys - key : Shape::kKeyBlock;
+  void store_sums(const WeightBlock& b, const float* reciprocal) {
+    float* sums = floats_ + at_.sums;
+    if (!turned_) return store_queries(x_, b, sums, reciprocal, floats_ + at_.row, out_.out);
+    for (int64_t r = 0; r < b.queries; ++r, sums += x_.padded_dim()) {
+      for (int64_t d = 0; d < x_.padded_dim(); d += kLanes)
+        store(sums + d, load(sums + d) * reciprocal[r]);
+      store_row_as<Rows, kDim>(
+          p_, sums, output_row(p_, out_.out, task_.first_query + b.first + r, task_.head));
+    }
   }
-  int64_t place(int64_t key) const { return x_.words(key, p_.dim); }
 
-  // Those of them that any of the query rows may see.
+  uint32_t* packed(int64_t key) const { return words_ + at_.packed[key / Shape::kKeyBlock % 2]; }
+  uint32_t* weights(int64_t key) const { return words_ + at_.weights[key / Shape::kKeyBlock % 2]; }
+  float* logits(const WeightBlock& b, int64_t key) const {
+    return floats_ + at_.logits + key * b.m;
+  }
+
+  // Seen keys of the block that begins at `key`; those of them that any of the query rows may see.
+  int64_t count(int64_t key) const { return x_.count(key, task_.seen_keys); }
   WeightBlock block_of(const WeightBlock& b, int64_t key) const {
     WeightBlock part = b;
     part.first_key = key;
-    part.n = b.n - key < Shape::kKeyBlock ? b.n - key : Shape::kKeyBlock;
+    part.n = x_.count(key, b.n);
     return part;
   }
 
@@ -122,31 +133,23 @@ class TileForward {
 
   void make_logits(const WeightBlock& b) {
     KeyPacker<Rows, kDim, true, false> pack;
-    const auto add_pack = [&](int64_t key) {
-      if (key < keys_packed_ || key >= b.n) return;
-      pack.start(x_, keys_.slice(key, count(key)), keys_ahead(p_, task_),
-                 words_ + at_.key_rows + place(key), nullptr);
+    Look look = {};
+    const auto prepare = [&](int64_t key) {
+      pack.start(x_, keys_.at(key), keys_.after(key), packed(key), nullptr);
       beside_.add(pack);
-      keys_packed_ = key + Shape::kKeyBlock;
     };
     const auto look_at = [&](int64_t key) {
       const WeightBlock part = block_of(b, key);
-      float* logits = floats_ + at_.logits + key * b.m;
-      if (p_.causal) mask_causal(part, logits);
-      return Look{logits, floats_ + at_.largest, part.n, b.m};
+      if (p_.causal) mask_causal(part, logits(b, key));
+      look = {logits(b, key), floats_ + at_.largest, part.n, b.m};
+      beside_.add(look);
     };
-    add_pack(0);
-    beside_.finish();
-    for (int64_t key = 0; key < b.n; key += Shape::kKeyBlock) {
-      add_pack(key + Shape::kKeyBlock);
-      Look look = look_at(key > 0 ? key - Shape::kKeyBlock : 0);
-      if (key > 0) beside_.add(look);
-      multiply(words_ + at_.key_rows + place(key), x_.padded(count(key)),
-               words_ + at_.query_columns, b.m, x_.dim_steps(), floats_ + at_.logits + key * b.m,
-               b.m, false);
-    }
-    Look look = look_at((b.n - 1) / Shape::kKeyBlock * Shape::kKeyBlock);
-    beside_.add(look);
+    walk_keys<Rows>(b.n, beside_, prepare, [&](int64_t key) {
+      if (key > 0) look_at(key - Shape::kKeyBlock);
+      multiply(packed(key), x_.padded(count(key)), words_ + at_.query_columns, b.m,
+               x_.dim_steps(), logits(b, key), b.m, false);
+    });
+    look_at((b.n - 1) / Shape::kKeyBlock * Shape::kKeyBlock);
     beside_.finish();
   }
 
@@ -204,37 +207,30 @@ class TileForward {
     KeyPacker<Rows, kDim, false, true> pack;
     Transposer transpose;
     DropoutRow drop[2];
-    const auto weigh_at = [&](const WeightBlock& part) {
-      const int64_t key = part.first_key;
-      return Weigh{&part, part.n, b.m, b.factor, floats_ + at_.logits + key * b.m,
-                   floats_ + at_.largest, floats_ + at_.reciprocal,
-                   words_ + at_.weights[key / Shape::kKeyBlock % 2],
-                   key < b.n ? x_.padded(count(key)) : 0, p_.drop_below != 0 ? drop : nullptr};
-    };
-    const auto add_jobs = [&](int64_t key, Weigh& weigh) {
-      if (key >= b.n) return;
-      if (key >= values_packed_) {
-        uint32_t* columns = words_ + at_.value_columns + place(key);
-        pack.start(x_, values_.slice(key, count(key)), values_ahead(p_, task_), nullptr, columns);
-        transpose.start(columns, x_.tiles(x_.words(count(key), p_.dim)));
-        beside_.add(pack);
-        beside_.add(transpose);
-        values_packed_ = key + Shape::kKeyBlock;
-      }
+    WeightBlock part = b;
+    Weigh weigh = {};
+    const auto prepare = [&](int64_t key) {
+      part.first_key = key;
+      part.n = x_.count(key, b.n);
+      weigh = {&part, part.n, b.m, b.factor, logits(b, key), floats_ + at_.largest,
+               floats_ + at_.reciprocal, weights(key), x_.padded(count(key)),
+               p_.drop_below != 0 ? drop : nullptr};
+      pack.start(x_, values_.at(key), values_.after(key), nullptr, packed(key));
+      transpose.start(turned_ ? weights(key) : packed(key),
+                      x_.tiles(x_.words(turned_ ? b.m : p_.dim, count(key))));
       beside_.add(weigh);
+      beside_.add(pack);
+      beside_.add(transpose);
     };
-    const WeightBlock first_part = block_of(b, 0);
-    Weigh first = weigh_at(first_part);
-    add_jobs(0, first);
-    beside_.finish();
-    for (int64_t key = 0; key < b.n; key += Shape::kKeyBlock) {
-      const WeightBlock part = block_of(b, key + Shape::kKeyBlock);
-      Weigh next = weigh_at(part);
-      add_jobs(key + Shape::kKeyBlock, next);
-      multiply(words_ + at_.value_columns + place(key), x_.padded_dim(),
-               words_ + at_.weights[key / Shape::kKeyBlock % 2], b.m, x_.steps(count(key)),
-               floats_ + at_.sums, b.m, key > 0);
-    }
+    float* sums = floats_ + at_.sums;
+    walk_keys<Rows>(b.n, beside_, prepare, [&](int64_t key) {
+      const int64_t steps = x_.steps(count(key));
+      if (turned_)
+        multiply(weights(key), b.m, packed(key), x_.padded_dim(), steps, sums, x_.padded_dim(),
+                 key > 0);
+      else
+        multiply(packed(key), x_.padded_dim(), weights(key), b.m, steps, sums, b.m, key > 0);
+    });
   }
 
   void multiply(const uint32_t* a, int64_t m, const uint32_t* b, int64_t n, int64_t steps, float* c,
@@ -251,9 +247,9 @@ class TileForward {
   const Places at_;
   float* const floats_;
   uint32_t* const words_;
-  const SeenRows keys_, values_;
+  const KeyBlocks<Rows> keys_, values_;
+  const bool turned_ = Shape::turns_weights(task_.queries);
   const TileSession session_;
-  int64_t keys_packed_ = 0, values_packed_ = 0;  // whole blocks
   Beside beside_;
   Magnitude sums_;
 };

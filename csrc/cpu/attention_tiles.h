@@ -10,16 +10,15 @@
 
 namespace {
 
-constexpr int64_t kTileQueryBlock = 128;
-
 // Operands are blocks of 32 rows or columns, each all steps along K.
 template <class Rows>
 struct TileShape {
   static constexpr int64_t kStep = Rows::kParts * kPartWords;
   // Calls of Beside for a step of a block.
   static constexpr int64_t kCalls = Rows::kParts == 3 ? 6 : 1;
-  static constexpr int64_t kQueryBlock = kTileQueryBlock;
-  static constexpr int64_t kKeyBlock = Rows::kParts == 3 ? 64 : 128;
+  static constexpr int64_t kQueryBlock = 128;
+  // So many keys that the few packed blocks under way stay in the first caches.
+  static constexpr int64_t kKeyBlock = Rows::kParts == 3 ? 32 : 128;
 
   const int64_t dim;
   explicit TileShape(int64_t d) : dim(d) {}
@@ -31,6 +30,13 @@ struct TileShape {
   int64_t dim_steps() const { return steps(dim); }
   static int64_t words(int64_t side, int64_t depth) { return steps(side) * steps(depth) * kStep; }
   static int64_t tiles(int64_t words) { return words / kHalfWords; }
+  // Keys of the block that begins at `key` of `keys`.
+  static int64_t count(int64_t key, int64_t keys) {
+    return keys - key < kKeyBlock ? keys - key : kKeyBlock;
+  }
+  // Sums over the keys for each query: a product of weights, transposed, and keys, or of keys,
+  // transposed, and weights; whichever has less to transpose. The first gives [queries][width].
+  static bool turns_weights(int64_t queries) { return queries <= 2 * kStepSide; }
 };
 
 // C[32][32] (+)= A B over `steps` steps; needs a TileSession.
@@ -69,6 +75,21 @@ inline void multiply_blocks(const uint32_t* a, int64_t m, const uint32_t* b, int
   publish(c);
 }
 
+// Calls product(key) for all blocks of keys before `end`, which multiplies and does the work beside it,
+// and before each prepare(key) of the next one, which adds such work.
+template <class Rows, class Prepare, class Product>
+inline void walk_keys(int64_t end, Beside& beside, const Prepare& prepare,
+                      const Product& product) {
+  if (end <= 0) return;
+  prepare(0);
+  beside.finish();
+  for (int64_t key = 0, next; key < end; key = next) {
+    next = key + TileShape<Rows>::kKeyBlock;
+    if (next < end) prepare(next);
+    product(key);
+  }
+}
+
 // Packs query rows [begin, begin + count) of a product along their width, `columns`, and of one along
 // the queries, `rows`, if kAlong. Negates the columns where asked.
 template <class Rows, bool kAlong>
@@ -96,18 +117,20 @@ inline void place_queries(const TileShape<Rows>& x, const Features& y, int64_t b
 
 // Packs a block of keys, a few rows a piece, as operand of a product along their width, `rows`, and of
 // one along the keys, `columns`, there still [words of keys][width] in each tile; those of them that
-// are wanted. Fetches what lies `ahead` bytes behind the rows, those of the next task, where that is
-// not 0. kDim: their width, 0 where it is known at run time only.
+// are wanted. Fetches the rows of `next`, which are not more. kDim: their width, 0 where it is known at
+// run time only.
 template <class Rows, int kDim, bool kRows, bool kColumns>
 class KeyPacker {
  public:
-  void start(const TileShape<Rows>& x, const SeenRows& keys, int64_t ahead, uint32_t* rows,
+  void start(const TileShape<Rows>& x, const SeenRows& keys, const SeenRows& next, uint32_t* rows,
              uint32_t* columns) {
     data_ = static_cast<const char*>(keys.features.data);
     stride_ = keys.features.stride * sizeof(Scalar);
     seen_ = keys.seen;
     count_ = keys.count;
-    ahead_ = ahead;
+    next_ = static_cast<const char*>(next.features.data);
+    next_seen_ = next.seen;
+    next_count_ = next.count;
     dim_ = x.dim;
     row_ = 0;
     row_words_ = x.dim_steps() * kStep;
@@ -143,7 +166,7 @@ class KeyPacker {
     RowPlaces to = {rows_, rows_ + kTile, kStep, columns_, column_words_};
     for (int64_t r = row_; r < row_ + kCount; r += 2) {
       const Scalar *low = row_at<whole>(r), *high = row_at<whole>(r + 1);
-      if (ahead_ != 0) fetch(dim, low), fetch(dim, high);
+      fetch(dim, r), fetch(dim, r + 1);
       place_rows<Rows, kRows, kColumns, whole>(low, high, dim, to);
       to.low += 2 * kTile, to.high += 2 * kTile, to.pairs += kTile;
     }
@@ -155,31 +178,43 @@ class KeyPacker {
     return reinterpret_cast<const Scalar*>(data_ + (whole || !seen_ ? r : seen_[r]) * stride_);
   }
 
-  [[gnu::always_inline]] void fetch(int64_t dim, const Scalar* row) const {
-    if (row == nullptr) return;
-    const uintptr_t at = reinterpret_cast<uintptr_t>(row) + ahead_;
+  [[gnu::always_inline]] void fetch(int64_t dim, int64_t r) const {
+    if (r >= next_count_) return;
+    const char* at = next_ + (next_seen_ ? next_seen_[r] : r) * stride_;
     for (int64_t b = 0; b < dim * static_cast<int64_t>(sizeof(Scalar)); b += 64)
-      __builtin_prefetch(reinterpret_cast<const void*>(at + b), 0, 2);
+      __builtin_prefetch(at + b, 0, 2);
   }
 
-  const char* data_;
-  const int32_t* seen_;
-  int64_t stride_, count_, ahead_, dim_, row_words_, column_words_, row_;
+  const char *data_, *next_;
+  const int32_t *seen_, *next_seen_;
+  int64_t stride_, count_, next_count_, dim_, row_words_, column_words_, row_;
   uint32_t *rows_, *columns_;
 };
 
-// Bytes from a task's rows of a key tensor to those of the next one; 0 where none is known.
-inline int64_t bytes_ahead(const AttentionProblem& p, const AttentionTask& task,
-                           const AttentionInput& input, int64_t offset, int64_t next_offset) {
-  const int64_t elements = next_offset - offset + (task.next->head - task.head) * input.head;
-  return elements * (p.element == Element::kFloat32 ? 4 : 2);
-}
-inline int64_t keys_ahead(const AttentionProblem& p, const AttentionTask& task) {
-  return task.next ? bytes_ahead(p, task, p.k, task.key_offset, task.next->key_offset) : 0;
-}
-inline int64_t values_ahead(const AttentionProblem& p, const AttentionTask& task) {
-  return task.next ? bytes_ahead(p, task, p.v, task.value_offset, task.next->value_offset) : 0;
-}
+// A task's rows of k or v: the block that begins at a key, and the block after it, which may be the
+// first one of the next task.
+template <class Rows>
+class KeyBlocks {
+ public:
+  KeyBlocks(const AttentionProblem& p, const AttentionTask& task, const AttentionInput& input,
+            int64_t AttentionTask::*offset)
+      : rows_(seen_rows(p, task, input, task.*offset)), following_{{}, nullptr, 0} {
+    if (task.next != nullptr)
+      following_ = first_of(seen_rows(p, *task.next, input, (*task.next).*offset), 0);
+  }
+  SeenRows at(int64_t key) const { return first_of(rows_, key); }
+  SeenRows after(int64_t key) const {
+    const int64_t next = key + TileShape<Rows>::kKeyBlock;
+    return next < rows_.count ? at(next) : following_;
+  }
+
+ private:
+  static SeenRows first_of(const SeenRows& rows, int64_t key) {
+    return rows.slice(key, TileShape<Rows>::count(key, rows.count));
+  }
+
+  SeenRows rows_, following_;
+};
 
 // Transposes so many tiles, one after another in place.
 class Transposer {
