@@ -70,6 +70,12 @@ struct BFloat16Rows {
   using Scalar = uint16_t;
   static constexpr int kParts = 1;
   static constexpr int64_t kApart = 1;
+
+  static Vec load_some(const uint16_t* p, int64_t left) {
+    const uint32_t mask = left >= kLanes ? 0xffffu : (1u << left) - 1;
+    const __m256i numbers = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p);
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
+  }
 };
 
 // Where two rows go: `low` and `high`, 16 words of every step of the width, `step` words apart; the

@@ -1,7 +1,7 @@
 // The backward pass of one attention task on AMX tiles.
 #pragma once
 
-#include "attention_tiles.h"
+#include "attention_odd_keys.h"
 
 #if defined(__AMX_BF16__)
 
@@ -66,8 +66,8 @@ class TileBackward {
                float* scratch)
       : p_(p), task_(task), out_(out), x_(p.dim), at_(x_, task.queries), floats_(scratch),
         words_(reinterpret_cast<uint32_t*>(scratch)),
-        keys_(p, task, p.k, &AttentionTask::key_offset),
-        values_(p, task, p.v, &AttentionTask::value_offset) {}
+        keys_(p, task, p.k, &AttentionTask::key_offset, tiled_),
+        values_(p, task, p.v, &AttentionTask::value_offset, tiled_) {}
 
   // False where the floats have to be multiplied as such: see Magnitude.
   bool run() {
@@ -76,7 +76,15 @@ class TileBackward {
       grads_.see_rows<Rows>({query_rows(p_, task_, p_.grad), nullptr, task_.queries}, p_.dim, true);
     }
     for (int64_t first = 0; first < task_.queries; first += Shape::kQueryBlock) prepare_queries(first);
-    if (task_.queries > 0 && task_.seen_keys > 0) run_pairs();
+    if (task_.queries > 0 && task_.seen_keys > 0) {
+      run_pairs();
+      const QueryPlaces& l = at_.block;
+      odd_.run_backward(x_, out_, turned_, [&](int64_t first) {
+        return typename OddKeys<Rows, kDim>::QueryBlock{
+            floats_of(first, l.largest), floats_of(first, l.reciprocal), floats_of(first, l.slope),
+            floats_of(first, l.sums)};
+      });
+    }
     for (int64_t first = 0; first < task_.queries; first += Shape::kQueryBlock) {
       const WeightBlock b = block_at(x_, p_, task_, first);
       const float* sums = floats_of(first, at_.block.sums);
@@ -110,7 +118,7 @@ class TileBackward {
   }
 
   // Seen keys of the block that begins at `key`.
-  int64_t count(int64_t key) const { return x_.count(key, task_.seen_keys); }
+  int64_t count(int64_t key) const { return x_.count(key, tiled_); }
 
   WeightBlock block_of(const AttentionPair& pair) const {
     WeightBlock b = block_at(x_, p_, task_, pair.query);
@@ -123,7 +131,7 @@ class TileBackward {
   // row sees all keys.
   AttentionPair pair_from(int64_t key, int64_t query, int64_t number) const {
     AttentionPair pair;
-    if (key >= task_.seen_keys) return pair;
+    if (key >= tiled_) return pair;
     pair.key = key;
     pair.starts = query == 0;
     while (block_at(x_, p_, task_, query).n <= key) query += Shape::kQueryBlock;
@@ -206,7 +214,7 @@ class TileBackward {
     AttentionPair before, last, next = pair_from(0, 0, 0);
     while (next.key >= 0 || last.key >= 0) {
       if (next.key >= 0) {
-        if (next.starts && next.key + Shape::kKeyBlock < task_.seen_keys)
+        if (next.starts && next.key + Shape::kKeyBlock < tiled_)
           pack(next.key + Shape::kKeyBlock), transposed = false;
         make_products(next);
       }
@@ -385,6 +393,8 @@ class TileBackward {
   const Places at_;
   float* const floats_;
   uint32_t* const words_;
+  const int64_t tiled_ = tiled_keys(p_, task_);
+  const OddKeys<Rows, kDim> odd_{p_, task_};
   const KeyBlocks<Rows> keys_, values_;
   const bool turned_ = Shape::turns_weights(task_.queries);
   const TileSession session_;

@@ -1,7 +1,7 @@
 // The forward pass of one attention task on AMX tiles.
 #pragma once
 
-#include "attention_tiles.h"
+#include "attention_odd_keys.h"
 
 #if defined(__AMX_BF16__)
 
@@ -37,8 +37,8 @@ class TileForward {
               float* scratch)
       : p_(p), task_(task), out_(out), x_(p.dim), at_(x_, task.queries, task.seen_keys),
         floats_(scratch), words_(reinterpret_cast<uint32_t*>(scratch)),
-        keys_(p, task, p.k, &AttentionTask::key_offset),
-        values_(p, task, p.v, &AttentionTask::value_offset) {}
+        keys_(p, task, p.k, &AttentionTask::key_offset, tiled_),
+        values_(p, task, p.v, &AttentionTask::value_offset, tiled_) {}
 
   // False where the floats have to be multiplied as such: see Magnitude.
   bool run() {
@@ -60,16 +60,19 @@ class TileForward {
     if (b.n > 0) {
       place_queries<Rows, false>(x_, query_rows(p_, task_, p_.q), b.first, b.queries, p_.scale < 0,
                           words_ + at_.query_columns, nullptr);
-      make_logits(b);
+      make_logits(tiled_of(b));
+      odd_.add_logits(b, logits(b, tiled_), most);
     }
     for (int64_t i = 0; i < b.m; i += kLanes) {
       const Vec logit = load(most + i) * b.factor;
       store(most + i, logit > splat(kNegativeInfinity) ? logit : Vec{});
     }
-    if (b.n > 0)
-      add_values(b);
-    else
+    if (b.n > 0) {
+      add_values(tiled_of(b));
+      odd_.add_values(b, logits(b, tiled_), most, sum, floats_ + at_.sums, turned_);
+    } else {
       std::memset(floats_ + at_.sums, 0, x_.padded_dim() * b.m * 4);
+    }
     for (int64_t i = 0; i < b.m; i += kLanes) {
       const Vec total = load(sum + i);
       store(sum + i, total > Vec{} ? 1.0f / total : total);
@@ -98,8 +101,15 @@ class TileForward {
     return floats_ + at_.logits + key * b.m;
   }
 
+  // Without the odd keys.
+  WeightBlock tiled_of(const WeightBlock& b) const {
+    WeightBlock part = b;
+    part.n = b.n < tiled_ ? b.n : tiled_;
+    return part;
+  }
+
   // Seen keys of the block that begins at `key`; those of them that any of the query rows may see.
-  int64_t count(int64_t key) const { return x_.count(key, task_.seen_keys); }
+  int64_t count(int64_t key) const { return x_.count(key, tiled_); }
   WeightBlock block_of(const WeightBlock& b, int64_t key) const {
     WeightBlock part = b;
     part.first_key = key;
@@ -247,6 +257,8 @@ class TileForward {
   const Places at_;
   float* const floats_;
   uint32_t* const words_;
+  const int64_t tiled_ = tiled_keys(p_, task_);
+  const OddKeys<Rows, kDim> odd_{p_, task_};
   const KeyBlocks<Rows> keys_, values_;
   const bool turned_ = Shape::turns_weights(task_.queries);
   const TileSession session_;

@@ -18,7 +18,7 @@ struct TileShape {
   static constexpr int64_t kCalls = Rows::kParts == 3 ? 6 : 1;
   static constexpr int64_t kQueryBlock = 128;
   // So many keys that the few packed blocks under way stay in the first caches.
-  static constexpr int64_t kKeyBlock = Rows::kParts == 3 ? 32 : 128;
+  static constexpr int64_t kKeyBlock = Rows::kParts == 3 ? 32 : 64;
 
   const int64_t dim;
   explicit TileShape(int64_t d) : dim(d) {}
@@ -191,14 +191,15 @@ class KeyPacker {
   uint32_t *rows_, *columns_;
 };
 
-// A task's rows of k or v: the block that begins at a key, and the block after it, which may be the
-// first one of the next task.
+// The first `count` of a task's rows of k or v: the block that begins at a key, and the block after it,
+// which may be the first one of the next task.
 template <class Rows>
 class KeyBlocks {
  public:
   KeyBlocks(const AttentionProblem& p, const AttentionTask& task, const AttentionInput& input,
-            int64_t AttentionTask::*offset)
-      : rows_(seen_rows(p, task, input, task.*offset)), following_{{}, nullptr, 0} {
+            int64_t AttentionTask::*offset, int64_t count)
+      : rows_(seen_rows(p, task, input, task.*offset).slice(0, count)),
+        following_{{}, nullptr, 0} {
     if (task.next != nullptr)
       following_ = first_of(seen_rows(p, *task.next, input, (*task.next).*offset), 0);
   }

@@ -88,6 +88,19 @@ def test_causal_rows_and_dropout_beyond_one_block(device, dtype, mask):
     check(case, causal=True, dropout_p=0.1, dropout_seed=5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [40, 64])
+@pytest.mark.parametrize("scale", [0.2, -0.2])
+def test_a_few_keys_beyond_whole_blocks(device, dtype, dim, scale):
+    # 33, 136 and 257 keys: 1, 8 and 1 more than blocks of 32 hold. Up to 64 query rows and more.
+    case = draw([160, 140, 170], [33, 136, 257], dim=dim, dtype=dtype, device=device)
+    check(case, scale=scale)
+    check(case, scale=scale, causal=True, dropout_p=0.1, dropout_seed=5)
+    check(draw([60, 35], 257, dim=dim, dtype=dtype, device=device), scale=scale, causal=True)
+    case = draw([60], 257, dim=dim, dtype=dtype, device=device, mask="holes")
+    check(case, dropout_p=0.2, dropout_seed=5)
+
+
 @pytest.mark.parametrize("dim", [257, 320])
 def test_wider_heads_than_the_kernels_hold(device, dim):
     check(draw([9, 4], 33, dim=dim, device=device))
