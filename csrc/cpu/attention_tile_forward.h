@@ -42,6 +42,10 @@ class TileForward {
 
   // False where the floats have to be multiplied as such: see Magnitude.
   bool run() {
+    if (task_.next != nullptr) {
+      ahead_.start(p_.dim, task_.seen_keys);
+      ahead_.add({query_rows(p_, *task_.next, p_.q), nullptr, task_.next->queries});
+    }
     for (int64_t first = 0; first < task_.queries; first += Shape::kQueryBlock)
       run_queries(block_at(x_, p_, task_, first));
     finish_streams();
@@ -147,6 +151,7 @@ class TileForward {
     const auto prepare = [&](int64_t key) {
       pack.start(x_, keys_.at(key), keys_.after(key), packed(key), nullptr);
       beside_.add(pack);
+      ahead_.step(Shape::kKeyBlock);
     };
     const auto look_at = [&](int64_t key) {
       const WeightBlock part = block_of(b, key);
@@ -262,6 +267,7 @@ class TileForward {
   const KeyBlocks<Rows> keys_, values_;
   const bool turned_ = Shape::turns_weights(task_.queries);
   const TileSession session_;
+  Ahead ahead_;
   Beside beside_;
   Magnitude sums_;
 };
