@@ -23,6 +23,9 @@ template <class Rows, int kDim>
 class TileBackward {
   using Shape = TileShape<Rows>;
 
+  // So few that the packed ones under way stay in the first caches.
+  static constexpr int64_t kKeyBlock = Rows::kParts == 3 ? 32 : 64;
+
  public:
   // The operands of one block of query rows, offsets from its first word.
   struct QueryPlaces : Layout {
@@ -42,7 +45,7 @@ class TileBackward {
   struct Places : Layout {
     Places(const Shape& x, int64_t queries)
         : m(x.padded(queries < Shape::kQueryBlock ? queries : Shape::kQueryBlock)), block(x, m) {
-      const int64_t n = Shape::kKeyBlock;
+      const int64_t n = kKeyBlock;
       row = take(kLanes * x.padded_dim());
       for (int64_t& at : key_rows) at = take(x.words(n, x.dim));
       for (int64_t& at : value_rows) at = take(x.words(n, x.dim));
@@ -66,8 +69,8 @@ class TileBackward {
                float* scratch)
       : p_(p), task_(task), out_(out), x_(p.dim), at_(x_, task.queries), floats_(scratch),
         words_(reinterpret_cast<uint32_t*>(scratch)),
-        keys_(p, task, p.k, &AttentionTask::key_offset, tiled_),
-        values_(p, task, p.v, &AttentionTask::value_offset, tiled_) {}
+        keys_(p, task, p.k, &AttentionTask::key_offset, tiled_, kKeyBlock),
+        values_(p, task, p.v, &AttentionTask::value_offset, tiled_, kKeyBlock) {}
 
   // False where the floats have to be multiplied as such: see Magnitude.
   bool run() {
@@ -128,7 +131,7 @@ class TileBackward {
   }
 
   // Seen keys of the block that begins at `key`.
-  int64_t count(int64_t key) const { return x_.count(key, tiled_); }
+  int64_t count(int64_t key) const { return std::min(tiled_ - key, kKeyBlock); }
 
   WeightBlock block_of(const AttentionPair& pair) const {
     WeightBlock b = block_at(x_, p_, task_, pair.query);
@@ -152,7 +155,7 @@ class TileBackward {
   }
   AttentionPair after(const AttentionPair& pair) const {
     if (pair.key < 0) return pair;
-    return pair.ends ? pair_from(pair.key + Shape::kKeyBlock, 0, pair.number + 1)
+    return pair.ends ? pair_from(pair.key + kKeyBlock, 0, pair.number + 1)
                      : pair_from(pair.key, pair.query + Shape::kQueryBlock, pair.number + 1);
   }
 
@@ -202,7 +205,7 @@ class TileBackward {
     Transposer transpose;
     int64_t packed = 0;
     const auto pack = [&](int64_t key) {
-      const int64_t block = key / Shape::kKeyBlock;
+      const int64_t block = key / kKeyBlock;
       packed = key;
       pack_keys.start(x_, keys_.at(key), keys_.after(key), words_ + at_.key_rows[block % 2],
                       words_ + at_.key_columns[block % 3]);
@@ -210,11 +213,11 @@ class TileBackward {
                         nullptr);
       beside_.add(pack_keys);
       beside_.add(pack_values);
-      ahead_.step(Shape::kKeyBlock);
+      ahead_.step(kKeyBlock);
     };
     const auto add_transposition = [&] {
       if (turned_) return;
-      transpose.start(words_ + at_.key_columns[packed / Shape::kKeyBlock % 3],
+      transpose.start(words_ + at_.key_columns[packed / kKeyBlock % 3],
                       x_.tiles(x_.words(count(packed), p_.dim)));
       beside_.add(transpose);
     };
@@ -225,8 +228,8 @@ class TileBackward {
     AttentionPair before, last, next = pair_from(0, 0, 0);
     while (next.key >= 0 || last.key >= 0) {
       if (next.key >= 0) {
-        if (next.starts && next.key + Shape::kKeyBlock < tiled_)
-          pack(next.key + Shape::kKeyBlock), transposed = false;
+        if (next.starts && next.key + kKeyBlock < tiled_)
+          pack(next.key + kKeyBlock), transposed = false;
         make_products(next);
       }
       before = last, last = next, next = after(next);
@@ -262,7 +265,7 @@ class TileBackward {
   // Logits and derivatives by the weights.
   void make_products(const AttentionPair& pair) {
     const WeightBlock b = block_of(pair);
-    const int64_t block = pair.key / Shape::kKeyBlock % 2;
+    const int64_t block = pair.key / kKeyBlock % 2;
     beside_.spread(2 * calls(b.n, b.m, p_.dim));
     multiply(words_ + at_.key_rows[block], b.n, words_of(pair.query, at_.block.query_columns), b.m,
              p_.dim, floats_ + at_.logits, b.m, false);
@@ -362,7 +365,7 @@ class TileBackward {
   void add_query_gradients(const AttentionPair& pair) {
     const WeightBlock b = block_of(pair);
     beside_.spread(calls(p_.dim, b.m, b.n));
-    const uint32_t* keys = words_ + at_.key_columns[pair.key / Shape::kKeyBlock % 3];
+    const uint32_t* keys = words_ + at_.key_columns[pair.key / kKeyBlock % 3];
     const uint32_t* gradients = words_ + at_.gradient_pairs[pair.number % 2];
     float* sums = floats_of(pair.query, at_.block.sums);
     if (turned_)
@@ -406,7 +409,7 @@ class TileBackward {
   uint32_t* const words_;
   const int64_t tiled_ = tiled_keys(p_, task_);
   const OddKeys<Rows, kDim> odd_{p_, task_};
-  const KeyBlocks<Rows> keys_, values_;
+  const KeyBlocks keys_, values_;
   const bool turned_ = Shape::turns_weights(task_.queries);
   const TileSession session_;
   Ahead ahead_;

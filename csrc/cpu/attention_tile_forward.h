@@ -16,16 +16,23 @@ template <class Rows, int kDim>
 class TileForward {
   using Shape = TileShape<Rows>;
 
+  // Keys of a block: so few that the packed ones under way stay in the first caches, but with many
+  // queries enough that the sums, which do not, are read and written less often.
+  static int64_t key_block(int64_t queries) {
+    const int64_t few = Rows::kParts == 3 ? 32 : 64;
+    return queries > 2 * kStepSide ? 2 * few : few;
+  }
+
  public:
   struct Places : Layout {
     Places(const Shape& x, int64_t queries, int64_t keys) {
       const int64_t m = x.padded(queries < Shape::kQueryBlock ? queries : Shape::kQueryBlock);
-      const int64_t n = round_up(keys, Shape::kKeyBlock);
+      const int64_t block = key_block(queries), n = round_up(keys, block);
       row = take(kLanes * x.padded_dim());
-      for (int64_t& at : packed) at = take(x.words(Shape::kKeyBlock, x.dim));
+      for (int64_t& at : packed) at = take(x.words(block, x.dim));
       query_columns = take(x.words(m, x.dim));
       logits = take(n * m);
-      for (int64_t& at : weights) at = take(x.words(m, Shape::kKeyBlock));
+      for (int64_t& at : weights) at = take(x.words(m, block));
       sums = take(x.padded_dim() * m);
       largest = take(m);
       reciprocal = take(m);
@@ -37,8 +44,8 @@ class TileForward {
               float* scratch)
       : p_(p), task_(task), out_(out), x_(p.dim), at_(x_, task.queries, task.seen_keys),
         floats_(scratch), words_(reinterpret_cast<uint32_t*>(scratch)),
-        keys_(p, task, p.k, &AttentionTask::key_offset, tiled_),
-        values_(p, task, p.v, &AttentionTask::value_offset, tiled_) {}
+        keys_(p, task, p.k, &AttentionTask::key_offset, tiled_, block_),
+        values_(p, task, p.v, &AttentionTask::value_offset, tiled_, block_) {}
 
   // False where the floats have to be multiplied as such: see Magnitude.
   bool run() {
@@ -99,8 +106,8 @@ class TileForward {
     }
   }
 
-  uint32_t* packed(int64_t key) const { return words_ + at_.packed[key / Shape::kKeyBlock % 2]; }
-  uint32_t* weights(int64_t key) const { return words_ + at_.weights[key / Shape::kKeyBlock % 2]; }
+  uint32_t* packed(int64_t key) const { return words_ + at_.packed[key / block_ % 2]; }
+  uint32_t* weights(int64_t key) const { return words_ + at_.weights[key / block_ % 2]; }
   float* logits(const WeightBlock& b, int64_t key) const {
     return floats_ + at_.logits + key * b.m;
   }
@@ -113,11 +120,11 @@ class TileForward {
   }
 
   // Seen keys of the block that begins at `key`; those of them that any of the query rows may see.
-  int64_t count(int64_t key) const { return x_.count(key, tiled_); }
+  int64_t count(int64_t key) const { return std::min(tiled_ - key, block_); }
   WeightBlock block_of(const WeightBlock& b, int64_t key) const {
     WeightBlock part = b;
     part.first_key = key;
-    part.n = x_.count(key, b.n);
+    part.n = std::min(b.n - key, block_);
     return part;
   }
 
@@ -151,7 +158,7 @@ class TileForward {
     const auto prepare = [&](int64_t key) {
       pack.start(x_, keys_.at(key), keys_.after(key), packed(key), nullptr);
       beside_.add(pack);
-      ahead_.step(Shape::kKeyBlock);
+      ahead_.step(block_);
     };
     const auto look_at = [&](int64_t key) {
       const WeightBlock part = block_of(b, key);
@@ -159,12 +166,12 @@ class TileForward {
       look = {logits(b, key), floats_ + at_.largest, part.n, b.m};
       beside_.add(look);
     };
-    walk_keys<Rows>(b.n, beside_, prepare, [&](int64_t key) {
-      if (key > 0) look_at(key - Shape::kKeyBlock);
+    walk_keys(b.n, block_, beside_, prepare, [&](int64_t key) {
+      if (key > 0) look_at(key - block_);
       multiply(packed(key), x_.padded(count(key)), words_ + at_.query_columns, b.m,
                x_.dim_steps(), logits(b, key), b.m, false);
     });
-    look_at((b.n - 1) / Shape::kKeyBlock * Shape::kKeyBlock);
+    look_at((b.n - 1) / block_ * block_);
     beside_.finish();
   }
 
@@ -226,7 +233,7 @@ class TileForward {
     Weigh weigh = {};
     const auto prepare = [&](int64_t key) {
       part.first_key = key;
-      part.n = x_.count(key, b.n);
+      part.n = std::min(b.n - key, block_);
       weigh = {&part, part.n, b.m, b.factor, logits(b, key), floats_ + at_.largest,
                floats_ + at_.reciprocal, weights(key), x_.padded(count(key)),
                p_.drop_below != 0 ? drop : nullptr};
@@ -238,7 +245,7 @@ class TileForward {
       beside_.add(transpose);
     };
     float* sums = floats_ + at_.sums;
-    walk_keys<Rows>(b.n, beside_, prepare, [&](int64_t key) {
+    walk_keys(b.n, block_, beside_, prepare, [&](int64_t key) {
       const int64_t steps = x_.steps(count(key));
       if (turned_)
         multiply(weights(key), b.m, packed(key), x_.padded_dim(), steps, sums, x_.padded_dim(),
@@ -264,7 +271,8 @@ class TileForward {
   uint32_t* const words_;
   const int64_t tiled_ = tiled_keys(p_, task_);
   const OddKeys<Rows, kDim> odd_{p_, task_};
-  const KeyBlocks<Rows> keys_, values_;
+  const int64_t block_ = key_block(task_.queries);
+  const KeyBlocks keys_, values_;
   const bool turned_ = Shape::turns_weights(task_.queries);
   const TileSession session_;
   Ahead ahead_;

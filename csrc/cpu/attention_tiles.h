@@ -2,6 +2,8 @@
 // units' work beside them, the pieces of that work, and what says whether floats could be taken apart.
 #pragma once
 
+#include <algorithm>
+
 #include "attention_operands.h"
 #include "attention_pass.h"
 #include "beside.h"
@@ -17,8 +19,6 @@ struct TileShape {
   // Calls of Beside for a step of a block.
   static constexpr int64_t kCalls = Rows::kParts == 3 ? 6 : 1;
   static constexpr int64_t kQueryBlock = 128;
-  // So many keys that the few packed blocks under way stay in the first caches.
-  static constexpr int64_t kKeyBlock = Rows::kParts == 3 ? 32 : 64;
 
   const int64_t dim;
   explicit TileShape(int64_t d) : dim(d) {}
@@ -30,10 +30,6 @@ struct TileShape {
   int64_t dim_steps() const { return steps(dim); }
   static int64_t words(int64_t side, int64_t depth) { return steps(side) * steps(depth) * kStep; }
   static int64_t tiles(int64_t words) { return words / kHalfWords; }
-  // Keys of the block that begins at `key` of `keys`.
-  static int64_t count(int64_t key, int64_t keys) {
-    return keys - key < kKeyBlock ? keys - key : kKeyBlock;
-  }
   // Sums over the keys for each query: a product of weights, transposed, and keys, or of keys,
   // transposed, and weights; whichever has less to transpose. The first gives [queries][width].
   static bool turns_weights(int64_t queries) { return queries <= 2 * kStepSide; }
@@ -77,14 +73,14 @@ inline void multiply_blocks(const uint32_t* a, int64_t m, const uint32_t* b, int
 
 // Calls product(key) for all blocks of keys before `end`, which multiplies and does the work beside it,
 // and before each prepare(key) of the next one, which adds such work.
-template <class Rows, class Prepare, class Product>
-inline void walk_keys(int64_t end, Beside& beside, const Prepare& prepare,
+template <class Prepare, class Product>
+inline void walk_keys(int64_t end, int64_t block, Beside& beside, const Prepare& prepare,
                       const Product& product) {
   if (end <= 0) return;
   prepare(0);
   beside.finish();
   for (int64_t key = 0, next; key < end; key = next) {
-    next = key + TileShape<Rows>::kKeyBlock;
+    next = key + block;
     if (next < end) prepare(next);
     product(key);
   }
@@ -193,28 +189,27 @@ class KeyPacker {
 
 // The first `count` of a task's rows of k or v: the block that begins at a key, and the block after it,
 // which may be the first one of the next task.
-template <class Rows>
 class KeyBlocks {
  public:
   KeyBlocks(const AttentionProblem& p, const AttentionTask& task, const AttentionInput& input,
-            int64_t AttentionTask::*offset, int64_t count)
+            int64_t AttentionTask::*offset, int64_t count, int64_t block)
       : rows_(seen_rows(p, task, input, task.*offset).slice(0, count)),
-        following_{{}, nullptr, 0} {
+        following_{{}, nullptr, 0}, block_(block) {
     if (task.next != nullptr)
-      following_ = first_of(seen_rows(p, *task.next, input, (*task.next).*offset), 0);
+      following_ = block_of(seen_rows(p, *task.next, input, (*task.next).*offset), 0);
   }
-  SeenRows at(int64_t key) const { return first_of(rows_, key); }
+  SeenRows at(int64_t key) const { return block_of(rows_, key); }
   SeenRows after(int64_t key) const {
-    const int64_t next = key + TileShape<Rows>::kKeyBlock;
-    return next < rows_.count ? at(next) : following_;
+    return key + block_ < rows_.count ? at(key + block_) : following_;
   }
 
  private:
-  static SeenRows first_of(const SeenRows& rows, int64_t key) {
-    return rows.slice(key, TileShape<Rows>::count(key, rows.count));
+  SeenRows block_of(const SeenRows& rows, int64_t key) const {
+    return rows.slice(key, std::min(rows.count - key, block_));
   }
 
   SeenRows rows_, following_;
+  int64_t block_;
 };
 
 // Transposes so many tiles, one after another in place.
