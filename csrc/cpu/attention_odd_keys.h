@@ -1,6 +1,6 @@
-// Keys beyond the last whole block of 32 in the passes on AMX tiles, where they are few, on the vector
-// units: on the tiles a block for one key takes as long as one for 32, and images have one token more
-// than patches.
+// Keys beyond the last whole block of 32 in the passes on AMX tiles, where they are few, on the
+// vector units: on the tiles a block for one key takes as long as one for 32, and images have one
+// token more than patches.
 #pragma once
 
 #include "attention_tiles.h"

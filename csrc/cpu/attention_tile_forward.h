@@ -9,9 +9,9 @@ namespace {
 
 // For each block of query rows the logits of all keys first, then a block of keys at a time weights
 // and their sums of values. Beside the logits of one block of keys the next one is packed and the
-// largest logits of the one before are found; beside the sums of one the weights of the next are made
-// and its values packed. Each block of query rows packs the keys anew: two blocks of them stay in the
-// first cache, all of them would not.
+// largest logits of the one before are found; beside the sums of one the weights of the next are
+// made and its values packed. Each block of query rows packs the keys anew: two blocks of them stay
+// in the first cache, all of them would not.
 template <class Rows, int kDim>
 class TileForward {
   using Shape = TileShape<Rows>;
@@ -70,7 +70,7 @@ class TileForward {
     }
     if (b.n > 0) {
       place_queries<Rows, false>(x_, query_rows(p_, task_, p_.q), b.first, b.queries, p_.scale < 0,
-                          words_ + at_.query_columns, nullptr);
+                                 words_ + at_.query_columns, nullptr);
       make_logits(tiled_of(b));
       odd_.add_logits(b, logits(b, tiled_), most);
     }

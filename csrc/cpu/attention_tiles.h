@@ -71,8 +71,8 @@ inline void multiply_blocks(const uint32_t* a, int64_t m, const uint32_t* b, int
   publish(c);
 }
 
-// Calls product(key) for all blocks of keys before `end`, which multiplies and does the work beside it,
-// and before each prepare(key) of the next one, which adds such work.
+// Calls product(key) for all blocks of keys before `end`, which multiplies and does the work beside
+// it, and before each prepare(key) of the next one, which adds such work.
 template <class Prepare, class Product>
 inline void walk_keys(int64_t end, int64_t block, Beside& beside, const Prepare& prepare,
                       const Product& product) {
@@ -111,10 +111,10 @@ inline void place_queries(const TileShape<Rows>& x, const Features& y, int64_t b
   for (int64_t at = 0; negate && at < words; ++at) columns[at] ^= 0x80008000u;
 }
 
-// Packs a block of keys, a few rows a piece, as operand of a product along their width, `rows`, and of
-// one along the keys, `columns`, there still [words of keys][width] in each tile; those of them that
-// are wanted. Fetches the rows of `next`, which are not more. kDim: their width, 0 where it is known at
-// run time only.
+// Packs a block of keys, a few rows a piece, as operand of a product along their width, `rows`, and
+// of one along the keys, `columns`, there still [words of keys][width] in each tile; those of them
+// that are wanted. Fetches the rows of `next`, as far as pieces go. kDim: their width, 0 where it is
+// known at run time only.
 template <class Rows, int kDim, bool kRows, bool kColumns>
 class KeyPacker {
  public:
@@ -187,8 +187,8 @@ class KeyPacker {
   uint32_t *rows_, *columns_;
 };
 
-// The first `count` of a task's rows of k or v: the block that begins at a key, and the block after it,
-// which may be the first one of the next task.
+// The first `count` of a task's rows of k or v: the block that begins at a key, and the block after
+// it, which may be the first one of the next task.
 class KeyBlocks {
  public:
   KeyBlocks(const AttentionProblem& p, const AttentionTask& task, const AttentionInput& input,
