@@ -31,8 +31,9 @@ class OddKeys {
     float* sums;
   };
 
-  OddKeys(const AttentionProblem& p, const AttentionTask& task)
-      : p_(p), task_(task), first_(tiled_keys(p, task)),
+  // `first`: what tiled_keys gives.
+  OddKeys(const AttentionProblem& p, const AttentionTask& task, int64_t first)
+      : p_(p), task_(task), first_(first),
         keys_(seen_rows(p, task, p.k, task.key_offset)),
         values_(seen_rows(p, task, p.v, task.value_offset)) {
     for (int64_t key = first_; key < task.seen_keys; ++key) {
@@ -168,7 +169,7 @@ class OddKeys {
     const int64_t count = b.queries - r < kLanes ? b.queries - r : kLanes;
     const WeightBlock odd = odd_of(b);
     const float sign = p_.scale < 0 ? -1.0f : 1.0f;
-    const int64_t see = p_.causal ? odd.key(i) + task_.queries - task_.keys - b.first : 0;
+    const int64_t see = p_.causal ? odd.first_row_of(i) : 0;
     alignas(64) float logits[kLanes] = {}, derivatives[kLanes] = {}, weights[kLanes];
     for (int64_t j = 0; j < count; ++j) {
       const float s = sign * dot(key, query(p_.q, b.first + r + j));

@@ -25,6 +25,9 @@ struct WeightBlock {
   float factor;     // of a product, to be a logit in units of ln 2; not negative
 
   int64_t key(int64_t r) const { return task.seen ? task.seen[first_key + r] : first_key + r; }
+  // With a causal mask: the first of its rows that may see key r, aligned at the last key, so that
+  // query i sees key j where j <= i - queries + keys. May lie outside the block.
+  int64_t first_row_of(int64_t r) const { return key(r) + task.queries - task.keys - first; }
 };
 
 // The dropout factors of the weights of one key and a vector of query rows, 0 or keep_scale.
@@ -51,11 +54,10 @@ class DropoutRow {
   int64_t group_ = -1;
 };
 
-// Keys that a query row may not see get the product whose logit is -inf. Rows are aligned at the
-// last key: query i sees key j where j <= i - queries + keys.
+// Keys that a query row may not see get the product whose logit is -inf.
 inline void mask_causal(const WeightBlock& b, float* s) {
   for (int64_t r = 0; r < b.n; ++r) {
-    const int64_t see = b.key(r) + b.task.queries - b.task.keys - b.first;
+    const int64_t see = b.first_row_of(r);
     for (int64_t i = 0; i < (see < b.m ? see : b.m); ++i) s[r * b.m + i] = kNegativeInfinity;
   }
 }

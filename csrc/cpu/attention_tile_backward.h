@@ -91,9 +91,9 @@ class TileBackward {
     }
     for (int64_t first = 0; first < task_.queries; first += Shape::kQueryBlock) {
       const WeightBlock b = block_at(x_, p_, task_, first);
-      const float* sums = floats_of(first, at_.block.sums);
+      float* sums = floats_of(first, at_.block.sums);
       if constexpr (Rows::kParts == 3) sums_.see(sums, x_.padded_dim() * b.m);
-      store_sums(b, sums);
+      store_sums<Rows, kDim>(x_, b, sums, nullptr, turned_, floats_ + at_.row, out_.dq);
     }
     clear_unseen(p_, task_, out_.dk);
     clear_unseen(p_, task_, out_.dv);
@@ -120,14 +120,6 @@ class TileBackward {
   }
   float* floats_of(int64_t query, int64_t offset) const {
     return reinterpret_cast<float*>(words_of(query, offset));
-  }
-
-  void store_sums(const WeightBlock& b, const float* sums) {
-    if (!turned_) return store_queries(x_, b, sums, nullptr, floats_ + at_.row, out_.dq);
-    for (int64_t r = 0; r < b.queries; ++r)
-      store_row_as<Rows, kDim>(
-          p_, sums + r * x_.padded_dim(),
-          output_row(p_, out_.dq, task_.first_query + b.first + r, task_.head));
   }
 
   // Seen keys of the block that begins at `key`.
@@ -280,8 +272,8 @@ class TileBackward {
    public:
     Weigh(const TileBackward& pass, const AttentionPair& pair, const WeightBlock& b,
           DropoutRow* drop)
-        : b_(&b), n_(b.n), m_(b.m), factor_(b.factor), scale_(b.p.scale),
-          rows_(pair.key >= 0 ? pass.x_.padded(b.n) : 0),
+        : b_(&b), at_{pair.key >= 0 ? pass.x_.padded(b.n) : 0, b.m}, factor_(b.factor),
+          scale_(b.p.scale),
           logits_(pass.floats_ + pass.at_.logits),
           derivatives_(pass.floats_ + pass.at_.derivatives),
           largest_(pass.floats_of(pair.query, pass.at_.block.largest)),
@@ -293,34 +285,33 @@ class TileBackward {
           drop_(drop) {
       if (pair.key >= 0 && b.p.causal) mask_causal(b, pass.floats_ + pass.at_.logits);
     }
-    int64_t left() const { return rows_ / 2 * ((m_ - column_) / kStepSide) - row_ / 2; }
+    int64_t left() const { return at_.left(); }
 
     void operator()() {
-      if (row_ + 1 < n_ && drop_ == nullptr)
+      if (at_.row + 1 < b_->n && drop_ == nullptr)
         weigh<true>();
       else
         weigh<false>();
-      gradient_pairs_ += kTile;
-      if ((row_ += 2) % kStepDepth == 0) gradient_pairs_ += Shape::kStep - kTile * kTile;
-      if (row_ == rows_) row_ = 0, column_ += kStepSide;
+      at_.next(gradient_pairs_, Shape::kStep);
     }
 
    private:
     template <bool whole>
     [[gnu::always_inline]] void weigh() {
-      const float *s = logits_ + row_ * m_ + column_, *t = derivatives_ + row_ * m_ + column_;
+      const int64_t row = at_.row, column = at_.column, n = b_->n, m = at_.m;
+      const float *s = logits_ + row * m + column, *t = derivatives_ + row * m + column;
       Vec weights[2][2], gradients[2][2], keep[2][2];
       if (!whole && drop_ != nullptr) find_kept(keep);
       FASTVLP_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const Vec most = load(largest_ + column_ + h * kLanes);
-        const Vec scale = load(reciprocal_ + column_ + h * kLanes);
-        const Vec mean = load(slope_ + column_ + h * kLanes);
+        const Vec most = load(largest_ + column + h * kLanes);
+        const Vec scale = load(reciprocal_ + column + h * kLanes);
+        const Vec mean = load(slope_ + column + h * kLanes);
         FASTVLP_UNROLL
         for (int i = 0; i < 2; ++i) {
           weights[i][h] = gradients[i][h] = Vec{};
-          if (!whole && row_ + i >= n_) continue;
-          const int64_t at = i * m_ + h * kLanes;
+          if (!whole && row + i >= n) continue;
+          const int64_t at = i * m + h * kLanes;
           const Vec w = exp2(load(s + at) * factor_ - most) * scale;
           Vec g = load(t + at), entering = w;
           if (!whole && drop_ != nullptr) g = g * keep[i][h], entering = w * keep[i][h];
@@ -329,27 +320,26 @@ class TileBackward {
         }
       }
       const int64_t along =
-          (row_ / kStepSide * (m_ / kStepDepth) + column_ / kStepDepth) * Shape::kStep +
-          row_ % kStepSide * kTile;
+          (row / kStepSide * (m / kStepDepth) + column / kStepDepth) * Shape::kStep +
+          row % kStepSide * kTile;
       place_weights<Rows, true, false>(weights, weight_rows_ + along, nullptr);
       place_weights<Rows, true, true>(gradients, gradient_rows_ + along, gradient_pairs_);
     }
 
     void find_kept(Vec keep[2][2]) {
       for (int h = 0; h < 2; ++h) {
-        if (row_ == 0) drop_[h].start(*b_, column_ + h * kLanes);
-        for (int i = 0; i < 2 && row_ + i < n_; ++i) keep[i][h] = drop_[h].factor(*b_, row_ + i);
+        if (at_.row == 0) drop_[h].start(*b_, at_.column + h * kLanes);
+        for (int i = 0; i < 2 && at_.row + i < b_->n; ++i)
+          keep[i][h] = drop_[h].factor(*b_, at_.row + i);
       }
     }
 
     const WeightBlock* b_;
-    int64_t n_, m_;
+    WeightPieces at_;
     float factor_, scale_;
-    int64_t rows_;
     const float *logits_, *derivatives_, *largest_, *reciprocal_, *slope_;
     uint32_t *weight_rows_, *gradient_rows_, *gradient_pairs_;
     DropoutRow* drop_;  // two, or null
-    int64_t row_ = 0, column_ = 0;
   };
 
   void add_key_gradients(const AttentionPair& pair) {
@@ -408,7 +398,7 @@ class TileBackward {
   float* const floats_;
   uint32_t* const words_;
   const int64_t tiled_ = tiled_keys(p_, task_);
-  const OddKeys<Rows, kDim> odd_{p_, task_};
+  const OddKeys<Rows, kDim> odd_{p_, task_, tiled_};
   const KeyBlocks keys_, values_;
   const bool turned_ = Shape::turns_weights(task_.queries);
   const TileSession session_;

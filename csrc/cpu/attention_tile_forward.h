@@ -89,21 +89,10 @@ class TileForward {
       store(sum + i, total > Vec{} ? 1.0f / total : total);
     }
     if constexpr (Rows::kParts == 3) sums_.see(floats_ + at_.sums, x_.padded_dim() * b.m);
-    store_sums(b, sum);
+    store_sums<Rows, kDim>(x_, b, floats_ + at_.sums, sum, turned_, floats_ + at_.row, out_.out);
     const int64_t row = task_.head * p_.total_queries + task_.first_query + b.first;
     std::memcpy(out_.statistics + row, most, b.queries * 4);
     std::memcpy(out_.statistics + p_.heads * p_.total_queries + row, sum, b.queries * 4);
-  }
-
-  void store_sums(const WeightBlock& b, const float* reciprocal) {
-    float* sums = floats_ + at_.sums;
-    if (!turned_) return store_queries(x_, b, sums, reciprocal, floats_ + at_.row, out_.out);
-    for (int64_t r = 0; r < b.queries; ++r, sums += x_.padded_dim()) {
-      for (int64_t d = 0; d < x_.padded_dim(); d += kLanes)
-        store(sums + d, load(sums + d) * reciprocal[r]);
-      store_row_as<Rows, kDim>(
-          p_, sums, output_row(p_, out_.out, task_.first_query + b.first + r, task_.head));
-    }
   }
 
   uint32_t* packed(int64_t key) const { return words_ + at_.packed[key / block_ % 2]; }
@@ -179,29 +168,26 @@ class TileForward {
   // and what they add to the sums.
   struct Weigh {
     const WeightBlock* b;
-    int64_t n, m;
+    WeightPieces at;
     float factor;
     const float *logits, *largest;
     float* sums;
     uint32_t* out;
-    int64_t rows;      // padded ones of n
     DropoutRow* drop;  // two, or null
-    int64_t row = 0, column = 0;
 
-    int64_t left() const { return rows / 2 * ((m - column) / kStepSide) - row / 2; }
+    int64_t left() const { return at.left(); }
 
     void operator()() {
-      if (row + 1 < n && drop == nullptr)
+      if (at.row + 1 < b->n && drop == nullptr)
         weigh<true>();
       else
         weigh<false>();
-      out += kTile;
-      if ((row += 2) % kStepDepth == 0) out += Shape::kStep - kTile * kTile;
-      if (row == rows) row = 0, column += kStepSide;
+      at.next(out, Shape::kStep);
     }
 
     template <bool whole>
     [[gnu::always_inline]] void weigh() {
+      const int64_t row = at.row, column = at.column, n = b->n, m = at.m;
       const float* s = logits + row * m + column;
       Vec w[2][2];
       if (!whole) w[0][0] = w[0][1] = w[1][0] = w[1][1] = Vec{};
@@ -219,8 +205,9 @@ class TileForward {
 
     void drop_some(Vec w[2][2]) {
       for (int h = 0; h < 2; ++h) {
-        if (row == 0) drop[h].start(*b, column + h * kLanes);
-        for (int i = 0; i < 2 && row + i < n; ++i) w[i][h] = w[i][h] * drop[h].factor(*b, row + i);
+        if (at.row == 0) drop[h].start(*b, at.column + h * kLanes);
+        for (int i = 0; i < 2 && at.row + i < b->n; ++i)
+          w[i][h] = w[i][h] * drop[h].factor(*b, at.row + i);
       }
     }
   };
@@ -234,8 +221,8 @@ class TileForward {
     const auto prepare = [&](int64_t key) {
       part.first_key = key;
       part.n = std::min(b.n - key, block_);
-      weigh = {&part, part.n, b.m, b.factor, logits(b, key), floats_ + at_.largest,
-               floats_ + at_.reciprocal, weights(key), x_.padded(count(key)),
+      weigh = {&part, {x_.padded(count(key)), b.m}, b.factor, logits(b, key),
+               floats_ + at_.largest, floats_ + at_.reciprocal, weights(key),
                p_.drop_below != 0 ? drop : nullptr};
       pack.start(x_, values_.at(key), values_.after(key), nullptr, packed(key));
       transpose.start(turned_ ? weights(key) : packed(key),
@@ -270,7 +257,7 @@ class TileForward {
   float* const floats_;
   uint32_t* const words_;
   const int64_t tiled_ = tiled_keys(p_, task_);
-  const OddKeys<Rows, kDim> odd_{p_, task_};
+  const OddKeys<Rows, kDim> odd_{p_, task_, tiled_};
   const int64_t block_ = key_block(task_.queries);
   const KeyBlocks keys_, values_;
   const bool turned_ = Shape::turns_weights(task_.queries);

@@ -250,6 +250,35 @@ template <class Rows, int kDim>
   }
 }
 
+// The rows of a block from their sums, [m][width] if turned and else [width][m], times `factor` where
+// there is one. `rows` is scratch for kLanes of them.
+template <class Rows, int kDim>
+void store_sums(const TileShape<Rows>& x, const WeightBlock& b, float* sums, const float* factor,
+                bool turned, float* rows, void* out) {
+  if (!turned) return store_queries(x, b, sums, factor, rows, out);
+  for (int64_t r = 0; r < b.queries; ++r, sums += x.padded_dim()) {
+    for (int64_t d = 0; factor != nullptr && d < x.padded_dim(); d += kLanes)
+      store(sums + d, load(sums + d) * factor[r]);
+    store_row_as<Rows, kDim>(
+        b.p, sums, output_row(b.p, out, b.task.first_query + b.first + r, b.task.head));
+  }
+}
+
+// Walks a block of weights [keys][m], two keys and 32 query rows a piece.
+struct WeightPieces {
+  int64_t rows, m;  // padded keys
+  int64_t row = 0, column = 0;
+
+  int64_t left() const { return rows / 2 * ((m - column) / kStepSide) - row / 2; }
+  // Moves on to the next piece, and `pairs` to where its words along the keys go; `step` words apart
+  // are those of a step.
+  [[gnu::always_inline]] void next(uint32_t*& pairs, int64_t step) {
+    pairs += kTile;
+    if ((row += 2) % kStepDepth == 0) pairs += step - kTile * kTile;
+    if (row == rows) row = 0, column += kStepSide;
+  }
+};
+
 // The largest magnitude among floats. Parts of floats lose bits below 2^-110, and what is not finite
 // or would round up to infinity is not taken apart: where that may have happened, floats have to be
 // multiplied as such.
