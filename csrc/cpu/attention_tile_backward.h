@@ -183,9 +183,10 @@ class TileBackward {
       pack.start(x_, outputs, {{}, nullptr, 0}, words_ + at_.key_rows[0], nullptr);
       while (pack.left() > 0) pack();
       float* products = floats_ + at_.logits;
-      multiply_blocks<Rows>(words_ + at_.key_rows[0], kStepSide,
-                            words_of(b.first, at_.block.grad_columns) + x_.words(r, p_.dim),
-                            kStepSide, x_.dim_steps(), products, kStepSide, false, beside_);
+      stream_.multiply(words_ + at_.key_rows[0], kStepSide,
+                       words_of(b.first, at_.block.grad_columns) + x_.words(r, p_.dim), kStepSide,
+                       x_.dim_steps(), products, kStepSide, false, beside_);
+      stream_.finish();
       float* slope = floats_of(b.first, at_.block.slope) + r;
       for (int64_t i = 0; i < kStepSide; ++i) slope[i] = products[i * (kStepSide + 1)];
     }
@@ -225,6 +226,7 @@ class TileBackward {
         make_products(next);
       }
       before = last, last = next, next = after(next);
+      if (p_.causal || before.key < 0) stream_.finish();
       DropoutRow drop[2];
       const WeightBlock b = block_of(last);
       Weigh weigh(*this, last, b, p_.drop_below ? drop : nullptr);
@@ -242,6 +244,7 @@ class TileBackward {
       beside_.add(leave);
       add_query_gradients(before);
     }
+    stream_.finish();
   }
 
   // Calls of beside_ in one product of so many rows, columns and depth.
@@ -250,8 +253,8 @@ class TileBackward {
   }
   void multiply(const uint32_t* a, int64_t m, const uint32_t* b, int64_t n, int64_t depth, float* c,
                 int64_t ldc, bool accumulate) {
-    multiply_blocks<Rows>(a, x_.padded(m), b, x_.padded(n), x_.steps(depth), c, ldc, accumulate,
-                          beside_);
+    stream_.multiply(a, x_.padded(m), b, x_.padded(n), x_.steps(depth), c, ldc, accumulate,
+                     beside_);
   }
 
   // Logits and derivatives by the weights.
@@ -404,6 +407,7 @@ class TileBackward {
   const TileSession session_;
   Ahead ahead_;
   Beside beside_;
+  BlockStream<Rows> stream_;
   Magnitude queries_, grads_, sums_;
 };
 

@@ -151,7 +151,10 @@ class TileForward {
     };
     const auto look_at = [&](int64_t key) {
       const WeightBlock part = block_of(b, key);
-      if (p_.causal) mask_causal(part, logits(b, key));
+      if (p_.causal) {
+        stream_.finish();
+        mask_causal(part, logits(b, key));
+      }
       look = {logits(b, key), floats_ + at_.largest, part.n, b.m};
       beside_.add(look);
     };
@@ -161,6 +164,7 @@ class TileForward {
                x_.dim_steps(), logits(b, key), b.m, false);
     });
     look_at((b.n - 1) / block_ * block_);
+    stream_.finish();
     beside_.finish();
   }
 
@@ -240,12 +244,13 @@ class TileForward {
       else
         multiply(packed(key), x_.padded_dim(), weights(key), b.m, steps, sums, b.m, key > 0);
     });
+    stream_.finish();
   }
 
   void multiply(const uint32_t* a, int64_t m, const uint32_t* b, int64_t n, int64_t steps, float* c,
                 int64_t ldc, bool accumulate) {
     beside_.spread(m / kStepSide * (n / kStepSide) * steps * Shape::kCalls);
-    multiply_blocks<Rows>(a, m, b, n, steps, c, ldc, accumulate, beside_);
+    stream_.multiply(a, m, b, n, steps, c, ldc, accumulate, beside_);
     beside_.finish();
   }
 
@@ -264,6 +269,7 @@ class TileForward {
   const TileSession session_;
   Ahead ahead_;
   Beside beside_;
+  BlockStream<Rows> stream_;
   Magnitude sums_;
 };
 

@@ -35,41 +35,56 @@ struct TileShape {
   static bool turns_weights(int64_t queries) { return queries <= 2 * kStepSide; }
 };
 
-// C[32][32] (+)= A B over `steps` steps; needs a TileSession.
+// Products one after another: the last block of one leaves the tiles as the next one begins, or at
+// finish(). Needs a TileSession.
 template <class Rows>
-inline void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, float* c,
-                           int64_t ldc, bool accumulate, Beside& beside) {
-  start_block<2, 2>(c, ldc, accumulate);
-  if constexpr (Rows::kParts == 3) {
-    add_split_steps<2, 2>(a, b, steps, beside);
-  } else {
-    for (int64_t s = 0; s < steps; ++s, a += kPartWords, b += kPartWords) {
-      _tile_loadd(4, a, 64);
-      _tile_loadd(5, a + kHalfWords, 64);
-      _tile_loadd(6, b, 64);
-      _tile_loadd(7, b + kHalfWords, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-      beside();
-    }
+class BlockStream {
+ public:
+  // C[m][n] (+)= A B for whole blocks of 32; blocks of A and B are all their steps apart. Work done
+  // beside it finds the results of the product before.
+  void multiply(const uint32_t* a, int64_t m, const uint32_t* b, int64_t n, int64_t steps, float* c,
+                int64_t ldc, bool accumulate, Beside& beside) {
+    const int64_t block = steps * TileShape<Rows>::kStep;
+    publish(c);
+    for (int64_t i = 0; i < m; i += kStepSide)
+      for (int64_t j = 0; j < n; j += kStepSide)
+        multiply_block(a + i / kStepSide * block, b + j / kStepSide * block, steps,
+                       {c + i * ldc + j, ldc}, accumulate, beside);
+    publish(c);
   }
-  store_block<2, 2>(c, ldc);
-}
 
-// C[m][n] (+)= A B for whole blocks of 32; blocks of A and B are all their steps apart.
-template <class Rows>
-inline void multiply_blocks(const uint32_t* a, int64_t m, const uint32_t* b, int64_t n,
-                            int64_t steps, float* c, int64_t ldc, bool accumulate, Beside& beside) {
-  const int64_t block = steps * TileShape<Rows>::kStep;
-  publish(c);
-  for (int64_t i = 0; i < m; i += kStepSide)
-    for (int64_t j = 0; j < n; j += kStepSide)
-      multiply_block<Rows>(a + i / kStepSide * block, b + j / kStepSide * block, steps,
-                           c + i * ldc + j, ldc, accumulate, beside);
-  publish(c);
-}
+  // Stores what the tiles still hold.
+  void finish() {
+    if (last_.c == nullptr) return;
+    store_block<2, 2>(last_.c, last_.row);
+    publish(last_.c);
+    last_.c = nullptr;
+  }
+
+ private:
+  void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, const BlockPlace& c,
+                      bool accumulate, Beside& beside) {
+    const auto first = [&] { turn_block(last_, c, accumulate); };
+    if constexpr (Rows::kParts == 3) {
+      add_split_steps<2, 2>(a, b, steps, first, beside);
+    } else {
+      for (int64_t s = 0; s < steps; ++s, a += kPartWords, b += kPartWords) {
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, b, 64);
+        _tile_loadd(7, b + kHalfWords, 64);
+        _tile_loadd(5, a + kHalfWords, 64);
+        if (s == 0)
+          first();
+        else
+          multiply_tiles<2, 2>();
+        beside();
+      }
+    }
+    last_ = c;
+  }
+
+  BlockPlace last_ = {nullptr, 0};
+};
 
 // Calls product(key) for all blocks of keys before `end`, which multiplies and does the work beside
 // it, and before each prepare(key) of the next one, which adds such work.

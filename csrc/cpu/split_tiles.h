@@ -115,13 +115,11 @@ inline void transpose_half(uint32_t* half) {
   for (int part = 0; part < 3; ++part) transpose_tile(half + part * kPartWords);
 }
 
-constexpr auto nothing_beside = [] {};
-
-// C, up to 2 x 2 tiles, = `steps` steps of A B, on top of what the four tiles of C hold. `beside` is
-// called after every product of parts.
-template <int rows, int cols, class Beside = decltype(nothing_beside)>
-inline void add_split_steps(const uint32_t* a, const uint32_t* b, int64_t steps,
-                            Beside& beside = nothing_beside) {
+// C, up to 2 x 2 tiles, = `steps` steps of A B, on top of what the four tiles of C hold after
+// first(), which multiplies tiles 4 and 5 by 6 and 7. `beside` is called after every product of parts.
+template <int rows, int cols, class First, class Beside>
+inline void add_split_steps(const uint32_t* a, const uint32_t* b, int64_t steps, const First& first,
+                            Beside& beside) {
   const auto load_a = [&](int part) {
     _tile_loadd(4, a + part * kPartWords, 64);
     if constexpr (rows > 1) _tile_loadd(5, a + part * kPartWords + kHalfWords, 64);
@@ -131,14 +129,15 @@ inline void add_split_steps(const uint32_t* a, const uint32_t* b, int64_t steps,
     if constexpr (cols > 1) _tile_loadd(7, b + part * kPartWords + kHalfWords, 64);
   };
   const auto add = [&] {
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (cols > 1) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (rows > 1) _tile_dpbf16ps(2, 5, 6);
-    if constexpr (rows > 1 && cols > 1) _tile_dpbf16ps(3, 5, 7);
+    multiply_tiles<rows, cols>();
     beside();
   };
   for (int64_t s = 0; s < steps; ++s, a += kStepWords, b += kStepWords) {
-    load_a(2), load_b(0), add();
+    load_a(2), load_b(0);
+    if (s == 0)
+      first(), beside();
+    else
+      add();
     load_a(1), add();
     load_b(1), add();
     load_a(0), add();
@@ -146,6 +145,8 @@ inline void add_split_steps(const uint32_t* a, const uint32_t* b, int64_t steps,
     load_b(0), add();
   }
 }
+
+constexpr auto nothing_beside = [] {};
 
 // A block of C, up to 32 x 32, in rows `c_row` floats apart. Its rows start as `bias`, or as zeros
 // where that is null. Needs a TileSession.
@@ -160,7 +161,7 @@ inline void split_block(const uint32_t* a, const uint32_t* b, int64_t steps, con
     if constexpr (rows > 1) _tile_loadd(2, bias, 0);
     if constexpr (rows > 1 && cols > 1) _tile_loadd(3, bias + kTile, 0);
   }
-  add_split_steps<rows, cols>(a, b, steps);
+  add_split_steps<rows, cols>(a, b, steps, multiply_tiles<rows, cols>, nothing_beside);
   store_block<rows, cols>(c, c_row);
 }
 
