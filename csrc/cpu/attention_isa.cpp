@@ -2,6 +2,8 @@
 // everything but the one exported table has internal linkage.
 #include <algorithm>
 
+#include "attention_in_place_backward.h"
+#include "attention_in_place_forward.h"
 #include "attention_kernel.h"
 #include "attention_pass.h"
 #include "attention_tile_backward.h"
@@ -60,6 +62,7 @@ int64_t forward_scratch(const AttentionProblem& p, int64_t queries, int64_t seen
   int64_t floats = FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, false);
 #if defined(__AMX_BF16__)
   floats = std::max(floats, pass_floats<TileForward>(p, queries, seen_keys));
+  floats = std::max(floats, InPlaceForward<64>::Places().total);
 #endif
   return floats;
 }
@@ -68,6 +71,7 @@ int64_t backward_scratch(const AttentionProblem& p, int64_t queries, int64_t see
   int64_t floats = FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, true);
 #if defined(__AMX_BF16__)
   floats = std::max(floats, pass_floats<TileBackward>(p, queries));
+  floats = std::max(floats, InPlaceBackward<64>::Places(seen_keys).total);
 #endif
   return floats;
 }
@@ -75,6 +79,8 @@ int64_t backward_scratch(const AttentionProblem& p, int64_t queries, int64_t see
 void forward(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
              float* scratch) {
 #if defined(__AMX_BF16__)
+  if (p.element == fastvlp::Element::kBFloat16 && p.dim == 64)
+    return InPlaceForward<64>(p, task, out, scratch).run();
   if (run_on_tiles<TileForward>(p, task, out, scratch)) return;
 #endif
   FASTVLP_WITH_PRODUCTS(forward_with, p)(p, task, out, scratch);
@@ -83,6 +89,9 @@ void forward(const AttentionProblem& p, const AttentionTask& task, const Attenti
 void backward(const AttentionProblem& p, const AttentionTask& task, const AttentionBackward& out,
               float* scratch) {
 #if defined(__AMX_BF16__)
+  if (p.element == fastvlp::Element::kBFloat16 && p.dim == 64 &&
+      task.queries <= InPlaceBackward<64>::kMostQueries)
+    return InPlaceBackward<64>(p, task, out, scratch).run();
   if (run_on_tiles<TileBackward>(p, task, out, scratch)) return;
 #endif
   FASTVLP_WITH_PRODUCTS(backward_with, p)(p, task, out, scratch);

@@ -31,6 +31,32 @@ class TileSession {
   TileSession(const TileSession&) = delete;
 };
 
+// A tile by its number, which the instructions want as a literal.
+template <int tile>
+inline void store_tile(float* c, int64_t row) {
+  static_assert(tile >= 0 && tile < 4);
+  if constexpr (tile == 0) _tile_stored(0, c, row * 4);
+  if constexpr (tile == 1) _tile_stored(1, c, row * 4);
+  if constexpr (tile == 2) _tile_stored(2, c, row * 4);
+  if constexpr (tile == 3) _tile_stored(3, c, row * 4);
+}
+template <int tile>
+inline void load_tile(const float* c, int64_t row) {
+  static_assert(tile >= 0 && tile < 4);
+  if constexpr (tile == 0) _tile_loadd(0, c, row * 4);
+  if constexpr (tile == 1) _tile_loadd(1, c, row * 4);
+  if constexpr (tile == 2) _tile_loadd(2, c, row * 4);
+  if constexpr (tile == 3) _tile_loadd(3, c, row * 4);
+}
+template <int tile>
+inline void zero_tile() {
+  static_assert(tile >= 0 && tile < 4);
+  if constexpr (tile == 0) _tile_zero(0);
+  if constexpr (tile == 1) _tile_zero(1);
+  if constexpr (tile == 2) _tile_zero(2);
+  if constexpr (tile == 3) _tile_zero(3);
+}
+
 struct TileOperand {
   const uint32_t* words;
   int64_t stride;  // words from one row to the next
@@ -73,42 +99,33 @@ inline void multiply_tiles() {
 struct BlockPlace {
   float* c;
   int64_t row;
+  float* tile(int i) const { return c + i / 2 * kTile * row + i % 2 * kTile; }
 };
 
-// A block of 2 x 2 leaves tiles 0 to 3 for `last`, where there is one, and the next one begins there,
-// from `next` or zeros, with its first product, of tiles 4 and 5 by 6 and 7. A store waits for the
-// products before it and holds up those of its tile alone: so done, it costs no time.
-inline void turn_block(const BlockPlace& last, const BlockPlace& next, bool accumulate) {
-  const int64_t down = kTile * last.row;
-  if (last.c != nullptr) {
-    _tile_stored(0, last.c, last.row * 4);
-    if (accumulate)
-      _tile_loadd(0, next.c, next.row * 4);
-    else
-      _tile_zero(0);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_stored(1, last.c + kTile, last.row * 4);
-    if (accumulate)
-      _tile_loadd(1, next.c + kTile, next.row * 4);
-    else
-      _tile_zero(1);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_stored(2, last.c + down, last.row * 4);
-    if (accumulate)
-      _tile_loadd(2, next.c + kTile * next.row, next.row * 4);
-    else
-      _tile_zero(2);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_stored(3, last.c + down + kTile, last.row * 4);
-    if (accumulate)
-      _tile_loadd(3, next.c + kTile * next.row + kTile, next.row * 4);
-    else
-      _tile_zero(3);
-    _tile_dpbf16ps(3, 5, 7);
-    return;
-  }
-  start_block<2, 2>(next.c, next.row, accumulate);
-  multiply_tiles<2, 2>();
+// Tile `tile` leaves for `last`, where there is one, and begins anew from `next` or zeros.
+template <int tile>
+[[gnu::always_inline]] inline void turn_tile(const BlockPlace& last, const BlockPlace& next,
+                                             bool accumulate) {
+  if (last.c != nullptr) store_tile<tile>(last.tile(tile), last.row);
+  if (accumulate)
+    load_tile<tile>(next.tile(tile), next.row);
+  else
+    zero_tile<tile>();
+}
+
+// A block of 2 x 2 leaves the tiles, and the next one begins there with its first product, of tiles 4
+// and 5 by 6 and 7. A store waits for the products before it and holds up those of its tile alone: so
+// done, it costs no time.
+[[gnu::always_inline]] inline void turn_block(const BlockPlace& last, const BlockPlace& next,
+                                              bool accumulate) {
+  turn_tile<0>(last, next, accumulate);
+  _tile_dpbf16ps(0, 4, 6);
+  turn_tile<1>(last, next, accumulate);
+  _tile_dpbf16ps(1, 4, 7);
+  turn_tile<2>(last, next, accumulate);
+  _tile_dpbf16ps(2, 5, 6);
+  turn_tile<3>(last, next, accumulate);
+  _tile_dpbf16ps(3, 5, 7);
 }
 
 // One step along K for a block of rows x cols tiles of C.
