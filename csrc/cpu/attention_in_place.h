@@ -1,8 +1,9 @@
 // What bfloat16 attention on AMX tiles uses whose left operands are keys and values where they lie:
 // blocks of such rows, products of them, and words that join two of them.
 //
-// Words of two rows come out of one instruction in another order: of 32 columns the first 16 are
-// 0 to 3, 8 to 11, 16 to 19 and 24 to 27, the others follow. Sums keep that order until they are done.
+// Words of two rows come out of one instruction in another order: of 32 columns the first 16 are 0
+// to 3, 8 to 11, 16 to 19 and 24 to 27, the others follow. Sums keep that order until they are
+// done.
 #pragma once
 
 #include "attention_odd_keys.h"
@@ -29,8 +30,8 @@ class RowBlocks {
     if (task.next != nullptr) next_ = seen_rows(p, *task.next, input, (*task.next).*offset);
   }
 
-  // Rows [first, first + n) where they lie, or in `copy` where that is not evenly or they are fewer;
-  // zeros there past the last.
+  // Rows [first, first + n) where they lie, or in `copy` where that is not evenly or they are
+  // fewer; zeros there past the last.
   RowBlock block(int64_t first, int64_t n, uint32_t* copy) const {
     if (rows_.seen == nullptr && first + n <= rows_.count) return {row(rows_, first), stride()};
     uint16_t* to = reinterpret_cast<uint16_t*>(copy);

@@ -1,5 +1,5 @@
-// The backward pass of one attention task of bfloat16 and at most 32 query rows on AMX tiles, keys and
-// values as operands where they lie.
+// The backward pass of one attention task of bfloat16 and at most 32 query rows on AMX tiles, keys
+// and values as operands where they lie.
 #pragma once
 
 #include "attention_in_place.h"
@@ -9,10 +9,10 @@
 namespace {
 
 // Walks units of sixteen keys, so few that all under way stays in the first cache: logits and
-// derivatives by the weights of one unit are multiplied beside the leaving of gradients of keys that
-// are done, then gradients of keys of the unit before beside the making of this one's weights.
-// Gradients by logits are kept, joined along the keys, for a second walk that adds up the gradients of
-// queries in tiles.
+// derivatives by the weights of one unit are multiplied beside the leaving of gradients of keys
+// that are done, then gradients of keys of the unit before beside the making of this one's weights.
+// Gradients by logits are kept, joined along the keys, for a second walk that adds up the gradients
+// of queries in tiles.
 template <int kDim>
 class InPlaceBackward {
   static_assert(kDim == 64, "the sums of a unit are four tiles");
@@ -45,8 +45,8 @@ class InPlaceBackward {
       gradients = take(round_up(keys, kStepSide) / kStepSide * kPartWords);
     }
     // columns and rows: of the queries and of their gradients
-    int64_t columns[2], rows[2], products, weight_rows[2], gradient_rows[2], pairs, dv, dk, key_copy,
-        value_copy, joined[2], sums, ordered, largest, reciprocal, slope, gradients;
+    int64_t columns[2], rows[2], products, weight_rows[2], gradient_rows[2], pairs, dv, dk,
+        key_copy, value_copy, joined[2], sums, ordered, largest, reciprocal, slope, gradients;
   };
 
   InPlaceBackward(const AttentionProblem& p, const AttentionTask& task,
@@ -103,8 +103,8 @@ class InPlaceBackward {
   }
 
   // The sum over the keys of each weight times the derivative by it is the output times the
-  // derivative by the output. By the products that give those derivatives, so that a weight of 1 has
-  // a derivative of 0 and not of rounding.
+  // derivative by the output. By the products that give those derivatives, so that a weight of 1
+  // has a derivative of 0 and not of rounding.
   void find_slopes() {
     const int64_t stride = p_.heads * p_.dim;
     const auto* out = static_cast<const uint16_t*>(out_.out) + task_.first_query * stride +
@@ -117,8 +117,8 @@ class InPlaceBackward {
         std::memset(copy, 0, kDim * 2);
     float* slope = floats_ + at_.slope;
     for (int64_t half = 0; half < 2; ++half) {
-      const RowBlock rows = {reinterpret_cast<uint16_t*>(words_ + at_.key_copy) + half * kTile * kDim,
-                             kDim};
+      const uint32_t* first = words_ + at_.key_copy + half * kTile * kDim / 2;
+      const RowBlock rows = {reinterpret_cast<const uint16_t*>(first), kDim};
       multiply_products(rows, rows, [](int) {});
       finish();
       const float* derivatives = floats_ + at_.products + kUnit * kStepSide;
@@ -127,8 +127,8 @@ class InPlaceBackward {
     }
   }
 
-  // The weights of a unit and their gradients, scale * weight (t - slope), two keys at a time, as rows
-  // along the queries and the gradients joined along the keys. Fetches rows to come.
+  // The weights of a unit and their gradients, scale * weight (t - slope), two keys at a time, as
+  // rows along the queries and the gradients joined along the keys. Fetches rows to come.
   template <bool kDrop>
   struct Weigh {
     WeightBlock part;
@@ -210,7 +210,8 @@ class InPlaceBackward {
   void walk(const WeightBlock& b) {
     DropoutRow drop[2];
     for (int h = 0; h < 2 && kDrop; ++h) drop[h].start(b, h * kLanes);
-    Weigh<kDrop> weigh = {b, p_.scale, {}, {}, {}, drop, nullptr, nullptr, nullptr, nullptr, {}, {}};
+    Weigh<kDrop> weigh = {b,       p_.scale, {},      {},      {}, drop,
+                          nullptr, nullptr,  nullptr, nullptr, {}, {}};
     for (int h = 0; h < 2; ++h) {
       weigh.largest[h] = load(floats_ + at_.largest + h * kLanes);
       weigh.reciprocal[h] = load(floats_ + at_.reciprocal + h * kLanes);
@@ -245,7 +246,8 @@ class InPlaceBackward {
     leave(kPieces);
     if (n % 2 != 0) {
       uint32_t* none = words_ + at_.pairs + kHalfWords / 2;
-      for (int64_t half = 0; half < 2; ++half) std::memset(none + half * kHalfWords, 0, kHalfWords * 2);
+      for (int64_t half = 0; half < 2; ++half)
+        std::memset(none + half * kHalfWords, 0, kHalfWords * 2);
       keep_gradients(n / 2);
     }
   }
@@ -286,8 +288,8 @@ class InPlaceBackward {
     }
   }
 
-  // Logits of sixteen keys and derivatives by their weights. Begins with the leaving of what the tiles
-  // hold, which `work` may then use.
+  // Logits of sixteen keys and derivatives by their weights. Begins with the leaving of what the
+  // tiles hold, which `work` may then use.
   template <class Work>
   [[gnu::always_inline]] void multiply_products(const RowBlock& k, const RowBlock& v, Work&& work) {
     publish(words_);

@@ -8,9 +8,9 @@
 namespace {
 
 // For each block of 32 query rows one walk over blocks of 32 keys: beside the products of one block
-// and the sums over values of the one before the last, the last one's weights are made and its values
-// joined. All of it stays in the first cache. Weights are relative to the largest logit of some block
-// before; only where a logit is far above that are sums scaled down.
+// and the sums over values of the one before the last, the last one's weights are made and its
+// values joined. All of it stays in the first cache. Weights are relative to the largest logit of
+// some block before; only where a logit is far above that are sums scaled down.
 template <int kDim>
 class InPlaceForward {
   static_assert(kDim % kStepSide == 0);
@@ -39,8 +39,8 @@ class InPlaceForward {
       scale = take(kStepSide);
       reciprocal = take(kStepSide);
     }
-    int64_t query_columns, logits[2], weights[2], values[2], sums, key_copy, value_copy, ordered, odd,
-        largest, scale, reciprocal;
+    int64_t query_columns, logits[2], weights[2], values[2], sums, key_copy, value_copy, ordered,
+        odd, largest, scale, reciprocal;
   };
 
   InPlaceForward(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
@@ -72,8 +72,8 @@ class InPlaceForward {
                            visible(p_, task_, first + queries), factor};
     float *largest = floats_ + at_.largest, *total = floats_ + at_.reciprocal;
     for (int64_t i = 0; i < kStepSide; i += kLanes) store(largest + i, splat(kNegativeInfinity));
-    place_queries<BFloat16Rows, false>(x_, query_rows(p_, task_, p_.q), first, queries, p_.scale < 0,
-                                       words_ + at_.query_columns, nullptr);
+    place_queries<BFloat16Rows, false>(x_, query_rows(p_, task_, p_.q), first, queries,
+                                       p_.scale < 0, words_ + at_.query_columns, nullptr);
     odd_.add_logits(b, floats_ + at_.odd, largest);
     Softmax s;
     for (int h = 0; h < 2; ++h) {
@@ -105,8 +105,8 @@ class InPlaceForward {
   uint32_t* weights(int64_t block) const { return words_ + at_.weights[block % 2]; }
   uint32_t* values(int64_t block) const { return words_ + at_.values[block % 2]; }
 
-  // A block's weights, two keys at a time: made from logits, dropped ones 0, and joined as words, and
-  // their values. Fetches rows to come.
+  // A block's weights, two keys at a time: made from logits, dropped ones 0, and joined as words,
+  // and their values. Fetches rows to come.
   template <bool kDrop>
   struct Pieces {
     const WeightBlock& part;

@@ -56,31 +56,42 @@ bool run_on_tiles(const AttentionProblem& p, const AttentionTask& task, const Ou
   }
 }
 
+constexpr int kInPlaceDim = 64;
+using InPlaceForwardPass = InPlaceForward<kInPlaceDim>;
+using InPlaceBackwardPass = InPlaceBackward<kInPlaceDim>;
+
+bool is_in_place(const AttentionProblem& p) {
+  return p.element == fastvlp::Element::kBFloat16 && p.dim == kInPlaceDim;
+}
+
 #endif
 
 int64_t forward_scratch(const AttentionProblem& p, int64_t queries, int64_t seen_keys) {
-  int64_t floats = FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, false);
 #if defined(__AMX_BF16__)
-  floats = std::max(floats, pass_floats<TileForward>(p, queries, seen_keys));
-  floats = std::max(floats, InPlaceForward<64>::Places().total);
+  if (is_in_place(p)) return InPlaceForwardPass::Places().total;
+  const int64_t tiles = pass_floats<TileForward>(p, queries, seen_keys);
+#else
+  const int64_t tiles = 0;
 #endif
-  return floats;
+  return std::max(tiles,
+                  FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, false));
 }
 
 int64_t backward_scratch(const AttentionProblem& p, int64_t queries, int64_t seen_keys) {
-  int64_t floats = FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, true);
 #if defined(__AMX_BF16__)
-  floats = std::max(floats, pass_floats<TileBackward>(p, queries));
-  floats = std::max(floats, InPlaceBackward<64>::Places(seen_keys).total);
+  int64_t tiles = pass_floats<TileBackward>(p, queries);
+  if (is_in_place(p)) tiles = std::max(tiles, InPlaceBackwardPass::Places(seen_keys).total);
+#else
+  const int64_t tiles = 0;
 #endif
-  return floats;
+  return std::max(tiles,
+                  FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, true));
 }
 
 void forward(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
              float* scratch) {
 #if defined(__AMX_BF16__)
-  if (p.element == fastvlp::Element::kBFloat16 && p.dim == 64)
-    return InPlaceForward<64>(p, task, out, scratch).run();
+  if (is_in_place(p)) return InPlaceForwardPass(p, task, out, scratch).run();
   if (run_on_tiles<TileForward>(p, task, out, scratch)) return;
 #endif
   FASTVLP_WITH_PRODUCTS(forward_with, p)(p, task, out, scratch);
@@ -89,9 +100,8 @@ void forward(const AttentionProblem& p, const AttentionTask& task, const Attenti
 void backward(const AttentionProblem& p, const AttentionTask& task, const AttentionBackward& out,
               float* scratch) {
 #if defined(__AMX_BF16__)
-  if (p.element == fastvlp::Element::kBFloat16 && p.dim == 64 &&
-      task.queries <= InPlaceBackward<64>::kMostQueries)
-    return InPlaceBackward<64>(p, task, out, scratch).run();
+  if (is_in_place(p) && task.queries <= InPlaceBackwardPass::kMostQueries)
+    return InPlaceBackwardPass(p, task, out, scratch).run();
   if (run_on_tiles<TileBackward>(p, task, out, scratch)) return;
 #endif
   FASTVLP_WITH_PRODUCTS(backward_with, p)(p, task, out, scratch);

@@ -1,5 +1,6 @@
-// What the passes over attention on AMX tiles share: the sizes of operands, products with the vector
-// units' work beside them, the pieces of that work, and what says whether floats could be taken apart.
+// What the passes over attention on AMX tiles share: the sizes of operands, products with the
+// vector units' work beside them, the pieces of that work, and what says whether floats could be
+// taken apart.
 #pragma once
 
 #include <algorithm>
@@ -101,8 +102,8 @@ inline void walk_keys(int64_t end, int64_t block, Beside& beside, const Prepare&
   }
 }
 
-// Packs query rows [begin, begin + count) of a product along their width, `columns`, and of one along
-// the queries, `rows`, if kAlong. Negates the columns where asked.
+// Packs query rows [begin, begin + count) of a product along their width, `columns`, and of one
+// along the queries, `rows`, if kAlong. Negates the columns where asked.
 template <class Rows, bool kAlong>
 inline void place_queries(const TileShape<Rows>& x, const Features& y, int64_t begin, int64_t count,
                           bool negate, uint32_t* columns, uint32_t* rows) {
@@ -128,8 +129,8 @@ inline void place_queries(const TileShape<Rows>& x, const Features& y, int64_t b
 
 // Packs a block of keys, a few rows a piece, as operand of a product along their width, `rows`, and
 // of one along the keys, `columns`, there still [words of keys][width] in each tile; those of them
-// that are wanted. Fetches the rows of `next`, as far as pieces go. kDim: their width, 0 where it is
-// known at run time only.
+// that are wanted. Fetches the rows of `next`, as far as pieces go. kDim: their width, 0 where it
+// is known at run time only.
 template <class Rows, int kDim, bool kRows, bool kColumns>
 class KeyPacker {
  public:
@@ -265,8 +266,8 @@ template <class Rows, int kDim>
   }
 }
 
-// The rows of a block from their sums, [m][width] if turned and else [width][m], times `factor` where
-// there is one. `rows` is scratch for kLanes of them.
+// The rows of a block from their sums, [m][width] if turned and else [width][m], times `factor`
+// where there is one. `rows` is scratch for kLanes of them.
 template <class Rows, int kDim>
 void store_sums(const TileShape<Rows>& x, const WeightBlock& b, float* sums, const float* factor,
                 bool turned, float* rows, void* out) {
@@ -285,8 +286,8 @@ struct WeightPieces {
   int64_t row = 0, column = 0;
 
   int64_t left() const { return rows / 2 * ((m - column) / kStepSide) - row / 2; }
-  // Moves on to the next piece, and `pairs` to where its words along the keys go; `step` words apart
-  // are those of a step.
+  // Moves on to the next piece, and `pairs` to where its words along the keys go; `step` words
+  // apart are those of a step.
   [[gnu::always_inline]] void next(uint32_t*& pairs, int64_t step) {
     pairs += kTile;
     if ((row += 2) % kStepDepth == 0) pairs += step - kTile * kTile;
@@ -294,9 +295,9 @@ struct WeightPieces {
   }
 };
 
-// The largest magnitude among floats. Parts of floats lose bits below 2^-110, and what is not finite
-// or would round up to infinity is not taken apart: where that may have happened, floats have to be
-// multiplied as such.
+// The largest magnitude among floats. Parts of floats lose bits below 2^-110, and what is not
+// finite or would round up to infinity is not taken apart: where that may have happened, floats
+// have to be multiplied as such.
 class Magnitude {
  public:
   void see(Vec x) {
@@ -331,8 +332,8 @@ class Magnitude {
   VecI most_ = {};
 };
 
-// Whether keys and values, and all that is finite of the queries and, in the backward pass, of their
-// gradients, may be taken apart.
+// Whether keys and values, and all that is finite of the queries and, in the backward pass, of
+// their gradients, may be taken apart.
 template <class Rows>
 inline bool inputs_are_sound(const AttentionProblem& p, const AttentionTask& task, bool backward) {
   const auto sound = [&](const SeenRows& rows, bool finite) {

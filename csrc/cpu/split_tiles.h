@@ -1,14 +1,14 @@
-// Products of floats on AMX tiles. A float is the exact sum of three bfloat16: high, middle and low,
-// each rounded to nearest. Of the nine products of such parts the six largest are added up; the rest
-// is below 2^-25 of the product, half of what a float's rounding is. Where the tiles add bfloat16
-// products at seventeen times the rate of floats, this is faster than the float units.
+// Products of floats on AMX tiles. A float is the exact sum of three bfloat16: high, middle and
+// low, each rounded to nearest. Of the nine products of such parts the six largest are added up;
+// the rest is below 2^-25 of the product, half of what a float's rounding is. Where the tiles add
+// bfloat16 products at seventeen times the rate of floats, this is faster than the float units.
 //
 // Operands lie as steps of 32 along K: [step][part: high, middle, low][half][16][16] words. A word
 // is a pair of bfloat16 that are neighbours along K, so a step holds 32 of K for 32 rows of A, half
 // [row][word], or for 32 columns of B, half [word][column].
 //
-// Parts below 2^-126 count as zero: floats below 2^-110 lose their last bits, and those below 2^-126
-// all of them.
+// Parts below 2^-126 count as zero: floats below 2^-110 lose their last bits, and those below
+// 2^-126 all of them.
 #pragma once
 
 #include "gemm.h"
@@ -116,7 +116,8 @@ inline void transpose_half(uint32_t* half) {
 }
 
 // C, up to 2 x 2 tiles, = `steps` steps of A B, on top of what the four tiles of C hold after
-// first(), which multiplies tiles 4 and 5 by 6 and 7. `beside` is called after every product of parts.
+// first(), which multiplies tiles 4 and 5 by 6 and 7. `beside` is called after every product of
+// parts.
 template <int rows, int cols, class First, class Beside>
 inline void add_split_steps(const uint32_t* a, const uint32_t* b, int64_t steps, const First& first,
                             Beside& beside) {

@@ -113,9 +113,9 @@ template <int tile>
     zero_tile<tile>();
 }
 
-// A block of 2 x 2 leaves the tiles, and the next one begins there with its first product, of tiles 4
-// and 5 by 6 and 7. A store waits for the products before it and holds up those of its tile alone: so
-// done, it costs no time.
+// A block of 2 x 2 leaves the tiles, and the next one begins there with its first product, of tiles
+// 4 and 5 by 6 and 7. A store waits for the products before it and holds up those of its tile
+// alone: so done, it costs no time.
 [[gnu::always_inline]] inline void turn_block(const BlockPlace& last, const BlockPlace& next,
                                               bool accumulate) {
   turn_tile<0>(last, next, accumulate);

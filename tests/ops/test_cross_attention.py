@@ -1,5 +1,7 @@
 """cross_attention against its float64 reference: shapes, dtypes, layouts, scales, processors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import DTYPES, LAYOUTS, MASKS, NAMES, check, draw, run
@@ -99,6 +101,20 @@ def test_a_few_keys_beyond_whole_blocks(device, dtype, dim, scale):
     check(draw([60, 35], 257, dim=dim, dtype=dtype, device=device), scale=scale, causal=True)
     case = draw([60], 257, dim=dim, dtype=dtype, device=device, mask="holes")
     check(case, dropout_p=0.2, dropout_seed=5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rise", [0.5, 4.0, 40.0])
+def test_logits_that_rise_along_the_keys(device, dtype, rise):
+    # By `rise` a key: exponentials relative to the largest logit of some keys would overflow.
+    case = draw([30, 5, 70], 165, dtype=dtype, device=device, norms=(0.2, 0.2, 1.0))
+    heights = torch.arange(165, device=device) % 150 * rise
+    q, k = case.q.clone(), case.k.clone()
+    q[..., 0] = 8.0
+    k[..., 0] = heights[:, None].to(dtype)
+    case = replace(case, q=q, k=k)
+    check(case)
+    check(case, causal=True, dropout_p=0.1, dropout_seed=3)
 
 
 @pytest.mark.parametrize("dim", [257, 320])
