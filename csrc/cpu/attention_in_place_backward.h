@@ -137,7 +137,7 @@ class InPlaceBackward {
     DropoutRow* drop;
     const float* products;
     uint32_t *weights, *gradients, *pairs;
-    RowBlock next_keys, next_values;
+    RowBlock near_keys, near_values, next_keys, next_values;
     int left = 0;
 
     [[gnu::always_inline]] void operator()(int count) {
@@ -167,9 +167,12 @@ class InPlaceBackward {
         _mm512_store_si512(gradients, low);
         _mm512_store_si512(gradients + kTile, high);
         store_joined(low, high, pairs);
+        fetch_rows<kDim, 3>(near_keys);
+        fetch_rows<kDim, 3>(near_values);
         fetch_rows<kDim, 2>(next_keys);
         fetch_rows<kDim, 2>(next_values);
         products += 2 * kStepSide, weights += 2 * kTile, gradients += 2 * kTile, pairs += kTile;
+        near_keys.advance(2), near_values.advance(2);
         next_keys.advance(2), next_values.advance(2);
       }
     }
@@ -189,20 +192,34 @@ class InPlaceBackward {
   // Stores the gradients of a unit's keys, two a piece.
   struct Leave {
     const InPlaceBackward& pass;
-    int64_t key, left;
+    const bool aligned;  // to whole lines
+    int64_t key = 0, left = 0;
+
+    explicit Leave(const InPlaceBackward& p)
+        : pass(p), aligned((reinterpret_cast<uintptr_t>(p.out_.dk) |
+                            reinterpret_cast<uintptr_t>(p.out_.dv)) % 64 == 0) {}
 
     [[gnu::always_inline]] void operator()(int count) {
       for (; count > 0 && left > 0; --count)
         for (int64_t end = left > 2 ? left - 2 : 0; left > end; --left, ++key) {
-          const auto &p = pass.p_;
-          const auto &task = pass.task_;
-          const int64_t row = task.first_key + (task.seen ? task.seen[key] : key);
+          const int64_t row = pass.task_.seen ? pass.task_.seen[key] : key;
+          const int64_t to = pass.first_row_ + row * pass.row_;
           const float* from = pass.floats_ + key % kUnit * kDim;
-          store_row_as<BFloat16Rows, kDim>(p, from + pass.at_.dv,
-                                           output_row(p, pass.out_.dv, row, task.head));
-          store_row_as<BFloat16Rows, kDim>(p, from + pass.at_.dk,
-                                           output_row(p, pass.out_.dk, row, task.head));
+          store(from + pass.at_.dv, static_cast<uint16_t*>(pass.out_.dv) + to);
+          store(from + pass.at_.dk, static_cast<uint16_t*>(pass.out_.dk) + to);
         }
+    }
+
+   private:
+    [[gnu::always_inline]] void store(const float* from, uint16_t* to) const {
+      FASTVLP_UNROLL
+      for (int64_t d = 0; d < kDim; d += kStepSide) {
+        const __m512i words = bf16_row(load(from + d), load(from + d + kLanes));
+        if (aligned)
+          _mm512_stream_si512(reinterpret_cast<__m512i*>(to + d), words);
+        else
+          _mm512_storeu_si512(to + d, words);
+      }
     }
   };
 
@@ -211,14 +228,14 @@ class InPlaceBackward {
     DropoutRow drop[2];
     for (int h = 0; h < 2 && kDrop; ++h) drop[h].start(b, h * kLanes);
     Weigh<kDrop> weigh = {b,       p_.scale, {},      {},      {}, drop,
-                          nullptr, nullptr,  nullptr, nullptr, {}, {}};
+                          nullptr, nullptr,  nullptr, nullptr, {}, {}, {}, {}};
     for (int h = 0; h < 2; ++h) {
       weigh.largest[h] = load(floats_ + at_.largest + h * kLanes);
       weigh.reciprocal[h] = load(floats_ + at_.reciprocal + h * kLanes);
       weigh.slope[h] = load(floats_ + at_.slope + h * kLanes);
     }
     const int64_t n = (tiled_ + kUnit - 1) / kUnit;
-    Leave leave = {*this, 0, 0};
+    Leave leave(*this);
     for (int64_t i = 0; i <= n && n > 0; ++i) {
       // Products of unit i, gradients of the keys of the one before; those of the one before that
       // leave.
@@ -262,6 +279,8 @@ class InPlaceBackward {
     weigh.gradients = words_ + at_.gradient_rows[unit % 2];
     weigh.pairs = words_ + at_.pairs + unit % 2 * (kHalfWords / 2);
     const int64_t ahead = (unit + kAhead) * kUnit, end = units * kUnit;
+    weigh.near_keys = keys_.ahead((unit + 1) * kUnit, kUnit, end);
+    weigh.near_values = values_.ahead((unit + 1) * kUnit, kUnit, end);
     weigh.next_keys = keys_.ahead(ahead, kUnit, end);
     weigh.next_values = values_.ahead(ahead, kUnit, end);
   }
@@ -425,6 +444,9 @@ class InPlaceBackward {
   const int64_t tiled_ = tiled_keys(p_, task_);
   const OddKeys<BFloat16Rows, kDim> odd_{p_, task_, tiled_};
   const RowBlocks<kDim> keys_, values_;
+  // Elements of dk and dv from one row to the next, and to the task's first one.
+  const int64_t row_ = p_.heads * kDim;
+  const int64_t first_row_ = task_.first_key * row_ + task_.head * kDim;
   const TileSession session_;
   Held held_ = {};
   Ahead ahead_;
