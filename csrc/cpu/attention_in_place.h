@@ -30,6 +30,8 @@ class RowBlocks {
     if (task.next != nullptr) next_ = seen_rows(p, *task.next, input, (*task.next).*offset);
   }
 
+  explicit RowBlocks(const SeenRows& rows) : rows_(rows), next_{{}, nullptr, 0} {}
+
   // Rows [first, first + n) where they lie, or in `copy` where that is not evenly or they are
   // fewer; zeros there past the last.
   RowBlock block(int64_t first, int64_t n, uint32_t* copy) const {
@@ -95,6 +97,13 @@ inline void order_sums(const float* in, float* out) {
     }
 }
 
+// Logits [rows][32] that do not count: of keys that are not there or that a row may not see.
+inline void hide_logits(const WeightBlock& part, int64_t rows, float* s) {
+  if (part.p.causal) mask_causal(part, s);
+  for (int64_t i = part.n * kStepSide; i < rows * kStepSide; i += kLanes)
+    store(s + i, splat(kNegativeInfinity));
+}
+
 // Two vectors as a row of bfloat16.
 [[gnu::always_inline]] inline __m512i bf16_row(Vec first, Vec second) {
   return words_of(_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
@@ -113,10 +122,7 @@ template <int kDim>
 [[gnu::always_inline]] inline void multiply_step(const uint32_t* a, const uint32_t* b,
                                                  BlockPlace& last, const BlockPlace& c,
                                                  bool accumulate) {
-  _tile_loadd(4, a, 64);
-  _tile_loadd(6, b, 64);
-  _tile_loadd(7, b + kHalfWords, 64);
-  _tile_loadd(5, a + kHalfWords, 64);
+  load_step(a, b);
   turn_block(last, c, accumulate);
   last = c;
 }

@@ -57,9 +57,9 @@ class InPlaceBackward {
         values_(p, task, p.v, &AttentionTask::value_offset, tiled_) {}
 
   void run() {
-    look_ahead();
-    const float factor = (p_.scale < 0 ? -p_.scale : p_.scale) * kLog2E;
-    const WeightBlock b = {p_, task_, 0, task_.queries, kStepSide, 0, tiled_, factor};
+    look_ahead(p_, task_, out_, ahead_);
+    const WeightBlock b = {p_,        task_, 0,      task_.queries,
+                           kStepSide, 0,     tiled_, logit_factor(p_)};
     if (task_.queries > 0) {
       if (task_.seen_keys > 0) prepare_queries();
       if (p_.drop_below != 0)
@@ -80,14 +80,6 @@ class InPlaceBackward {
   }
 
  private:
-  void look_ahead() {
-    if (task_.next == nullptr) return;
-    const AttentionInput out = {out_.out, p_.heads * p_.dim, p_.dim};
-    ahead_.start(p_.dim, task_.seen_keys);
-    for (const AttentionInput& input : {p_.q, p_.grad, out})
-      ahead_.add({query_rows(p_, *task_.next, input), nullptr, task_.next->queries});
-  }
-
   void prepare_queries() {
     place_queries<BFloat16Rows, true>(x_, query_rows(p_, task_, p_.q), 0, task_.queries,
                                       p_.scale < 0, words_ + at_.columns[0], words_ + at_.rows[0]);
@@ -106,19 +98,11 @@ class InPlaceBackward {
   // derivative by the output. By the products that give those derivatives, so that a weight of 1
   // has a derivative of 0 and not of rounding.
   void find_slopes() {
-    const int64_t stride = p_.heads * p_.dim;
-    const auto* out = static_cast<const uint16_t*>(out_.out) + task_.first_query * stride +
-                      task_.head * p_.dim;
-    uint16_t* copy = reinterpret_cast<uint16_t*>(words_ + at_.key_copy);
-    for (int64_t r = 0; r < kStepSide; ++r, copy += kDim)
-      if (r < task_.queries)
-        std::memcpy(copy, out + r * stride, kDim * 2);
-      else
-        std::memset(copy, 0, kDim * 2);
+    const AttentionInput outputs = {out_.out, p_.heads * p_.dim, p_.dim};
+    const RowBlocks<kDim> out({query_rows(p_, task_, outputs), nullptr, task_.queries});
     float* slope = floats_ + at_.slope;
     for (int64_t half = 0; half < 2; ++half) {
-      const uint32_t* first = words_ + at_.key_copy + half * kTile * kDim / 2;
-      const RowBlock rows = {reinterpret_cast<const uint16_t*>(first), kDim};
+      const RowBlock rows = out.block(half * kTile, kTile, words_ + at_.key_copy);
       multiply_products(rows, rows, [](int) {});
       finish();
       const float* derivatives = floats_ + at_.products + kUnit * kStepSide;
@@ -249,7 +233,10 @@ class InPlaceBackward {
       if (i > 0 && i % 2 == 0) keep_gradients(i / 2 - 1);
       if (i < n) {
         start(weigh, i, n);
-        if (p_.causal || weigh.part.n < kUnit) hide(weigh.part);
+        if (p_.causal || weigh.part.n < kUnit) {
+          finish();
+          hide_logits(weigh.part, kUnit, floats_ + at_.products);
+        }
       }
       if (i > 0)
         add_key_gradients(i - 1, weigh);
@@ -285,26 +272,12 @@ class InPlaceBackward {
     weigh.next_values = values_.ahead(ahead, kUnit, end);
   }
 
-  // Logits that do not count: of keys that are not there or that a row may not see.
-  void hide(const WeightBlock& part) {
-    finish();
-    float* s = floats_ + at_.products;
-    if (p_.causal) mask_causal(part, s);
-    for (int64_t i = part.n * kStepSide; i < kUnit * kStepSide; i += kLanes)
-      store(s + i, splat(kNegativeInfinity));
-  }
-
   // The gradients of 32 keys' logits as the left operand of sums over keys.
   void keep_gradients(int64_t block) const {
     const uint32_t* pairs = words_ + at_.pairs;
     uint32_t* to = words_ + at_.gradients + block * kPartWords;
-    for (int64_t half = 0; half < 2; ++half, pairs += kHalfWords, to += kHalfWords) {
-      Vec rows[kTile];
-      FASTVLP_UNROLL
-      for (int i = 0; i < kTile; ++i)
-        rows[i] = load(reinterpret_cast<const float*>(pairs + i * kTile));
-      store_transposed(rows, to, kTile);
-    }
+    for (int64_t half = 0; half < 2; ++half)
+      transpose_tile(pairs + half * kHalfWords, to + half * kHalfWords);
   }
 
   // Logits of sixteen keys and derivatives by their weights. Begins with the leaving of what the

@@ -67,9 +67,8 @@ class InPlaceForward {
 
   void run_queries(int64_t first) {
     const int64_t queries = std::min(task_.queries - first, kStepSide);
-    const float factor = (p_.scale < 0 ? -p_.scale : p_.scale) * kLog2E;
     const WeightBlock b = {p_, task_, first, queries, kStepSide, 0,
-                           visible(p_, task_, first + queries), factor};
+                           visible(p_, task_, first + queries), logit_factor(p_)};
     float *largest = floats_ + at_.largest, *total = floats_ + at_.reciprocal;
     for (int64_t i = 0; i < kStepSide; i += kLanes) store(largest + i, splat(kNegativeInfinity));
     place_queries<BFloat16Rows, false>(x_, query_rows(p_, task_, p_.q), first, queries,
@@ -77,7 +76,7 @@ class InPlaceForward {
     odd_.add_logits(b, floats_ + at_.odd, largest);
     Softmax s;
     for (int h = 0; h < 2; ++h) {
-      s.largest[h] = max(load(largest + h * kLanes) * factor, splat(kLowest));
+      s.largest[h] = max(load(largest + h * kLanes) * b.factor, splat(kLowest));
       s.total[h] = Vec{};
     }
     if (p_.drop_below != 0)
@@ -167,7 +166,7 @@ class InPlaceForward {
         part.first_key = (j - 1) * kBlock;
         part.n = std::min(keys - part.first_key, kBlock);
         start(pieces, b, j - 1, blocks);
-        hide(part, logits(j - 1));
+        hide_logits(part, kBlock, logits(j - 1));
         if (raise(logits(j - 1), b.factor, s) && add) {
           add_values(j - 2, [](int) {});
           finish();
@@ -209,13 +208,6 @@ class InPlaceForward {
     if (ahead < end ? b.first > 0 : b.first + b.queries < task_.queries) return;
     pieces.next_keys = keys_.ahead(ahead, kBlock, end);
     pieces.next_values = values_.ahead(ahead, kBlock, end);
-  }
-
-  // Logits that do not count: of keys that are not there or that a row may not see.
-  void hide(const WeightBlock& part, float* s) const {
-    if (p_.causal) mask_causal(part, s);
-    for (int64_t i = part.n * kStepSide; i < kBlock * kStepSide; i += kLanes)
-      store(s + i, splat(kNegativeInfinity));
   }
 
   // Whether weights have to be relative to larger logits than before; then `scale` is what sums so

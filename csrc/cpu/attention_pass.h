@@ -195,14 +195,18 @@ void clear_padding(const Products& x, const WeightBlock& b, float* weights) {
   std::memset(weights + b.n * b.m, 0, (x.padded_keys(b.n) - b.n) * b.m * 4);
 }
 
+// WeightBlock's factor.
+inline float logit_factor(const AttentionProblem& p) {
+  return (p.scale < 0 ? -p.scale : p.scale) * kLog2E;
+}
+
 template <class Products>
 WeightBlock block_at(const Products& x, const AttentionProblem& p, const AttentionTask& task,
                      int64_t first) {
   const int64_t left = task.queries - first;
   const int64_t queries = left < x.kQueryBlock ? left : x.kQueryBlock;
-  const float factor = (p.scale < 0 ? -p.scale : p.scale) * kLog2E;
   return {p, task, first, queries, x.padded_queries(queries), 0,
-          visible(p, task, first + queries), factor};
+          visible(p, task, first + queries), logit_factor(p)};
 }
 
 template <class Products>

@@ -74,7 +74,7 @@ class TileBackward {
 
   // False where the floats have to be multiplied as such: see Magnitude.
   bool run() {
-    look_ahead();
+    look_ahead(p_, task_, out_, ahead_);
     if constexpr (Rows::kParts == 3) {
       queries_.see_rows<Rows>({query_rows(p_, task_, p_.q), nullptr, task_.queries}, p_.dim, true);
       grads_.see_rows<Rows>({query_rows(p_, task_, p_.grad), nullptr, task_.queries}, p_.dim, true);
@@ -106,15 +106,6 @@ class TileBackward {
   }
 
  private:
-  // Rows of queries, their gradients and outputs that the next task will read first.
-  void look_ahead() {
-    if (task_.next == nullptr) return;
-    const AttentionInput out = {out_.out, p_.heads * p_.dim, p_.dim};
-    ahead_.start(p_.dim, task_.seen_keys);
-    for (const AttentionInput& input : {p_.q, p_.grad, out})
-      ahead_.add({query_rows(p_, *task_.next, input), nullptr, task_.next->queries});
-  }
-
   uint32_t* words_of(int64_t query, int64_t offset) const {
     return words_ + at_.blocks + query / Shape::kQueryBlock * at_.block.total + offset;
   }

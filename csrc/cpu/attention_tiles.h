@@ -36,6 +36,14 @@ struct TileShape {
   static bool turns_weights(int64_t queries) { return queries <= 2 * kStepSide; }
 };
 
+// A step of a left operand to tiles 4 and 5, one of a right operand to 6 and 7.
+inline void load_step(const uint32_t* a, const uint32_t* b) {
+  _tile_loadd(4, a, 64);
+  _tile_loadd(6, b, 64);
+  _tile_loadd(7, b + kHalfWords, 64);
+  _tile_loadd(5, a + kHalfWords, 64);
+}
+
 // Products one after another: the last block of one leaves the tiles as the next one begins, or at
 // finish(). Needs a TileSession.
 template <class Rows>
@@ -70,10 +78,7 @@ class BlockStream {
       add_split_steps<2, 2>(a, b, steps, first, beside);
     } else {
       for (int64_t s = 0; s < steps; ++s, a += kPartWords, b += kPartWords) {
-        _tile_loadd(4, a, 64);
-        _tile_loadd(6, b, 64);
-        _tile_loadd(7, b + kHalfWords, 64);
-        _tile_loadd(5, a + kHalfWords, 64);
+        load_step(a, b);
         if (s == 0)
           first();
         else
@@ -100,6 +105,16 @@ inline void walk_keys(int64_t end, int64_t block, Beside& beside, const Prepare&
     if (next < end) prepare(next);
     product(key);
   }
+}
+
+// Rows of queries, their gradients and outputs that the next task's backward pass will read first.
+inline void look_ahead(const AttentionProblem& p, const AttentionTask& task,
+                       const AttentionBackward& out, Ahead& ahead) {
+  if (task.next == nullptr) return;
+  const AttentionInput outputs = {out.out, p.heads * p.dim, p.dim};
+  ahead.start(p.dim, task.seen_keys);
+  for (const AttentionInput& input : {p.q, p.grad, outputs})
+    ahead.add({query_rows(p, *task.next, input), nullptr, task.next->queries});
 }
 
 // Packs query rows [begin, begin + count) of a product along their width, `columns`, and of one

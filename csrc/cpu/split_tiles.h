@@ -102,13 +102,14 @@ inline void store_neighbours(Vec first, Vec second, uint32_t* out) {
 // 16 pairs of floats, the first of each pair from `even`, as 16 words of each part at `out`.
 inline void store_pairs(Vec even, Vec odd, uint32_t* out) { store_parts<Pairs>(even, odd, out); }
 
-// Transposes 16 x 16 words in place.
-inline void transpose_tile(uint32_t* tile) {
+// Transposes 16 x 16 words, in place or not.
+inline void transpose_tile(const uint32_t* tile, uint32_t* out) {
   Vec rows[kTile];
   FASTVLP_UNROLL
   for (int i = 0; i < kTile; ++i) rows[i] = load(reinterpret_cast<const float*>(tile + i * kTile));
-  store_transposed(rows, tile, kTile);
+  store_transposed(rows, out, kTile);
 }
+inline void transpose_tile(uint32_t* tile) { transpose_tile(tile, tile); }
 
 // Transposes one half of a step in place, each of its parts.
 inline void transpose_half(uint32_t* half) {
