@@ -163,13 +163,17 @@ void for_each_task(const Segments& segments, int64_t heads, int64_t scratch_floa
     const auto head_of = [&](int64_t run_index) { return run_index % runs * run; };
     for (int64_t i = next++, following; i < segments.count() * runs; i = following) {
       following = next++;  // taken early, so that its first head is known while this one's last runs
-      const int64_t end = std::min(heads, head_of(i) + run);
-      for (int64_t head = head_of(i); head < end; ++head) {
+      const int64_t first = head_of(i), end = std::min(heads, first + run);
+      AttentionTask next_run = {};
+      const bool more = following < segments.count() * runs;
+      if (more) next_run = segments.task(following / runs, head_of(following));
+      next_run.run = std::min(heads - next_run.head, run);
+      for (int64_t head = first; head < end; ++head) {
         AttentionTask task = segments.task(i / runs, head), after;
-        if (head + 1 < end)
-          after = segments.task(i / runs, head + 1), task.next = &after;
-        else if (following < segments.count() * runs)
-          after = segments.task(following / runs, head_of(following)), task.next = &after;
+        if (head + 1 < end) after = segments.task(i / runs, head + 1);
+        task.next = head + 1 < end ? &after : more ? &next_run : nullptr;
+        task.next_run = more ? &next_run : nullptr;
+        task.run = end - first, task.place = head - first;
         work(task, scratch.get());
       }
     }

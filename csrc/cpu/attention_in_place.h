@@ -73,6 +73,53 @@ template <int kDim, int locality>
     for (int64_t d = 0; d < kDim; d += 32) __builtin_prefetch(x[r] + d, 0, locality);
 }
 
+// Fetches k and v of the heads that a thread takes after this task's run into the second-level cache,
+// each task of the run a share: row by row, all heads of a row, so that memory is read in order.
+template <int kDim>
+class RunAhead {
+  static constexpr int64_t kMostBytes = int64_t{2} << 20;  // of that cache
+  static constexpr int64_t kBytes = 2 * kDim * sizeof(uint16_t);  // of a row of two heads
+
+ public:
+  void start(const AttentionProblem& p, const AttentionTask& task) {
+    if (task.next_run == nullptr || p.k.head != kDim || p.v.head != kDim) return;
+    const AttentionTask& next = *task.next_run;
+    keys_ = seen_rows(p, next, p.k, next.key_offset);
+    values_ = seen_rows(p, next, p.v, next.value_offset);
+    pairs_ = next.run / 2;
+    if (2 * keys_.count * pairs_ * kBytes > kMostBytes) return;
+    row_ = keys_.count * task.place / task.run;
+    left_ = (keys_.count * (task.place + 1) / task.run - row_) * pairs_;
+    if (left_ > 0) begin_row();
+  }
+
+  // A row of two heads.
+  [[gnu::always_inline]] void operator()() {
+    if (left_ <= 0) return;
+    FASTVLP_UNROLL
+    for (int64_t b = 0; b < kBytes; b += 64) __builtin_prefetch(key_ + b, 0, 2);
+    FASTVLP_UNROLL
+    for (int64_t b = 0; b < kBytes; b += 64) __builtin_prefetch(value_ + b, 0, 2);
+    key_ += kBytes, value_ += kBytes;
+    --left_;
+    if (--pairs_left_ == 0 && left_ > 0) ++row_, begin_row();
+  }
+
+ private:
+  void begin_row() {
+    const auto at = [&](const SeenRows& rows) {
+      const auto* data = static_cast<const uint16_t*>(rows.features.data);
+      return reinterpret_cast<const char*>(data + rows[row_] * rows.features.stride);
+    };
+    key_ = at(keys_), value_ = at(values_);
+    pairs_left_ = pairs_;
+  }
+
+  SeenRows keys_, values_;
+  const char *key_, *value_;
+  int64_t row_, pairs_, pairs_left_, left_ = 0;
+};
+
 // Sixteen words of each half of 32 columns of two rows, to `words` and words + kHalfWords.
 [[gnu::always_inline]] inline void store_joined(__m512i low, __m512i high, uint32_t* words) {
   _mm512_store_si512(words, _mm512_unpacklo_epi16(low, high));

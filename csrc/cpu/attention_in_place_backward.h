@@ -29,11 +29,10 @@ class InPlaceBackward {
       for (int64_t& at : columns) at = take(kStepSide * kDim / 2);
       for (int64_t& at : rows) at = take(kStepSide * kDim / 2);
       products = take(2 * kUnit * kStepSide);
-      for (int64_t& at : weight_rows) at = take(kHalfWords);
-      for (int64_t& at : gradient_rows) at = take(kHalfWords);
+      weight_rows = take(kHalfWords);
+      gradient_rows = take(kHalfWords);
       pairs = take(kPartWords);
       dv = take(kUnit * kDim);
-      dk = take(kUnit * kDim);
       key_copy = take(kStepSide * kDim / 2);
       value_copy = take(kStepSide * kDim / 2);
       for (int64_t& at : joined) at = take(kPartWords);
@@ -44,9 +43,10 @@ class InPlaceBackward {
       slope = take(kStepSide);
       gradients = take(round_up(keys, kStepSide) / kStepSide * kPartWords);
     }
-    // columns and rows: of the queries and of their gradients
-    int64_t columns[2], rows[2], products, weight_rows[2], gradient_rows[2], pairs, dv, dk,
-        key_copy, value_copy, joined[2], sums, ordered, largest, reciprocal, slope, gradients;
+    // columns and rows: of the queries and of their gradients; products: of a unit, then its
+    // keys' gradients
+    int64_t columns[2], rows[2], products, weight_rows, gradient_rows, pairs, dv, key_copy,
+        value_copy, joined[2], sums, ordered, largest, reciprocal, slope, gradients;
   };
 
   InPlaceBackward(const AttentionProblem& p, const AttentionTask& task,
@@ -58,6 +58,7 @@ class InPlaceBackward {
 
   void run() {
     look_ahead(p_, task_, out_, ahead_);
+    run_ahead_.start(p_, task_);
     const WeightBlock b = {p_,        task_, 0,      task_.queries,
                            kStepSide, 0,     tiled_, logit_factor(p_)};
     if (task_.queries > 0) {
@@ -122,6 +123,7 @@ class InPlaceBackward {
     const float* products;
     uint32_t *weights, *gradients, *pairs;
     RowBlock near_keys, near_values, next_keys, next_values;
+    RunAhead<kDim>* run;
     int left = 0;
 
     [[gnu::always_inline]] void operator()(int count) {
@@ -155,6 +157,7 @@ class InPlaceBackward {
         fetch_rows<kDim, 3>(near_values);
         fetch_rows<kDim, 2>(next_keys);
         fetch_rows<kDim, 2>(next_values);
+        (*run)();
         products += 2 * kStepSide, weights += 2 * kTile, gradients += 2 * kTile, pairs += kTile;
         near_keys.advance(2), near_values.advance(2);
         next_keys.advance(2), next_values.advance(2);
@@ -190,7 +193,7 @@ class InPlaceBackward {
           const int64_t to = pass.first_row_ + row * pass.row_;
           const float* from = pass.floats_ + key % kUnit * kDim;
           store(from + pass.at_.dv, static_cast<uint16_t*>(pass.out_.dv) + to);
-          store(from + pass.at_.dk, static_cast<uint16_t*>(pass.out_.dk) + to);
+          store(from + pass.at_.products, static_cast<uint16_t*>(pass.out_.dk) + to);
         }
     }
 
@@ -212,7 +215,7 @@ class InPlaceBackward {
     DropoutRow drop[2];
     for (int h = 0; h < 2 && kDrop; ++h) drop[h].start(b, h * kLanes);
     Weigh<kDrop> weigh = {b,       p_.scale, {},      {},      {}, drop,
-                          nullptr, nullptr,  nullptr, nullptr, {}, {}, {}, {}};
+                          nullptr, nullptr,  nullptr, nullptr, {}, {}, {}, {}, &run_ahead_};
     for (int h = 0; h < 2; ++h) {
       weigh.largest[h] = load(floats_ + at_.largest + h * kLanes);
       weigh.reciprocal[h] = load(floats_ + at_.reciprocal + h * kLanes);
@@ -239,7 +242,7 @@ class InPlaceBackward {
         }
       }
       if (i > 0)
-        add_key_gradients(i - 1, weigh);
+        add_key_gradients(weigh);
       else
         finish();
       weigh(kPieces);
@@ -262,8 +265,8 @@ class InPlaceBackward {
     weigh.part.first_key = unit * kUnit;
     weigh.part.n = std::min(tiled_ - unit * kUnit, kUnit);
     weigh.products = floats_ + at_.products;
-    weigh.weights = words_ + at_.weight_rows[unit % 2];
-    weigh.gradients = words_ + at_.gradient_rows[unit % 2];
+    weigh.weights = words_ + at_.weight_rows;
+    weigh.gradients = words_ + at_.gradient_rows;
     weigh.pairs = words_ + at_.pairs + unit % 2 * (kHalfWords / 2);
     const int64_t ahead = (unit + kAhead) * kUnit, end = units * kUnit;
     weigh.near_keys = keys_.ahead((unit + 1) * kUnit, kUnit, end);
@@ -318,10 +321,11 @@ class InPlaceBackward {
   // Gradients of sixteen keys from their weights and gradients of logits. As before, `work` may use
   // what the tiles held.
   template <class Work>
-  [[gnu::always_inline]] void add_key_gradients(int64_t unit, Work&& work) {
+  [[gnu::always_inline]] void add_key_gradients(Work&& work) {
     publish(words_);
     const uint32_t *q = words_ + at_.rows[0], *grad = words_ + at_.rows[1];
-    _tile_loadd(4, words_ + at_.weight_rows[unit % 2], 64);
+    _tile_loadd(4, words_ + at_.weight_rows, 64);
+    _tile_loadd(5, words_ + at_.gradient_rows, 64);
     load_columns(grad);
     replace<0>();
     _tile_dpbf16ps(0, 4, 6);
@@ -335,7 +339,6 @@ class InPlaceBackward {
     publish(words_);
     work(kPieces / 4);
     held_ = row_of_tiles(floats_ + at_.dv);
-    _tile_loadd(5, words_ + at_.gradient_rows[unit % 2], 64);
     load_columns(q);
     replace<0>();
     _tile_dpbf16ps(0, 5, 6);
@@ -350,7 +353,7 @@ class InPlaceBackward {
     replace<3>();
     _tile_dpbf16ps(3, 5, 7);
     publish(words_);
-    held_ = row_of_tiles(floats_ + at_.dk);
+    held_ = row_of_tiles(floats_ + at_.products);
   }
 
   // The second walk over the keys, once for each half of their width.
@@ -423,6 +426,7 @@ class InPlaceBackward {
   const TileSession session_;
   Held held_ = {};
   Ahead ahead_;
+  RunAhead<kDim> run_ahead_;
 };
 
 }  // namespace

@@ -40,6 +40,9 @@ struct AttentionTask {
   const int32_t* seen;   // the seen rows, ascending; null: all
   int64_t seen_keys;
   const AttentionTask* next;  // what this thread does after it, null if unknown
+  // A thread takes `run` heads of a segment one after another, of which this is number `place`.
+  int64_t run, place;
+  const AttentionTask* next_run;  // the first one of those it takes after them, null if unknown
 };
 
 // Outputs are contiguous [rows, heads, dim] of the inputs' element type. Of the softmax two numbers
