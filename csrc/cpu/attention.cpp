@@ -120,6 +120,7 @@ AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, c
                   "q, k, v: expected [rows, heads, dim] and keys [segments, keys, heads, dim] or "
                   "[rows, heads, dim]");
   const int64_t last = k.dim() - 1;
+  STD_TORCH_CHECK(q.size(1) > 0 && q.size(2) > 0, "q: expected at least one head and a width");
   for (int64_t i = 0; i <= last; ++i)
     STD_TORCH_CHECK(k.size(i) == v.size(i), "v: expected the shape of k");
   STD_TORCH_CHECK(k.size(last) == q.size(2) && k.size(last - 1) == q.size(1),

@@ -8,8 +8,31 @@ from torch.distributed.tensor import DTensor
 
 from .. import _native
 from ..kernels import attention_supported
+from ._dispatch import forced_backend
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NO_SEED = torch.zeros((), dtype=torch.int64, device="cpu")
+
+
+def operator_checks(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale) -> bool:
+    """Whether the CPU operator may be called at once: it checks all that is not looked at here.
+
+    Between large products of other operators the caches hold nothing of this module, and all the
+    checks in Python take a millisecond.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is type(k) is type(v) is torch.Tensor
+        and q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+        and cu_seqlens_q.is_cpu
+        and (cu_seqlens_k is None or cu_seqlens_k.is_cpu)
+        and (key_mask is None or (key_mask.is_cpu and key_mask.shape == k.shape[:-2]))
+        and (scale is None or math.isfinite(scale))
+        and forced_backend("cross_attention") in (None, "native")
+        and not _native.load()
+    )
 
 
 def check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale, dropout_p) -> None:

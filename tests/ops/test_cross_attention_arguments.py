@@ -1,6 +1,7 @@
 """What cross_attention refuses, which implementation runs, and how torch sees its operators."""
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -134,6 +135,23 @@ def test_forced_backend(monkeypatch):
     monkeypatch.setenv("FASTVLP_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="(?s)no implementation can run.*not triton.*CUDA"):
         run(cross_attention, case)
+
+
+@pytest.mark.parametrize("mask, dropout_p", [(None, 0.0), ("holes", 0.0), (None, 0.3)])
+def test_the_operator_alone_checks_usual_arguments(monkeypatch, mask, dropout_p):
+    case = draw([20, 3], 30, mask=mask)
+    options = {"dropout_p": dropout_p, "dropout_seed": 7} if dropout_p else {}
+    module = sys.modules["fastvlp.ops.cross_attention"]
+    monkeypatch.setattr(module, "operator_checks", lambda *_: False)
+    checked = run(cross_attention, case, **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "check_inputs", None)  # not called
+    for name in NAMES:
+        assert torch.equal(
+            getattr(run(cross_attention, case, **options), name), getattr(checked, name)
+        )
+    with pytest.raises(TypeError, match="not callable"):
+        cross_attention(Q[..., ::2], K[..., ::2], K[..., ::2], CU)
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "qv", "kv"])
