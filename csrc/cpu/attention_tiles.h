@@ -134,8 +134,11 @@ inline void place_queries(const TileShape<Rows>& x, const Features& y, int64_t b
       uint32_t* block = columns + s * x.dim_steps() * step;
       const RowPlaces to = {block + low * kTile, block + high * kTile, step,
                             rows + s * step + i * kTile, steps * step};
-      place_rows<Rows, true, kAlong, false>(row_at(s * kStepDepth + low),
-                                            row_at(s * kStepDepth + high), x.dim, to);
+      const Scalar *first = row_at(s * kStepDepth + low), *second = row_at(s * kStepDepth + high);
+      if (x.dim == x.padded_dim() && first != nullptr && second != nullptr)
+        place_rows<Rows, true, kAlong, true>(first, second, x.dim, to);
+      else
+        place_rows<Rows, true, kAlong, false>(first, second, x.dim, to);
     }
   const int64_t words = steps * x.dim_steps() * step;
   for (int64_t at = 0; at < words; at += kHalfWords) transpose_tile(columns + at);
