@@ -14,7 +14,7 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NO_SEED = torch.zeros((), dtype=torch.int64, device="cpu")
 
 
-def operator_checks(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale) -> bool:
+def operator_checks(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale, dropout_p) -> bool:
     """Whether the CPU operator may be called at once: it checks all that is not looked at here.
 
     Between large products of other operators the caches hold nothing of this module, and all the
@@ -29,7 +29,8 @@ def operator_checks(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale) -> boo
         and cu_seqlens_q.is_cpu
         and (cu_seqlens_k is None or cu_seqlens_k.is_cpu)
         and (key_mask is None or (key_mask.is_cpu and key_mask.shape == k.shape[:-2]))
-        and (scale is None or math.isfinite(scale))
+        and (scale is None or (type(scale) is float and math.isfinite(scale)))
+        and type(dropout_p) is float
         and forced_backend("cross_attention") in (None, "native")
         and not _native.load()
     )

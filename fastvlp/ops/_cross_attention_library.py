@@ -7,6 +7,11 @@ import torch
 
 from .. import _native
 
+_SECOND_DERIVATIVE = (
+    "cross_attention has no second derivative; for one, call cross_attention_reference, which "
+    "plain autograd differentiates twice"
+)
+
 
 def _forward_fake(q, k, v, *_):
     kept = (2,) if q.device.type == "cpu" else ()
@@ -38,6 +43,10 @@ def _backward_triton(grad, q, k, v, out, lse, cu_q, cu_k, key_mask, seed, *optio
     )
 
 
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(_SECOND_DERIVATIVE)
+
+
 def register() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
     if _native.load():
@@ -48,3 +57,4 @@ def register() -> None:
     ):
         torch.library.register_fake(f"fastvlp::{name}", fake)
         torch.library.impl(f"fastvlp::{name}", "CUDA", triton)
+    torch.library.register_autograd("fastvlp::cross_attention_backward", _no_second_derivative)

@@ -90,11 +90,12 @@ def cross_attention(
     seed = None
     try:
         tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask
-        if not return_probs and operator_checks(*tensors, scale):
+        if not return_probs and operator_checks(*tensors, scale, dropout_p):
             draws = dropout_p or dropout_seed is not None
             seed = seed_tensor(dropout_seed, dropout_p, q.device) if draws else NO_SEED
             factor = q.shape[-1] ** -0.5 if scale is None else scale
-            return _CrossAttention.apply(*tensors, seed, factor, dropout_p, causal, 0, 0)
+            longest_rows = max_seqlen_q or 0, max_seqlen_k or 0
+            return _CrossAttention.apply(*tensors, seed, factor, dropout_p, causal, *longest_rows)
     except (ArithmeticError, AttributeError, RuntimeError, TypeError):
         pass  # what follows says what is wrong, or can do it
     check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale, dropout_p)
@@ -173,28 +174,11 @@ class _CrossAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        tensors = ctx.saved_tensors
+        q, k, v, out, statistics, cu_q, cu_k, key_mask, seed = ctx.saved_tensors
         gradients = torch.ops.fastvlp.cross_attention_backward(
-            unit_stride(grad), *tensors, *ctx.options
+            unit_stride(grad), q, k, v, out, statistics, cu_q, cu_k, key_mask, seed, *ctx.options
         )
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = _NoSecondDerivative.apply(*gradients, grad, *tensors[:3])
         return *gradients, *(None for _ in range(4 + len(ctx.options)))
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """(three gradients, *what they depend on) -> the gradients."""
-
-    @staticmethod
-    def forward(ctx, d_q, d_k, d_v, *_):
-        return d_q.view_as(d_q), d_k.view_as(d_k), d_v.view_as(d_v)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "cross_attention has no second derivative; for one, call cross_attention_reference, "
-            "which plain autograd differentiates twice"
-        )
 
 
 _cross_attention_library.register()
