@@ -171,9 +171,8 @@ void for_each_task(const Segments& segments, int64_t heads, int64_t scratch_floa
       next_run.run = std::min(heads - next_run.head, run);
       for (int64_t head = first; head < end; ++head) {
         AttentionTask task = segments.task(i / runs, head), after;
-        if (head + 1 < end) after = segments.task(i / runs, head + 1);
-        task.next = head + 1 < end ? &after : more ? &next_run : nullptr;
-        task.next_run = more ? &next_run : nullptr;
+        task.next_run = task.next = more ? &next_run : nullptr;
+        if (head + 1 < end) after = segments.task(i / runs, head + 1), task.next = &after;
         task.run = end - first, task.place = head - first;
         work(task, scratch.get());
       }

@@ -46,10 +46,9 @@ struct AttentionTask {
 };
 
 // Outputs are contiguous [rows, heads, dim] of the inputs' element type. Of the softmax two numbers
-// per head and query row are kept, [2][heads][total_queries]: the largest logit, or one little below,
-// in units of ln 2 and the reciprocal of the sum of exponentials relative to it, 0 for a row that sees
-// no key. The
-// backward pass finds from them the very weights of the forward pass.
+// per head and query row are kept, [2][heads][total_queries]: the largest logit, or one little
+// below, in units of ln 2 and the reciprocal of the sum of exponentials relative to it, 0 for a row
+// that sees no key. The backward pass finds from them the very weights of the forward pass.
 struct AttentionForward {
   void* out;
   float* statistics;
