@@ -22,12 +22,19 @@ FASTVLP_DEFINE_KERNELS(AttentionKernels, attention)
 
 namespace {
 
+AttentionStrides strides_of(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return {t.stride(0), t.stride(last - 2), t.stride(last - 1)};
+}
+
 AttentionInput input_of(const Tensor& t, const char* name) {
   const int64_t last = t.dim() - 1;
   STD_TORCH_CHECK(t.numel() == 0 || t.size(last) <= 1 || t.stride(last) == 1, name,
                   ": expected unit stride along the last dim");
-  return {t.const_data_ptr(), t.stride(last - 2), t.stride(last - 1)};
+  return {strides_of(t), t.const_data_ptr()};
 }
+
+AttentionOutput output_of(Tensor& t) { return {strides_of(t), t.mutable_data_ptr()}; }
 
 std::vector<int64_t> starts_of(const Tensor& t, const char* name, int64_t total) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) >= 1 && t.is_contiguous(), name,
@@ -52,7 +59,7 @@ std::vector<int64_t> starts_of(const Tensor& t, const char* name, int64_t total)
 // The segments of a call, and which of their keys are seen.
 class Segments {
  public:
-  Segments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+  Segments(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
            const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& key_mask)
       : queries_(starts_of(cu_seqlens_q, "cu_seqlens_q", q.size(0))), packed_(k.dim() == 3) {
     STD_TORCH_CHECK(packed_ == cu_seqlens_k.has_value(),
@@ -63,8 +70,6 @@ class Segments {
                     "cu_seqlens_q: expected one segment per segment of keys, ", keys_.size() - 1,
                     ", got ", queries_.size() - 1);
     for (int64_t i = 0; !packed_ && i <= k.size(0); ++i) keys_[i] = i * k.size(1);
-    key_step_ = k.stride(0);
-    value_step_ = v.stride(0);
     if (key_mask.has_value()) find_seen(*key_mask);
     for (int64_t i = 0; i < count(); ++i) {
       most_queries = std::max(most_queries, queries_[i + 1] - queries_[i]);
@@ -79,10 +84,8 @@ class Segments {
     t.head = head;
     t.first_query = queries_[segment];
     t.queries = queries_[segment + 1] - t.first_query;
-    t.first_key = keys_[segment];
-    t.keys = keys_[segment + 1] - t.first_key;
-    t.key_offset = (packed_ ? t.first_key : segment) * key_step_;
-    t.value_offset = (packed_ ? t.first_key : segment) * value_step_;
+    t.segment = packed_ ? keys_[segment] : segment;
+    t.keys = keys_[segment + 1] - keys_[segment];
     t.seen_keys = t.keys;
     if (!seen_starts_.empty()) {
       t.seen = seen_.data() + seen_starts_[segment];
@@ -111,7 +114,6 @@ class Segments {
   std::vector<int64_t> queries_, keys_, seen_starts_;
   std::vector<int32_t> seen_;
   bool packed_;
-  int64_t key_step_, value_step_;  // elements from one segment, or packed row, to the next
 };
 
 AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& seed,
@@ -186,11 +188,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const std::optional<Tensor>& key_mask, const Tensor& seed,
                                    double scale, double dropout_p, bool causal, int64_t, int64_t) {
   const AttentionProblem p = problem_of(q, k, v, seed, scale, dropout_p, causal);
-  const Segments segments(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask);
+  const Segments segments(q, k, cu_seqlens_q, cu_seqlens_k, key_mask);
   Tensor out = empty_output(q);
   Tensor statistics =
       torch::stable::new_empty(q, {2, p.heads, q.size(0)}, ScalarType::Float);
-  const AttentionForward outputs = {out.mutable_data_ptr(), mutable_floats_of(statistics)};
+  const AttentionForward outputs = {output_of(out), mutable_floats_of(statistics)};
   const AttentionKernels& kernels = attention_kernels();
   for_each_task(segments, p.heads,
                 kernels.forward_scratch(p, segments.most_queries, segments.most_keys),
@@ -216,10 +218,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   STD_TORCH_CHECK(element_of(out, "out") == p.element && out.is_contiguous() &&
                       out.numel() == q.numel(),
                   "out: expected that of the forward pass");
-  const Segments segments(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask);
-  Tensor dq = empty_output(q), dk = empty_output(k), dv = empty_output(v);
-  const AttentionBackward outputs = {out.const_data_ptr(), floats_of(statistics), dq.mutable_data_ptr(),
-                                     dk.mutable_data_ptr(), dv.mutable_data_ptr()};
+  const Segments segments(q, k, cu_seqlens_q, cu_seqlens_k, key_mask);
+  Tensor dq = empty_gradient(q), dk = empty_gradient(k), dv = empty_gradient(v);
+  const AttentionBackward outputs = {input_of(out, "out"), floats_of(statistics), output_of(dq),
+                                     output_of(dk), output_of(dv)};
   const AttentionKernels& kernels = attention_kernels();
   for_each_task(segments, p.heads,
                 kernels.backward_scratch(p, segments.most_queries, segments.most_keys),

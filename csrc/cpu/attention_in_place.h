@@ -25,9 +25,9 @@ template <int kDim>
 class RowBlocks {
  public:
   RowBlocks(const AttentionProblem& p, const AttentionTask& task, const AttentionInput& input,
-            int64_t AttentionTask::*offset, int64_t count)
-      : rows_(seen_rows(p, task, input, task.*offset).slice(0, count)), next_{{}, nullptr, 0} {
-    if (task.next != nullptr) next_ = seen_rows(p, *task.next, input, (*task.next).*offset);
+            int64_t count)
+      : rows_(seen_rows(p, task, input).slice(0, count)), next_{{}, nullptr, 0} {
+    if (task.next != nullptr) next_ = seen_rows(p, *task.next, input);
   }
 
   explicit RowBlocks(const SeenRows& rows) : rows_(rows), next_{{}, nullptr, 0} {}
@@ -84,8 +84,8 @@ class RunAhead {
   void start(const AttentionProblem& p, const AttentionTask& task) {
     if (task.next_run == nullptr || p.k.head != kDim || p.v.head != kDim) return;
     const AttentionTask& next = *task.next_run;
-    keys_ = seen_rows(p, next, p.k, next.key_offset);
-    values_ = seen_rows(p, next, p.v, next.value_offset);
+    keys_ = seen_rows(p, next, p.k);
+    values_ = seen_rows(p, next, p.v);
     pairs_ = next.run / 2;
     if (2 * keys_.count * pairs_ * kBytes > kMostBytes) return;
     row_ = keys_.count * task.place / task.run;

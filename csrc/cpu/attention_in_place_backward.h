@@ -53,8 +53,8 @@ class InPlaceBackward {
                   const AttentionBackward& out, float* scratch)
       : p_(p), task_(task), out_(out), at_(task.seen_keys), floats_(scratch),
         words_(reinterpret_cast<uint32_t*>(scratch)),
-        keys_(p, task, p.k, &AttentionTask::key_offset, tiled_),
-        values_(p, task, p.v, &AttentionTask::value_offset, tiled_) {}
+        keys_(p, task, p.k, tiled_),
+        values_(p, task, p.v, tiled_) {}
 
   void run() {
     look_ahead(p_, task_, out_, ahead_);
@@ -99,8 +99,7 @@ class InPlaceBackward {
   // derivative by the output. By the products that give those derivatives, so that a weight of 1
   // has a derivative of 0 and not of rounding.
   void find_slopes() {
-    const AttentionInput outputs = {out_.out, p_.heads * p_.dim, p_.dim};
-    const RowBlocks<kDim> out({query_rows(p_, task_, outputs), nullptr, task_.queries});
+    const RowBlocks<kDim> out({query_rows(p_, task_, out_.out), nullptr, task_.queries});
     float* slope = floats_ + at_.slope;
     for (int64_t half = 0; half < 2; ++half) {
       const RowBlock rows = out.block(half * kTile, kTile, words_ + at_.key_copy);
@@ -179,21 +178,23 @@ class InPlaceBackward {
   // Stores the gradients of a unit's keys, two a piece.
   struct Leave {
     const InPlaceBackward& pass;
+    const OutputRows dk, dv;
     const bool aligned;  // to whole lines
     int64_t key = 0, left = 0;
 
     explicit Leave(const InPlaceBackward& p)
-        : pass(p), aligned((reinterpret_cast<uintptr_t>(p.out_.dk) |
-                            reinterpret_cast<uintptr_t>(p.out_.dv)) % 64 == 0) {}
+        : pass(p), dk(key_outputs(p.p_, p.task_, p.out_.dk)),
+          dv(key_outputs(p.p_, p.task_, p.out_.dv)),
+          aligned((reinterpret_cast<uintptr_t>(dk.data) | reinterpret_cast<uintptr_t>(dv.data) |
+                   static_cast<uintptr_t>(dk.step | dv.step)) % 64 == 0) {}
 
     [[gnu::always_inline]] void operator()(int count) {
       for (; count > 0 && left > 0; --count)
         for (int64_t end = left > 2 ? left - 2 : 0; left > end; --left, ++key) {
           const int64_t row = pass.task_.seen ? pass.task_.seen[key] : key;
-          const int64_t to = pass.first_row_ + row * pass.row_;
           const float* from = pass.floats_ + key % kUnit * kDim;
-          store(from + pass.at_.dv, static_cast<uint16_t*>(pass.out_.dv) + to);
-          store(from + pass.at_.products, static_cast<uint16_t*>(pass.out_.dk) + to);
+          store(from + pass.at_.dv, static_cast<uint16_t*>(dv[row]));
+          store(from + pass.at_.products, static_cast<uint16_t*>(dk[row]));
         }
     }
 
@@ -420,9 +421,6 @@ class InPlaceBackward {
   const int64_t tiled_ = tiled_keys(p_, task_);
   const OddKeys<BFloat16Rows, kDim> odd_{p_, task_, tiled_};
   const RowBlocks<kDim> keys_, values_;
-  // Elements of dk and dv from one row to the next, and to the task's first one.
-  const int64_t row_ = p_.heads * kDim;
-  const int64_t first_row_ = task_.first_key * row_ + task_.head * kDim;
   const TileSession session_;
   Held held_ = {};
   Ahead ahead_;

@@ -47,8 +47,8 @@ class InPlaceForward {
                  float* scratch)
       : p_(p), task_(task), out_(out), floats_(scratch),
         words_(reinterpret_cast<uint32_t*>(scratch)),
-        keys_(p, task, p.k, &AttentionTask::key_offset, tiled_),
-        values_(p, task, p.v, &AttentionTask::value_offset, tiled_) {}
+        keys_(p, task, p.k, tiled_),
+        values_(p, task, p.v, tiled_) {}
 
   void run() {
     if (task_.next != nullptr) {

@@ -8,11 +8,19 @@
 
 namespace fastvlp {
 
-// One tensor of rows and heads, with unit stride along the head's width.
-struct AttentionInput {
+// One tensor of rows and heads, with unit stride along the head's width. All in elements.
+struct AttentionStrides {
+  int64_t segment;  // from one segment of keys, or packed row, to the next
+  int64_t row;
+  int64_t head;
+};
+
+struct AttentionInput : AttentionStrides {
   const void* data;
-  int64_t row;   // elements from one row to the next
-  int64_t head;  // elements from one head to the next
+};
+
+struct AttentionOutput : AttentionStrides {
+  void* data;
 };
 
 struct AttentionProblem {
@@ -33,11 +41,9 @@ struct AttentionTask {
   int64_t head;
   int64_t first_query;
   int64_t queries;
-  int64_t keys;          // rows of the segment
-  int64_t key_offset;    // elements to its first row in k
-  int64_t value_offset;  // and in v
-  int64_t first_key;     // its first row in dk and dv
-  const int32_t* seen;   // the seen rows, ascending; null: all
+  int64_t segment;      // of the keys, or the first of its rows where keys are packed
+  int64_t keys;         // rows of the segment
+  const int32_t* seen;  // the seen rows, ascending; null: all
   int64_t seen_keys;
   const AttentionTask* next;  // what this thread does after it, null if unknown
   // A thread takes `run` heads of a segment one after another, of which this is number `place`.
@@ -45,21 +51,19 @@ struct AttentionTask {
   const AttentionTask* next_run;  // the first one of those it takes after them, null if unknown
 };
 
-// Outputs are contiguous [rows, heads, dim] of the inputs' element type. Of the softmax two numbers
-// per head and query row are kept, [2][heads][total_queries]: the largest logit, or one little
-// below, in units of ln 2 and the reciprocal of the sum of exponentials relative to it, 0 for a row
-// that sees no key. The backward pass finds from them the very weights of the forward pass.
+// Outputs are of the inputs' element type. Of the softmax two numbers per head and query row are
+// kept, [2][heads][total_queries]: the largest logit, or one little below, in units of ln 2 and the
+// reciprocal of the sum of exponentials relative to it, 0 for a row that sees no key. The backward
+// pass finds from them the very weights of the forward pass.
 struct AttentionForward {
-  void* out;
+  AttentionOutput out;
   float* statistics;
 };
 
 struct AttentionBackward {
-  const void* out;
+  AttentionInput out;
   const float* statistics;
-  void* dq;
-  void* dk;
-  void* dv;
+  AttentionOutput dq, dk, dv;
 };
 
 struct AttentionKernels {

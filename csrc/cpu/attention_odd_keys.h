@@ -34,8 +34,8 @@ class OddKeys {
   // `first`: what tiled_keys gives.
   OddKeys(const AttentionProblem& p, const AttentionTask& task, int64_t first)
       : p_(p), task_(task), first_(first),
-        keys_(seen_rows(p, task, p.k, task.key_offset)),
-        values_(seen_rows(p, task, p.v, task.value_offset)) {
+        keys_(seen_rows(p, task, p.k)),
+        values_(seen_rows(p, task, p.v)) {
     for (int64_t key = first_; key < task.seen_keys; ++key) {
       prefetch_row<2>(keys_, key, p.dim);
       prefetch_row<2>(values_, key, p.dim);
@@ -192,11 +192,11 @@ class OddKeys {
     add_outer(b, derivatives, r, key, q.sums, turned);
   }
 
-  void leave(const Row& row, void* out, int64_t i) const {
+  void leave(const Row& row, const AttentionOutput& out, int64_t i) const {
     alignas(64) float numbers[kMostOddWidth];
     for (int j = 0; j < kVectors; ++j) store(numbers + j * kLanes, row[j]);
     const int64_t key = task_.seen ? task_.seen[first_ + i] : first_ + i;
-    store_row_as<Rows, kDim>(p_, numbers, output_row(p_, out, task_.first_key + key, task_.head));
+    store_row_as<Rows, kDim>(p_, numbers, key_outputs(p_, task_, out)[key]);
   }
 
   const AttentionProblem& p_;

@@ -12,6 +12,7 @@ namespace {
 using fastvlp::AttentionBackward;
 using fastvlp::AttentionForward;
 using fastvlp::AttentionInput;
+using fastvlp::AttentionOutput;
 
 // Takes pieces of the scratch, each on a cache line of its own.
 struct Layout {
@@ -90,16 +91,20 @@ int64_t scratch_floats_with(const AttentionProblem& p, int64_t queries, int64_t 
                   : ForwardLayout<Products>(x, queries, seen_keys).total;
 }
 
+inline int64_t element_size(const AttentionProblem& p) {
+  return p.element == fastvlp::Element::kFloat32 ? 4 : 2;
+}
+
 inline Features head_rows(const AttentionProblem& p, const AttentionInput& input, int64_t offset,
                           int64_t head, int64_t rows) {
-  const int64_t size = p.element == fastvlp::Element::kFloat32 ? 4 : 2;
-  return {static_cast<const char*>(input.data) + (offset + head * input.head) * size, rows,
-          input.row, p.element};
+  return {static_cast<const char*>(input.data) + (offset + head * input.head) * element_size(p),
+          rows, input.row, p.element};
 }
 
 inline SeenRows seen_rows(const AttentionProblem& p, const AttentionTask& task,
-                          const AttentionInput& input, int64_t offset) {
-  return {head_rows(p, input, offset, task.head, task.keys), task.seen, task.seen_keys};
+                          const AttentionInput& input) {
+  return {head_rows(p, input, task.segment * input.segment, task.head, task.keys), task.seen,
+          task.seen_keys};
 }
 
 inline Features query_rows(const AttentionProblem& p, const AttentionTask& task,
@@ -126,15 +131,33 @@ void look_ahead(const Products& x, const AttentionProblem& p, const AttentionTas
   const AttentionTask& next = *task.next;
   const int64_t products = backward ? 5 : 2;
   x.ahead.start(p.dim, products * task.queries * task.seen_keys * p.dim);
-  x.ahead.add(seen_rows(p, next, p.k, next.key_offset));
-  x.ahead.add(seen_rows(p, next, p.v, next.value_offset));
+  x.ahead.add(seen_rows(p, next, p.k));
+  x.ahead.add(seen_rows(p, next, p.v));
   x.ahead.add({query_rows(p, next, p.q), nullptr, next.queries});
   if (backward) x.ahead.add({query_rows(p, next, p.grad), nullptr, next.queries});
 }
 
-inline void* output_row(const AttentionProblem& p, void* out, int64_t row, int64_t head) {
-  const int64_t size = p.element == fastvlp::Element::kFloat32 ? 4 : 2;
-  return static_cast<char*>(out) + (row * p.heads + head) * p.dim * size;
+// Rows of an output of one segment and head.
+struct OutputRows {
+  char* data;
+  int64_t step;  // bytes
+  void* operator[](int64_t r) const { return data + r * step; }
+};
+
+inline OutputRows output_rows(const AttentionProblem& p, const AttentionOutput& out,
+                              int64_t offset, int64_t head) {
+  const int64_t size = element_size(p);
+  return {static_cast<char*>(out.data) + (offset + head * out.head) * size, out.row * size};
+}
+
+inline OutputRows query_outputs(const AttentionProblem& p, const AttentionTask& task,
+                                const AttentionOutput& out) {
+  return output_rows(p, out, task.first_query * out.row, task.head);
+}
+
+inline OutputRows key_outputs(const AttentionProblem& p, const AttentionTask& task,
+                              const AttentionOutput& out) {
+  return output_rows(p, out, task.segment * out.segment, task.head);
 }
 
 inline void store_row(const AttentionProblem& p, const float* in, void* out) {
@@ -150,7 +173,8 @@ inline void store_row(const AttentionProblem& p, const float* in, void* out) {
 // scratch for kLanes of them.
 template <class Products>
 void store_queries(const Products& x, const WeightBlock& b, const float* in, const float* factor,
-                   float* rows, void* out) {
+                   float* rows, const AttentionOutput& out) {
+  const OutputRows to = query_outputs(b.p, b.task, out);
   const int64_t stride = x.padded_dim();
   for (int64_t r = 0; r < b.queries; r += kLanes) {
     const int64_t count = b.queries - r < kLanes ? b.queries - r : kLanes;
@@ -161,8 +185,7 @@ void store_queries(const Products& x, const WeightBlock& b, const float* in, con
       store_transposed(tile, reinterpret_cast<uint32_t*>(rows + d), stride);
     }
     for (int64_t i = 0; i < count; ++i)
-      store_row(b.p, rows + i * stride,
-                output_row(b.p, out, b.task.first_query + b.first + r + i, b.task.head));
+      store_row(b.p, rows + i * stride, to[b.first + r + i]);
   }
   finish_streams();
 }
@@ -170,23 +193,23 @@ void store_queries(const Products& x, const WeightBlock& b, const float* in, con
 // Gradients of the seen keys [first, first + count).
 template <class Products>
 void store_keys(const Products& x, const AttentionProblem& p, const AttentionTask& task,
-                int64_t first, int64_t count, const float* in, void* out) {
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t key = task.seen ? task.seen[first + r] : first + r;
-    store_row(p, in + r * x.padded_dim(), output_row(p, out, task.first_key + key, task.head));
-  }
+                int64_t first, int64_t count, const float* in, const AttentionOutput& out) {
+  const OutputRows to = key_outputs(p, task, out);
+  for (int64_t r = 0; r < count; ++r)
+    store_row(p, in + r * x.padded_dim(), to[task.seen ? task.seen[first + r] : first + r]);
 }
 
 // Zero to the gradients of keys that no query sees.
-inline void clear_unseen(const AttentionProblem& p, const AttentionTask& task, void* out) {
+inline void clear_unseen(const AttentionProblem& p, const AttentionTask& task,
+                         const AttentionOutput& out) {
   const int64_t seen_keys = task.queries > 0 ? task.seen_keys : 0;
   if (seen_keys == task.keys) return;
+  const OutputRows to = key_outputs(p, task, out);
   for (int64_t key = 0, r = 0; key < task.keys; ++key)
     if (r < seen_keys && (task.seen == nullptr || task.seen[r] == key))
       ++r;
     else
-      std::memset(output_row(p, out, task.first_key + key, task.head), 0,
-                  p.dim * (p.element == fastvlp::Element::kFloat32 ? 4 : 2));
+      std::memset(to[key], 0, p.dim * element_size(p));
 }
 
 // Rows [n, padded n) of a block: no key is there.
@@ -215,10 +238,8 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
   const Products x(p.dim);
   const ForwardLayout<Products> at(x, task.queries, task.seen_keys);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
-  const KeyRows keys = x.key_rows(seen_rows(p, task, p.k, task.key_offset), words + at.key_rows);
-  const KeyRows value_columns = x.key_columns(
-      seen_rows(p, task, p.v, task.value_offset),
-      words + at.value_columns);
+  const KeyRows keys = x.key_rows(seen_rows(p, task, p.k), words + at.key_rows);
+  const KeyRows value_columns = x.key_columns(seen_rows(p, task, p.v), words + at.value_columns);
   look_ahead(x, p, task, false);
   const Features q = query_rows(p, task, p.q);
   float* weights = scratch + at.weights;
@@ -259,8 +280,7 @@ void prepare_queries(const Products& x, const QueryLayout<Products>& l, const We
   const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(at + offset); };
   // The sum over the keys of each weight times the derivative by it is the output times the
   // derivative by the output.
-  const AttentionInput outputs = {out.out, b.p.heads * b.p.dim, b.p.dim};
-  x.pack_query_columns(query_rows(b.p, b.task, outputs), b.first, b.queries, false,
+  x.pack_query_columns(query_rows(b.p, b.task, out.out), b.first, b.queries, false,
                        at + l.into_queries, row);
   x.column_dots(at + l.grad_columns, at + l.into_queries, b.m, floats(l.slope));
   const int64_t first = b.task.head * b.p.total_queries + b.task.first_query + b.first;
@@ -292,7 +312,8 @@ void add_gradients(const Products& x, const BackwardLayout<Products>& at, const 
   x.scores(k.values, block + l.grad_columns, b.n, b.m, t);
   weight_gradients(b, floats(l.largest), floats(l.reciprocal), floats(l.slope), s, t);
   const bool last = b.first + b.queries == b.task.queries;
-  auto into_keys = [&](float* weights, int64_t rows, int64_t sums, void* gradient) {
+  auto into_keys = [&](float* weights, int64_t rows, int64_t sums,
+                       const AttentionOutput& gradient) {
     clear_padding(x, b, weights);
     const uint32_t* operand = reinterpret_cast<const uint32_t*>(weights);
     if constexpr (!Products::kWeightsInPlace) {
@@ -329,8 +350,8 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
   for (int64_t first = 0; first < task.queries; first += x.kQueryBlock)
     prepare_queries(x, at.block, block_at(x, p, task, first), out, words + at.row,
                     block_words(first));
-  const SeenRows seen = seen_rows(p, task, p.k, task.key_offset);
-  const SeenRows values = seen_rows(p, task, p.v, task.value_offset);
+  const SeenRows seen = seen_rows(p, task, p.k);
+  const SeenRows values = seen_rows(p, task, p.v);
   for (int64_t key = 0; key < task.seen_keys && task.queries > 0; key += x.kKeyBlock) {
     const int64_t n = task.seen_keys - key < x.kKeyBlock ? task.seen_keys - key : x.kKeyBlock;
     KeyBlock k = {key, n, x.key_rows(seen.slice(key, n), words + at.key_rows),

@@ -69,8 +69,8 @@ class TileBackward {
                float* scratch)
       : p_(p), task_(task), out_(out), x_(p.dim), at_(x_, task.queries), floats_(scratch),
         words_(reinterpret_cast<uint32_t*>(scratch)),
-        keys_(p, task, p.k, &AttentionTask::key_offset, tiled_, kKeyBlock),
-        values_(p, task, p.v, &AttentionTask::value_offset, tiled_, kKeyBlock) {}
+        keys_(p, task, p.k, tiled_, kKeyBlock),
+        values_(p, task, p.v, tiled_, kKeyBlock) {}
 
   // False where the floats have to be multiplied as such: see Magnitude.
   bool run() {
@@ -163,15 +163,11 @@ class TileBackward {
   // derivative by the output. By the products that give those derivatives, so that a weight of 1 has
   // a derivative of 0 and not of rounding. Needs room for one block of keys.
   void find_slopes(const WeightBlock& b) {
-    using Scalar = typename Rows::Scalar;
-    const int64_t stride = p_.heads * p_.dim;
-    const Scalar* rows = static_cast<const Scalar*>(out_.out) +
-                         (task_.first_query + b.first) * stride + task_.head * p_.dim;
+    const SeenRows rows = {query_rows(p_, task_, out_.out), nullptr, task_.queries};
     for (int64_t r = 0; r < b.m; r += kStepSide) {
       const int64_t left = b.queries - r < kStepSide ? b.queries - r : kStepSide;
-      const SeenRows outputs = {{rows + r * stride, left, stride, p_.element}, nullptr, left};
       KeyPacker<Rows, kDim, true, false> pack;
-      pack.start(x_, outputs, {{}, nullptr, 0}, words_ + at_.key_rows[0], nullptr);
+      pack.start(x_, rows.slice(b.first + r, left), {{}, nullptr, 0}, words_ + at_.key_rows[0], nullptr);
       while (pack.left() > 0) pack();
       float* products = floats_ + at_.logits;
       stream_.multiply(words_ + at_.key_rows[0], kStepSide,
@@ -366,13 +362,15 @@ class TileBackward {
         : p_(&pass.p_), task_(&pass.task_), key_(pair.key),
           end_(pair.ends ? pair.key + pass.count(pair.key) : pair.key),
           stride_(pass.x_.padded_dim()), dk_(pass.floats_ + pass.at_.dk),
-          dv_(pass.floats_ + pass.at_.dv), dk_out_(pass.out_.dk), dv_out_(pass.out_.dv) {}
+          dv_(pass.floats_ + pass.at_.dv),
+          dk_out_(key_outputs(pass.p_, pass.task_, pass.out_.dk)),
+          dv_out_(key_outputs(pass.p_, pass.task_, pass.out_.dv)) {}
     int64_t left() const { return end_ - key_; }
 
     void operator()() {
-      const int64_t row = task_->first_key + (task_->seen ? task_->seen[key_] : key_);
-      store_row_as<Rows, kDim>(*p_, dk_, output_row(*p_, dk_out_, row, task_->head));
-      store_row_as<Rows, kDim>(*p_, dv_, output_row(*p_, dv_out_, row, task_->head));
+      const int64_t row = task_->seen ? task_->seen[key_] : key_;
+      store_row_as<Rows, kDim>(*p_, dk_, dk_out_[row]);
+      store_row_as<Rows, kDim>(*p_, dv_, dv_out_[row]);
       ++key_, dk_ += stride_, dv_ += stride_;
     }
 
@@ -381,7 +379,7 @@ class TileBackward {
     const AttentionTask* task_;
     int64_t key_, end_, stride_;
     const float *dk_, *dv_;
-    void *dk_out_, *dv_out_;
+    OutputRows dk_out_, dv_out_;
   };
 
   const AttentionProblem& p_;

@@ -44,8 +44,8 @@ class TileForward {
               float* scratch)
       : p_(p), task_(task), out_(out), x_(p.dim), at_(x_, task.queries, task.seen_keys),
         floats_(scratch), words_(reinterpret_cast<uint32_t*>(scratch)),
-        keys_(p, task, p.k, &AttentionTask::key_offset, tiled_, block_),
-        values_(p, task, p.v, &AttentionTask::value_offset, tiled_, block_) {}
+        keys_(p, task, p.k, tiled_, block_),
+        values_(p, task, p.v, tiled_, block_) {}
 
   // False where the floats have to be multiplied as such: see Magnitude.
   bool run() {

@@ -111,9 +111,8 @@ inline void walk_keys(int64_t end, int64_t block, Beside& beside, const Prepare&
 inline void look_ahead(const AttentionProblem& p, const AttentionTask& task,
                        const AttentionBackward& out, Ahead& ahead) {
   if (task.next == nullptr) return;
-  const AttentionInput outputs = {out.out, p.heads * p.dim, p.dim};
   ahead.start(p.dim, task.seen_keys);
-  for (const AttentionInput& input : {p.q, p.grad, outputs})
+  for (const AttentionInput& input : {p.q, p.grad, out.out})
     ahead.add({query_rows(p, *task.next, input), nullptr, task.next->queries});
 }
 
@@ -226,11 +225,11 @@ class KeyPacker {
 class KeyBlocks {
  public:
   KeyBlocks(const AttentionProblem& p, const AttentionTask& task, const AttentionInput& input,
-            int64_t AttentionTask::*offset, int64_t count, int64_t block)
-      : rows_(seen_rows(p, task, input, task.*offset).slice(0, count)),
+            int64_t count, int64_t block)
+      : rows_(seen_rows(p, task, input).slice(0, count)),
         following_{{}, nullptr, 0}, block_(block) {
     if (task.next != nullptr)
-      following_ = block_of(seen_rows(p, *task.next, input, (*task.next).*offset), 0);
+      following_ = block_of(seen_rows(p, *task.next, input), 0);
   }
   SeenRows at(int64_t key) const { return block_of(rows_, key); }
   SeenRows after(int64_t key) const {
@@ -288,13 +287,13 @@ template <class Rows, int kDim>
 // where there is one. `rows` is scratch for kLanes of them.
 template <class Rows, int kDim>
 void store_sums(const TileShape<Rows>& x, const WeightBlock& b, float* sums, const float* factor,
-                bool turned, float* rows, void* out) {
+                bool turned, float* rows, const AttentionOutput& out) {
   if (!turned) return store_queries(x, b, sums, factor, rows, out);
+  const OutputRows to = query_outputs(b.p, b.task, out);
   for (int64_t r = 0; r < b.queries; ++r, sums += x.padded_dim()) {
     for (int64_t d = 0; factor != nullptr && d < x.padded_dim(); d += kLanes)
       store(sums + d, load(sums + d) * factor[r]);
-    store_row_as<Rows, kDim>(
-        b.p, sums, output_row(b.p, out, b.task.first_query + b.first + r, b.task.head));
+    store_row_as<Rows, kDim>(b.p, sums, to[b.first + r]);
   }
 }
 
@@ -359,8 +358,8 @@ inline bool inputs_are_sound(const AttentionProblem& p, const AttentionTask& tas
     magnitude.see_rows<Rows>(rows, p.dim, finite);
     return magnitude.sound();
   };
-  return sound(seen_rows(p, task, p.k, task.key_offset), false) &&
-         sound(seen_rows(p, task, p.v, task.value_offset), false) &&
+  return sound(seen_rows(p, task, p.k), false) &&
+         sound(seen_rows(p, task, p.v), false) &&
          sound({query_rows(p, task, p.q), nullptr, task.queries}, true) &&
          (!backward || sound({query_rows(p, task, p.grad), nullptr, task.queries}, true));
 }

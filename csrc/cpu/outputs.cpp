@@ -1,8 +1,9 @@
 #include "outputs.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-
+#include <algorithm>
+#include <functional>
+#include <numeric>
 #include <vector>
 
 #include "buffers.h"
@@ -28,38 +29,73 @@ void give_back(void* data, void* context) {
   delete static_cast<BufferDeleter*>(context);
 }
 
-}  // namespace
+using Numbers = std::vector<int64_t>;
 
-Tensor empty_output(const Tensor& t) {
-  std::vector<int64_t> sizes(t.dim());
+Numbers sizes_of(const Tensor& t) {
+  Numbers sizes(t.dim());
   for (int64_t i = 0; i < t.dim(); ++i) sizes[i] = t.size(i);
-  return empty_output(t, sizes);
+  return sizes;
 }
 
-Tensor empty_output(const Tensor& t, const std::vector<int64_t>& sizes) {
-  const int64_t dims = static_cast<int64_t>(sizes.size());
-  std::vector<int64_t> strides(sizes.size());
+// Dimensions 0, 1, ... of so many.
+Numbers in_turn(size_t dims) {
+  Numbers order(dims);
+  std::iota(order.begin(), order.end(), int64_t{0});
+  return order;
+}
+
+// Without gaps, dimensions in `order` from the outermost to the innermost.
+Numbers dense_strides(const Numbers& sizes, const Numbers& order) {
+  Numbers strides(sizes.size());
   int64_t elements = 1;
-  for (int64_t i = dims - 1; i >= 0; --i) {
-    strides[i] = elements;
-    elements *= sizes[i];
+  for (auto i = order.rbegin(); i != order.rend(); ++i) {
+    strides[*i] = elements;
+    elements *= sizes[*i];
   }
+  return strides;
+}
+
+Tensor empty_strided(const Tensor& t, const Numbers& sizes, const Numbers& strides) {
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  const int64_t elements =
+      std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());
   const int64_t bytes = elements * static_cast<int64_t>(t.element_size());
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  AtenTensorHandle handle;
   if (torch_from_blob == nullptr || bytes < kLargeBytes) {
-    Tensor out = torch::stable::new_empty(t, sizes);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        dims, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), -1, &handle));
+    Tensor out(handle);
     advise_huge_pages(out.mutable_data_ptr(), bytes);
     return out;
   }
   Buffer buffer = allocate_floats((bytes + 3) / 4);
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  AtenTensorHandle handle;
   auto* context = new BufferDeleter(buffer.get_deleter());
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
       buffer.get(), dims, sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(),
       -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, context));
   buffer.release();
   return Tensor(handle);
+}
+
+}  // namespace
+
+Tensor empty_output(const Tensor& t) { return empty_output(t, sizes_of(t)); }
+
+Tensor empty_output(const Tensor& t, const std::vector<int64_t>& sizes) {
+  return empty_strided(t, sizes, dense_strides(sizes, in_turn(sizes.size())));
+}
+
+Tensor empty_gradient(const Tensor& t) {
+  const Numbers sizes = sizes_of(t);
+  Numbers order = in_turn(sizes.size());
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
+  const Numbers strides = dense_strides(sizes, order);
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] > 1 && strides[i] != t.stride(i)) return empty_output(t, sizes);
+  return empty_strided(t, sizes, strides);
 }
 
 }  // namespace fastvlp

@@ -60,7 +60,8 @@ def cross_attention(
             float32, bfloat16 or float16 (float64 through the reference); d at most 128 on a GPU.
         k, v: [n, L, H, d], L keys for each of n segments, or [total_k, H, d] with `cu_seqlens_k`;
             the dtype and device of q. Any strides; views of a fused projection cost nothing while
-            the last axis is contiguous.
+            the last axis is contiguous. On a CPU fastest as views of [n, H, L, d], whose gradients
+            lie as they do.
         cu_seqlens_q: [n + 1] int32 or int64, from 0 to total_q, never decreasing.
         cu_seqlens_k: the same for packed keys.
         key_mask: [n, L], or [total_k], bool, True where a key is seen; any pattern. What unseen

@@ -139,6 +139,19 @@ def test_layouts_are_read_in_place_or_copied_but_not_misread(device, dtype, layo
         assert torch.equal(getattr(ours, name), getattr(run(cross_attention, plain), name)), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [45, [45, 3, 61], 600])
+def test_gradients_on_the_cpu_lie_as_dense_inputs_do(dtype, keys):
+    for layout in LAYOUTS:
+        case = draw([30, 2, 9], keys, dtype=dtype, layout=layout)
+        ours = run(cross_attention, case)
+        for name in ("q", "k", "v"):
+            gradient, tensor = getattr(ours, name), getattr(case, name)
+            dense = layout in ("contiguous", "heads first")
+            wanted = tensor if dense else tensor.contiguous()
+            assert gradient.stride() == wanted.stride(), (layout, name)
+
+
 def test_keys_shared_by_all_images(device):
     # One image's tokens expanded, without a copy, for several groups of captions.
     case = draw([5, 30, 11], 40, device=device)

@@ -239,8 +239,9 @@ def recorded(case, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("keys", [50, [50, 7]])
-def test_opcheck(device, dtype, keys):
-    case = draw([30, 4], keys, dtype=dtype, device=device, mask="holes")
+@pytest.mark.parametrize("layout", ["heads first", "fused"])
+def test_opcheck(device, dtype, keys, layout):
+    case = draw([30, 4], keys, dtype=dtype, device=device, mask="holes", layout=layout)
     for function, arguments in recorded(case, dropout_p=0.1, dropout_seed=1):
         torch.library.opcheck(function, arguments)
     for function, arguments in recorded(draw([30, 4], keys, dtype=dtype, device=device)):
