@@ -1,9 +1,9 @@
 """The contenders of cross_attention.py: ways to let packed text attend to image tokens.
 
-Every contender starts from the layout that is natural to it, prepared before the clock starts:
-fastvlp and the variable-length kernels from packed rows, the others from rows padded to the
-longest. Of those, `heads first` means contiguous [n, H, M, d] and `tokens first` the
-[n, M, H, d] that a projection leaves, seen as [n, H, M, d].
+Every contender starts from inputs prepared before the clock starts: fastvlp and the
+variable-length kernels from packed rows, the others from rows padded to the longest. `tokens
+first` means that these lie as a projection leaves them, [n, M, H, d], and `heads first` that they
+have been copied to [n, H, M, d] (of fastvlp's the keys and values).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from timing import Call, CpuClock, CudaClock
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+OURS_HEADS_FIRST = f"{OURS}, heads first"
 NEEDS_GPU = "pip install 'fastvlp[gpu]', then --device cuda"
 
 
@@ -40,8 +41,12 @@ def run(attend: Attend, tensors: Sequence[Tensor], upstream: Tensor, backward: b
     return call
 
 
-def ours(backward: bool, inputs: Inputs) -> Call:
+def ours(heads_first: bool, backward: bool, inputs: Inputs) -> Call:
     from fastvlp.ops import cross_attention
+
+    keys = [inputs.k, inputs.v]
+    if heads_first:
+        keys = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in keys]
 
     options: dict[str, Any] = {"max_seqlen_q": max(inputs.q_lengths)}
     if inputs.cu_k is not None:
@@ -54,7 +59,7 @@ def ours(backward: bool, inputs: Inputs) -> Call:
             q, k, v, inputs.cu_q, inputs.cu_k, key_mask=inputs.key_mask, **options
         )
 
-    return run(attend, (inputs.q, inputs.k, inputs.v), inputs.upstream, backward)
+    return run(attend, (inputs.q, *keys), inputs.upstream, backward)
 
 
 def peer(
@@ -164,7 +169,7 @@ def contenders(case: Case, backward: bool) -> tuple[list[Contender], list[Missin
     """Ours, the bounds and every peer that can run here; and those that cannot, with reasons."""
     stored = ("S", "O", "dV", "dP", "dQ", "dK") if backward else ("S", "O")
     found = [
-        Contender(OURS, functools.partial(ours, backward)),
+        Contender(OURS, functools.partial(ours, False, backward)),
         Contender(
             BOUND, functools.partial(products, stored), bound=True, extra={"products": len(stored)}
         ),
@@ -179,6 +184,8 @@ def contenders(case: Case, backward: bool) -> tuple[list[Contender], list[Missin
                 extra={"products": len(again)},
             )  # fmt: skip
         )
+    if case.part != "self":  # packed keys have no heads-first layout of their own
+        found.append(Contender(OURS_HEADS_FIRST, functools.partial(ours, True, backward)))
     missing = []
     masked = case.has_mask() or case.part == "self"
     for layout in ("heads first", "tokens first"):

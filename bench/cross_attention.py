@@ -143,28 +143,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line for each comparison: fastvlp against its best peer and the bounds."""
+    """A line for each of fastvlp's rows: against the best peer of any layout, the best of its own,
+    and the bounds."""
     lines = [""]
     for group in report.groups(rows):
-        ours = next(row for row in group if row["impl"] == OURS)
         timed = [row for row in group if row["ms"]]
-        peers = [row for row in timed if row["impl"] != OURS and not is_bound(row)]
-        shape = ", ".join(f"{key} {value}" for key, value in ours["shape"].items())
-        parts = [f"{OURS} {ours['ms']:.1f} ms"]
-        if peers:
-            best = min(peers, key=lambda row: row["ms"])
-            parts.append(f"{best['ms'] / ours['ms']:.2f}x as fast as {best['impl']}")
-        for bound in filter(is_bound, timed):
-            share = bound["ms"] / ours["ms"]
-            parts.append(f"{share:.0%} of the floor of {bound['products']} products")
-        lines.append(
-            f"{ours['op']} {ours['phase']} {ours['dtype']}, {shape}: " + ", ".join(parts) + "."
-        )
+        bounds = [row for row in timed if row["impl"].startswith(BOUND)]
+        peers = [row for row in timed if not row["impl"].startswith((OURS, BOUND))]
+        for ours in (row for row in timed if row["impl"].startswith(OURS)):
+            shape = ", ".join(f"{key} {value}" for key, value in ours["shape"].items())
+            parts = [f"{ours['impl']} {ours['ms']:.1f} ms"]
+            own = [row for row in peers if is_heads_first(row) == is_heads_first(ours)]
+            best = [min(each, key=lambda row: row["ms"]) for each in (peers, own) if each]
+            for peer in {row["impl"]: row for row in best}.values():
+                parts.append(f"{peer['ms'] / ours['ms']:.2f}x as fast as {peer['impl']}")
+            for bound in bounds:
+                share = bound["ms"] / ours["ms"]
+                parts.append(f"{share:.0%} of the floor of {bound['products']} products")
+            lines.append(
+                f"{ours['op']} {ours['phase']} {ours['dtype']}, {shape}: " + ", ".join(parts) + "."
+            )
     return "\n".join(lines)
 
 
-def is_bound(row: Mapping[str, Any]) -> bool:
-    return row["impl"].startswith(BOUND)
+def is_heads_first(row: Mapping[str, Any]) -> bool:
+    return row["impl"].endswith("heads first")
 
 
 if __name__ == "__main__":

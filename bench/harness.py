@@ -1,7 +1,7 @@
 """Fair comparisons of several implementations of one op, in one process and one run.
 
-The contenders alternate: every round calls each of them once, and each round starts one
-place later in the list, so that a machine that slows down or heats up slows all of them
+The contenders alternate: every round calls each of them once, in an order of its own, so that
+a machine that slows down or heats up, and what one leaves in the caches, slows all of them
 alike. Reported times are medians with their quartiles. Every script in this folder builds
 its contenders, hands them to `compare`, and gives the rows to `report`.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -81,10 +82,10 @@ class Neighbours:
         return time.perf_counter(), mine.user + mine.system, busy
 
 
-def rotation(names: Sequence[str], round_: int) -> list[str]:
-    """The order of one round: each round starts one place later."""
-    first = round_ % len(names) if names else 0
-    return [*names[first:], *names[:first]]
+def shuffled(names: Sequence[str], round_: int) -> list[str]:
+    """The order of one round, the same in every run. No call has the same one before it always,
+    which would leave it with what that one did to caches and to the heap."""
+    return random.Random(round_).sample(names, len(names))
 
 
 def alternate(
@@ -116,7 +117,7 @@ def alternate(
                 # The next round will take about as long as the mean of those before it.
                 if round_ >= min_rounds and spent * (round_ + 1) / round_ > budget_s:
                     break
-                for name in rotation(names, round_):
+                for name in shuffled(names, round_):
                     bar.update(
                         task, description=f"{label}: round {round_ + 1}, {name}", refresh=True
                     )

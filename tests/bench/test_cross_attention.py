@@ -98,11 +98,12 @@ def test_contenders_have_names_of_their_own_and_absent_ones_a_reason(part):
         assert all("pip install" in absent[name].remedy for name in ("flash-attn", "xformers"))
         assert ("flex_attention" in absent) == backward
         assert ("sdpa, heads first" in names) == (part != "self")
+        assert ("fastvlp, heads first" in names) == (part != "self")
     dropped, missing = attention_peers.contenders(case(part, dropout=0.1), True)
     assert "flex_attention" in {each.name for each in missing}
 
 
-def test_the_summary_names_the_best_peer_and_the_bounds():
+def test_the_summary_names_the_best_peers_and_the_bounds():
     def row(impl, ms, **extra):
         shared = {"op": "cross_attention", "dtype": "fp32", "shape": {"queries": 30}}
         return shared | {"impl": impl, "phase": "fwd", "ms": ms} | extra
@@ -111,12 +112,17 @@ def test_the_summary_names_the_best_peer_and_the_bounds():
         [
             row("fastvlp", 10.0),
             row("floor", 8.0, products=6),
-            row("sdpa", 30.0),
-            row("eager", 25.0),
+            row("fastvlp, heads first", 5.0),
+            row("sdpa, heads first", 20.0),
+            row("sdpa, tokens first", 40.0),
+            row("eager, tokens first", 30.0),
             row("flash-attn", None),
         ]
     )
-    assert "2.50x as fast as eager" in text and "80% of the floor of 6 products" in text
+    tokens, heads = text.split("\n")[1:]
+    assert "fastvlp 10.0 ms, 2.00x as fast as sdpa, heads first, 3.00x as fast as eager, " in tokens
+    assert "fastvlp, heads first 5.0 ms, 4.00x as fast as sdpa, heads first, 160%" in heads
+    assert "80% of the floor of 6 products" in tokens
 
 
 @pytest.mark.parametrize(

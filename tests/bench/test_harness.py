@@ -69,13 +69,20 @@ def compare(contenders, **changes):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_contenders_take_turns_and_every_round_starts_one_later(count):
-    names, seen = "abc"[:count], []
-    calls = {name: functools.partial(seen.append, name) for name in names}
-    times = timing.alternate(calls, min_rounds=4, max_rounds=4, budget_s=0.0)
-    assert [len(times[name]) for name in names] == [4] * count
-    expected = [names[r % count :] + names[: r % count] for r in range(4)]
-    assert "".join(seen) == "".join(expected)
+def test_contenders_take_turns_in_orders_that_runs_have_in_common(count):
+    names = "abc"[:count]
+
+    def run():
+        seen = []
+        calls = {name: functools.partial(seen.append, name) for name in names}
+        times = timing.alternate(calls, min_rounds=30, max_rounds=30, budget_s=0.0)
+        assert [len(times[name]) for name in names] == [30] * count
+        return ["".join(seen[i : i + count]) for i in range(0, len(seen), count)]
+
+    rounds = run()
+    assert all(sorted(each) == list(names) for each in rounds)
+    assert len(set(rounds)) == math.factorial(count)
+    assert rounds == run()
 
 
 @pytest.mark.parametrize("budget_s, rounds", [(0.0, 2), (5.0, 2), (6.5, 3), (100.0, 8)])
