@@ -1,8 +1,8 @@
 """Retrieval by ALBEF: contrastive features, then the matching head on the best candidates.
 
 Li et al., arXiv 2107.07651, section 5: for each picture the k captions, and for each caption the k
-pictures, of largest feature product are scored by the logit of "match"; the others come after. A
-pair that one of the two directions chose counts in both.
+pictures, of largest feature product are scored by the logit of "match"; the others come after.
+Each direction ranks by its own candidates; a pair that both chose is fused once.
 
 Each rank keeps the tokens of the pictures that it encoded and fuses those with their captions.
 """
@@ -48,8 +48,7 @@ def retrieval_scores(
     own, images = encoder.image_set(pictures, picture)
     texts = encoder.text_set(tokenizer, found.texts, loader.batch_size)
     matched = albef_rerank.rerank(model, images, texts, candidates, group=ranks.group, own=own)
-    either = torch.maximum(matched.text_to_image, matched.image_to_text.T)
-    for way, result in retrieval_from_scores(either, either.T, picture).items():
+    for way, result in retrieval_from_scores(*matched, picture).items():
         scores |= {f"reranked/{way}/{k}": v for k, v in result.items() if k.startswith("R@")}
     return scores
 
