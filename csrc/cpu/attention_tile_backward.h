@@ -167,7 +167,8 @@ class TileBackward {
     for (int64_t r = 0; r < b.m; r += kStepSide) {
       const int64_t left = b.queries - r < kStepSide ? b.queries - r : kStepSide;
       KeyPacker<Rows, kDim, true, false> pack;
-      pack.start(x_, rows.slice(b.first + r, left), {{}, nullptr, 0}, words_ + at_.key_rows[0], nullptr);
+      pack.start(x_, rows.slice(b.first + r, left), {{}, nullptr, 0}, words_ + at_.key_rows[0],
+                 nullptr);
       while (pack.left() > 0) pack();
       float* products = floats_ + at_.logits;
       stream_.multiply(words_ + at_.key_rows[0], kStepSide,
