@@ -22,7 +22,6 @@ from timing import Call, CpuClock, CudaClock
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-OURS_HEADS_FIRST = f"{OURS}, heads first"
 NEEDS_GPU = "pip install 'fastvlp[gpu]', then --device cuda"
 
 
@@ -185,7 +184,7 @@ def contenders(case: Case, backward: bool) -> tuple[list[Contender], list[Missin
             )  # fmt: skip
         )
     if case.part != "self":  # packed keys have no heads-first layout of their own
-        found.append(Contender(OURS_HEADS_FIRST, functools.partial(ours, True, backward)))
+        found.append(Contender(f"{OURS}, heads first", functools.partial(ours, True, backward)))
     missing = []
     masked = case.has_mask() or case.part == "self"
     for layout in ("heads first", "tokens first"):

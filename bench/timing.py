@@ -83,8 +83,8 @@ class Neighbours:
 
 
 def shuffled(names: Sequence[str], round_: int) -> list[str]:
-    """The order of one round, the same in every run. No call has the same one before it always,
-    which would leave it with what that one did to caches and to the heap."""
+    """The order of one round, the same in every run. No call always has the same one before it,
+    whose traces in caches and memory would be in all of its times."""
     return random.Random(round_).sample(names, len(names))
 
 
