@@ -63,8 +63,6 @@ inline Element element_of(const Tensor& t, const char* name, size_t i) {
   }
 }
 
-inline int64_t bytes_of(Element e) { return e == Element::kFloat32 ? 4 : 2; }
-
 inline Signature signature_of(const std::vector<TensorList>& given) {
   Signature s;
   for (const TensorList& list : given) {

@@ -18,7 +18,7 @@ struct SeenRows {
     if (seen != nullptr) {
       part.seen += first;
     } else {
-      const int64_t size = features.element == fastvlp::Element::kFloat32 ? 4 : 2;
+      const int64_t size = bytes_of(features.element);
       part.features.data = static_cast<const char*>(features.data) + first * features.stride * size;
     }
     return part;
@@ -30,7 +30,7 @@ struct SeenRows {
 template <int locality>
 [[gnu::always_inline]] inline void prefetch_row(const SeenRows& x, int64_t r, int64_t dim) {
   if (r >= x.count) return;
-  const int64_t size = x.features.element == fastvlp::Element::kFloat32 ? 4 : 2;
+  const int64_t size = bytes_of(x.features.element);
   const char* at = static_cast<const char*>(x.features.data) + x[r] * x.features.stride * size;
   for (int64_t b = 0; b < dim * size; b += 64) __builtin_prefetch(at + b, 0, locality);
 }

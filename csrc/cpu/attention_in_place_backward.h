@@ -191,7 +191,7 @@ class InPlaceBackward {
     [[gnu::always_inline]] void operator()(int count) {
       for (; count > 0 && left > 0; --count)
         for (int64_t end = left > 2 ? left - 2 : 0; left > end; --left, ++key) {
-          const int64_t row = pass.task_.seen ? pass.task_.seen[key] : key;
+          const int64_t row = pass.task_.key(key);
           const float* from = pass.floats_ + key % kUnit * kDim;
           store(from + pass.at_.dv, static_cast<uint16_t*>(dv[row]));
           store(from + pass.at_.products, static_cast<uint16_t*>(dk[row]));

@@ -49,6 +49,9 @@ struct AttentionTask {
   // A thread takes `run` heads of a segment one after another, of which this is number `place`.
   int64_t run, place;
   const AttentionTask* next_run;  // the first one of those it takes after them, null if unknown
+
+  // The row of the segment that is the r-th seen one.
+  int64_t key(int64_t r) const { return seen ? seen[r] : r; }
 };
 
 // Outputs are of the inputs' element type. Of the softmax two numbers per head and query row are

@@ -195,8 +195,7 @@ class OddKeys {
   void leave(const Row& row, const AttentionOutput& out, int64_t i) const {
     alignas(64) float numbers[kMostOddWidth];
     for (int j = 0; j < kVectors; ++j) store(numbers + j * kLanes, row[j]);
-    const int64_t key = task_.seen ? task_.seen[first_ + i] : first_ + i;
-    store_row_as<Rows, kDim>(p_, numbers, key_outputs(p_, task_, out)[key]);
+    store_row_as<Rows, kDim>(p_, numbers, key_outputs(p_, task_, out)[task_.key(first_ + i)]);
   }
 
   const AttentionProblem& p_;

@@ -91,13 +91,9 @@ int64_t scratch_floats_with(const AttentionProblem& p, int64_t queries, int64_t 
                   : ForwardLayout<Products>(x, queries, seen_keys).total;
 }
 
-inline int64_t element_size(const AttentionProblem& p) {
-  return p.element == fastvlp::Element::kFloat32 ? 4 : 2;
-}
-
 inline Features head_rows(const AttentionProblem& p, const AttentionInput& input, int64_t offset,
                           int64_t head, int64_t rows) {
-  return {static_cast<const char*>(input.data) + (offset + head * input.head) * element_size(p),
+  return {static_cast<const char*>(input.data) + (offset + head * input.head) * bytes_of(p.element),
           rows, input.row, p.element};
 }
 
@@ -146,7 +142,7 @@ struct OutputRows {
 
 inline OutputRows output_rows(const AttentionProblem& p, const AttentionOutput& out,
                               int64_t offset, int64_t head) {
-  const int64_t size = element_size(p);
+  const int64_t size = bytes_of(p.element);
   return {static_cast<char*>(out.data) + (offset + head * out.head) * size, out.row * size};
 }
 
@@ -196,7 +192,7 @@ void store_keys(const Products& x, const AttentionProblem& p, const AttentionTas
                 int64_t first, int64_t count, const float* in, const AttentionOutput& out) {
   const OutputRows to = key_outputs(p, task, out);
   for (int64_t r = 0; r < count; ++r)
-    store_row(p, in + r * x.padded_dim(), to[task.seen ? task.seen[first + r] : first + r]);
+    store_row(p, in + r * x.padded_dim(), to[task.key(first + r)]);
 }
 
 // Zero to the gradients of keys that no query sees.
@@ -209,7 +205,7 @@ inline void clear_unseen(const AttentionProblem& p, const AttentionTask& task,
     if (r < seen_keys && (task.seen == nullptr || task.seen[r] == key))
       ++r;
     else
-      std::memset(to[key], 0, p.dim * element_size(p));
+      std::memset(to[key], 0, p.dim * bytes_of(p.element));
 }
 
 // Rows [n, padded n) of a block: no key is there.

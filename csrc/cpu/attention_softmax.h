@@ -24,7 +24,7 @@ struct WeightBlock {
   int64_t n;
   float factor;     // of a product, to be a logit in units of ln 2; not negative
 
-  int64_t key(int64_t r) const { return task.seen ? task.seen[first_key + r] : first_key + r; }
+  int64_t key(int64_t r) const { return task.key(first_key + r); }
   // With a causal mask: the first of its rows that may see key r, aligned at the last key, so that
   // query i sees key j where j <= i - queries + keys. May lie outside the block.
   int64_t first_row_of(int64_t r) const { return key(r) + task.queries - task.keys - first; }

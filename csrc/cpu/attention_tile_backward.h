@@ -369,7 +369,7 @@ class TileBackward {
     int64_t left() const { return end_ - key_; }
 
     void operator()() {
-      const int64_t row = task_->seen ? task_->seen[key_] : key_;
+      const int64_t row = task_->key(key_);
       store_row_as<Rows, kDim>(*p_, dk_, dk_out_[row]);
       store_row_as<Rows, kDim>(*p_, dv_, dv_out_[row]);
       ++key_, dk_ += stride_, dv_ += stride_;

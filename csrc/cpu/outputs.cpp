@@ -1,6 +1,7 @@
 #include "outputs.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include <algorithm>
 #include <functional>
 #include <numeric>
@@ -37,22 +38,18 @@ Numbers sizes_of(const Tensor& t) {
   return sizes;
 }
 
-// Dimensions 0, 1, ... of so many.
-Numbers in_turn(size_t dims) {
-  Numbers order(dims);
-  std::iota(order.begin(), order.end(), int64_t{0});
-  return order;
-}
-
-// Without gaps, dimensions in `order` from the outermost to the innermost.
-Numbers dense_strides(const Numbers& sizes, const Numbers& order) {
-  Numbers strides(sizes.size());
+// Whether elements leave no gaps and no two share a place.
+bool is_dense(const Numbers& sizes, const Numbers& strides) {
+  Numbers inwards(sizes.size());
+  std::iota(inwards.begin(), inwards.end(), int64_t{0});
+  std::sort(inwards.begin(), inwards.end(),
+            [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
   int64_t elements = 1;
-  for (auto i = order.rbegin(); i != order.rend(); ++i) {
-    strides[*i] = elements;
+  for (auto i = inwards.rbegin(); i != inwards.rend(); ++i) {
+    if (sizes[*i] > 1 && strides[*i] != elements) return false;
     elements *= sizes[*i];
   }
-  return strides;
+  return true;
 }
 
 Tensor empty_strided(const Tensor& t, const Numbers& sizes, const Numbers& strides) {
@@ -84,18 +81,17 @@ Tensor empty_strided(const Tensor& t, const Numbers& sizes, const Numbers& strid
 Tensor empty_output(const Tensor& t) { return empty_output(t, sizes_of(t)); }
 
 Tensor empty_output(const Tensor& t, const std::vector<int64_t>& sizes) {
-  return empty_strided(t, sizes, dense_strides(sizes, in_turn(sizes.size())));
+  Numbers strides(sizes.size());
+  std::exclusive_scan(sizes.rbegin(), sizes.rend(), strides.rbegin(), int64_t{1},
+                      std::multiplies<>());
+  return empty_strided(t, sizes, strides);
 }
 
 Tensor empty_gradient(const Tensor& t) {
   const Numbers sizes = sizes_of(t);
-  Numbers order = in_turn(sizes.size());
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
-  const Numbers strides = dense_strides(sizes, order);
-  for (size_t i = 0; i < sizes.size(); ++i)
-    if (sizes[i] > 1 && strides[i] != t.stride(i)) return empty_output(t, sizes);
-  return empty_strided(t, sizes, strides);
+  Numbers strides(sizes.size());
+  for (int64_t i = 0; i < t.dim(); ++i) strides[i] = t.stride(i);
+  return is_dense(sizes, strides) ? empty_strided(t, sizes, strides) : empty_output(t, sizes);
 }
 
 }  // namespace fastvlp

@@ -15,13 +15,13 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
 }
 
 inline void convert_row(const Features& m, int64_t row, int64_t dim, float* out) {
-  const int64_t bytes = m.element == Element::kFloat32 ? 4 : 2;
+  const int64_t bytes = bytes_of(m.element);
   to_floats(static_cast<const char*>(m.data) + row * m.stride * bytes, m.element, dim, out);
 }
 
 // Writes n floats as elements [at, at + n) of `out`, rounded to nearest even.
 inline void store_row(const float* in, int64_t n, Element element, void* out, int64_t at) {
-  const int64_t bytes = element == Element::kFloat32 ? 4 : 2;
+  const int64_t bytes = bytes_of(element);
   from_floats(in, n, element, static_cast<char*>(out) + at * bytes);
 }
 

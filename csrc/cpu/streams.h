@@ -23,7 +23,7 @@ constexpr int kBlock = 128;
 constexpr int kAheadBytes = 1024;
 
 inline void* address(void* data, Element element, int64_t offset) {
-  return static_cast<char*>(data) + offset * (element == Element::kFloat32 ? 4 : 2);
+  return static_cast<char*>(data) + offset * bytes_of(element);
 }
 
 // Writes around the cache, for what is not read again soon: the line is not fetched first.
@@ -117,14 +117,14 @@ class Block {
       from_floats(values, n, element_, values_);
       from = values_;
     }
-    stream_bytes(address(data_, element_, at), from, n * (element_ == Element::kFloat32 ? 4 : 2));
+    stream_bytes(address(data_, element_, at), from, n * bytes_of(element_));
   }
 
  private:
   // The processor's own prefetcher stops at the end of each page.
   void fetch_ahead(int64_t at, int n) const {
     const char* from = static_cast<const char*>(address(data_, element_, at)) + kAheadBytes;
-    const int bytes = n * (element_ == Element::kFloat32 ? 4 : 2);
+    const int bytes = n * bytes_of(element_);
     for (int b = 0; b < bytes; b += 64) __builtin_prefetch(from + b);
   }
 

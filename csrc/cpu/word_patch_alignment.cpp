@@ -19,8 +19,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-int64_t element_bytes(Element element) { return element == Element::kFloat32 ? 4 : 2; }
-
 Element checked_element(const Tensor& t, const char* name) {
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 ||
@@ -48,7 +46,7 @@ struct Side {
         row_stride(features.stride(1)) {}
 
   AlignmentSide pair(int64_t b) const {
-    return {{data + b * pair_stride * element_bytes(element), rows, row_stride, element},
+    return {{data + b * pair_stride * bytes_of(element), rows, row_stride, element},
             padding == nullptr ? nullptr : padding + b * rows,
             results + b * rows,
             results + (pairs + b) * rows};
@@ -129,7 +127,7 @@ std::tuple<Tensor, Tensor> word_patch_alignment_gradients(const Tensor& upstream
   const WordPatchAlignmentKernels& kernels = word_patch_alignment_kernels();
   char* dx_data = static_cast<char*>(dx.mutable_data_ptr());
   char* dy_data = static_cast<char*>(dy.mutable_data_ptr());
-  const int64_t row_bytes = p.dim * element_bytes(left.element);
+  const int64_t row_bytes = p.dim * bytes_of(left.element);
   for_each_pair(left.pairs, kernels.scratch_floats(p), [&](int64_t b, float* scratch) {
     const AlignmentPair pair = {left.pair(b), right.pair(b),
                                 floats(plan) + b * p.x_rows * p.y_rows};

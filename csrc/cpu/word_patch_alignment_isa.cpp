@@ -222,7 +222,7 @@ void store_gradient(const AlignmentProblem& p, const AlignmentSide& side, const 
 
 // Rows of padding get no gradient.
 void clear_padding(const AlignmentProblem& p, const AlignmentSide& side, void* out) {
-  const int64_t bytes = p.dim * (side.features.element == Element::kFloat32 ? 4 : 2);
+  const int64_t bytes = p.dim * bytes_of(side.features.element);
   for (int64_t r = 0; r < side.features.rows; ++r)
     if (side.factor[r] == 0.0f) std::memset(static_cast<char*>(out) + r * bytes, 0, bytes);
 }
