@@ -15,7 +15,7 @@ import tyro
 from fastvlp.evaluate import picture_folders
 from fastvlp.models.checkpoints import load_any
 from fastvlp.train import parallel
-from fastvlp.train.config import read_yaml
+from fastvlp.train.config import Verify, read_yaml
 from fastvlp.train.tasks import (
     albef_retrieval,
     albef_setup,
@@ -119,6 +119,12 @@ class _OfPairs(_Common):
     split: str = "composition"
     """Of OpenMoji: train, composition or concept."""
 
+    verify: Verify = "quick"
+    """Of shards: how images are examined beforehand. decode: decode each, which takes one pass."""
+
+    max_broken: float = 0.1
+    """Of shards: the largest bearable share of broken samples, which are left out."""
+
     def loader(self, model, tokenizer, ranks):
         """The pairs, not shuffled."""
         # ViLT and ALBEF want a mask besides, CLIP finds the end of a text by itself.
@@ -130,7 +136,13 @@ class _OfPairs(_Common):
             )
         recipe, sizes = _RECIPES[model.kind]
         return data.shard_loader(
-            self.data, recipe, sizes(model.config), self.batch_size, tokenize, ranks
+            self.data,
+            recipe,
+            sizes(model.config),
+            self.batch_size,
+            tokenize,
+            ranks,
+            **data.broken_options(self),
         )
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from fastvlp.data.optional import require
 from fastvlp.train.schedules import Kind
 
+Verify = Literal["quick", "decode"]
+
 _POSITIVE = (
     "steps", "epochs", "batch_size", "chunk_size", "save_every", "keep", "log_every",
     "evaluate_every", "max_skipped",
@@ -30,6 +32,13 @@ class TrainConfig:
 
     eval_data: str | None = None
     """Shards to evaluate on, where the data are shards."""
+
+    verify: Verify = "quick"
+    """How the images of shards are examined before the run. decode: decode each, so that every
+    batch is whole; it takes one pass over the data, once."""
+
+    max_broken: float = 0.1
+    """Largest bearable share of broken samples in shards; they are left out of their batches."""
 
     model: str = "tiny"
     """Name of the model's size."""
@@ -135,6 +144,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected 0 to 1, got {self.ema}")
+        if not 0 <= self.max_broken <= 1:
+            raise ValueError(f"max_broken: expected a share, 0 to 1, got {self.max_broken}")
 
 
 @dataclass

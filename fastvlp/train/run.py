@@ -81,23 +81,27 @@ def fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str,
     evaluated = unwrap(model) if average is None else average.module
     with Log(config.folder, ranks, every=config.log_every, progress=config.progress) as log:
         log.start(loop)
-        evaluation = Evaluation(evaluated, config.evaluate_every, log)
-        loop.hooks = [log, evaluation, checkpoints]
+        evaluation = Evaluation(evaluated, config.evaluate_every, log, checkpoints)
+        # An evaluation that fails must cost neither steps nor the model: it comes after these are
+        # saved, and a run that is started again goes on from there.
+        loop.hooks = [log, checkpoints, evaluation]
         loop.run()
         checkpoints.close()
-        scores = evaluation.scores(loop)
-    _save(task, kind, evaluated, config.folder, ranks)
-    return scores
+        _save(task, kind, evaluated, config.folder, ranks)
+        return evaluation.scores(loop)
 
 
 class Evaluation:
-    """A hook that evaluates every so many steps."""
+    """A hook that evaluates every so many steps, once the last checkpoint is written."""
 
-    def __init__(self, model: nn.Module, every: int | None, log: Log) -> None:
-        self.model, self.every, self.log = model, every, log
+    def __init__(
+        self, model: nn.Module, every: int | None, log: Log, checkpoints: Checkpoints
+    ) -> None:
+        self.model, self.every, self.log, self.checkpoints = model, every, log, checkpoints
 
     def __call__(self, loop: Loop, report: Report) -> None:
         if self.every and loop.step % self.every == 0 and loop.step < loop.steps:
+            self.checkpoints.wait()
             self.scores(loop)
 
     def scores(self, loop: Loop) -> dict[str, float]:

@@ -33,6 +33,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ({"steps": 0}, "steps: expected more than 0"),
         ({"lr": -1.0}, "lr: expected 0 or more"),
         ({"ema": 1.0}, "ema: expected 0 to 1"),
+        ({"max_broken": 2.0}, "max_broken: expected a share, 0 to 1"),
         ({"epochs": None}, "steps, epochs"),
     ],
 )

@@ -15,6 +15,7 @@ from fastvlp.train.tasks.albef import AlbefTask
 from fastvlp.train.tasks.data import (
     HELD_OUT,
     bert_vocabulary,
+    broken_options,
     openmoji_captions,
     openmoji_data,
     openmoji_loader,
@@ -79,12 +80,14 @@ def _openmoji(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
 def _shards(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
     tokenizer = albef_tokenizer(bert_vocabulary(config.tokenizer, []))
     masking = MaskingTokenizer(tokenizer, rate=config.mask_rate)
-    sizes = {"size": size}
-    loader = shard_loader(config.data, "albef_pretrain", sizes, rows, masking, ranks, config.seed)
+    sizes, options = {"size": size}, broken_options(config)
+    loader = shard_loader(
+        config.data, "albef_pretrain", sizes, rows, masking, ranks, seed=config.seed, **options
+    )
     held_out = {}
     if config.eval_data is not None:
         held_out["eval"] = shard_loader(
-            config.eval_data, "albef_eval", sizes, rows, tokenizer.padded, ranks
+            config.eval_data, "albef_eval", sizes, rows, tokenizer.padded, ranks, **options
         )
     return tokenizer, loader, held_out
 

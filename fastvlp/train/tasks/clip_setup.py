@@ -19,6 +19,7 @@ from fastvlp.train.tasks.clip import (
 )
 from fastvlp.train.tasks.data import (
     HELD_OUT,
+    broken_options,
     openmoji_captions,
     openmoji_data,
     openmoji_loader,
@@ -80,13 +81,14 @@ def _openmoji(config: TrainClip, tokenizer, ranks: Ranks, rows: int, size: int):
 def _shards(config: TrainClip, tokenizer, ranks: Ranks, rows: int, size: int):
     if tokenizer is None:
         raise ValueError("tokenizer: expected a vocabulary file where the data are shards")
+    sizes, options = {"size": size}, broken_options(config)
     loader = shard_loader(
-        config.data, "clip_train", {"size": size}, rows, tokenizer, ranks, config.seed
+        config.data, "clip_train", sizes, rows, tokenizer, ranks, seed=config.seed, **options
     )
     held_out = {}
     if config.eval_data is not None:
         held_out["eval"] = shard_loader(
-            config.eval_data, "clip_eval", {"size": size}, rows, tokenizer, ranks
+            config.eval_data, "clip_eval", sizes, rows, tokenizer, ranks, **options
         )
     return tokenizer, loader, held_out, {}
 

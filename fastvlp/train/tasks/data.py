@@ -61,9 +61,10 @@ def shard_loader(
     rows: int,
     tokenizer: Callable,
     ranks: Ranks,
-    seed: int = 0,
+    **options: Any,
 ):
-    """Shards by `fastvlp.data.loader.Loader`; `sizes` are parameters of the recipe."""
+    """Shards by `fastvlp.data.loader.Loader`, whose are the `options`; `sizes` are parameters of
+    the recipe."""
     from fastvlp.data import recipes
     from fastvlp.data.loader import Loader
 
@@ -74,9 +75,14 @@ def shard_loader(
         tokenizer,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        seed=seed,
         device=ranks.device,
+        **options,
     )
+
+
+def broken_options(config: Any) -> dict[str, Any]:
+    """What settings, of a run or of an evaluation, say to `shard_loader` of broken samples."""
+    return {"verify": config.verify, "max_broken": config.max_broken}
 
 
 def bert_vocabulary(

@@ -14,6 +14,7 @@ from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.data import (
     HELD_OUT,
     bert_vocabulary,
+    broken_options,
     openmoji_captions,
     openmoji_data,
     openmoji_loader,
@@ -62,11 +63,14 @@ def _shards(config: TrainVilt, sizes: vilt.ViltConfig, ranks: Ranks, rows: int):
     tokenizer = vilt_tokenizer(source, context_length=sizes.context_length)
     masking = MaskingTokenizer(tokenizer, rate=config.mask_rate, whole_word=True, budget="padded")
     recipe = recipe_sizes(sizes)
-    loader = shard_loader(config.data, "vilt_train", recipe, rows, masking, ranks, config.seed)
+    options = broken_options(config)
+    loader = shard_loader(
+        config.data, "vilt_train", recipe, rows, masking, ranks, seed=config.seed, **options
+    )
     held_out = {}
     if config.eval_data is not None:
         held_out["eval"] = shard_loader(
-            config.eval_data, "vilt_eval", recipe, rows, tokenizer.padded, ranks
+            config.eval_data, "vilt_eval", recipe, rows, tokenizer.padded, ranks, **options
         )
     return tokenizer, loader, held_out
 
