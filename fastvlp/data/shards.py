@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from fastvlp.data import tar_scan
+
 _TEMPORARY_SUFFIX = ".partial"
 _LONGEST_NAME = 100
 
@@ -100,19 +102,23 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardRecord:
 
 
 def read_shard(path: Path) -> Iterator[Sample]:
-    """Yield the samples of a shard in order."""
+    """Yield the samples of a shard in order.
+
+    Raises:
+        ValueError: the shard is damaged; the samples before the damage were given.
+    """
     key, members = "", dict[str, bytes]()
-    with tarfile.open(path, mode="r:") as tar:
-        for member in tar:
-            content = tar.extractfile(member)
-            if content is None:
-                continue
-            next_key, _, extension = member.name.partition(".")
+    with open(path, "rb") as file:
+        for found in tar_scan.scan(file):
+            if isinstance(found, tar_scan.Damage):
+                raise ValueError(f"shard: {path} is damaged at byte {found.offset}: {found.reason}")
+            next_key, _, extension = found.name.partition(".")
             if members and next_key != key:
                 yield Sample(key, members)
                 members = {}
             key = next_key
-            members[extension] = content.read()
+            file.seek(found.offset)
+            members[extension] = file.read(found.size)
     if members:
         yield Sample(key, members)
 

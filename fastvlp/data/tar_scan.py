@@ -1,8 +1,9 @@
 """Where the members of a tar file lie, damaged files included.
 
-Python's ``tarfile`` stops at the first damage, and readers of WebDataset shards differ in how they
-take Pax headers. This scan reads headers only, goes on after a damaged one at the next whole
-header, and reports every damage by its offset.
+Python's ``tarfile`` stops at the first damage and at the first block of zeros, and readers of
+WebDataset shards differ in how they take Pax headers. This scan reads headers only, goes on after a
+damaged or zeroed one at the next whole header, reads archives that were joined into one file, and
+reports every damage by its offset.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 _BLOCK = 512
+# A tar ends with two blocks of zeros, and most programs fill up the record that these lie in.
+_END, _RECORD = 2 * _BLOCK, 20 * _BLOCK
+_CHUNK = 1 << 20
 _REGULAR = (b"0", b"\0", b"7")
 # The longest content of a Pax header or a long name that is believed.
 _LONGEST_EXTENSION = 1 << 20
@@ -47,25 +51,28 @@ def refusal(file: BinaryIO) -> str:
     if not start:
         return "it is empty"
     if start.strip(b"\0") and not _is_header(start):
-        return "it is no tar file"
+        near = min(_CHUNK, _size(file))
+        if _next_header(file, 0, near)[0] == near:
+            return "it is no tar file"
     return ""
 
 
 def scan(file: BinaryIO) -> Iterator[Member | Damage]:
     """Every member of a tar in order, and every damage where it is met."""
-    size = os.fstat(file.fileno()).st_size
-    at, name, real_size, lost = 0, None, None, False
+    size = _size(file)
+    at, name, real_size = 0, None, None
     while at + _BLOCK <= size:
         file.seek(at)
         header = file.read(_BLOCK)
         if not _is_header(header):
-            if not lost and not header.strip(b"\0"):
+            next_at, zeros = _next_header(file, at, size)
+            if reason := _damage(at, next_at, zeros, next_at == size):
+                yield Damage(at, reason)
+            if next_at == size:
                 return
-            if not lost:
-                yield Damage(at, "a damaged tar header")
-            at, lost = at + _BLOCK, True
+            # A long name before the gap belonged to the member that is lost.
+            at, name, real_size = next_at, None, None
             continue
-        lost = False
         kind, length, content = header[156:157], _number(header[124:136]), at + _BLOCK
         if kind in _REGULAR and real_size is not None:
             length = real_size
@@ -83,15 +90,52 @@ def scan(file: BinaryIO) -> Iterator[Member | Damage]:
                 yield Member(name or _name(header), content, length)
             name = real_size = None
         at = content + -(-length // _BLOCK) * _BLOCK
-    # A tar ends with blocks of zeros.
-    if not lost:
-        yield Damage(min(at, size), "the file ends without a tar's end")
+    yield Damage(min(at, size), "the file ends without a tar's end")
+
+
+def _next_header(file: BinaryIO, at: int, size: int) -> tuple[int, bool]:
+    """Where the first whole header from ``at`` on begins, ``size`` where there is none, and whether
+    all bytes before it are zeros. ``at`` is a multiple of the block's size from the last one."""
+    zeros = True
+    for start in range(at, size, _CHUNK):
+        file.seek(start)
+        chunk = file.read(min(_CHUNK, size - start))
+        first = len(chunk) - len(chunk.lstrip(b"\0"))
+        for place in range(first - first % _BLOCK, len(chunk), _BLOCK):
+            block = chunk[place : place + _BLOCK]
+            if _is_header(block):
+                return start + place, zeros
+            zeros = zeros and not block.strip(b"\0")
+    return size, zeros
+
+
+def _damage(at: int, next_at: int, zeros: bool, last: bool) -> str:
+    """Why what lies between two headers is no end of a tar, or "" where it is one.
+
+    Args:
+        at, next_at: where what is no header begins, and the header after it.
+        zeros: whether there is nothing but zeros.
+        last: whether ``next_at`` is the end of the file.
+    """
+    if not zeros:
+        return "a damaged tar header"
+    if not last:
+        what = "another tar was joined to this one, or members are lost"
+        return f"{next_at - at} bytes of zeros before the next member: {what}"
+    if next_at <= -(-(at + _END) // _RECORD) * _RECORD:
+        return ""
+    what = "more than a tar's end takes, so members may be lost"
+    return f"{next_at - at} bytes of zeros to the end of the file: {what}"
 
 
 def name_before(file: BinaryIO, offset: int) -> str:
     """The name in the header of the member whose content begins at ``offset``."""
     file.seek(offset - _BLOCK)
     return _name(file.read(_BLOCK))
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 def _is_header(block: bytes) -> bool:

@@ -70,6 +70,16 @@ def test_refuses_keys_that_readers_misread(tmp_path, key):
     assert os.listdir(tmp_path) == []
 
 
+def test_reading_a_damaged_shard_raises_where_it_is_damaged(tmp_path):
+    path = tmp_path / "a.tar"
+    write_shard(path, samples_of(5))
+    content = path.read_bytes()
+    at = content.index(b"000002.txt")
+    path.write_bytes(content[:at] + bytes(512) + content[at + 512 :])
+    with pytest.raises(ValueError, match=f"damaged at byte {at}"):
+        list(read_shard(path))
+
+
 def test_refuses_a_key_twice(tmp_path):
     with pytest.raises(ValueError, match="'k' occurs twice"):
         write_shard(tmp_path / "a.tar", [Sample("k", {"txt": b"1"}), Sample("k", {"txt": b"2"})])

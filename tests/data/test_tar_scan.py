@@ -107,3 +107,103 @@ def test_what_is_no_tar_is_refused_with_the_reason(tmp_path, content, word):
     (tmp_path / "a.tar").write_bytes(content)
     with open(tmp_path / "a.tar", "rb") as file:
         assert word in refusal(file)
+
+
+def six(path):
+    """A tar of six members of 3072 bytes each, its bytes, and where each header is."""
+    write(path, [(f"{i}.txt", bytes([i + 1]) * 2500) for i in range(6)])
+    return path.read_bytes(), [m.offset - 512 for m in found(path)]
+
+
+def split(path, content):
+    path.write_bytes(content)
+    members = found(path)
+    damages = [each for each in members if isinstance(each, Damage)]
+    return [m.name[0] for m in members if isinstance(m, Member)], damages
+
+
+def test_a_zeroed_header_costs_its_own_member(tmp_path):
+    content, headers = six(tmp_path / "a.tar")
+    for number in (0, 3, 5):
+        at = headers[number]
+        zeroed = content[:at] + bytes(512) + content[at + 512 :]
+        names, damages = split(tmp_path / "b.tar", zeroed)
+        assert names == [name for name in "012345" if name != str(number)]
+        assert damages == [Damage(at, "a damaged tar header")]
+
+
+def test_zeros_in_place_of_members_are_read_past_and_named(tmp_path):
+    content, headers = six(tmp_path / "a.tar")
+    begin, end = headers[2], headers[4]
+    names, (damage,) = split(
+        tmp_path / "b.tar", content[:begin] + bytes(end - begin) + content[end:]
+    )
+    assert names == ["0", "1", "4", "5"] and damage.offset == begin
+    assert f"{end - begin} bytes of zeros before the next member" in damage.reason
+    begin = headers[2] + 700
+    names, (damage,) = split(tmp_path / "b.tar", content[:begin] + bytes(len(content) - begin))
+    assert names == ["0", "1", "2"] and damage.offset == headers[3]
+    assert "zeros to the end of the file" in damage.reason
+    names, (damage,) = split(tmp_path / "b.tar", bytes(3 << 20))
+    assert not names and damage.offset == 0
+
+
+@pytest.mark.parametrize("end", [None, 512, 1024])
+def test_a_tars_own_end_is_no_damage(tmp_path, end):
+    content, headers = six(tmp_path / "a.tar")
+    whole = content if end is None else content[: headers[5] + 3072 + end]
+    assert split(tmp_path / "b.tar", whole) == (list("012345"), [])
+
+
+def test_archives_joined_into_one_file_are_all_read(tmp_path):
+    content, headers = six(tmp_path / "a.tar")
+    bare = content[: headers[5] + 3072 + 1024]
+    for one, other in ((content, content), (bare, content), (content, bare)):
+        names, damages = split(tmp_path / "b.tar", one + other + one)
+        assert names == list("012345") * 3
+        # Zeros may as well stand where members were.
+        assert all("another tar was joined" in damage.reason for damage in damages)
+        assert len(damages) == 2
+
+
+def test_a_long_name_is_not_given_to_the_member_after_a_damage(tmp_path):
+    path = tmp_path / "a.tar"
+    write(path, [("l" * 150, b"1"), ("next", b"2")], "gnu")
+    at = found(path)[0].offset
+    content = path.read_bytes()
+    path.write_bytes(content[: at - 512] + bytes(512) + content[at:])
+    damage, member = found(path)
+    assert damage.offset == at - 512 and member.name == "next"
+
+
+def test_a_damaged_first_header_does_not_make_it_no_tar(tmp_path):
+    content, _ = six(tmp_path / "a.tar")
+    names, (damage,) = split(tmp_path / "b.tar", b"x" * 512 + content[512:])
+    assert names == list("12345") and damage.offset == 0
+
+
+@settings(max_examples=60)
+@given(
+    sizes=st.lists(st.integers(0, 1300), min_size=1, max_size=6),
+    spans=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=3),
+    fill=st.sampled_from([b"\0", b"x"]),
+)
+def test_no_member_is_lost_without_a_damage(tmp_path_factory, sizes, spans, fill):
+    """Blocks are overwritten anywhere: what is found was there, and all that is lost is told."""
+    path = tmp_path_factory.mktemp("tar") / "a.tar"
+    write(path, [(f"{i}.txt", bytes([i + 1]) * size) for i, size in enumerate(sizes)])
+    whole = found(path)
+    content = bytearray(path.read_bytes()[: whole[-1].offset + -(-sizes[-1] // 512) * 512])
+    blocks = len(content) // 512
+    for begin, end in spans:
+        first, last = sorted((int(begin * blocks), int(end * blocks)))
+        content[first * 512 : last * 512] = fill * ((last - first) * 512)
+    # Without a block after the last member, zeros in its place would be a tar's end.
+    path.write_bytes(content + b"\1" * 512 + bytes(1024))
+    with open(path, "rb") as file:
+        if refusal(file):
+            return
+        seen = list(scan(file))
+    members = [each for each in seen if isinstance(each, Member)]
+    assert [m for m in whole if m in members] == members
+    assert len(members) == len(whole) or len(seen) > len(members)
