@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -57,8 +58,9 @@ class Batch:
     # What the tokenizer made of the captions; None without one.
     tokens: Any
     captions: list[str]
-    # int64 [n], equal for samples of the same id: the id where it is a number below 2^63, else a
-    # hash of it; of the sample's own place where it has none.
+    # int64 [n], equal for samples of the same id, compared as it is written ("7" is not "007"): the
+    # id where it is a plain number of at most 18 digits, else a hash of it; of the sample's own
+    # place where it has none.
     ids: torch.Tensor
     # int64 [n], the samples' places in the unshuffled data set.
     index: torch.Tensor
@@ -354,7 +356,9 @@ class Loader:
         self._bear(broken, self.samples + len(broken), "samples")
         self._bear(refused, len(self._shards.paths), "shards")
         if not self.samples:
-            raise TooManyBroken(f"shards: no good sample in any of {len(self._shards.paths)}")
+            paths = self._shards.paths
+            some = "; ".join(map(str, faults[:3])) or f"{paths[0]}: it holds no member"
+            raise TooManyBroken(f"shards: no good sample in any of {len(paths)}; the first: {some}")
 
     def _check_found(self) -> None:
         share = -(-self.samples // self.world_size)
@@ -371,7 +375,7 @@ class Loader:
 
 def _number(raw: RawSample) -> int:
     """An int64 that stands for the sample's id."""
-    if raw.id is not None and raw.id.isascii() and raw.id.isdigit() and len(raw.id) < 19:
+    if raw.id is not None and re.fullmatch("0|[1-9][0-9]{0,17}", raw.id):
         return int(raw.id)
     text = raw.id if raw.id is not None else f"\0{raw.index}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
