@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +20,7 @@ from functools import lru_cache
 import numpy as np
 
 from fastvlp.data.draws import permutation
+from fastvlp.data.optional import require
 from fastvlp.data.shard_index import Fault, index_of
 from fastvlp.data.tar_scan import name_before
 
@@ -39,25 +40,18 @@ class RawSample:
 
 
 def expand(shards: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
-    """Paths named by paths, folders, globs or brace patterns (``{00..17}``, ``{a,b}``).
+    """Paths named by paths, folders, globs or brace patterns.
 
-    Globs and folders are sorted, the rest keeps its order.
+    Globs and folders are sorted, the rest keeps its order. Braces are those of bash and webdataset:
+    ``{00..17}``, ``{17..00}`` backwards, ``{0..16..4}`` in steps, ``{a,b{0..3}}``. What is there
+    under its name as written, braces or not, is that file or folder.
 
     Raises:
         FileNotFoundError: a path does not exist or a pattern matches nothing.
         ValueError: nothing is named, or a file twice.
     """
     given = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
-    found: list[str] = []
-    for pattern in given:
-        for path in _braces(os.fspath(pattern)):
-            if os.path.isdir(path):
-                matches = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
-            else:
-                matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
-            if not matches:
-                raise FileNotFoundError(f"shards: nothing is there: {path!r}")
-            found += matches
+    found = [path for pattern in given for path in _expanded(os.fspath(pattern))]
     if not found:
         raise ValueError("shards: expected at least one path or pattern; got none")
     for path, count in Counter(found).items():
@@ -66,20 +60,50 @@ def expand(shards: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]
     return found
 
 
-def _braces(pattern: str) -> Iterator[str]:
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        yield pattern
-        return
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if numbers:
-        first, last = numbers.groups()
-        width = len(first) if first.startswith("0") else 0
-        choices = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
-    else:
-        choices = match[1].split(",")
-    for choice in choices:
-        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
+def _expanded(pattern: str) -> Iterator[str]:
+    literal, rest = _there(pattern)
+    for choice in _braces(rest):
+        path = literal + choice
+        if os.path.isdir(path):
+            matches = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+        elif os.path.exists(path):
+            matches = [path]
+        else:
+            matches = sorted(glob.glob(glob.escape(literal) + choice))
+        if not matches:
+            raise FileNotFoundError(f"shards: {_nothing_at(path)}")
+        yield from matches
+
+
+def _there(pattern: str) -> tuple[str, str]:
+    """The longest beginning of a pattern that is there as it is written, and the rest."""
+    literal = pattern
+    while literal and not os.path.exists(literal):
+        shorter = os.path.dirname(literal)
+        literal = shorter if shorter != literal else ""
+    return literal, pattern[len(literal) :]
+
+
+def _braces(pattern: str) -> Iterable[str]:
+    if "{" not in pattern:
+        return [pattern]
+    library = require("braceexpand")
+    try:
+        return library.braceexpand(pattern, escape=False)
+    except library.UnbalancedBracesError:  # a plain name, as bash has it
+        return [pattern]
+
+
+def _nothing_at(path: str) -> str:
+    if not os.path.isdir(path):
+        return f"nothing is there: {path!r}"
+    packed = sorted(name for name in os.listdir(path) if re.search(r"\.(tgz|tar\.\w+)$", name))
+    if packed:
+        return (
+            f"expected .tar files in {path!r}; {packed[0]!r} is compressed, as are {len(packed)} "
+            f"in all: decompress them (gunzip), members are read at random"
+        )
+    return f"expected .tar files in {path!r}; there are none"
 
 
 class ShardSet:
@@ -132,13 +156,16 @@ class ShardSet:
         """One sample's content.
 
         Raises:
-            OSError: the shard cannot be read or is shorter than it was when it was indexed.
+            OSError: the shard cannot be read or is not as it was when it was indexed.
         """
         path, entry = self._entry(sample)
         image, text, identity = _read_parts(path, [entry[0:2], entry[2:4], entry[4:6]])
-        return RawSample(
-            sample, path, image, text.decode(), None if entry[5] < 0 else identity.decode().strip()
-        )
+        try:
+            caption = text.decode()
+            written = None if entry[5] < 0 else identity.decode()
+        except ValueError as error:
+            raise OSError(f"{path} is not as it was when it was indexed: {error}") from error
+        return RawSample(sample, path, image, caption, written)
 
     def name(self, sample: int) -> tuple[str, str]:
         """A sample's shard and the name of its image there, for messages."""
