@@ -21,14 +21,21 @@ import numpy as np
 from fastvlp.data import image_check, tar_scan
 from fastvlp.data.cache import cache_root
 from fastvlp.data.shards import atomic_file
+from fastvlp.data.stray_files import belongs_to_no_sample, is_about
 from fastvlp.data.tar_scan import Damage, Member
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
-# Byte ranges in the shard; a sample without an id has id_size -1.
+# What a caption may lie in, the first that a sample has; of a .json, under one of these keys.
+_CAPTION_EXTENSIONS = ("txt", "caption", "json")
+_CAPTION_KEYS = ("caption", "text")
+# Byte ranges in the shard; a sample without an id has id_size -1. `text_json` is 1 where the
+# caption is to be taken out of a .json.
 ENTRY = np.dtype(
     [(f"{part}{field}", np.int64) for part in ("image", "text", "id") for field in ("", "_size")]
+    + [("text_json", np.int64)]
 )
-_FORMAT = 1
+# Raise when a scan comes to find something else in the same shard.
+_FORMAT = 2
 _LONGEST_CAPTION, _LONGEST_ID = 1 << 20, 1 << 12
 
 
@@ -89,32 +96,50 @@ def index_of(path: str, decode: bool = False, cache_dir: str | os.PathLike | Non
 
 
 def scan_shard(path: str, decode: bool = False) -> ShardIndex:
-    """Scan a shard. A file that is no plain tar gives an index without samples and its fault."""
+    """Scan a shard. A file that is no plain tar gives an index without samples and its fault.
+
+    Members that are no part of any sample (hidden files, READMEs, names without an extension) are
+    passed over.
+    """
     with open(path, "rb") as file:
         if reason := tar_scan.refusal(file):
             return ShardIndex(path, np.empty(0, ENTRY), (Fault("refused shard", path, "", reason),))
-        entries, faults = [], []
-        for key, parts in _grouped(tar_scan.scan(file)):
+        entries, faults, strays = [], [], []
+        for key, parts in _grouped(tar_scan.scan(file), strays):
             if isinstance(parts, Damage):
                 at = f"{parts.reason} at byte {parts.offset}"
                 faults.append(Fault("damaged shard", path, key, at))
+                continue
+            if _is_about(parts):
+                strays += parts
                 continue
             kind, found = _examined(file, parts, decode)
             if kind:
                 faults.append(Fault(kind, path, key, found))
             else:
                 entries.append(found)
+    if strays and not entries and not faults:
+        reason = (
+            f"it holds no sample: expected members KEY.jpg and KEY.txt; found {len(strays)} other "
+            f"files, the first {strays[0].name!r}"
+        )
+        faults.append(Fault("refused shard", path, "", reason))
     return ShardIndex(path, np.array(entries, ENTRY), tuple(faults))
 
 
-def _grouped(found: Iterable[Member | Damage]) -> Iterator[tuple[str, list[Member] | Damage]]:
-    """Neighbouring members of the same key; damages as they come."""
+def _grouped(
+    found: Iterable[Member | Damage], strays: list[Member]
+) -> Iterator[tuple[str, list[Member] | Damage]]:
+    """Neighbouring members of the same key; damages as they come. Adds to ``strays``."""
     key, parts = "", list[Member]()
     for each in found:
         if isinstance(each, Damage):
             if each.name and _key(each.name) == key:
                 parts = []  # the rest of the sample is lost with it
             yield _key(each.name), each
+            continue
+        if belongs_to_no_sample(each.name):
+            strays.append(each)
             continue
         if parts and _key(each.name) != key:
             yield key, parts
@@ -125,47 +150,79 @@ def _grouped(found: Iterable[Member | Damage]) -> Iterator[tuple[str, list[Membe
         yield key, parts
 
 
+def _is_about(parts: list[Member]) -> bool:
+    return all(is_about(part.name) and _extension(part) not in IMAGE_EXTENSIONS for part in parts)
+
+
 def _key(name: str) -> str:
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]
 
 
+def _extension(member: Member) -> str:
+    return member.name.rpartition("/")[2].partition(".")[2].lower()
+
+
 def _examined(file: BinaryIO, parts: list[Member], decode: bool):
     """("", entry) of a good sample, (kind, reason) of a broken one."""
-    by_use: dict[str, list[Member]] = {"image": [], "text": [], "id": []}
+    by_extension: dict[str, list[Member]] = {}
     for part in parts:
-        extension = part.name.rpartition("/")[2].partition(".")[2].lower()
-        use = {"txt": "text", "id": "id"}.get(extension)
-        if extension in IMAGE_EXTENSIONS:
-            use = "image"
-        if use:
-            by_use[use].append(part)
-    for use, what in (("image", "image"), ("text", "caption (.txt)")):
-        if not by_use[use]:
+        use = _extension(part)
+        by_extension.setdefault("image" if use in IMAGE_EXTENSIONS else use, []).append(part)
+    images, ids = by_extension.get("image", []), by_extension.get("id", [])
+    source = next((e for e in _CAPTION_EXTENSIONS if e in by_extension), None)
+    texts = by_extension.get(source, [])
+    for members, what in ((images, "image"), (texts, "caption (.txt, .caption or .json)")):
+        if not members:
             return "missing part", f"the sample has no {what}"
-    for use, members in by_use.items():
+    for members, what in ((images, "image"), (texts, "text"), (ids, "id")):
         if len(members) > 1:
             names = " and ".join(member.name for member in members)
-            return "repeated part", f"the sample has more than one {use}: {names}"
+            return "repeated part", f"the sample has more than one {what}: {names}"
 
-    text, image = by_use["text"][0], by_use["image"][0]
-    if reason := _text_fault(file, text, _LONGEST_CAPTION, "caption"):
+    image, text, in_json = images[0], texts[0], source == "json"
+    if reason := _text_fault(file, text, _LONGEST_CAPTION, "caption", in_json):
         return "caption", reason
-    if by_use["id"] and (reason := _text_fault(file, by_use["id"][0], _LONGEST_ID, "id")):
+    if ids and (reason := _text_fault(file, ids[0], _LONGEST_ID, "id")):
         return "id", reason
     if reason := image_check.fault(_read(file, image), decode):
         return "image", reason
-    identity = by_use["id"][0] if by_use["id"] else Member("", 0, -1)
-    return "", tuple(n for part in (image, text, identity) for n in (part.offset, part.size))
+    identity = ids[0] if ids else Member("", 0, -1)
+    ranges = [n for part in (image, text, identity) for n in (part.offset, part.size)]
+    return "", (*ranges, int(in_json))
 
 
-def _text_fault(file: BinaryIO, member: Member, longest: int, what: str) -> str:
+def caption_in_json(content: bytes) -> str:
+    """The caption of a sample's .json.
+
+    Raises:
+        ValueError: there is none; the message says why.
+    """
+    try:
+        found = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    found = found if isinstance(found, dict) else {}
+    for key in _CAPTION_KEYS:
+        if isinstance(found.get(key), str):
+            return found[key].encode().decode()  # lone surrogates are no text
+    names = " or ".join(f'"{key}"' for key in _CAPTION_KEYS)
+    raise ValueError(f"it has no text under {names}")
+
+
+def _text_fault(
+    file: BinaryIO, member: Member, longest: int, what: str, in_json: bool = False
+) -> str:
     if member.size > longest:
         return f"the {what} has {member.size} bytes, more than {longest}"
+    content = _read(file, member)
     try:
-        return "" if _read(file, member).decode().strip() else f"the {what} is empty"
-    except UnicodeDecodeError:
+        text = caption_in_json(content) if in_json else content.decode()
+    except UnicodeError:
         return f"the {what} is not UTF-8"
+    except ValueError as error:
+        return f"no {what} in the .json, the only text of the sample: {error}"
+    return "" if text.strip() else f"the {what} is empty"
 
 
 def _read(file: BinaryIO, member: Member) -> bytes:

@@ -21,7 +21,7 @@ import numpy as np
 
 from fastvlp.data.draws import permutation
 from fastvlp.data.optional import require
-from fastvlp.data.shard_index import Fault, index_of
+from fastvlp.data.shard_index import Fault, caption_in_json, index_of
 from fastvlp.data.tar_scan import name_before
 
 # Parts of a sample that lie within this many bytes are read at once.
@@ -161,7 +161,7 @@ class ShardSet:
         path, entry = self._entry(sample)
         image, text, identity = _read_parts(path, [entry[0:2], entry[2:4], entry[4:6]])
         try:
-            caption = text.decode()
+            caption = caption_in_json(text) if entry[6] else text.decode()
             written = None if entry[5] < 0 else identity.decode()
         except ValueError as error:
             raise OSError(f"{path} is not as it was when it was indexed: {error}") from error

@@ -1,8 +1,11 @@
 """Indexes of shards: good samples, every fault by name, and the cache."""
 
 import gzip
+import io
+import json
 import os
 import shutil
+import tarfile
 
 import numpy as np
 import photo_shards
@@ -87,6 +90,59 @@ def test_a_gzipped_shard_is_refused_by_name(tmp_path):
     assert found.kind == "refused shard" and "gunzip" in str(found) and not found.is_sample
 
 
+def tar(path, members):
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return scan_shard(str(path))
+
+
+def test_files_that_are_no_part_of_a_sample_are_passed_over(tmp_path):
+    members = [
+        ("README", b"about"),
+        ("LICENSE.txt", b"mine"),
+        ("notes.md", b"x"),
+        (".DS_Store", b""),
+    ]
+    for n in range(3):
+        members += [(f"d/._{n}.jpg", b"x"), (f"d/{n}.jpg", photo_shards.jpeg(n))]
+        members += [(f"d/._{n}.txt", b"x"), (f"d/{n}.txt", b"caption")]
+    members += [("__MACOSX/._d", b""), ("d/Thumbs.db", b""), ("alone.txt", b"a caption")]
+    index = tar(tmp_path / "a.tar", members)
+    assert len(index) == 3
+    assert [(f.kind, f.key) for f in index.faults] == [("missing part", "alone")]
+    # A sample may have such a name.
+    index = tar(tmp_path / "b.tar", [("readme.jpg", photo_shards.jpeg(0)), ("readme.txt", b"a")])
+    assert len(index) == 1 and not index.faults
+
+
+def test_a_shard_of_other_files_is_refused_with_the_reason(tmp_path):
+    (found,) = tar(tmp_path / "a.tar", [("README", b"a"), ("image", b"b")]).faults
+    assert found.kind == "refused shard" and "expected members KEY.jpg and KEY.txt" in found.reason
+
+
+def test_captions_in_other_members(tmp_path):
+    image = photo_shards.jpeg(0)
+    texts = {
+        "a": {"caption": b"of a"},
+        "b": {"json": json.dumps({"url": "u", "caption": "of b é"}).encode()},
+        "c": {"json": b'{"caption": "not me"}', "txt": b"of c"},
+        "d": {"json": b'{"text": "of d"}'},
+        "e": {"json": b'{"title": "no"}'},
+        "f": {"json": b"[" * 100_000},
+        "g": {"json": b'{"caption": "\\ud800"}'},
+        "h": {"json": b'{"caption": " "}'},
+    }
+    path = tmp_path / "a.tar"
+    write_shard(path, [Sample(key, {"jpg": image} | text) for key, text in texts.items()])
+    shards = ShardSet([str(path)], cache_dir=tmp_path / "c")
+    assert [shards.read(n).caption for n in range(4)] == ["of a", "of b é", "of c", "of d"]
+    assert [(f.kind, f.key) for f in shards.faults] == [("caption", key) for key in "efgh"]
+    assert 'no text under "caption" or "text"' in shards.faults[0].reason
+
+
 def test_an_index_is_made_once_until_the_shard_changes(tmp_path, monkeypatch):
     path, cache = str(tmp_path / "a.tar"), tmp_path / "cache"
     samples = [photo_shards.good(0), photo_shards.broken(3)]
@@ -128,6 +184,35 @@ def test_expands_patterns(tmp_path):
         expand([f"{base}/b.tar", f"{base}/b*.tar"])
     with pytest.raises(ValueError, match="at least one"):
         expand([])
+
+
+def test_braces_expand_as_in_bash_and_names_with_braces_open(tmp_path):
+    for name in ("a-1", "a-2", "a-3", "b-08", "b-09", "b-10", "{1..3}", "{x,y}"):
+        (tmp_path / f"{name}.tar").write_text("")
+    (tmp_path / "{p,q}[1]").mkdir()
+    (tmp_path / "{p,q}[1]" / "a-1.tar").write_text("")
+    base = str(tmp_path)
+
+    def names(pattern):
+        return [os.path.relpath(path, base)[:-4] for path in expand(f"{base}/{pattern}")]
+
+    assert names("a-{3..1}.tar") == ["a-3", "a-2", "a-1"]
+    assert names("a-{1..3..2}.tar") == ["a-1", "a-3"]
+    assert names("b-{08..10}.tar") == ["b-08", "b-09", "b-10"]
+    assert names("{b-{10..09},a-{1,2}}.tar") == ["b-10", "b-09", "a-1", "a-2"]
+    assert names("{1..3}.tar") == ["{1..3}"] and names("{x,y}.tar") == ["{x,y}"]
+    assert names("{p,q}[1]/a-{1..1}.tar") == names("{p,q}[1]/*.tar") == ["{p,q}[1]/a-1"]
+    with pytest.raises(FileNotFoundError, match="nothing is there"):
+        names("a-{1..3.tar")
+
+
+def test_a_folder_of_compressed_shards_says_what_to_do(tmp_path):
+    (tmp_path / "a.tar.gz").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"'a.tar.gz' is compressed.*gunzip"):
+        expand(tmp_path)
+    (tmp_path / "a.tar.gz").rename(tmp_path / "a.txt")
+    with pytest.raises(FileNotFoundError, match=r"expected \.tar files in .*there are none"):
+        expand(tmp_path)
 
 
 def test_headers_of_jpegs():
