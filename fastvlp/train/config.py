@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastvlp.data.optional import require
+from fastvlp.train import ranges
 from fastvlp.train.schedules import Kind
 
 Verify = Literal["quick", "decode"]
-
-_POSITIVE = (
-    "steps", "epochs", "batch_size", "chunk_size", "save_every", "keep", "log_every",
-    "evaluate_every", "max_skipped",
-)  # fmt: skip
 
 
 @dataclass
@@ -135,17 +131,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:
             raise ValueError("steps, epochs: expected one of the two, got neither")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}: expected more than 0, got {value}")
-        for name in ("lr", "eps", "weight_decay", "warmup", "warmup_lr", "final_lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema: expected 0 to 1, got {self.ema}")
-        if not 0 <= self.max_broken <= 1:
-            raise ValueError(f"max_broken: expected a share, 0 to 1, got {self.max_broken}")
+        ranges.check(self)
 
 
 @dataclass
@@ -233,8 +219,6 @@ class TrainAlbef(TrainConfig):
                 "parallel: expected ddp; the momentum twin and re-ranking, which calls fusion "
                 f"unequally often on each rank, are not sharded; got {self.parallel}"
             )
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha: expected 0 to 1, got {self.alpha}")
 
 
 # Of Radford et al. 2021, tables 18 to 20, for ViT-B/32.

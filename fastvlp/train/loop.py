@@ -68,7 +68,7 @@ class Loop:
         schedule: the learning rate of each step.
         steps: of the whole run.
         precision: dtype of the products under autocast, or None.
-        clip_norm: largest norm of the gradients over all ranks.
+        clip_norm: largest norm of the gradients over all ranks, more than 0; None for no clipping.
         group: the ranks, or None.
         max_skipped: FloatingPointError after so many steps in a row with gradients that are not
             finite. Such a step leaves weights, averages and optimiser as they were.
@@ -90,6 +90,10 @@ class Loop:
         max_skipped: int = 25,
         hooks: Sequence[Hook] = (),
     ) -> None:
+        if clip_norm is not None and not 0 < clip_norm < float("inf"):
+            raise ValueError(
+                f"clip_norm: expected a number more than 0, or None for none, got {clip_norm}"
+            )
         self.task, self.model, self.loader = task, model, loader
         self.optimizer, self.schedule, self.steps = optimizer, schedule, steps
         self.precision, self.clip_norm, self.group = precision, clip_norm, group
@@ -124,7 +128,9 @@ class Loop:
         finite = norm < float("inf")  # NaN is not
         lr = self.schedule(self.step)
         if finite:
-            factor = min(1.0, self.clip_norm / max(norm, 1e-12)) if self.clip_norm else 1.0
+            factor = 1.0
+            if self.clip_norm is not None:
+                factor = min(1.0, self.clip_norm / max(norm, 1e-12))
             if factor != self.scale.value:
                 parallel.scale_(gradients, factor / self.scale.value)
             for options in self.optimizer.param_groups:

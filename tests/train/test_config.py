@@ -6,6 +6,7 @@ import pytest
 from tiny_run import settings
 
 from fastvlp.commands.train import SYSTEMS, parse
+from fastvlp.train import ranges
 from fastvlp.train.config import PRESETS, TrainClip, from_mapping, read_yaml, to_yaml
 
 
@@ -33,7 +34,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ({"steps": 0}, "steps: expected more than 0"),
         ({"lr": -1.0}, "lr: expected 0 or more"),
         ({"ema": 1.0}, "ema: expected 0 to 1"),
-        ({"max_broken": 2.0}, "max_broken: expected a share, 0 to 1"),
+        ({"max_broken": 2.0}, "max_broken: expected 0 to 1"),
         ({"epochs": None}, "steps, epochs"),
     ],
 )
@@ -77,3 +78,45 @@ def test_other_systems_and_presets_are_refused():
         parse(["vil"])
     with pytest.raises(ValueError, match="preset: expected one of openmoji, paper"):
         parse(["clip", "--preset", "best"])
+
+
+OUTSIDE = [
+    pytest.param(cls, name, value, id=f"{cls.__name__}-{name}-{value}")
+    for cls in SYSTEMS.values()
+    for name, kind in ranges.numeric_fields(cls).items()
+    for value in ([-1] if kind is int else [float("nan"), float("inf"), float("-inf"), -1.0])
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), OUTSIDE)
+def test_every_number_has_a_range(cls, name, value):
+    given = (0.5, value) if isinstance(getattr(cls(), name), tuple) else value
+    with pytest.raises(ValueError, match=f"{name}: expected .* got {value}"):
+        cls(**{name: given})
+
+
+def test_numeric_fields_are_those_of_the_annotations():
+    found = ranges.numeric_fields(SYSTEMS["albef"])
+    assert found["betas"] is float and found["queue_size"] is int and found["alpha"] is float
+    assert not {"match_ids", "folder", "precision", "model", "progress"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("clip_norm", 0.0, "more than 0"),
+        ("betas", (0.9, 1.0), "0 to 1, 1 excluded"),
+        ("mask_rate", 0.0, "0 to 1, 0 excluded"),
+        ("alpha", 1.5, "0 to 1, got"),
+        ("seed", 2**32, f"0 to {2**32 - 1}"),
+    ],
+)
+def test_ends_of_a_range_belong_to_it_or_not(name, value, expected):
+    with pytest.raises(ValueError, match=f"{name}: expected {expected}"):
+        SYSTEMS["albef"](**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", 1.5), ("lr", "1"), ("keep", True)])
+def test_what_is_no_number_is_refused(name, value):
+    with pytest.raises(TypeError, match=f"{name}: expected a .*number, got"):
+        TrainClip(**{name: value})

@@ -136,6 +136,12 @@ def test_gradients_are_clipped_to_the_norm_over_all_of_them(make):
         torch.testing.assert_close(ours, p.grad)
 
 
+@pytest.mark.parametrize("norm", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_norm_to_clip_to_is_a_positive_number(make, norm):
+    with pytest.raises(ValueError, match="clip_norm: expected a number more than 0"):
+        make(clip_norm=norm)
+
+
 def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_while():
     scale = LossScale(True, start=8.0, patience=2)
     values = []
