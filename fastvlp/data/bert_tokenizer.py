@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from fastvlp.data.cleaning import clean_albef
+from fastvlp.data.cleaning import clean_albef, cut
 from fastvlp.data.optional import require
 from fastvlp.data.shards import atomic_file
 from fastvlp.data.text_batch import TextTokenizer, packaged_file
@@ -130,7 +130,7 @@ def train_wordpiece(
     """Learn the pieces of a BertTokenizer from ``captions``; equal captions give equal pieces.
 
     Args:
-        captions: the training captions.
+        captions: the training captions, of each the first 4096 characters.
         vocab_size: largest number of ids, the five special ones ([PAD] to [MASK], 0 to 4)
             included. It is gone over rather than lose a character.
         lowercase: as for BertTokenizer, as are ``options``. ``clean`` is applied here too.
@@ -139,7 +139,7 @@ def train_wordpiece(
         ValueError: there are no captions, or ``vocab_size`` leaves room for nothing.
     """
     clean = options.get("clean")
-    captions = [clean(c) for c in captions] if clean else list(captions)
+    captions = [clean(cut(c)) if clean else cut(c) for c in captions]
     if not captions:
         raise ValueError("captions: expected at least one; got none")
     if vocab_size <= len(SPECIAL):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from fastvlp.data.cleaning import cut
 from fastvlp.data.optional import require
 from fastvlp.data.shards import atomic_file
 
@@ -55,16 +56,18 @@ class CaptionTokenizer:
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
         """Encode captions to int64 ids ``[len(captions), context_length]``.
 
-        Longer captions lose their last words, never their [EOT]. The rest is filled with 0.
+        Longer captions lose their last words, never their [EOT]. The rest is filled with 0. Of a
+        caption the first 4096 characters are read, or 32 for each id of a longer context.
 
         Raises:
             TypeError: ``captions`` is a single string or holds something else than strings.
         """
         if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
             raise TypeError("captions: expected a list of strings; put a single caption in a list")
-        encoded = self._tokenizer.encode_batch(list(captions))
+        context = self.context_length
+        encoded = self._tokenizer.encode_batch([cut(caption, context) for caption in captions])
         ids = torch.tensor([e.ids for e in encoded], dtype=torch.int64)
-        return ids.view(len(captions), self.context_length)
+        return ids.view(len(captions), context)
 
     def decode(self, ids: torch.Tensor) -> list[str]:
         """The text of ids ``[n, length]`` without special tokens; unknown words are lost."""
@@ -93,7 +96,7 @@ def train_tokenizer(
     Text is lower-cased, stripped of accents, and split at white space and around punctuation.
 
     Args:
-        captions: the training captions.
+        captions: the training captions, of each the first 4096 characters.
         model: "word" gives every word an id and all words not seen in training the one id of
             [UNK]; "bpe" splits words into pieces (byte-pair encoding, Sennrich et al. 2016), so
             that an unseen word is still spelled out.
@@ -105,7 +108,7 @@ def train_tokenizer(
         ValueError: ``model`` is unknown, ``vocab_size`` or ``context_length`` too small to hold
             anything, or there are no captions.
     """
-    captions = list(captions)
+    captions = [cut(caption, context_length or 0) for caption in captions]
     if model not in ("word", "bpe"):
         raise ValueError(f"model: expected 'word' or 'bpe'; got {model!r}")
     if vocab_size <= len(_SPECIAL):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from fastvlp.data.cleaning import cut
 from fastvlp.ops.packing import TextLayout
 
 if TYPE_CHECKING:
@@ -87,6 +88,9 @@ class TextTokenizer:
         Raises:
             TypeError: ``captions`` is a single string or holds something else than strings.
             ValueError: a caption has more than ``context_length`` ids and ``truncate`` is off.
+
+        Of a caption its beginning is encoded, as `cleaning.cut` gives it: 4096 characters, or
+        32 for each id of a longer context; a longer one is an error where ``truncate`` is off.
         """
         return self.padded(captions).ids
 
@@ -119,21 +123,34 @@ class TextTokenizer:
         """The ids of each caption, special ones included, without padding."""
         if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
             raise TypeError("captions: expected a list of strings; put a single caption in a list")
-        clean = self._clean
-        texts = list(captions) if clean is None else [clean(c) for c in captions]
+        texts = [cut(caption, 0 if self._clean else self.context_length) for caption in captions]
+        if not self.truncate:
+            self._check_lengths(captions, texts)
+        if self._clean is not None:
+            texts = [self._clean(text) for text in texts]
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         room = self.context_length - len(self._first) - len(self._last)
         rows = []
         for number, encoding in enumerate(encoded):
             ids = encoding.ids
             if len(ids) > room and not self.truncate:
-                raise ValueError(
-                    f"captions: expected at most {self.context_length} ids each, special ones "
-                    f"included; caption {number} has {len(ids) + self.context_length - room}: "
-                    f"{captions[number]!r}; shorten it, or make the tokenizer with truncate=True"
-                )
+                has = f"{len(ids) + self.context_length - room}"
+                raise self._too_long(number, has, captions[number])
             rows.append(self._first + ids[:room] + self._last)
         return rows
+
+    def _check_lengths(self, captions: Sequence[str], cut_captions: Sequence[str]) -> None:
+        for number, (caption, beginning) in enumerate(zip(captions, cut_captions, strict=True)):
+            if len(caption) > len(beginning):
+                raise self._too_long(number, f"{len(caption)} characters", caption)
+
+    def _too_long(self, number: int, has: str, caption: str) -> ValueError:
+        some = repr(caption) if len(caption) <= 1000 else f"{caption[:1000]!r}..."
+        return ValueError(
+            f"captions: expected at most {self.context_length} ids each, special ones included; "
+            f"caption {number} has {has}: {some}; shorten it, or make the tokenizer with "
+            f"truncate=True"
+        )
 
     def decode(self, ids: torch.Tensor) -> list[str]:
         """The text of ids [n, length], special tokens and padding left out.

@@ -204,3 +204,15 @@ def test_masking_on_the_padded_length_needs_a_fixed_one(ours):
     # Six of 38 places, of which 36 are padding.
     labels = (batch.labels != -100).sum(1)
     assert labels.min() == 0 and abs(labels.float().mean() - 2 * 6 / 38) < 0.1
+
+
+def test_of_a_very_long_caption_the_beginning_is_used():
+    long = "cat " + "dog " * 100_000
+    tokenizer = train_wordpiece([long, "a bird " + "x" * 4096 + "zebra"], 100)
+    assert not {"z", "##z"} & set(tokenizer.entries)
+    ids = tokenizer([long])
+    assert ids.shape == (1, tokenizer.context_length)
+    assert torch.equal(ids, tokenizer(["cat" + " dog" * 2000]))
+    # 32 characters for each id: what a long context holds is not cut off.
+    wide = BertTokenizer(tokenizer.entries, context_length=2000, sep=False)
+    assert wide(["dog " * 1999]).shape == (1, 2000)

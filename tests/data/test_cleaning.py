@@ -1,6 +1,7 @@
 """Cleaning rules against open_clip's functions and worked examples."""
 
 import sys
+import time
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import get_clean_fn
 
 from fastvlp.data import cleaning
-from fastvlp.data.cleaning import clean_albef, clean_clip, clean_clip_cased
+from fastvlp.data.cleaning import LONGEST, clean_albef, clean_clip, clean_clip_cased, cut
 
 _pieces = st.sampled_from(
     ["&amp;", "&amp;lt;", "&#8217;", "âœ”", "schÃ¶n", "“", "İ", "<b>", "\x1b[1m", "\r\n", "\u2028"]
@@ -60,3 +61,21 @@ def test_albef_cleaning(caption, cleaned):
 
 def test_albef_cleaning_counts_words():
     assert clean_albef("a b c d", max_words=2) == "a b"
+
+
+@pytest.mark.parametrize("clean", [clean_clip, clean_clip_cased, clean_albef])
+@pytest.mark.parametrize("part", ["amp;", "9", "#9", "Ã©", "<person>", "\u2028", "&lt;b>"])
+def test_cleaning_looks_at_the_beginning_only(clean, part):
+    """A caption of 400,000 characters took minutes, and one with so long a number raised."""
+    caption = "&#" + part * (400_000 // len(part))
+    begin = time.process_time()
+    cleaned = clean(caption)
+    assert time.process_time() - begin < 2
+    assert cleaned == clean(caption[:LONGEST])
+    assert len(cut("x" * 10_000)) == LONGEST and len(cut("x" * 10_000, 200)) == 6400
+
+
+@pytest.mark.parametrize("clean", [clean_clip, clean_albef])
+def test_captions_up_to_the_bound_are_cleaned_whole(clean):
+    caption = ("x" * (LONGEST // 25 - 1) + " ") * 25
+    assert clean(caption) == caption.strip() and LONGEST - len(caption) < 25

@@ -164,3 +164,12 @@ def test_refuses_anything_but_a_list_of_strings(ours, captions):
 
 def test_no_captions(ours):
     assert ours([]).shape == (0, 77) and ours.packed([]).ids.shape == (0,)
+
+
+def test_of_a_very_long_caption_the_beginning_is_used():
+    long = "a cat &" + "amp;" * 100_000
+    tokenizer = ClipTokenizer(truncate=True)
+    assert torch.equal(tokenizer([long]), tokenizer([long[:4096]]))
+    with pytest.raises(ValueError, match="at most 77 ids.*caption 1 has 400007 characters") as info:
+        ClipTokenizer()(["a cat", long])
+    assert len(str(info.value)) < 2000

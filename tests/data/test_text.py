@@ -141,3 +141,12 @@ def test_a_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r'pip install "fastvlp\[train\]"'):
         train_tokenizer(CAPTIONS)
+
+
+@pytest.mark.parametrize("model", ["word", "bpe"])
+def test_of_a_very_long_caption_the_beginning_is_used(model):
+    long = "cat " + "dog " * 100_000
+    tokenizer = train_tokenizer([long, "a bird"], model)
+    assert tokenizer.context_length == 1024 + 2  # the words of 4096 characters
+    (row,) = tokenizer([long]).tolist()
+    assert row == tokenizer(["cat" + " dog" * 2000]).tolist()[0] and row[-1] == tokenizer.eot_id
