@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 import torch
 import tyro
 
-from fastvlp.evaluate import picture_folders
+from fastvlp.data import class_folders
 from fastvlp.models.checkpoints import load_any
 from fastvlp.train import parallel
 from fastvlp.train.config import Verify, read_yaml
@@ -107,7 +107,7 @@ def picture_values(path: Path) -> tuple[tuple[float, ...], ...]:
     settings = path / "config.yaml"
     if settings.is_file() and read_yaml(settings).get("data") == "openmoji":
         return (0.5,) * 3, (0.5,) * 3
-    return picture_folders.MEAN, picture_folders.STD
+    return class_folders.MEAN, class_folders.STD
 
 
 @dataclass
@@ -214,7 +214,7 @@ class ZeroShot(_Common):
             return clip_setup.zero_shot_openmoji(model, tokenizer, ranks, self.batch_size)
         from fastvlp.evaluate import zero_shot
 
-        folders = picture_folders.find(self.images)
+        folders = class_folders.find(self.images)
         names = list(folders)
         if self.classes is not None:
             names = [line for line in self.classes.read_text("utf-8").splitlines() if line]
@@ -231,8 +231,8 @@ class ZeroShot(_Common):
             lambda tokens: model.encode_text(tokens.to(ranks.device)),
             batch_size=self.batch_size,
         )
-        pictures = picture_folders.share(folders, ranks.rank, ranks.world_size)
-        features, labels = picture_folders.encode(
+        pictures = class_folders.share(folders, ranks.rank, ranks.world_size)
+        features, labels = class_folders.encode(
             pictures,
             model.encode_image,
             model.config.image_size,

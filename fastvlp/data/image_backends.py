@@ -13,6 +13,7 @@ import torch
 
 from fastvlp import _native
 from fastvlp.data.image_check import ImageFault, decode_rgb, open_rgb
+from fastvlp.data.image_conversion import RgbConversion
 from fastvlp.data.image_transforms import (
     canvas,
     into_batch,
@@ -23,6 +24,9 @@ from fastvlp.data.image_transforms import (
 from fastvlp.data.optional import require
 from fastvlp.data.recipes import Plan, Recipe
 
+# Pixels of an image resized as its plan has it, before the window is cut out: 200 MB as 8-bit RGB,
+# and sides in a ratio of 1,337 for a centre crop of 224.
+MOST_RESIZED = 1 << 26
 # Takes an image's place in the batch, width and height.
 Planner = Callable[[int, int, int], Plan]
 
@@ -57,7 +61,12 @@ class Backend(Protocol):
 
 
 def choose(
-    name: str, recipe: Recipe, batch_size: int, threads: int, device: torch.device
+    name: str,
+    recipe: Recipe,
+    batch_size: int,
+    threads: int,
+    device: torch.device,
+    convert: RgbConversion = RgbConversion(),
 ) -> Backend:
     """The backend of this name; "auto" takes DALI where it is and can run, else Pillow.
 
@@ -75,8 +84,8 @@ def choose(
             # Only now: importing DALI takes a second.
             from fastvlp.data import image_dali
 
-            return image_dali.backend(recipe, batch_size, threads, device)
-    return PillowBackend(recipe, threads, device)
+            return image_dali.backend(recipe, batch_size, threads, device, convert)
+    return PillowBackend(recipe, threads, device, convert)
 
 
 def _missing() -> Exception | None:
@@ -89,16 +98,42 @@ def _missing() -> Exception | None:
     return None
 
 
+def plans_of(sizes: Sequence[tuple[int, int]], plan: Planner) -> list[Plan]:
+    """The plan of each image of width and height.
+
+    Raises:
+        BrokenImages: the sides of some differ so much that resizing them would need more than
+            ``MOST_RESIZED`` pixels.
+    """
+    plans = [plan(i, *size) for i, size in enumerate(sizes)]
+    faults = {}
+    for i, ((width, height), each) in enumerate(zip(sizes, plans, strict=True)):
+        if each.size[0] * each.size[1] > MOST_RESIZED:
+            faults[i] = ImageFault(
+                f"the image of {width} x {height} pixels would be resized to {each.size[0]} x "
+                f"{each.size[1]}, more than {MOST_RESIZED:,} pixels: its sides differ too much"
+            )
+    if faults:
+        raise BrokenImages(faults)
+    return plans
+
+
 class Threaded:
     """What the backends on the CPU share: work on parts of a batch, one for each thread."""
 
-    def __init__(self, recipe: Recipe, threads: int, device: torch.device) -> None:
-        self._recipe, self._table = recipe, value_table(recipe)
+    def __init__(
+        self,
+        recipe: Recipe,
+        threads: int,
+        device: torch.device,
+        convert: RgbConversion = RgbConversion(),
+    ) -> None:
+        self._recipe, self._table, self._convert = recipe, value_table(recipe), convert
         self._threads, self._device = threads, device
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastvlp-images")
 
     def _fill(self, images, plan: Planner, size_of: Callable, fill: Callable):
-        plans = [plan(i, *size_of(image)) for i, image in enumerate(images)]
+        plans = plans_of([size_of(image) for image in images], plan)
         height, width = canvas(plans)
         if not self._recipe.padded:
             height = width = self._recipe.size
@@ -112,6 +147,17 @@ class Threaded:
         # From pinned memory, which torch keeps until the copy is done.
         return out.to(self._device, non_blocking=True), mask
 
+    def _decoded(self, decode: Callable, contents: Sequence[bytes]) -> list[Any]:
+        """What ``decode`` makes of each content, or its ``ImageFault``."""
+
+        def one(content: bytes) -> Any:
+            try:
+                return decode(content, self._convert)
+            except ImageFault as fault:
+                return fault
+
+        return list(self._pool.map(one, contents))
+
     def close(self) -> None:
         self._pool.shutdown()
 
@@ -122,7 +168,7 @@ class PillowBackend(Threaded):
     name = "pil"
 
     def decode(self, contents: Sequence[bytes]) -> list[Any]:
-        return list(self._pool.map(lambda content: _or_fault(open_rgb, content), contents))
+        return self._decoded(open_rgb, contents)
 
     def batch(self, images, plan: Planner):
         return self._fill(images, plan, lambda image: image.size, into_batch_by_pillow)
@@ -134,14 +180,7 @@ class KernelBackend(Threaded):
     name = "kernel"
 
     def decode(self, contents: Sequence[bytes]) -> list[Any]:
-        return list(self._pool.map(lambda content: _or_fault(decode_rgb, content), contents))
+        return self._decoded(decode_rgb, contents)
 
     def batch(self, images, plan: Planner):
         return self._fill(images, plan, lambda image: (image.shape[1], image.shape[0]), into_batch)
-
-
-def _or_fault(decode: Callable[[bytes], Any], content: bytes) -> Any:
-    try:
-        return decode(content)
-    except ImageFault as fault:
-        return fault

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastvlp.data.image_conversion import RgbConversion
 from fastvlp.data.optional import require
 
 _JPEG, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -21,7 +22,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 # Frame headers of the Huffman-coded kinds: baseline, extended sequential, progressive.
 _FRAMES = (0xC0, 0xC1, 0xC2)
 # More pixels than this are an attack or an accident, Pillow says; here they are a broken image.
-_MOST_PIXELS = 178_956_970
+MOST_PIXELS = 178_956_970
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class JpegHeader:
     @property
     def plain(self) -> bool:
         """Grey or YCbCr of 8 bits with nothing special: every decoder agrees on the pixels."""
-        return self.bits == 8 and self.components in (1, 3) and not self.adobe and self.ends
+        usual = self.bits == 8 and self.components in (1, 3) and not self.adobe
+        return usual and self.ends and self.width * self.height <= MOST_PIXELS
 
 
 def jpeg_header(content: bytes) -> JpegHeader | None:
@@ -76,7 +78,7 @@ def fault(content: bytes, decode: bool = False) -> str:
         return "the image is empty"
     if not decode:
         header = jpeg_header(content)
-        if header and header.ends and 0 < header.width * header.height <= _MOST_PIXELS:
+        if header and header.ends and 0 < header.width * header.height <= MOST_PIXELS:
             return ""
         if content.startswith(_PNG) and _png_is_whole(content):
             return ""
@@ -91,24 +93,34 @@ class ImageFault(Exception):
     """An image file that cannot be decoded, and why."""
 
 
-def decode_rgb(content: bytes) -> np.ndarray:
-    """The pixels of an image file, uint8 ``[height, width, 3]``, as Pillow's ``convert("RGB")``.
+def decode_rgb(content: bytes, convert: RgbConversion = RgbConversion()) -> np.ndarray:
+    """The pixels of an image file, uint8 ``[height, width, 3]``.
+
+    Args:
+        content: the bytes of the file.
+        convert: how they become 8-bit RGB.
 
     Raises:
-        ImageFault: Pillow cannot decode the file.
+        ImageFault: Pillow cannot decode the file, or it has too many pixels.
     """
-    return np.array(open_rgb(content))
+    return np.array(open_rgb(content, convert))
 
 
-def open_rgb(content: bytes):
+def open_rgb(content: bytes, convert: RgbConversion = RgbConversion()):
     """The same as a Pillow image."""
-    image = require("PIL.Image")
+    pil = require("PIL.Image")
     try:
         with warnings.catch_warnings():
             # Of images of suspicious size and of palettes with odd transparency.
             warnings.simplefilter("ignore")
-            return image.open(io.BytesIO(content)).convert("RGB")
-    except MemoryError:
+            image = pil.open(io.BytesIO(content))
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise ImageFault(
+                    f"the image has {width} x {height} pixels, more than {MOST_PIXELS:,}"
+                )
+            return convert(image)
+    except (ImageFault, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything
         raise ImageFault(f"the image cannot be decoded: {error or type(error).__name__}") from error
@@ -127,7 +139,7 @@ def _png_is_whole(content: bytes) -> bool:
         kind = bytes(body[:4])
         if kind == b"IHDR":
             width, height = struct.unpack_from(">II", body, 4)
-            if not 0 < width * height <= _MOST_PIXELS:
+            if not 0 < width * height <= MOST_PIXELS:
                 return False
         if kind == b"IEND":
             return True

@@ -21,18 +21,25 @@ from fastvlp.data.image_backends import (
     KernelBackend,
     Planner,
     Threaded,
-    _or_fault,
+    plans_of,
 )
 from fastvlp.data.image_check import ImageFault, decode_rgb, jpeg_header
+from fastvlp.data.image_conversion import RgbConversion
 from fastvlp.data.image_transforms import canvas, pixel_mask
 from fastvlp.data.recipes import Plan, Recipe
 
 
-def backend(recipe: Recipe, batch_size: int, threads: int, device: torch.device):
+def backend(
+    recipe: Recipe,
+    batch_size: int,
+    threads: int,
+    device: torch.device,
+    convert: RgbConversion = RgbConversion(),
+):
     """The backend for a recipe on a device."""
     if device.type == "cuda" and not getattr(recipe, "augment", None):
-        return DaliGpuBackend(recipe, batch_size, threads, device)
-    return DaliBackend(recipe, batch_size, threads, device)
+        return DaliGpuBackend(recipe, batch_size, threads, device, convert)
+    return DaliBackend(recipe, batch_size, threads, device, convert)
 
 
 def _decoder(batch_size: int, threads: int) -> Pipeline:
@@ -53,8 +60,15 @@ class DaliBackend(KernelBackend):
 
     name = "dali"
 
-    def __init__(self, recipe: Recipe, batch_size: int, threads: int, device: torch.device) -> None:
-        super().__init__(recipe, threads, device)
+    def __init__(
+        self,
+        recipe: Recipe,
+        batch_size: int,
+        threads: int,
+        device: torch.device,
+        convert: RgbConversion = RgbConversion(),
+    ) -> None:
+        super().__init__(recipe, threads, device, convert)
         self._pipeline = _decoder(batch_size, threads)
 
     def decode(self, contents: Sequence[bytes]) -> list[Any]:
@@ -95,20 +109,27 @@ class DaliGpuBackend(Threaded):
 
     name = "dali"
 
-    def __init__(self, recipe: Recipe, batch_size: int, threads: int, device: torch.device) -> None:
-        super().__init__(recipe, threads, device)
+    def __init__(
+        self,
+        recipe: Recipe,
+        batch_size: int,
+        threads: int,
+        device: torch.device,
+        convert: RgbConversion = RgbConversion(),
+    ) -> None:
+        super().__init__(recipe, threads, device, convert)
         self._batch_size = batch_size
         self._pipeline = self._built()
 
     def decode(self, contents: Sequence[bytes]) -> list[Any]:
         # Decoded together with the transform; here only what no decoder of DALI's is trusted with
         # is decoded, by Pillow, and handed over losslessly.
-        plain = set(_divided(contents)[0])
-        found = self._pool.map(
-            lambda i: contents[i] if i in plain else _or_fault(decode_rgb, contents[i]),
-            range(len(contents)),
-        )
-        return [_bitmap(each) if isinstance(each, np.ndarray) else each for each in found]
+        images: list[Any] = list(contents)
+        others = _divided(contents)[1]
+        decoded = self._decoded(decode_rgb, [contents[i] for i in others])
+        for i, image in zip(others, decoded, strict=True):
+            images[i] = _bitmap(image) if isinstance(image, np.ndarray) else image
+        return images
 
     def batch(self, images: Sequence[bytes], plan: Planner):
         try:
@@ -116,15 +137,14 @@ class DaliGpuBackend(Threaded):
         except RuntimeError:
             # One image that fails takes the batch with it; Pillow says which.
             self._pipeline = self._built()
-            found = self._pool.map(lambda image: _or_fault(decode_rgb, image), images)
+            found = self._decoded(decode_rgb, images)
             faults = {i: e for i, e in enumerate(found) if isinstance(e, ImageFault)}
             if not faults:
                 raise
             raise BrokenImages(faults) from None
 
     def _batch(self, images: Sequence[bytes], plan: Planner):
-        sizes = [_size(image) for image in images]
-        plans = [plan(i, *size) for i, size in enumerate(sizes)]
+        plans = plans_of([_size(image) for image in images], plan)
         height, width = canvas(plans)
         out = torch.zeros(len(plans), 3, height, width, device=self._device)
         if plans:

@@ -33,6 +33,7 @@ from fastvlp.data.background import ahead
 from fastvlp.data.draws import bits, uniforms
 from fastvlp.data.image_backends import BrokenImages
 from fastvlp.data.image_check import ImageFault
+from fastvlp.data.image_conversion import RgbConversion
 from fastvlp.data.recipes import Recipe
 from fastvlp.data.recipes import recipe as recipe_named
 from fastvlp.data.shard_index import Fault
@@ -104,6 +105,9 @@ class Loader:
             training recipes), "partial" divides them among the ranks, some of which may get none,
             and "wrap" fills up from the beginning of the epoch's order.
         backend: "dali", "pil", or "auto": DALI where it is installed.
+        convert: how images of other modes become 8-bit RGB. The default composites transparent
+            pixels onto white and maps 16-bit and float images by their range;
+            ``RgbConversion(method="pillow")`` is Pillow's ``convert("RGB")``.
         device: where the images go. Default: the GPU if there is one.
         threads: for decoding and transforming. Default: this process's processors, divided by
             torchrun's LOCAL_WORLD_SIZE.
@@ -132,6 +136,7 @@ class Loader:
         shuffle: bool | int | None = None,
         last_batch: Literal["drop", "partial", "wrap"] | None = None,
         backend: Literal["auto", "dali", "pil"] = "auto",
+        convert: RgbConversion = RgbConversion(),
         device: str | torch.device | None = None,
         threads: int | None = None,
         prefetch: int = 2,
@@ -170,7 +175,7 @@ class Loader:
         self.epoch = self._place = 0
         self._check_indexes()
         self._backend = image_backends.choose(
-            backend, self.recipe, batch_size, threads, self.device
+            backend, self.recipe, batch_size, threads, self.device, convert
         )
         self._readers = ThreadPoolExecutor(threads + 2, thread_name_prefix="fastvlp-read")
         # Of the backend's two stages. An iteration that was given up may still be at work.

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from fastvlp.data import image_check
 from fastvlp.data.optional import require
 from fastvlp.data.pair_sources import Broken, Pair
 from fastvlp.data.shards import (
@@ -42,7 +43,10 @@ from fastvlp.masking import sample_keys
 # Raise when equal options come to give other bytes.
 _FORMAT = 1
 _MANIFEST, _JOURNAL, _BROKEN = "manifest.json", ".journal.jsonl", "broken.tsv"
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
+_EXTENSIONS = {
+    "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif",
+    "TIFF": "tif", "PPM": "ppm",
+}  # fmt: skip
 
 
 class TooManyBrokenError(ValueError):
@@ -196,8 +200,10 @@ def _load(pair: Pair, images: Path, check: bool) -> tuple[str, bytes] | Broken:
                 if extension is None:
                     detail = f"{pair.image}: {image.format}; convert it to JPEG or PNG"
                     return Broken(pair.place, "image format", detail)
-                if check:
-                    image.convert("RGB")
+        if check:
+            image_check.open_rgb(content)
+    except image_check.ImageFault as fault:
+        return Broken(pair.place, "image cannot be decoded", f"{pair.image}: {fault}")
     except MemoryError:
         raise
     except Exception as error:  # damaged files make Pillow raise nearly anything

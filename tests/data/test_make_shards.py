@@ -124,7 +124,7 @@ def damaged(tmp_path_factory):
     (folder / "7.jpg").write_bytes(b"")
     (folder / "11.jpg").write_bytes(b"not an image at all")
     (folder / "15.jpg").write_bytes(image(15, "PNG")[:-40])
-    (folder / "19.jpg").write_bytes(image(19, "GIF"))
+    (folder / "19.jpg").write_bytes(image(19, "PCX"))
     rows[24] = "23.jpg"
     (folder / "pairs.tsv").write_text("\n".join(rows))
     return folder
@@ -145,7 +145,7 @@ def test_broken_rows_are_counted_and_named_and_cost_only_themselves(damaged, tmp
     assert places["pairs.tsv, line 13"] == ["image cannot be decoded", "11.jpg: not an image"]
     assert places["pairs.tsv, line 21"] == [
         "image format",
-        "19.jpg: GIF; convert it to JPEG or PNG",
+        "19.jpg: PCX; convert it to JPEG or PNG",
     ]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["samples"] == 24

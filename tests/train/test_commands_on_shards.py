@@ -119,9 +119,8 @@ def test_zero_shot_by_a_checkpoint_with_an_ensemble_of_prompts(tmp_path, folders
     ]  # fmt: skip
     found = evaluate.parse(["zero-shot", str(tmp_path / "clip"), *arguments]).run()
     # By definition, one picture and one prompt at a time.
-    from fastvlp.data import recipes
+    from fastvlp.data import class_folders, recipes
     from fastvlp.data.text import ClipTokenizer
-    from fastvlp.evaluate import picture_folders
     from fastvlp.models.checkpoints import load_any
 
     model, _ = load_any(tmp_path / "clip")
@@ -139,7 +138,7 @@ def test_zero_shot_by_a_checkpoint_with_an_ensemble_of_prompts(tmp_path, folders
             classes.append(sum(each) / 2)
         for label, folder in enumerate(("cat", "sat")):
             for path in sorted((folders / folder).iterdir()):
-                picture = picture_folders.read(path, size, recipe.mean, recipe.std)
+                picture = class_folders.read(path, size, recipe.mean, recipe.std)
                 feature = model.encode_image(picture[None])
                 scores = [
                     torch.nn.functional.cosine_similarity(feature, each).item() for each in classes

@@ -1,0 +1,97 @@
+"""Labelled images from a folder that has one folder for each class."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastvlp.data.image_backends import BrokenImages, plans_of
+from fastvlp.data.image_check import ImageFault, open_rgb
+from fastvlp.data.image_transforms import into_batch_by_pillow, value_table
+from fastvlp.data.recipes import CLIP_MEAN as MEAN
+from fastvlp.data.recipes import CLIP_STD as STD
+from fastvlp.data.recipes import CentreCrop
+
+_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def find(folder: Path) -> dict[str, list[Path]]:
+    """The images of each class, classes and images sorted by name.
+
+    Raises:
+        ValueError: there are no classes, or one has no image.
+    """
+    found = {
+        each.name: sorted(p for p in each.rglob("*") if p.suffix.lower() in _EXTENSIONS)
+        for each in sorted(Path(folder).iterdir())
+        if each.is_dir()
+    }
+    empty = [name for name, paths in found.items() if not paths]
+    if not found or empty:
+        reason = f"none in {empty[0]!r}" if empty else "no folders"
+        raise ValueError(f"images: expected a folder of images for each class, got {reason}")
+    return found
+
+
+def share(found: dict[str, list[Path]], rank: int, world_size: int) -> list[tuple[Path, int]]:
+    """This rank's images, each with the number of its class."""
+    labelled = [(path, i) for i, paths in enumerate(found.values()) for path in paths]
+    return labelled[rank::world_size]
+
+
+@torch.inference_mode()
+def encode(
+    labelled: Sequence[tuple[Path, int]],
+    encode_images: Callable[[Tensor], Tensor],
+    size: int,
+    batch_size: int,
+    device: torch.device,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> tuple[Tensor, Tensor]:
+    """Features [n, dim] with rows of norm 1, and labels int64 [n].
+
+    Images that cannot be decoded are left out and named in a warning.
+    """
+    parts, labels, faults = [], [], []
+    for at in range(0, max(1, len(labelled)), batch_size):
+        rows = []
+        for path, label in labelled[at : at + batch_size]:
+            try:
+                rows.append(read(path, size, mean, std))
+                labels.append(label)
+            except ImageFault as fault:
+                faults.append(str(fault))
+        images = torch.stack(rows) if rows else torch.empty(0, 3, size, size)
+        features = encode_images(images.to(device)).float()
+        parts.append(torch.nn.functional.normalize(features, dim=-1))
+    if faults:
+        first = "; ".join(faults[:3])
+        warnings.warn(
+            f"images: {len(faults)} of {len(labelled)} left out; the first: {first}",
+            stacklevel=2,
+        )
+    return torch.cat(parts), torch.tensor(labels, dtype=torch.int64, device=device)
+
+
+def read(path: Path, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """An image as CLIP is evaluated on it: shorter side resized, centre cropped, normalised.
+
+    Raises:
+        ImageFault: the file cannot be decoded, or its sides differ too much; names the file.
+    """
+    recipe = CentreCrop(size=size, mean=tuple(mean), std=tuple(std))
+    try:
+        image = open_rgb(path.read_bytes())
+        plans = plans_of([image.size], lambda _, width, height: recipe.plan(width, height, ()))
+    except BrokenImages as broken:
+        raise ImageFault(f"{path}: {broken.faults[0]}") from broken
+    except ImageFault as fault:
+        raise ImageFault(f"{path}: {fault}") from fault
+    out = torch.empty(1, 3, size, size)
+    into_batch_by_pillow([image], plans, value_table(recipe), out)
+    return out[0]
