@@ -2,17 +2,18 @@
 
 A checkpoint is a folder `step-00000100` in the format of torch.distributed.checkpoint. It is
 written as `step-00000100.part` and gets its name when everything in it is on the disk, so that what
-has the name is complete, at whatever moment the run was killed.
+has the name is complete, at whatever moment the run was killed. What was damaged later is told by
+checksums, see `fastvlp.train.checkpoint_files`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,10 +31,10 @@ from torch.distributed.checkpoint.state_dict import (
 
 from fastvlp.data.shards import sync_folder
 from fastvlp.ema import EmaModel
+from fastvlp.train import checkpoint_files, parallel
 from fastvlp.train.loop import Loop, Report
 from fastvlp.train.parallel import Ranks
 
-_NAME = re.compile(r"step-(\d{8,})")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -79,12 +79,27 @@ class Checkpoints:
             self.save(loop)
 
     def latest(self) -> Path | None:
-        """The last complete checkpoint, the same on every rank."""
-        steps = self._steps() if self.ranks.is_first else []
-        found = [str(steps[-1]) if steps else None]
-        if self.ranks.group is not None:
-            dist.broadcast_object_list(found, src=0, group=self._group)
-        return Path(found[0]) if found[0] else None
+        """The newest whole checkpoint, the same on every rank.
+
+        Damaged ones that are newer are named, and renamed, so that the run can write them again.
+
+        Raises:
+            ValueError: all are damaged; or one is no checkpoint that may be read.
+        """
+        found = self._from_first(lambda: checkpoint_files.steps(self.folder)[::-1])
+        damaged: dict[Path, str] = {}
+        for path in found:
+            fault = self._damage(path)
+            if fault is None:
+                self._from_first(lambda: _set_aside(damaged, path))  # noqa: B023
+                return path
+            damaged[path] = fault
+        if damaged:
+            raise ValueError(
+                f"folder: expected a whole checkpoint, got damaged ones only: {_listed(damaged)}; "
+                f"remove {self.folder} to begin the run anew"
+            )
+        return None
 
     def save(self, loop: Loop) -> None:
         """Copies the state and writes it in the background; waits for the last one first."""
@@ -121,12 +136,12 @@ class Checkpoints:
     def load(self, loop: Loop, path: Path) -> None:
         """Brings the loop, its model, optimiser and average to the state of a checkpoint."""
         state = self._state(loop)
-        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        stored = checkpoint_files.description(path).state_dict_metadata
         mine = self._random_key()
         same_ranks = any(key.startswith(f"{mine}.") for key in stored)
         if not same_ranks:
             state.pop(mine)
-        dcp.load(state, checkpoint_id=str(path), process_group=self._group)
+        checkpoint_files.load(state, path, self._group)
         set_model_state_dict(loop.model, state["model"])
         set_optimizer_state_dict(loop.model, loop.optimizer, state["optimizer"], options=_FLAT)
         if self.ema is not None:
@@ -163,22 +178,45 @@ class Checkpoints:
     def _random_key(self) -> str:
         return f"random-{self.ranks.rank}-of-{self.ranks.world_size}"
 
-    def _steps(self) -> list[Path]:
-        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+    def _from_first(self, function: Callable[[], Any]) -> Any:
+        return parallel.from_first(function, self.ranks, self._group)
+
+    def _damage(self, path: Path) -> str | None:
+        mine = checkpoint_files.damage(path, self.ranks.rank, self.ranks.world_size)
+        faults = parallel.gathered({self.ranks.rank: mine}, self.ranks).values()
+        found = [fault for fault in faults if fault is not None]
+        return found[0] if found else self._from_first(lambda: checkpoint_files.unreadable(path))
 
     def _publish(self, future: Future, part: Path, place: Path) -> None:
         try:
             if future.exception() is None and self.ranks.is_first:
-                sync_folder(part)
+                checkpoint_files.write_checksums(part)
                 os.rename(part, place)
                 sync_folder(self.folder)
-                for old in self._steps()[: -self.keep]:
+                for old in checkpoint_files.steps(self.folder)[: -self.keep]:
                     # Its name goes first, so that no half of it is taken for a checkpoint.
                     shutil.rmtree(old.rename(old.with_name(f"{old.name}.part")))
-        except OSError as error:
+        except Exception as error:  # raised by `wait`, of which this thread knows nothing
             self._error = error
         finally:
             self._published.set()
+
+
+def _set_aside(damaged: dict[Path, str], used: Path) -> None:
+    for path in damaged:
+        place = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(place, ignore_errors=True)
+        path.rename(place)
+    if damaged:
+        print(
+            f"damaged checkpoints, renamed to *.damaged: {_listed(damaged)}; going on from "
+            f"{used.name}",
+            flush=True,
+        )
+
+
+def _listed(damaged: dict[Path, str]) -> str:
+    return ", ".join(f"{path.name} ({fault})" for path, fault in damaged.items())
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

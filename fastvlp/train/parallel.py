@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,27 @@ def gathered(own: dict[int, Any], ranks: Ranks) -> dict[int, Any]:
         parts *= ranks.world_size
         dist.all_gather_object(parts, own, group=ranks.group)
     return dict(sorted(entry for part in parts for entry in part.items()))
+
+
+def from_first(
+    function: Callable[[], Any], ranks: Ranks, group: dist.ProcessGroup | None = None
+) -> Any:
+    """What `function` returns, or raises, on the first rank, where alone it is called.
+
+    `group`: for the exchange, in place of that of the ranks.
+    """
+    if ranks.group is None:
+        return function()
+    found: list[Any] = [None, None]
+    if ranks.is_first:
+        try:
+            found[0] = function()
+        except Exception as error:  # of any kind: every rank raises it
+            found[1] = error
+    dist.broadcast_object_list(found, src=0, group=group or ranks.group)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def average_whole_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
