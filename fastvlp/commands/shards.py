@@ -11,7 +11,7 @@ import tyro
 
 from fastvlp.data.make_shards import Result, make_shards
 from fastvlp.data.optional import require
-from fastvlp.data.pair_sources import Columns, read_pairs
+from fastvlp.data.pair_sources import Columns, Kind, read_pairs
 
 
 @dataclass
@@ -19,31 +19,48 @@ class Shards:
     """Turn image–caption pairs into WebDataset shards for training.
 
     The source is a folder of images with text files beside them (one caption per line), a CSV, TSV
-    or parquet file with a path and a caption in each row, COCO captions, or Flickr30k annotations.
-    After an interruption, the same command goes on where it stopped.
+    or parquet file with a path and a caption in each row (in parquet an image in place of the path
+    as well), a JSON list of objects with the same fields or one such object per line, COCO
+    captions, Karpathy's splits, or Flickr30k annotations. After an interruption, the same command
+    goes on where it stopped.
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """The folder or file."""
+    """The folder or file. Of parquet files also a folder of several."""
 
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
-    """Folder for the shards, made if it is not there."""
+    """Folder for the shards, made if it is not there. Images that lie in parquet files are copied
+    to a temporary file in it while it goes on."""
 
     images: Path | None = None
-    """Folder that paths of images start from. By default the source, or the folder it is in."""
+    """Folder that paths of images start from and that all images lie in. By default the source, or
+    the folder it is in."""
 
-    kind: Literal["auto", "folder", "csv", "tsv", "parquet", "coco", "flickr30k"] = "auto"
-    """What the source is. By default told from its name and first line."""
+    allow_outside: bool = False
+    """Read images outside of that folder, by absolute paths and "..", as well: only of a source you
+    trust, since it can name any file of this machine."""
+
+    kind: Literal["auto"] | Kind = "auto"
+    """What the source is. By default told from its name and its beginning; "json" is a list of
+    objects, and COCO captions and Karpathy's splits as well."""
+
+    quotes: Literal["auto", "yes", "no"] = "auto"
+    """Whether fields of CSV and TSV may be in quotes, and then hold separators and line breaks. By
+    default those of CSV may, and in TSV a quote is a character like any other."""
+
+    split: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Which splits to take of a file of Karpathy's: for training on COCO, train restval."""
 
     image_column: str | None = None
-    """Name of the column of paths. By default one of the usual names."""
+    """Name of the column (in JSON the field) of paths or images. By default one of the usual
+    names."""
 
     caption_column: str | None = None
     """Name of the column of captions. By default one of the usual names."""
 
     id_column: str | None = None
-    """Name of the column that is equal for captions of one image. By default image_id, or the path
-    where there is none."""
+    """Name of the column that is equal for captions of one image. By default image_id, or where
+    there is none the path, and the content of images that lie in parquet files."""
 
     per_shard: Annotated[int, tyro.conf.arg(metavar="ROWS")] = 1000
     """Rows in a shard. Have at least a few shards for each process that will read them."""
@@ -70,7 +87,8 @@ class Shards:
         """Make the shards and print what came of it."""
         kind = None if self.kind == "auto" else self.kind
         columns = Columns(self.image_column, self.caption_column, self.id_column)
-        pairs, broken = read_pairs(self.source, kind, columns)
+        quotes = {"auto": None, "yes": True, "no": False}[self.quotes]
+        pairs, broken = read_pairs(self.source, kind, columns, quotes=quotes, splits=self.split)
         here = self.source if self.source.is_dir() else self.source.parent
         rich = require("rich.progress")
         bar = rich.Progress(
@@ -98,6 +116,7 @@ class Shards:
                 check=self.check,
                 max_broken=self.max_broken,
                 retry_broken=self.retry_broken,
+                allow_outside=self.allow_outside,
                 workers=self.workers,
                 advance=advance,
             )

@@ -30,7 +30,8 @@ import torch
 
 from fastvlp.data import image_check
 from fastvlp.data.optional import require
-from fastvlp.data.pair_sources import Broken, Pair
+from fastvlp.data.pair_images import ImageReader, image_reader
+from fastvlp.data.pairs import Broken, Pair
 from fastvlp.data.shards import (
     Sample,
     ShardRecord,
@@ -83,6 +84,7 @@ def make_shards(
     check: bool = True,
     max_broken: float = 0.1,
     retry_broken: bool = False,
+    allow_outside: bool = False,
     workers: int = 0,
     advance: Callable[[int, int], None] = lambda rows, broken: None,
 ) -> Result:
@@ -90,20 +92,24 @@ def make_shards(
 
     Args:
         pairs, broken: from ``pair_sources.read_pairs``.
-        images: folder that relative paths of images start from.
-        folder: made if it is not there.
+        images: folder that relative paths of images start from, and that all images lie in.
+        folder: made if it is not there. Images that lie in parquet files are copied to a temporary
+            file there while it goes on.
         per_shard: rows of a shard, of which broken ones give no sample.
         seed: of the order.
         check: decode every image. Otherwise only its header is read.
         max_broken: largest share of all rows that may be broken.
         retry_broken: make finished shards with broken rows again, after images were mended.
+        allow_outside: read images outside of ``images``, by absolute paths and "..", as well. A
+            source that others made can name any file of this machine so.
         workers: threads that read and check images; 0 for one per processor.
         advance: told how many rows are done and how many of them were broken, as it goes.
 
     Raises:
-        TooManyBrokenError: ``max_broken`` is exceeded; what is finished is kept.
-        ValueError: there are no pairs, ``folder`` holds shards of other pairs or options, or an
-            option is out of range.
+        TooManyBrokenError: ``max_broken`` is exceeded, or no row is good; what is finished is kept.
+        ValueError: there are no pairs, none of some images that are looked for is there,
+            ``folder`` is a file or holds shards of other pairs or options, or an option is out of
+            range.
         BlockingIOError: another process is at work in ``folder``.
     """
     if per_shard < 1:
@@ -120,63 +126,82 @@ def make_shards(
     allowed = max_broken * (len(pairs) + len(broken))
     _check_broken(broken, allowed)
     if not pairs:
-        raise ValueError("pairs: expected at least one; the source has none")
-    folder.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"pairs: expected at least one; the source has none{_first(broken)}")
+    _make_folder(folder)
     with _only_process(folder):
         remove_partial_files(folder)
-        # Where the images lie is no part of the result, but rows broken for that must not be kept.
-        journal = _Journal.open(folder, {**recipe, "images": str(images.resolve())}, retry_broken)
+        # Where images may lie is no part of the result, but rows broken for that must not be kept.
+        where = f"{images.resolve()}{' and outside' if allow_outside else ''}"
+        journal = _Journal.open(folder, {**recipe, "images": where}, retry_broken)
         order = sample_keys(seed, torch.arange(len(pairs))).argsort(stable=True).tolist()
+        parts = {
+            f"shard-{number:06d}.tar": range(len(pairs))[start : start + per_shard]
+            for number, start in enumerate(range(0, len(pairs), per_shard))
+        }
+        left = sorted(order[i] for name in parts.keys() - journal.finished for i in parts[name])
         faulty = list(broken)
         records = []
-        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-            for number, start in enumerate(range(0, len(pairs), per_shard)):
-                name = f"shard-{number:06d}.tar"
-                rows = order[start : start + per_shard]
+        with (
+            image_reader([pairs[i] for i in left], images, allow_outside, folder) as reader,
+            ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
+        ):
+            for name, places in parts.items():
                 done = journal.finished.get(name)
                 if done is None:
                     bad: list[Broken] = []
-                    keyed = [(f"{start + i:09d}", pairs[row]) for i, row in enumerate(rows)]
-                    samples = _samples(keyed, images, check, bad, pool, advance)
+                    keyed = [(f"{i:09d}", pairs[order[i]]) for i in places]
+                    samples = _samples(keyed, reader, check, bad, pool, advance)
                     done = (write_shard(folder / name, samples), bad)
                     journal.add(*done)
                 else:
-                    advance(len(rows), len(done[1]))
+                    advance(len(places), len(done[1]))
                 records.append(done[0])
                 faulty += done[1]
                 _check_broken(faulty, allowed)
         result = Result(folder, tuple(records), tuple(faulty))
+        if not result.count:
+            raise TooManyBrokenError(f"pairs: none of {len(faulty)} rows is good{_first(faulty)}")
         _finish(result, recipe)
     return result
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"folder: expected a folder for the shards; {error.filename} is a file, choose another"
+        ) from error
+
+
 def _samples(
     keyed: list[tuple[str, Pair]],
-    images: Path,
+    reader: ImageReader,
     check: bool,
     bad: list[Broken],
     pool: Executor,
     advance: Callable[[int, int], None],
 ) -> Iterator[Sample]:
     """The good samples in order; broken ones are added to ``bad``."""
-    for key, pair, loaded in _ahead(keyed, images, check, pool):
+    for key, pair, loaded in _ahead(keyed, reader, check, pool):
         if isinstance(loaded, Broken):
             bad.append(loaded)
             advance(1, 1)
             continue
         extension, content = loaded
-        members = {extension: content, "txt": pair.caption.encode(), "id": pair.id.encode()}
+        identity = pair.id or hashlib.sha256(content).hexdigest()[:32]
+        members = {extension: content, "txt": pair.caption.encode(), "id": identity.encode()}
         yield Sample(key, members)
         advance(1, 0)
 
 
 def _ahead(
-    keyed: Iterable[tuple[str, Pair]], images: Path, check: bool, pool: Executor
+    keyed: Iterable[tuple[str, Pair]], reader: ImageReader, check: bool, pool: Executor
 ) -> Iterator[tuple[str, Pair, tuple[str, bytes] | Broken]]:
     """Every row with its image, read by the pool a few dozen rows ahead."""
     waiting = deque()
     for key, pair in keyed:
-        waiting.append((key, pair, pool.submit(_load, pair, images, check)))
+        waiting.append((key, pair, pool.submit(_load, pair, reader, check)))
         if len(waiting) > 64:
             key, pair, future = waiting.popleft()
             yield key, pair, future.result()
@@ -184,13 +209,11 @@ def _ahead(
         yield key, pair, future.result()
 
 
-def _load(pair: Pair, images: Path, check: bool) -> tuple[str, bytes] | Broken:
+def _load(pair: Pair, reader: ImageReader, check: bool) -> tuple[str, bytes] | Broken:
     """Extension and bytes of an image, or what is wrong with it."""
-    try:
-        content = (images / pair.image).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        return Broken(pair.place, "image cannot be read", f"{pair.image}: {reason}")
+    content = reader.read(pair)
+    if isinstance(content, Broken):
+        return content
     pillow = require("PIL.Image")
     try:
         with warnings.catch_warnings():
@@ -214,12 +237,15 @@ def _load(pair: Pair, images: Path, check: bool) -> tuple[str, bytes] | Broken:
 
 def _check_broken(broken: list[Broken], allowed: float) -> None:
     if len(broken) > allowed:
-        first = "\n".join(f"  {row.place}: {row.fault}: {row.detail}" for row in broken[:5])
         raise TooManyBrokenError(
-            f"max_broken: expected at most {allowed:.0f} broken rows; got {len(broken)} so far. "
-            f"The first:\n{first}\n"
-            f"Mend them and retry broken rows, or allow more"
+            f"max_broken: expected at most {allowed:.0f} broken rows; got {len(broken)} so far"
+            f"{_first(broken)}\nMend them and retry broken rows, or allow more"
         )
+
+
+def _first(broken: list[Broken]) -> str:
+    rows = (f"\n  {row.place}: {row.fault}: {row.detail}" for row in broken[:5])
+    return f". The first:{''.join(rows)}" if broken else ""
 
 
 @dataclass
@@ -239,6 +265,8 @@ class _Journal:
                     lines.append(json.loads(line))
                 except ValueError:  # the last one, when the process was killed as it wrote
                     break
+        if len(lines) == 1 and not any(folder.glob("*.tar")):
+            lines = []  # nothing was made yet, so that nothing is mixed
         if lines and lines[0] != recipe:
             differing = [key for key in recipe if lines[0].get(key) != recipe[key]]
             raise ValueError(
@@ -297,8 +325,10 @@ def _finish(result: Result, recipe: dict) -> None:
 
 def _digest(pairs: list[Pair], broken: list[Broken]) -> str:
     digest = hashlib.sha256()
-    for row in (*pairs, *broken):
-        digest.update(json.dumps(list(asdict(row).values())).encode())
+    for pair in pairs:
+        digest.update(json.dumps([pair.image, pair.caption, pair.id, pair.place]).encode())
+    for row in broken:
+        digest.update(json.dumps([row.place, row.fault, row.detail]).encode())
     return digest.hexdigest()
 
 

@@ -58,16 +58,23 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     is then moved over ``path``. If the body raises, the temporary file is removed and ``path`` is
     left as it was; if the process is killed, only the temporary file is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}")
-    try:
+    with temporary_file(path) as temporary:
         with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` that no other process uses; what is there at the end is removed."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}")
+    try:
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def remove_partial_files(folder: Path) -> None:
