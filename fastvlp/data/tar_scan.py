@@ -9,6 +9,7 @@ reports every damage by its offset.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -20,6 +21,7 @@ _CHUNK = 1 << 20
 _REGULAR = (b"0", b"\0", b"7")
 # The longest content of a Pax header or a long name that is believed.
 _LONGEST_EXTENSION = 1 << 20
+_PAX_LENGTH = re.compile(rb"([0-9]{1,19}) ")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def scan(file: BinaryIO) -> Iterator[Member | Damage]:
         elif kind == b"x" and length <= _LONGEST_EXTENSION:
             records = dict(_pax_records(file.read(length)))
             name = records.get("path", name)
-            real_size = int(records["size"]) if records.get("size", "").isdigit() else None
+            told = records.get("size", "")
+            real_size = int(told) if re.fullmatch("[0-9]{1,19}", told) else None
         else:
             if kind in _REGULAR:
                 yield Member(name or _name(header), content, length)
@@ -94,8 +97,10 @@ def scan(file: BinaryIO) -> Iterator[Member | Damage]:
 
 
 def _next_header(file: BinaryIO, at: int, size: int) -> tuple[int, bool]:
-    """Where the first whole header from ``at`` on begins, ``size`` where there is none, and whether
-    all bytes before it are zeros. ``at`` is a multiple of the block's size from the last one."""
+    """Where the first whole header at or after ``at`` is, and whether only zeros come before it.
+
+    Headers are looked for at whole blocks from ``at``. Where there is none the place is ``size``.
+    """
     zeros = True
     for start in range(at, size, _CHUNK):
         file.seek(start)
@@ -169,11 +174,10 @@ def _text(raw: bytes) -> str:
 
 def _pax_records(content: bytes) -> Iterator[tuple[str, str]]:
     at = 0
-    while at < len(content):
-        digits, _, _ = content[at:].partition(b" ")
-        if not digits.isdigit() or not int(digits):
+    while length := _PAX_LENGTH.match(content, at):
+        end = at + int(length[1])
+        if end <= at:
             return
-        record = content[at + len(digits) + 1 : at + int(digits) - 1]
-        key, _, value = record.partition(b"=")
+        key, _, value = content[length.end() : end - 1].partition(b"=")
         yield _text(key), _text(value)
-        at += int(digits)
+        at = end

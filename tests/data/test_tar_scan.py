@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -207,3 +208,35 @@ def test_no_member_is_lost_without_a_damage(tmp_path_factory, sizes, spans, fill
     members = [each for each in seen if isinstance(each, Member)]
     assert [m for m in whole if m in members] == members
     assert len(members) == len(whole) or len(seen) > len(members)
+
+
+def pax(path, records):
+    """A tar whose first member has these Pax records."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, kind, content in (("h", b"x", records), ("a", b"0", b"1"), ("b", b"0", b"2")):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"9" * 5000 + b" path=x\n",
+        b"5012 size=" + b"9" * 5000 + b"\n",
+        "10 size=²\n".encode(),
+        b"0 path=x\n",
+        b"no length",
+        b"6 a=b\n" * 170_000,
+    ],
+)
+def test_odd_pax_records_neither_raise_nor_take_long(tmp_path, records):
+    pax(tmp_path / "a.tar", records)
+    begin = time.process_time()
+    assert [each.name for each in found(tmp_path / "a.tar")] == ["a", "b"]
+    assert time.process_time() - begin < 5
+
+
+def test_pax_records_are_read_one_after_another(tmp_path):
+    pax(tmp_path / "a.tar", b"6 a=b\n" * 3 + b"15 path=a name\n" + b"11 mtime=1\n")
+    assert [each.name for each in found(tmp_path / "a.tar")] == ["a name", "b"]
