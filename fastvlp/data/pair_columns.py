@@ -43,6 +43,11 @@ def find_columns(header: Sequence[str], columns: Columns, name: str) -> list[str
     return found
 
 
+def is_usual(name: str) -> bool:
+    """Whether columns of images often have this name."""
+    return name.lower() in _IMAGE_COLUMNS
+
+
 def row_pairs(
     place: str, image: Any, caption: Any, identity: Any, embedded: Embedded | None = None
 ) -> Rows:

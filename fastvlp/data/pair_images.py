@@ -85,13 +85,11 @@ def _look_for(pairs: Sequence[Pair], images: Path, allow_outside: bool) -> None:
     for image in some:
         try:
             path = _file(images, image, allow_outside)
-            if path.exists():
+            if os.path.exists(path):
                 return
             missing.append((image, path))
         except _OutsideError as error:
             outside.append(error)
-        except ValueError:  # a NUL in the path; named when its turn comes
-            return
     if missing:
         image, path = missing[0]
         raise ValueError(
@@ -106,7 +104,7 @@ def _suggestion(images: Path, image: str) -> str:
     """A folder nearby that has the image, as the end of a sentence."""
     near = sorted(path for path in images.glob("*") if path.is_dir()) if images.is_dir() else []
     for folder in (*near, *images.absolute().parents):
-        if (folder / image).is_file():
+        if os.path.isfile(folder / image):
             return f", perhaps {folder}"
     return "" if images.is_dir() else f"; there is no folder {images}"
 

@@ -1,7 +1,7 @@
 """Image–caption pairs as people have them, read into one list.
 
     folder      images in any depth, each with a text file of the same name beside it, one caption
-                per line
+                per line; hidden files are passed over, linked folders read
     csv, tsv    a header, then a path, a caption and optionally an image id in each row
     parquet     the same columns, or images in the file itself as Hugging Face's data sets have
                 them; a file or a folder of files (needs pyarrow)

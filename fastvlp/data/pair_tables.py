@@ -10,10 +10,11 @@ from __future__ import annotations
 import csv
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fastvlp.data.optional import require
-from fastvlp.data.pair_columns import find_columns, row_pairs
+from fastvlp.data.pair_columns import find_columns, is_usual, row_pairs
 from fastvlp.data.pairs import IMAGE_SUFFIXES, Columns, Embedded, Rows, malformed, open_text
 
 # Characters of one record of several lines. A quote that is open for longer is not closed.
@@ -136,6 +137,10 @@ def read_parquet(paths: Sequence[Path], columns: Columns) -> Rows:
 def _read_parquet(path: Path, columns: Columns) -> Rows:
     parquet = require("pyarrow.parquet", "parquet").ParquetFile(path)
     schema = parquet.schema_arrow
+    if columns.image is None:
+        # Beside the images there may be names of the files that they once were.
+        whole = (name for name in schema.names if _embeds(schema.field(name).type)[0])
+        columns = replace(columns, image=next((n for n in whole if is_usual(n)), None))
     image, caption, identity = find_columns(schema.names, columns, path.name)
     kind = schema.field(image).type
     inside, path_inside = _embeds(kind)

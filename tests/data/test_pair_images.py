@@ -64,12 +64,15 @@ def test_a_wrong_folder_of_images_is_said_once_with_the_right_one(photos, capsys
 def test_one_image_of_many_is_enough_for_the_right_folder(photos, capsys):
     for i in range(1, 40):
         (photos / "photos" / f"{i}.png").unlink()
+    rows = (photos / "pairs.csv").read_text().replace("path,caption\n", "")
+    odd = f"{'long' * 100}.png,too long\nn\0ul.png,nul\n"
+    (photos / "pairs.csv").write_text(f"path,caption\n{odd}{rows}")
     options = ("--images", str(photos / "photos"), "--max-broken", "1")
     run(photos / "pairs.csv", photos / "out", *options)
     assert len(samples(photos / "out")) == 1
     (photos / "photos" / "0.png").write_bytes(b"damaged")
     error = fails(capsys, photos / "pairs.csv", photos / "other", *options)
-    assert "none of 40 rows is good. The first:" in error and "image cannot be read" in error
+    assert "none of 42 rows is good. The first:" in error and "image cannot be read" in error
 
 
 def test_images_outside_the_folder_are_named_and_not_read(photos, capsys):

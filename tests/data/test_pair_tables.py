@@ -197,6 +197,15 @@ def test_images_in_parquet_are_named_by_file_column_and_row(tmp_path):
     assert [(row.place, row.fault) for row in broken] == [("0.parquet, row 3", "empty caption")]
 
 
+def test_images_in_parquet_go_before_the_names_they_once_had(tmp_path):
+    table = {"filepath": ["old.jpg"], "image": [b"1"], "thumb": [b"2"], "caption": ["one"]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
+    (pair,) = read_pairs(tmp_path / "t.parquet")[0]
+    assert pair.embedded.column == "image"
+    (pair,) = read_pairs(tmp_path / "t.parquet", columns=Columns("filepath"))[0]
+    assert pair.embedded is None and pair.image == "old.jpg"
+
+
 def test_a_field_that_is_no_text_is_named(tmp_path):
     table = {"image": ["a.jpg", "b.jpg"], "caption": [{"raw": "x"}, None], "image_id": [1.5, None]}
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
