@@ -5,32 +5,34 @@ costs more time than the product that fills it; a trainer needs it again at the 
 very moment when its memory peaks anyway.
 """
 
-import threading
+from collections import deque
 
 import torch
 
-_lock = threading.Lock()
-_free: list[torch.Tensor] = []  # at most one, the largest
+# At most one, the largest. There is no lock: garbage collection and signal handlers call
+# `give_back` at any point of any thread, also inside of these functions. Each step on the deque is
+# atomic, and two at the same time lose a buffer at worst, which is then freed.
+_free: deque[torch.Tensor] = deque(maxlen=1)
 
 
 class Lease:
     """`n` floats for one forward pass, until `give_back` or until nobody holds the lease."""
 
+    floats: torch.Tensor | None = None
+
     def __init__(self, n: int):
-        with _lock:
-            found = _free.pop() if _free and _free[0].numel() >= n else None
+        found = _take()
+        if found is not None and found.numel() < n:
+            _keep(found)
+            found = None
         self._whole = torch.empty(n, dtype=torch.float32) if found is None else found
-        self.floats: torch.Tensor | None = self._whole[:n]
+        self.floats = self._whole[:n]
 
     def give_back(self) -> None:
         """Lets the next forward pass have the buffer; `floats` is None from now on."""
-        if self.floats is None:
-            return
-        self.floats = None
-        with _lock:
-            if not _free or _free[0].numel() < self._whole.numel():
-                _free[:] = [self._whole]
-        del self._whole
+        whole, self.floats = self.__dict__.pop("_whole", None), None
+        if whole is not None:
+            _keep(whole)
 
     def __del__(self):
         self.give_back()
@@ -38,7 +40,18 @@ class Lease:
 
 def release_workspace() -> None:
     """Frees the memory that operators keep between calls (up to their `workspace_bytes`)."""
-    with _lock:
-        _free.clear()
+    _free.clear()
     if hasattr(torch.ops.fastvlp, "release_cpu_buffers"):
         torch.ops.fastvlp.release_cpu_buffers()
+
+
+def _take() -> torch.Tensor | None:
+    try:
+        return _free.pop()
+    except IndexError:
+        return None
+
+
+def _keep(buffer: torch.Tensor) -> None:
+    other = _take()
+    _free.append(buffer if other is None or other.numel() <= buffer.numel() else other)
