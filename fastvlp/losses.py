@@ -16,6 +16,7 @@ from torch import nn
 from . import ops
 from .ops._contrastive_group import WithMeanValue
 from .ops._contrastive_plan import DEFAULT_WORKSPACE_BYTES
+from .ops.autocast import as_autocast
 
 
 class ClipLoss(nn.Module):
@@ -81,7 +82,7 @@ class ClipLoss(nn.Module):
         Inside torch.autocast the features are cast to its dtype first, as the products of the
         plain formulation would be; softmax and sums stay float32.
         """
-        image_features, text_features = _autocast(image_features, text_features)
+        image_features, text_features = as_autocast(image_features, text_features)
         loss = ops.contrastive(
             image_features,
             text_features,
@@ -146,7 +147,7 @@ class SigLipLoss(nn.Module):
 
         Autocast is treated as in `ClipLoss`.
         """
-        image_features, text_features = _autocast(image_features, text_features)
+        image_features, text_features = as_autocast(image_features, text_features)
         loss = ops.sigmoid_contrastive(
             image_features,
             text_features,
@@ -178,10 +179,3 @@ def _group(rank: int, world_size: int, group: dist.ProcessGroup | None):
                 f"has them, got {rank}, {world_size}"
             )
     return group if group.size() > 1 else None
-
-
-def _autocast(*features: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    device = features[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return features
-    return tuple(f.to(torch.get_autocast_dtype(device)) for f in features)

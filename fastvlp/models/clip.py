@@ -24,6 +24,7 @@ from fastvlp.models.layers import ACTIVATIONS, Transformer
 from fastvlp.models.resnet import ModifiedResNet
 from fastvlp.models.vit import Segments
 from fastvlp.nn import LayerNorm, linear
+from fastvlp.ops.autocast import as_autocast
 from fastvlp.ops.packing import TextLayout
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -281,10 +282,8 @@ class Clip(base.Model):
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[.., length] → [.., length, text_width]"""
         x = self.token_embedding(tokens) + F.embedding(positions, self.positional_embedding)
-        if torch.is_autocast_enabled(x.device.type):
-            # Autocast leaves embeddings alone; the residual stream is to be in its dtype.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return x
+        # Autocast leaves embeddings alone; the residual stream is to be in its dtype.
+        return as_autocast(x)[0]
 
     def _project(self, x: Tensor) -> Tensor:
         """The transformer's output at the ends, [m, text_width] → [m, embed_dim]"""

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.nn.dropout import apply_mask, draw_dropout
+from fastvlp.ops.autocast import as_autocast, autocasts
 from fastvlp.ops.matmul import product
 
 
@@ -70,7 +71,7 @@ def norm_linear(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         [.., out] in the dtype of the weight; under autocast in autocast's. Differentiable once.
     """
-    weight, bias = _as_autocast(weight, bias)
+    weight, bias = as_autocast(weight, bias)
     return _NormLinear.apply(x, norm.weight, norm.bias, weight, bias, norm.eps)
 
 
@@ -104,18 +105,11 @@ def feed_forward(
         raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a probability, got {dropout_p}")
-    weight1, bias1, weight2, bias2 = _as_autocast(weight1, bias1, weight2, bias2)
+    weight1, bias1, weight2, bias2 = as_autocast(weight1, bias1, weight2, bias2)
     gain, shift, eps = (None, None, 0.0) if norm is None else norm
     return _FeedForward.apply(
         x, gain, shift, weight1, bias1, weight2, bias2, eps, activation, dropout_p
     )
-
-
-def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if tensors[0].dtype == torch.float64 or not _autocasts(device):
-        return tensors
-    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
 def _normed(x, gain, shift, eps, dtype):
@@ -157,13 +151,9 @@ def _parameter_gradients(gradient, x, wanted):
     return dweight, rows.sum(0) if wanted[1] else None
 
 
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _plain(x):
     device = x.device.type
-    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 class _Once(torch.autograd.Function):

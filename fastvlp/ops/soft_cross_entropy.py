@@ -40,6 +40,7 @@ from ._soft_cross_entropy_inputs import (
 )
 from ._soft_cross_entropy_products import products_dtype
 from ._workspace import Lease
+from .autocast import as_autocast
 
 REDUCTIONS = ("mean", "sum", "none")
 # Keeps 824 rows of a vocabulary of 30,522 in float32, 1,648 in half precision.
@@ -90,7 +91,7 @@ def soft_cross_entropy(
         RuntimeError: FASTVLP_BACKEND forces an implementation that cannot run, or a second
             derivative is asked for.
     """
-    hidden, teacher_hidden = _as_autocast(hidden), _as_autocast(teacher_hidden)
+    hidden, teacher_hidden = as_autocast(hidden, teacher_hidden)
     check_head("", hidden, weight, bias)
     check_labels_tensor(labels, hidden)
     check_teacher(hidden, teacher_hidden, teacher_weight, teacher_bias, alpha, weight.shape[0])
@@ -155,15 +156,6 @@ def _row_losses(
         torch.is_grad_enabled(), is_uniform,
     )  # fmt: skip
     return losses, (labels != ignore_index).sum().clamp(min=1)
-
-
-def _as_autocast(hidden):
-    if not isinstance(hidden, torch.Tensor) or not hidden.is_floating_point():
-        return hidden  # None, or for the checks to refuse
-    device = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return hidden
-    return hidden.to(torch.get_autocast_dtype(device))
 
 
 def select_rows(
