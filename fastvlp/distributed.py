@@ -4,12 +4,18 @@ Every function is collective: all ranks of the group call it in the same order. 
 different numbers of rows.
 """
 
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
 
-_MESSAGE_BYTES = 256
+# What `agree` has room for.
+_MESSAGE_BYTES, _MOST_FACTS, _MOST_VALUES = 512, 12, 4
+_ROUNDING = 1e-5  # relative, between equal values of two ranks
 # torch 2.14 has renamed it and warns of the old name at every call.
 all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -52,43 +58,156 @@ def group_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cpu")
 
 
-def agree(
-    group: dist.ProcessGroup, rows: int, facts: dict[str, int], error: str, device: torch.device
-) -> Shards:
-    """Lets every rank see every rank's rows, facts and error before any long exchange begins.
+def spans_ranks(group: dist.ProcessGroup | None) -> bool:
+    """Whether there is a group, and of more than one rank. Raises TypeError for anything else."""
+    if group is None:
+        return False
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group: expected a process group that this rank belongs to, or None, got {group!r}"
+        )
+    return group.size() > 1
 
-    `facts` must be equal on all ranks; `error` is empty where the rank is ready. Raises
-    RuntimeError on every rank, naming the first rank that failed or differs from rank 0, so that
-    no rank waits for one that has given up.
+
+def agree(
+    group: dist.ProcessGroup,
+    call: str,
+    *,
+    rows: int = 0,
+    facts: Mapping[str, int] = MappingProxyType({}),
+    values: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    error: Exception | None = None,
+    device: torch.device | None = None,
+) -> Shards:
+    """Lets every rank see every rank's call, rows, facts, values and error before long exchanges.
+
+    One exchange of a fixed size, whatever the ranks do: a rank that reports an error meets those
+    that are ready, and ranks in different calls find out. The host waits once, for what was
+    gathered; values are not read before that.
+
+    Args:
+        call: what the rank is doing, the same on all ranks.
+        rows: of this rank's shard; they may differ.
+        facts: integers that must be equal on all ranks, at most 12.
+        values: one-element tensors that must be finite and, up to rounding, equal on all ranks, at
+            most 4.
+        error: why this rank cannot take part; None where it is ready.
+        device: where the exchange takes place; by default where the group's collectives do.
+
+    Raises:
+        RuntimeError: on every rank, naming the first rank that failed or differs from rank 0, so
+            that no rank waits for one that has given up.
     """
-    text = error.encode()[:_MESSAGE_BYTES]
-    numbers = torch.tensor([rows, len(text), *facts.values()], dtype=torch.int64)
-    message = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
-    message[: len(text)] = torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)[
-        : len(text)
-    ]
-    header = torch.cat((numbers.view(torch.uint8), message)).to(device)
-    world_size = dist.get_world_size(group)
-    gathered = header.new_empty(world_size * header.numel())
+    text = (call if error is None else f"{type(error).__name__}: {error}").encode()[:_MESSAGE_BYTES]
+    numbers = [rows, error is not None, len(text), *facts.values()]
+    numbers += [0] * (3 + _MOST_FACTS - len(numbers))
+    device = device or group_device(group)
+    message = torch.frombuffer(bytearray(text.ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.uint8)
+    head = torch.cat((torch.tensor(numbers, dtype=torch.int64).view(torch.uint8), message))
+    measured = torch.zeros(_MOST_VALUES, dtype=torch.float64, device=device)
+    if values:
+        own = [value.detach().reshape(()).to(device, torch.float64) for value in values.values()]
+        measured[: len(own)] = torch.stack(own)
+    header = torch.cat((head.to(device), measured.view(torch.uint8)))
+    gathered = header.new_empty(dist.get_world_size(group) * header.numel())
     all_gather_rows(gathered, header, group=group)
-    rows_of, facts_of = [], []
-    for rank, other in enumerate(gathered.cpu().view(world_size, -1)):
-        head = other[: numbers.numel() * 8].clone().view(torch.int64).tolist()
-        if head[1]:
-            reason = bytes(other[numbers.numel() * 8 :][: head[1]].tolist()).decode(
-                errors="replace"
+    ranks = [_Head.read(each) for each in gathered.cpu().view(-1, header.numel())]
+    _compare(ranks, facts, values)
+    return Shards(group, dist.get_rank(group), tuple(each.rows for each in ranks))
+
+
+@contextmanager
+def reporting(group: dist.ProcessGroup | None, call: str) -> Iterator[None]:
+    """What precedes an `agree`: an error in the body, of any type, is raised on all ranks.
+
+    The others learn of it by their `agree`, or by their own report. Without a group, or alone in
+    one, the error passes unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        if spans_ranks(group):
+            agree(group, call, error=error)
+        raise
+
+
+@contextmanager
+def together(groups: Iterable[dist.ProcessGroup], call: str) -> Iterator[None]:
+    """All ranks run the body; an error in it, of any type, is raised on all ranks of all groups.
+
+    Without groups the error passes unchanged.
+    """
+    own = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    found = own
+    for group in groups:
+        try:
+            agree(group, call, error=found)
+        except RuntimeError as error:
+            found = error
+    if found is own is not None:
+        raise own
+    if found is not None:
+        raise found from own
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What one rank said in `agree`."""
+
+    rows: int
+    failed: bool
+    facts: list[int]
+    text: str
+    values: list[float]
+
+    @classmethod
+    def read(cls, header: torch.Tensor) -> "_Head":
+        sizes = (8 * (3 + _MOST_FACTS), _MESSAGE_BYTES, 8 * _MOST_VALUES)
+        numbers, message, values = (part.clone() for part in header.split(sizes))
+        rows, failed, length, *facts = numbers.view(torch.int64).tolist()
+        text = bytes(message[:length].tolist()).decode(errors="replace")
+        return cls(rows, bool(failed), facts, text, values.view(torch.float64).tolist())
+
+
+def _compare(ranks: list[_Head], facts: Iterable[str], values: Iterable[str]) -> None:
+    first = ranks[0]
+    for rank, found in enumerate(ranks):
+        if found.failed:
+            raise RuntimeError(f"rank {rank} of the group: {found.text}")
+    for rank, found in enumerate(ranks):
+        if found.text != first.text:
+            raise RuntimeError(
+                f"the ranks of the group are in different calls: rank 0 in {first.text}, rank "
+                f"{rank} in {found.text}; every rank has to make the same calls in the same order"
             )
-            raise RuntimeError(f"rank {rank} of the group: {reason}")
-        rows_of.append(head[0])
-        facts_of.append(head[2:])
-    for rank, found in enumerate(facts_of):
-        for name, value, first in zip(facts, found, facts_of[0], strict=True):
-            if value != first:
+        for name, value in zip(values, found.values, strict=False):
+            if not math.isfinite(value):
                 raise RuntimeError(
-                    f"{name}: expected the same on every rank, got {first} on rank 0 of the group "
-                    f"and {value} on rank {rank}"
+                    f"rank {rank} of the group: {name}: expected a finite value, got {value}; the "
+                    "training has diverged or the parameter was never clamped"
                 )
-    return Shards(group, dist.get_rank(group), tuple(rows_of))
+        # Processors of different kinds may round a parameter's exponential differently.
+        unlike = [
+            *(
+                (n, a, b)
+                for n, a, b in zip(facts, first.facts, found.facts, strict=False)
+                if a != b
+            ),
+            *(
+                (n, a, b)
+                for n, a, b in zip(values, first.values, found.values, strict=False)
+                if not math.isclose(a, b, rel_tol=_ROUNDING)
+            ),
+        ]
+        for name, expected, value in unlike:
+            raise RuntimeError(
+                f"{name}: expected the same on every rank, got {expected} on rank 0 of the group "
+                f"and {value} on rank {rank}"
+            )
 
 
 class Gather:

@@ -5,7 +5,7 @@ from numbers import Integral
 import torch
 import torch.distributed as dist
 
-from .distributed import Gather, Shards, agree, group_device
+from .distributed import Gather, Shards, agree, reporting, spans_ranks
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NO_ID = -100  # of rows that no pair was written to, as in ALBEF's retrieval fine-tuning
@@ -31,7 +31,8 @@ class FeatureQueue(torch.nn.Module):
         check_finite: refuse a batch that holds NaN or infinity. It waits for the device.
         group: gather the batch over this process group before it enters. Every rank calls with
             its own part, of any size (no rows included), and all queues stay equal. The ranks
-            agree on their sizes first, which waits for the device once.
+            agree on their sizes, options and the queue's position first, which waits for the
+            device once.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class FeatureQueue(torch.nn.Module):
             raise TypeError(f"dtype: expected one of {_DTYPES}, got {dtype}")
         if fill not in ("empty", "random"):
             raise ValueError(f"fill: expected 'empty' or 'random', got {fill!r}")
+        spans_ranks(group)  # refuses what is no group
         self.check_finite, self.group = check_finite, group
         for name in ("image_queue", "text_queue"):
             rows = torch.zeros(size, dim, dtype=dtype, device=device)
@@ -100,7 +102,7 @@ class FeatureQueue(torch.nn.Module):
         Raises TypeError or ValueError, with a group RuntimeError on every rank, when an argument
         is not as described; the queue is then as it was, on every rank.
         """
-        if self.group is None or self.group.size() == 1:
+        if not spans_ranks(self.group):
             self._check(image_features, text_features, ids)
         else:
             shards = self._agree(image_features, text_features, ids)
@@ -160,17 +162,18 @@ class FeatureQueue(torch.nn.Module):
         _same_device("ids", ids, self.queue_ids.device)
 
     def _agree(self, image, text, ids) -> Shards:
-        try:
+        with reporting(self.group, "FeatureQueue.enqueue"):
             self._check(image, text, ids)
-            error, rows = "", image.shape[0]
-        except (TypeError, ValueError) as found:
-            error, rows = f"{type(found).__name__}: {found}", 0
         facts = {
             "size": self.size,
             "dim": self.image_queue.shape[1],
             "dtype": _DTYPES.index(self.image_queue.dtype),
+            "with_ids": self.queue_ids is not None,
         }
-        return agree(self.group, rows, facts, error, group_device(self.group))
+        values = {"position": self.position, "queue_length": self.queue_length}
+        return agree(
+            self.group, "FeatureQueue.enqueue", rows=len(image), facts=facts, values=values
+        )
 
 
 def _same_device(name: str, t: torch.Tensor, device: torch.device) -> None:

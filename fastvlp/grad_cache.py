@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .distributed import together
+
 
 class GradCache:
     """Accumulates the gradients of `loss(*model(*inputs))` with the activations of one chunk.
@@ -105,21 +107,27 @@ class GradCache:
 
         Raises:
             TypeError, ValueError: inputs, outputs or the loss are not as described.
-            RuntimeError: the loss gave no output a gradient.
+            RuntimeError: the loss gave no output a gradient; over ranks (a model in
+                DistributedDataParallel or FSDP2, a loss with a `group`), on every rank, whatever
+                one rank raises.
 
         An error in phase 1 or 2, thus every error above, leaves each `.grad` as it was, except
         those of the loss's own parameters. An error raised by the model in phase 3 leaves the
         chunks before it accumulated: call `zero_grad` before going on.
         """
-        chunks = _split(inputs, kwargs, self.chunk_size)
         modules = _modules(self.model)
+        groups = _groups(modules, self.loss)
+        with together(groups, "the inputs of GradCache"):
+            chunks = _split(inputs, kwargs, self.chunk_size)
         _check_same_count(modules, len(chunks))
         devices = _cuda_devices(modules, [*inputs, *kwargs.values()])
         # Weights that autocast converted must serve neither a later step, whose weights are
         # others, nor, when converted without gradients, the passes with gradients.
         torch.clear_autocast_cache()
-        outputs, states = self._encode(chunks, devices)
-        loss, gradients = self._differentiate_loss(outputs)
+        with together(groups, "the first forward pass of GradCache"):
+            outputs, states = self._encode(chunks, devices)
+        with together(groups, "the loss of GradCache"):
+            loss, gradients = self._differentiate_loss(outputs)
         torch.clear_autocast_cache()
         with torch.random.fork_rng(devices):
             self._backpropagate(chunks, states, gradients, modules)
@@ -310,10 +318,27 @@ def _is_sharded(module: nn.Module) -> bool:
     return hasattr(module, "set_requires_gradient_sync")
 
 
+def _groups(modules: list[nn.Module], loss: Callable) -> list[dist.ProcessGroup]:
+    """The process groups that a step has collectives over, each once."""
+    groups = [getattr(loss, "group", None)]
+    for module in modules:
+        if isinstance(module, DistributedDataParallel) and module.require_backward_grad_sync:
+            groups.append(module.process_group)
+    if (mesh := _mesh(modules)) is not None:
+        groups += [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+    distinct = {id(group): group for group in groups if isinstance(group, dist.ProcessGroup)}
+    return [group for group in distinct.values() if group.size() > 1]
+
+
+def _mesh(modules: list[nn.Module]):
+    """The device mesh of an FSDP2 model, None for any other."""
+    sharded = (p for m in modules if _is_sharded(m) for p in m.parameters())
+    return next((p.device_mesh for p in sharded if hasattr(p, "device_mesh")), None)
+
+
 def _check_same_count(modules: list[nn.Module], chunks: int) -> None:
     """Raises on every rank of an FSDP2 model where ranks would make unlike numbers of passes."""
-    sharded = (p for m in modules if _is_sharded(m) for p in m.parameters())
-    mesh = next((p.device_mesh for p in sharded if hasattr(p, "device_mesh")), None)
+    mesh = _mesh(modules)
     if mesh is None:
         return
     extremes = torch.tensor([chunks, -chunks], device=mesh.device_type)

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import nn
 
 from . import ops
-from .ops._contrastive_group import WithMeanValue
 from .ops._contrastive_plan import DEFAULT_WORKSPACE_BYTES
 from .ops.autocast import as_autocast
 
@@ -92,9 +91,8 @@ class ClipLoss(nn.Module):
             group=self.group,
             schedule=self.schedule,
             comm_dtype=self.comm_dtype,
+            global_value=not self.local_loss,
         )
-        if self.group is not None and not self.local_loss:
-            loss = WithMeanValue.apply(loss, self.group.group_name)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

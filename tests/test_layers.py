@@ -17,7 +17,7 @@ ALLOWED = {
     "models": {"losses", "nn", "ops", "ema", "feature_queue", "distributed", "masking"},
     "data": {"_native", "ops", "masking"},
     "evaluate": {"ops", "distributed"},
-    "grad_cache": set(),
+    "grad_cache": {"distributed"},
     "info": {"ops", "_native"},
     "feature_queue": {"distributed"},
     "ema": {"ops"},

@@ -9,7 +9,7 @@ from contrastive_cases import features, run
 from tolerance import assert_as_accurate, epsilon
 from transformers import CLIPConfig, CLIPModel
 
-from fastvlp import losses
+from fastvlp import losses, ops
 
 PAIRS = [(losses.ClipLoss, open_clip.loss.ClipLoss), (losses.SigLipLoss, open_clip.loss.SigLipLoss)]
 
@@ -107,3 +107,30 @@ def test_modules_hold_no_parameters_and_no_matrix():
     saved = sum(t.numel() for t in value.grad_fn.saved_tensors)
     assert not list(loss.parameters()) and not list(loss.buffers())
     assert saved < 2 * 600 * 8 + 4 * 600
+
+
+MOMENTA = torch.randn(6, 24, generator=torch.Generator().manual_seed(5))
+TRANSFORMED = {
+    "ClipLoss": lambda x, y, s: losses.ClipLoss()(x, y, s),
+    "SigLipLoss": lambda x, y, s: losses.SigLipLoss()(x, y, s, -s),
+    "momentum_contrastive": lambda x, y, s: (
+        ops.momentum_contrastive(
+            x, y, y.detach(), x.detach(), MOMENTA, MOMENTA, temperature=1 / s, alpha=0.4, seed=1
+        ).loss
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_gradients_by_torch_func(name):
+    loss = TRANSFORMED[name]
+    inputs = (*features(20, 24, torch.float32, "cpu"), torch.tensor(5.0))
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    value = loss(*leaves)
+    expected = torch.autograd.grad(value, leaves)
+    found, again = torch.func.grad_and_value(loss, argnums=(0, 1, 2))(*inputs)
+    assert torch.equal(again, value)
+    for ours, wanted in zip(found, expected, strict=True):
+        assert torch.equal(ours, wanted)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x, *inputs[1:]).sum())(inputs[0])

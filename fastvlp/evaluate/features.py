@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvlp.distributed import Gather, agree, group_device
+from fastvlp.distributed import Gather, agree, reporting, spans_ranks
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,20 @@ def encode(
 
     Raises:
         ValueError: there is no pair.
+        RuntimeError: with a group, on every rank, when encoding fails on one.
     """
     parts: dict[str, list[Tensor]] = {"images": [], "texts": [], "ids": [], "index": []}
-    for batch in batches:
-        parts["images"].append(_unit(encode_images(batch.images.to(device))))
-        if encode_texts is not None:
-            parts["texts"].append(_unit(encode_texts(batch.tokens)))
-        parts["ids"].append(batch.ids)
-        parts["index"].append(batch.index)
-    whole = {name: torch.cat(tensors).to(device) for name, tensors in parts.items() if tensors}
-    if group is not None and group.size() > 1:
+    with reporting(group, "encode"):
+        for batch in batches:
+            parts["images"].append(_unit(encode_images(batch.images.to(device))))
+            if encode_texts is not None:
+                parts["texts"].append(_unit(encode_texts(batch.tokens)))
+            parts["ids"].append(batch.ids)
+            parts["index"].append(batch.index)
+        whole = {name: torch.cat(tensors).to(device) for name, tensors in parts.items() if tensors}
+        if spans_ranks(group) and not whole:
+            raise ValueError("batches: expected one, though it may be empty, on each rank")
+    if spans_ranks(group):
         whole = _gathered(whole, group)
     if not whole or not len(whole["index"]):
         raise ValueError("batches: expected at least one pair to encode")
@@ -86,9 +90,8 @@ def products(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def _gathered(whole: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
-    error = "" if whole else "batches: expected one, though it may be empty, on each rank"
-    rows = len(whole["index"]) if whole else 0
-    shards = agree(group, rows, {}, error, group_device(group))
+    facts = {"width": whole["images"].shape[1], "encode_texts": "texts" in whole}
+    shards = agree(group, "encode", rows=len(whole["index"]), facts=facts)
     flying = {name: Gather(tensor, shards) for name, tensor in whole.items()}
     return {name: each.rows(slice(None)) for name, each in flying.items()}
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from zlib import crc32
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastvlp.distributed import all_gather_rows, group_device
+from fastvlp.distributed import Gather, agree, group_device, reporting, spans_ranks
 from fastvlp.evaluate.features import products
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
@@ -53,14 +54,19 @@ def retrieval(
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or range, or is not finite.
+        RuntimeError: with a group, on every rank, when one rank fails or differs from the others.
     """
-    _check_features(image_features, text_features)
-    images, texts = len(image_features), len(text_features)
-    owner = _check_owner(image_of_text, images, texts).to(image_features.device)
-    _check_ks(ks)
-    captions = torch.bincount(owner, minlength=images)
-    described = captions.nonzero().squeeze(1)
-    row = torch.arange(images, device=owner.device)
+    with reporting(group, "retrieval"):
+        _check_features(image_features, text_features)
+        images, texts = len(image_features), len(text_features)
+        owner = _check_owner(image_of_text, images, texts).to(image_features.device)
+        _check_ks(ks)
+        captions = torch.bincount(owner, minlength=images)
+        described = captions.nonzero().squeeze(1)
+        row = torch.arange(images, device=owner.device)
+    if spans_ranks(group):
+        facts = {"images": images, "texts": texts, "width": image_features.shape[1]}
+        agree(group, "retrieval", facts=facts | _checksums(image_features.dtype, owner, ks))
     to_image = (text_features, image_features, owner, row)
     to_text = (image_features[described], text_features, described, owner)
     image_ranks = _divided_ranks(*to_image, workspace_bytes, group)
@@ -71,19 +77,27 @@ def retrieval(
     }
 
 
+def _checksums(dtype: torch.dtype, owner: Tensor, ks: Sequence[int]) -> dict[str, int]:
+    """By which ranks compare options that are no single number."""
+    parts = {
+        "dtype": str(dtype).encode(),
+        "image_of_text": owner.cpu().numpy().tobytes(),
+        "ks": repr(list(ks)).encode(),
+    }
+    return {f"checksum of {name}": crc32(part) for name, part in parts.items()}
+
+
 def _divided_ranks(queries, keys, query_label, key_label, workspace_bytes, group) -> Tensor:
     """`_ranks`, each rank of the group for an equal share of the queries."""
-    if group is None or group.size() == 1:
+    if not spans_ranks(group):
         return _ranks(queries, keys, query_label, key_label, workspace_bytes)
     share = -(-len(queries) // group.size())
     own = slice(group.rank() * share, (group.rank() + 1) * share)
-    found = torch.zeros(share, dtype=torch.int64, device=group_device(group))
-    if len(queries[own]):
-        ranks = _ranks(queries[own], keys, query_label[own], key_label, workspace_bytes)
-        found[: len(ranks)] = ranks
-    gathered = found.new_empty(share * group.size())
-    all_gather_rows(gathered, found, group=group)
-    return gathered[: len(queries)].cpu()
+    with reporting(group, "retrieval"):
+        found = _ranks(queries[own], keys, query_label[own], key_label, workspace_bytes)
+        found = found.to(group_device(group))
+    shards = agree(group, "retrieval", rows=len(found))
+    return Gather(found, shards).rows(slice(None)).cpu()
 
 
 def retrieval_from_scores(
@@ -106,8 +120,11 @@ def retrieval_from_scores(
         TypeError, ValueError: an argument has the wrong dtype, shape or range.
     """
     for name, scores in (("text_to_image", text_to_image), ("image_to_text", image_to_text)):
+        _check_tensor(name, scores)
         if not scores.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {scores.dtype}")
+    if text_to_image.ndim != 2:
+        raise ValueError(f"text_to_image must be [texts, images], got {list(text_to_image.shape)}")
     texts, images = text_to_image.shape
     if image_to_text.shape != (images, texts) or not texts or not images:
         raise ValueError(
@@ -184,12 +201,18 @@ def _chance(right: int, candidates: int, k: int) -> float:
 
 
 def _check_ks(ks: Sequence[int]) -> None:
-    if not ks or any(type(k) is not int or k < 1 for k in ks):
+    if not isinstance(ks, Sequence) or not ks or any(type(k) is not int or k < 1 for k in ks):
         raise ValueError(f"ks must be positive integers, at least one, got {ks!r}")
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def _check_features(image_features: Tensor, text_features: Tensor) -> None:
     for name, features in (("image_features", image_features), ("text_features", text_features)):
+        _check_tensor(name, features)
         if not features.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {features.dtype}")
         if features.ndim != 2 or not len(features):
@@ -225,6 +248,7 @@ def _check_owner(image_of_text: Tensor | None, images: int, texts: int) -> Tenso
                 f"{texts} texts and {images} images"
             )
         return torch.arange(images)
+    _check_tensor("image_of_text", image_of_text)
     if image_of_text.dtype != torch.int64:
         raise TypeError(f"image_of_text must be int64, got {image_of_text.dtype}")
     if image_of_text.shape != (texts,):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvlp.distributed import agree, reporting, spans_ranks
 from fastvlp.evaluate.features import products
 
 # A short ensemble in the manner of the paper's section 3.1.4. `read_templates` takes any other.
@@ -45,7 +47,16 @@ def read_templates(path: str | Path) -> list[str]:
 
 
 def prompts(names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[list[str]]:
-    """For each class, each template with its name in place of {}."""
+    """For each class, each template with its name in place of {}.
+
+    Raises:
+        TypeError: `names` or `templates` is one string, which would be taken letter by letter.
+    """
+    for argument, value in (("names", names), ("templates", templates)):
+        if isinstance(value, str):
+            raise TypeError(
+                f"{argument}: expected a sequence of strings, got one, {value!r}; write [{value!r}]"
+            )
     return [[template.replace("{}", name) for template in templates] for name in names]
 
 
@@ -97,7 +108,31 @@ def accuracy(
     Returns:
         "top-k" and "chance top-k" for each k, and "mean per class", the mean over the classes that
         occur of the share of their pictures whose class came first.
+
+    Raises:
+        ValueError: there is no picture, or labels are not as described.
+        RuntimeError: with a group, on every rank, when one rank fails or its classes or ks differ.
     """
+    with reporting(group, "accuracy"):
+        totals = _counts(image_features, weights, labels, ks, chunk)
+    if spans_ranks(group):
+        facts = {"classes": len(weights), "ks": crc32(repr(list(ks)).encode())}
+        agree(group, "accuracy", facts=facts)
+        for total in totals:
+            dist.all_reduce(total, group=group)
+    hits, seen, first = totals
+    pictures = seen.sum().item()
+    if not pictures:
+        raise ValueError("image_features: expected at least one picture")
+    result = {f"top-{k}": hit / pictures for k, hit in zip(ks, hits.tolist(), strict=True)}
+    result |= {f"chance top-{k}": min(1.0, k / len(weights)) for k in ks}
+    occur = seen > 0
+    result["mean per class"] = (first[occur] / seen[occur]).mean().item()
+    return result
+
+
+def _counts(image_features, weights, labels, ks, chunk) -> tuple[Tensor, Tensor, Tensor]:
+    """Hits for each k, then images and first places of each class: all that ranks exchange."""
     if labels.shape != image_features.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
             f"labels: expected int64 [{len(image_features)}], got {labels.dtype} "
@@ -106,7 +141,6 @@ def accuracy(
     classes = len(weights)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"labels: expected 0 to {classes - 1}, got others")
-    # Hits for each k, then pictures and first places of each class: all that ranks exchange.
     hits = torch.zeros(len(ks), dtype=torch.float64, device=weights.device)
     seen, first = (torch.zeros(classes, dtype=torch.float64, device=weights.device) for _ in "ab")
     for features, label in zip(image_features.split(chunk), labels.split(chunk), strict=True):
@@ -117,14 +151,4 @@ def accuracy(
         hits += torch.stack([(rank <= k).double().sum() for k in ks])
         seen += torch.bincount(label, minlength=classes)
         first += torch.bincount(label[rank == 1], minlength=classes)
-    if group is not None and group.size() > 1:
-        for total in (hits, seen, first):
-            dist.all_reduce(total, group=group)
-    pictures = seen.sum().item()
-    if not pictures:
-        raise ValueError("image_features: expected at least one picture")
-    result = {f"top-{k}": hit / pictures for k, hit in zip(ks, hits.tolist(), strict=True)}
-    result |= {f"chance top-{k}": min(1.0, k / classes) for k in ks}
-    occur = seen > 0
-    result["mean per class"] = (first[occur] / seen[occur]).mean().item()
-    return result
+    return hits, seen, first

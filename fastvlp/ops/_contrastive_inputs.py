@@ -67,8 +67,8 @@ def check_same_kind(name: str, t: torch.Tensor, like_name: str, like: torch.Tens
 
 
 def check_workspace(workspace_bytes: int) -> None:
-    """Raises ValueError unless it is a positive whole number."""
-    if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
+    """Raises ValueError unless it is a positive whole number that 64 bits hold."""
+    if not isinstance(workspace_bytes, int) or not 0 < workspace_bytes < 2**63:
         raise ValueError(
             f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes!r}"
         )
@@ -85,7 +85,7 @@ def as_scalar(name: str, value, like: torch.Tensor, finite: bool = True) -> torc
     if not isinstance(value, torch.Tensor):
         if not isinstance(value, Real):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-        value = torch.tensor(float(value), dtype=dtype, device=like.device)
+        value = torch.tensor(_as_float(name, value), dtype=dtype, device=like.device)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one value, got shape {tuple(value.shape)}")
     if not value.is_floating_point():
@@ -101,6 +101,15 @@ def as_scalar(name: str, value, like: torch.Tensor, finite: bool = True) -> torc
                 "or the parameter was never clamped"
             )
     return value.reshape(()).to(dtype)
+
+
+def _as_float(name: str, value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name}: expected a number in float64's range, got a larger one"
+        ) from None
 
 
 def native_reasons(

@@ -1,5 +1,7 @@
 """Losses whose forward pass computed the gradients already: scale them by the upstream one."""
 
+from collections.abc import Callable
+
 import torch
 
 SECOND_DERIVATIVE = (
@@ -9,18 +11,43 @@ SECOND_DERIVATIVE = (
 )
 
 
-class ScaledGradients(torch.autograd.Function):
-    """(upstream, *inputs, *gradients) -> gradients times upstream.
+def wants_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether a backward pass may follow, also inside of torch.func's transforms."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
-    Takes the inputs only so that asking for a second derivative reaches its backward, which
-    refuses.
+
+def once_differentiable(function: Callable, *args):
+    """function(*args) in a backward pass; asking for its own derivative is refused.
+
+    It also makes operators without a rule of their own known to torch.func's transforms.
     """
+    if torch.compiler.is_compiling():  # which takes no Function inside the backward of another
+        return function(*args)
+    return _OnceDifferentiable.apply(function, *args)
+
+
+def scaled_gradients(upstream: torch.Tensor, *inputs_and_gradients) -> tuple[torch.Tensor, ...]:
+    """(upstream, *inputs, *gradients) -> gradients times upstream, not further differentiable.
+
+    Takes the inputs so that asking for a second derivative with respect to them is refused, too.
+    """
+    return once_differentiable(_scale, upstream, *inputs_and_gradients)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(function, *args):
+        return function(*args)
 
     @staticmethod
-    def forward(ctx, upstream, *inputs_and_gradients):
-        gradients = inputs_and_gradients[len(inputs_and_gradients) // 2 :]
-        return tuple((g.float() * upstream).to(g.dtype) for g in gradients)
+    def setup_context(ctx, inputs, outputs):
+        pass
 
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(SECOND_DERIVATIVE)
+
+
+def _scale(upstream, *inputs_and_gradients):
+    gradients = inputs_and_gradients[len(inputs_and_gradients) // 2 :]
+    return tuple((g.float() * upstream).to(g.dtype) for g in gradients)

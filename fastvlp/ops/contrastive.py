@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from ..distributed import agree, spans_ranks
 from . import _contrastive_library
 from ._contrastive_distributed import COMM_DTYPES, SCHEDULES
-from ._contrastive_group import DIRECTIONS, Distributed, report_error
+from ._contrastive_group import DIRECTIONS, Distributed
 from ._contrastive_inputs import (
     CANDIDATES,
     as_scalar,
@@ -35,6 +36,7 @@ from ._contrastive_inputs import (
 )
 from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, make_plan
 from ._dispatch import choose, explain, register
+from ._saved_gradients import once_differentiable, wants_gradients
 from ._workspace import Lease
 
 
@@ -49,6 +51,7 @@ def contrastive(
     group: dist.ProcessGroup | None = None,
     schedule: str = "auto",
     comm_dtype: torch.dtype | None = None,
+    global_value: bool = False,
 ) -> torch.Tensor:
     """Contrastive loss over the pairs (image_features[i], text_features[i]).
 
@@ -70,6 +73,8 @@ def contrastive(
         comm_dtype: with `group`, the dtype in which features and their gradients travel, for
             example torch.bfloat16; None sends features as they are and gradients in float32.
             Statistics are float32 always.
+        global_value: with `group`, return the loss of the global batch, the same on every rank, in
+            place of this rank's share. Gradients are those of the share either way.
 
     Returns:
         The loss, a zero-dimensional float32 tensor (float64 for float64 features), differentiable
@@ -82,9 +87,9 @@ def contrastive(
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: FASTVLP_BACKEND forces an implementation that cannot run, or a second
             derivative is asked for; with `group`, on every rank, when any rank's arguments are
-            bad or differ from the others'.
+            bad, or its options or its scale differ from the others'.
     """
-    distributed = group is not None and group.size() > 1
+    distributed = spans_ranks(group)
     try:
         image_features = local("image_features", image_features)
         text_features = local("text_features", text_features)
@@ -98,22 +103,23 @@ def contrastive(
                 f"image_features: the loss over a group needs a kernel; "
                 f"{explain('contrastive', image_features, text_features)}"
             )
-    except (TypeError, ValueError, RuntimeError) as error:
+        features = unit_stride(image_features), unit_stride(text_features)
+    except Exception as error:
         if distributed:
-            report_error(group, error)
+            agree(group, "contrastive", error=error)
         raise
-    features = unit_stride(image_features), unit_stride(text_features)
     if distributed:
         loss = Distributed.apply(
             torch.ops.fastvlp.contrastive_distributed, 3, *features, scale, group.group_name,
-            direction, schedule, comm_dtype, workspace_bytes,
-        )  # fmt: skip
+            direction, schedule, comm_dtype, wants_gradients(*features, scale), workspace_bytes,
+            global_value,
+        )[0]  # fmt: skip
     elif backend == "reference":
         return contrastive_reference(
             image_features, text_features, scale, bias, direction=direction
         )
     else:
-        loss = _Contrastive.apply(*features, scale, direction, workspace_bytes)
+        loss = _contrastive(*features, scale, direction, workspace_bytes)
     return loss if bias is None else loss + 0.0 * bias
 
 
@@ -150,30 +156,41 @@ def contrastive_reference(
     return losses[direction]
 
 
+def _contrastive(x, y, scale, direction, workspace_bytes) -> torch.Tensor:
+    keep = x.device.type == "cpu" and wants_gradients(x, y, scale)
+    plan = make_plan(len(x), len(x), x.shape[1], x.dtype, workspace_bytes, keep)
+    # The compiler plans memory itself.
+    compiling = torch.compiler.is_compiling()
+    lease = None if compiling else Lease(plan.kept_floats(len(x)))
+    return _Contrastive.apply(x, y, scale, direction, plan, lease)[0]
+
+
 class _Contrastive(torch.autograd.Function):
+    """The loss, and what backward needs besides the inputs and the lease."""
+
     @staticmethod
-    def forward(ctx, x, y, scale, direction, workspace_bytes):
-        n = x.shape[0]
+    def forward(x, y, scale, direction, plan, lease):
         rows, cols = direction != "text_to_image", direction != "image_to_text"
-        keep = x.device.type == "cpu" and any(ctx.needs_input_grad[:3])
-        plan = make_plan(n, n, x.shape[1], x.dtype, workspace_bytes, keep)
-        if torch.compiler.is_compiling():  # the compiler plans memory itself
-            kept, ctx.lease = scale.new_empty(plan.kept_floats(n)), None
+        if lease is None:
+            kept = scale.new_empty(plan.kept_floats(x.shape[0]))
         else:
-            ctx.lease = Lease(plan.kept_floats(n))
-            kept = ctx.lease.floats.to(x.device)  # on a GPU nothing is kept: no floats move
+            kept = lease.floats.to(x.device)  # on a GPU nothing is kept: no floats move
         row_lse, col_lse, positive = torch.ops.fastvlp.contrastive_statistics(
             x, y, scale, kept, 0, rows, cols, plan.block_rows, plan.block_cols, plan.keep_blocks
         )
-        ctx.plan = plan
-        ctx.save_for_backward(
-            x, y, scale, row_lse, col_lse, *(() if ctx.lease is not None else (kept,))
-        )
         losses = [(lse - positive).mean() for lse, on in ((row_lse, rows), (col_lse, cols)) if on]
-        return sum(losses) / len(losses)
+        loss = sum(losses) / len(losses)
+        return loss, row_lse, col_lse, *(() if lease is not None else (kept,))
 
     @staticmethod
-    def backward(ctx, grad):
+    def setup_context(ctx, inputs, outputs):
+        x, y, scale, _, ctx.plan, ctx.lease = inputs
+        _, *saved = outputs
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(x, y, scale, *saved)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
         x, y, scale, row_lse, col_lse, *kept = ctx.saved_tensors
         n, plan = x.shape[0], ctx.plan
         keep_blocks = plan.keep_blocks
@@ -184,13 +201,14 @@ class _Contrastive(torch.autograd.Function):
         directions = (row_lse.numel() > 0) + (col_lse.numel() > 0)
         share = grad / (n * directions)
         weights = torch.stack((share, share, share * directions))
-        dx, dy, dscale = torch.ops.fastvlp.contrastive_gradients(
-            x, y, scale, row_lse, col_lse, weights, kept[0].to(x.device), 0, plan.block_rows,
-            plan.block_cols, keep_blocks, plan.chunk_rows, plan.chunk_cols,
+        dx, dy, dscale = once_differentiable(
+            torch.ops.fastvlp.contrastive_gradients, x, y, scale, row_lse, col_lse, weights,
+            kept[0].to(x.device), 0, plan.block_rows, plan.block_cols, keep_blocks,
+            plan.chunk_rows, plan.chunk_cols,
         )  # fmt: skip
         if ctx.lease is not None:
             ctx.lease.give_back()
-        return dx, dy, dscale, None, None
+        return dx, dy, dscale, None, None, None
 
 
 _contrastive_library.register()

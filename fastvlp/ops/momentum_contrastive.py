@@ -34,7 +34,7 @@ from . import _momentum_library
 from ._dispatch import choose, register
 from ._momentum_inputs import CANDIDATES, prepare
 from ._philox import gumbel, philox
-from ._saved_gradients import ScaledGradients
+from ._saved_gradients import scaled_gradients, wants_gradients
 
 
 class MomentumContrastive(NamedTuple):
@@ -103,7 +103,9 @@ def momentum_contrastive(
     backend = choose("momentum_contrastive", image_features, text_features)
     if backend == "reference":
         return momentum_contrastive_reference(*inputs.tensors(), hard_negatives=hard_negatives)
-    loss, *negatives = _Momentum.apply(inputs.teacher, hard_negatives, *inputs.tensors())
+    tensors = inputs.tensors()
+    gradients = wants_gradients(*tensors[:2], tensors[6])
+    loss, *negatives = _Momentum.apply(inputs.teacher, hard_negatives, gradients, *tensors)[:3]
     return MomentumContrastive(loss, *(negatives if hard_negatives else (None, None)))
 
 
@@ -158,21 +160,26 @@ def momentum_contrastive_reference(
 
 
 class _Momentum(torch.autograd.Function):
+    """The loss, the hard negatives of both directions, and the gradients for backward."""
+
     @staticmethod
-    def forward(ctx, teacher, negatives, image, text, *rest):
-        temperature = rest[4]
-        gradients = any(ctx.needs_input_grad)
+    def forward(teacher, negatives, gradients, *tensors):
         loss, d_image, d_text, d_temperature, texts, images = _momentum_library.run(
-            (image, text, *rest), teacher, gradients, negatives
+            tensors, teacher, gradients, negatives
         )
-        ctx.save_for_backward(image, text, temperature, d_image, d_text, d_temperature)
-        ctx.mark_non_differentiable(texts, images)
-        return loss, texts, images
+        return loss, texts, images, d_image, d_text, d_temperature
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        image, text, temperature = inputs[3], inputs[4], inputs[9]
+        _, *others = outputs
+        ctx.mark_non_differentiable(*others)
+        ctx.save_for_backward(image, text, temperature, *others[2:])
 
     @staticmethod
     def backward(ctx, grad, *_):
-        d_image, d_text, d_temperature = ScaledGradients.apply(grad, *ctx.saved_tensors)
-        return None, None, d_image, d_text, *(None,) * 4, d_temperature, *(None,) * 5
+        d_image, d_text, d_temperature = scaled_gradients(grad, *ctx.saved_tensors)
+        return None, None, None, d_image, d_text, *(None,) * 4, d_temperature, *(None,) * 5
 
 
 _momentum_library.register()

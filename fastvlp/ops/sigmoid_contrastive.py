@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from ..distributed import agree, spans_ranks
 from ._contrastive_distributed import COMM_DTYPES
-from ._contrastive_group import Distributed, report_error
+from ._contrastive_group import Distributed
 from ._contrastive_inputs import (
     CANDIDATES,
     as_scalar,
@@ -26,7 +27,7 @@ from ._contrastive_inputs import (
 )
 from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, make_plan
 from ._dispatch import choose, explain, register
-from ._saved_gradients import ScaledGradients
+from ._saved_gradients import scaled_gradients, wants_gradients
 
 
 def sigmoid_contrastive(
@@ -45,7 +46,7 @@ def sigmoid_contrastive(
     the loss is differentiable once by the features, the scale and the bias. With `group` the text
     features travel round a ring.
     """
-    distributed = group is not None and group.size() > 1
+    distributed = spans_ranks(group)
     try:
         image_features = local("image_features", image_features)
         text_features = local("text_features", text_features)
@@ -61,19 +62,20 @@ def sigmoid_contrastive(
                 f"image_features: the loss over a group needs a kernel; "
                 f"{explain('sigmoid_contrastive', image_features, text_features)}"
             )
-    except (TypeError, ValueError, RuntimeError) as error:
+        features = unit_stride(image_features), unit_stride(text_features)
+    except Exception as error:
         if distributed:
-            report_error(group, error)
+            agree(group, "sigmoid_contrastive", error=error)
         raise
-    features = unit_stride(image_features), unit_stride(text_features)
+    gradients = wants_gradients(*features, scale, bias)
     if distributed:
         return Distributed.apply(
             torch.ops.fastvlp.sigmoid_contrastive_distributed, 4, *features, scale, bias,
-            group.group_name, comm_dtype, workspace_bytes,
-        )  # fmt: skip
+            group.group_name, comm_dtype, gradients, workspace_bytes,
+        )[0]  # fmt: skip
     if backend == "reference":
         return sigmoid_contrastive_reference(image_features, text_features, scale, bias)
-    return _SigmoidContrastive.apply(*features, scale, bias, workspace_bytes)
+    return _SigmoidContrastive.apply(*features, scale, bias, gradients, workspace_bytes)[0]
 
 
 def sigmoid_contrastive_reference(
@@ -91,21 +93,26 @@ def sigmoid_contrastive_reference(
 
 
 class _SigmoidContrastive(torch.autograd.Function):
+    """The loss and its gradients, for backward."""
+
     @staticmethod
-    def forward(ctx, x, y, scale, bias, workspace_bytes):
+    def forward(x, y, scale, bias, gradients, workspace_bytes):
         n = x.shape[0]
-        gradients = any(ctx.needs_input_grad[:4])
         plan = make_plan(n, n, x.shape[1], x.dtype, workspace_bytes, keep=False)
-        loss, dx, dy, dscale, dbias = torch.ops.fastvlp.contrastive_sigmoid(
+        return torch.ops.fastvlp.contrastive_sigmoid(
             x, y, scale, bias, 1.0 / n, 0, gradients, plan.block_rows, plan.block_cols,
             plan.chunk_rows, plan.chunk_cols,
         )  # fmt: skip
-        ctx.save_for_backward(x, y, scale, bias, dx, dy, dscale, dbias)
-        return loss
 
     @staticmethod
-    def backward(ctx, grad):
-        return *ScaledGradients.apply(grad, *ctx.saved_tensors), None
+    def setup_context(ctx, inputs, outputs):
+        _, *gradients = outputs
+        ctx.mark_non_differentiable(*gradients)
+        ctx.save_for_backward(*inputs[:4], *gradients)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        return *scaled_gradients(grad, *ctx.saved_tensors), None, None
 
 
 register("sigmoid_contrastive", **CANDIDATES)

@@ -92,6 +92,20 @@ def test_opcheck(device, dtype):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+def test_a_number_beyond_float64_is_refused(loss):
+    image, text = features(4, 8, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="logit_scale: expected a number in float64's range"):
+        loss(image, text, 10**400)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_is_no_process_group_is_refused(loss):
+    image, text = features(4, 8, torch.float32, "cpu")
+    with pytest.raises(TypeError, match="group: expected a process group .*got -100"):
+        loss(image, text, 5.0, group=-100)  # what new_group gives a rank outside of the group
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(device, loss, dynamic):
     torch.compiler.reset()
