@@ -49,6 +49,8 @@ def contrastive_distributed(
         direction=DIRECTIONS.index(direction), schedule=SCHEDULES.index(schedule),
         global_value=global_value,
     )  # fmt: skip
+    if not shards.total:
+        return scale.new_zeros(()), *_gradients_like(x, y, gradients), scale.new_zeros(())
     rows, cols = direction != "text_to_image", direction != "image_to_text"
     loss, *computed = softmax_shares(
         x, y, scale, shards, rows, cols, schedule, comm_dtype, gradients, workspace_bytes
@@ -61,7 +63,7 @@ def contrastive_distributed(
 
 @contrastive_distributed.register_fake
 def _(x, y, scale, group_name, direction, schedule, comm_dtype, gradients, *_):
-    return scale.new_empty(()), *_fake_gradients(x, y, gradients), scale.new_empty(())
+    return scale.new_empty(()), *_gradients_like(x, y, gradients), scale.new_empty(())
 
 
 @torch.library.custom_op("fastvlp::sigmoid_contrastive_distributed", mutates_args=())
@@ -80,16 +82,19 @@ def sigmoid_contrastive_distributed(
     shards = _shards(
         "sigmoid_contrastive", x, values, group, comm_dtype, gradients, workspace_bytes
     )
+    if not shards.total:
+        loss, dscale, dbias = (scale.new_zeros(()) for _ in range(3))
+        return loss, *_gradients_like(x, y, gradients), dscale, dbias
     return sigmoid_shares(x, y, scale, bias, shards, comm_dtype, gradients, workspace_bytes)
 
 
 @sigmoid_contrastive_distributed.register_fake
 def _(x, y, scale, bias, group_name, comm_dtype, gradients, workspace_bytes):
     loss, dscale, dbias = (scale.new_empty(()) for _ in range(3))
-    return loss, *_fake_gradients(x, y, gradients), dscale, dbias
+    return loss, *_gradients_like(x, y, gradients), dscale, dbias
 
 
-def _fake_gradients(x, y, gradients):
+def _gradients_like(x, y, gradients):
     return tuple(t.new_empty((t.shape[0] if gradients else 0, t.shape[1])) for t in (x, y))
 
 

@@ -31,7 +31,7 @@ def local(name: str, value):
 
 
 def check_features(image_features: torch.Tensor, text_features: torch.Tensor) -> None:
-    """Raises TypeError or ValueError unless both are [N, D] of one dtype and device, N, D > 0."""
+    """Raises TypeError or ValueError unless both are [N, D] of one dtype and device, D > 0."""
     for name, t in (("image_features", image_features), ("text_features", text_features)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
@@ -44,10 +44,10 @@ def check_features(image_features: torch.Tensor, text_features: torch.Tensor) ->
             "text_features: expected one row per row of image_features and the same width "
             f"{tuple(image_features.shape)}, got {tuple(text_features.shape)}"
         )
-    if image_features.shape[0] == 0 or image_features.shape[1] == 0:
+    if image_features.shape[1] == 0:
         raise ValueError(
-            "image_features: expected at least one pair and a width of at least 1, got shape "
-            f"{tuple(image_features.shape)}; skip the step when a batch is empty"
+            "image_features: expected a width of at least 1, got shape "
+            f"{tuple(image_features.shape)}"
         )
     check_same_kind("text_features", text_features, "image_features", image_features)
 

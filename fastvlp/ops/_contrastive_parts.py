@@ -57,6 +57,10 @@ class Part:
 
     def statistics(self, rows: bool, cols: bool):
         """(row_lse [M], col_lse [N], positive [M]); empty where not wanted, 0 where not here."""
+        if not self._has_logits():
+            lse = [self.x.new_full((len(t) * on,), -torch.inf, dtype=torch.float32)
+                   for t, on in ((self.x, rows), (self.y, cols))]  # fmt: skip
+            return *lse, self.x.new_zeros(len(self.x), dtype=torch.float32)
         plan = self.plan
         return torch.ops.fastvlp.contrastive_statistics(
             self.x, self.y, self.scale, self._kept, self.offset, rows, cols, plan.block_rows,
@@ -72,12 +76,19 @@ class Part:
 
     def gradients(self, row_lse, col_lse, weights):
         """(dx, dy, dscale) as float32, to be summed over parts."""
+        if not self._has_logits():
+            return (
+                *(torch.zeros_like(t, dtype=torch.float32) for t in (self.x, self.y, self.scale)),
+            )
         plan = self.plan
         dx, dy, dscale = torch.ops.fastvlp.contrastive_gradients(
             self.x, self.y, self.scale, row_lse, col_lse, weights, self._kept, self.offset,
             plan.block_rows, plan.block_cols, plan.keep_blocks, plan.chunk_rows, plan.chunk_cols,
         )  # fmt: skip
         return dx.float(), dy.float(), dscale
+
+    def _has_logits(self) -> bool:
+        return len(self.x) > 0 and len(self.y) > 0
 
 
 class Sum:

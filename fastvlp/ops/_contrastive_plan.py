@@ -41,6 +41,8 @@ def make_plan(
     half-precision gradients that several chunks add to. At least one tile and those sums are
     always used. `keep`: whether a backward pass will follow.
     """
+    if not rows or not cols:
+        return Plan(_GRAIN, _GRAIN, 0, 0, 0)
     threads = _threads()
     block_rows, block_cols = _block(rows, BLOCK, threads), _block(cols, BLOCK, threads)
     row_blocks, col_blocks = -(-rows // block_rows), -(-cols // block_cols)

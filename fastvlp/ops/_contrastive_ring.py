@@ -108,12 +108,10 @@ def sigmoid_shares(x, y, scale, bias, shards, comm_dtype, gradients, workspace_b
     for step in range(shards.world_size):
         passing = ring.start(step, held, tag=1) if step < last else None
         columns = held.to(x.dtype) if step else y
-        plan = make_plan(len(x), len(columns), x.shape[1], x.dtype, workspace_bytes, keep=False)
         begin = shards.offset_of(ring.holder(step))
-        part_loss, part_dx, part_dy, *scalars = torch.ops.fastvlp.contrastive_sigmoid(
-            x, columns, scale, bias, weight, shards.offset - begin, gradients, plan.block_rows,
-            plan.block_cols, plan.chunk_rows, plan.chunk_cols,
-        )  # fmt: skip
+        part_loss, part_dx, part_dy, *scalars = _sigmoid_part(
+            x, columns, scale, bias, weight, shards.offset - begin, gradients, workspace_bytes
+        )
         for total, part in zip((loss, dscale, dbias), (part_loss, *scalars), strict=True):
             total.add(part)
         if gradients:
@@ -127,3 +125,15 @@ def sigmoid_shares(x, y, scale, bias, shards, comm_dtype, gradients, workspace_b
         return loss.total, *no_gradients(x, y, scale), dbias.total
     own_dy = dy.home(own_dy.float())
     return loss.total, dx.total.to(x.dtype), own_dy.to(y.dtype), dscale.total, dbias.total
+
+
+def _sigmoid_part(x, y, scale, bias, weight, offset, gradients, workspace_bytes):
+    """(loss, dx, dy, dscale, dbias) of these logits; 0 where there are none."""
+    if not len(x) or not len(y):
+        loss, dscale, dbias = (torch.zeros_like(scale) for _ in range(3))
+        return loss, torch.zeros_like(x), torch.zeros_like(y), dscale, dbias
+    plan = make_plan(len(x), len(y), x.shape[1], x.dtype, workspace_bytes, keep=False)
+    return torch.ops.fastvlp.contrastive_sigmoid(
+        x, y, scale, bias, weight, offset, gradients, plan.block_rows, plan.block_cols,
+        plan.chunk_rows, plan.chunk_cols,
+    )  # fmt: skip

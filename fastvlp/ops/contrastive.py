@@ -58,15 +58,15 @@ def contrastive(
     Args:
         image_features: [N, D], float32, bfloat16 or float16 (float64 through the reference);
             normalised by the caller if the loss is to be over cosines. A DTensor has to be
-            replicated.
+            replicated. The loss of no pairs is 0, with zero gradients.
         text_features: [N, D], same dtype and device.
         logit_scale: s, already exponentiated: a number or a tensor of one element.
         logit_bias: b, a number or a tensor of one element. It changes neither loss nor gradient.
         direction: "both" is the mean of "image_to_text" and "text_to_image".
         workspace_bytes: bound on the extra memory; more of it keeps more logits for backward.
-        group: a process group whose ranks each hold a part of the global batch, of any sizes.
-            Every rank calls with its own pairs and the same options, and backpropagates the same
-            upstream gradient.
+        group: a process group whose ranks each hold a part of the global batch, of any sizes, 0
+            included. Every rank calls with its own pairs and the same options, and backpropagates
+            the same upstream gradient.
         schedule: with `group`, "gather" (text features all-gathered, N D memory), "ring" (one
             shard at a time, memory for a few local batches) or "auto" (gather while it fits
             beside the workspace).
@@ -114,7 +114,7 @@ def contrastive(
             direction, schedule, comm_dtype, wants_gradients(*features, scale), workspace_bytes,
             global_value,
         )[0]  # fmt: skip
-    elif backend == "reference":
+    elif backend == "reference" or not len(image_features):
         return contrastive_reference(
             image_features, text_features, scale, bias, direction=direction
         )
@@ -148,12 +148,12 @@ def contrastive_reference(
     if logits.dtype != torch.float64:
         logits = logits.float()
     positives = torch.arange(len(logits), device=logits.device)
-    losses = {
-        "image_to_text": F.cross_entropy(logits, positives),
-        "text_to_image": F.cross_entropy(logits.T, positives),
+    sums = {
+        "image_to_text": F.cross_entropy(logits, positives, reduction="sum"),
+        "text_to_image": F.cross_entropy(logits.T, positives, reduction="sum"),
     }
-    losses["both"] = (losses["image_to_text"] + losses["text_to_image"]) / 2
-    return losses[direction]
+    sums["both"] = (sums["image_to_text"] + sums["text_to_image"]) / 2
+    return sums[direction] / max(len(logits), 1)
 
 
 def _contrastive(x, y, scale, direction, workspace_bytes) -> torch.Tensor:

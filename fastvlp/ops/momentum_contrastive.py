@@ -69,7 +69,8 @@ def momentum_contrastive(
 
     Args:
         image_features, text_features: [B, D], the student's, normalised by the caller; float32,
-            bfloat16 or float16 (float64 through the reference).
+            bfloat16 or float16 (float64 through the reference). The loss of no pairs is 0, with
+            zero gradients.
         image_momentum, text_momentum: [B, D], the teacher's, without gradient, same dtype.
         image_queue, text_queue: [Q, D], the teacher's features of earlier batches (row k of both
             from one pair), same dtype; Q may be 0. `fastvlp.FeatureQueue` keeps one.
@@ -101,7 +102,7 @@ def momentum_contrastive(
         temperature, alpha, ids, queue_ids, queue_length, seed,
     )  # fmt: skip
     backend = choose("momentum_contrastive", image_features, text_features)
-    if backend == "reference":
+    if backend == "reference" or not len(image_features):
         return momentum_contrastive_reference(*inputs.tensors(), hard_negatives=hard_negatives)
     tensors = inputs.tensors()
     gradients = wants_gradients(*tensors[:2], tensors[6])
@@ -145,14 +146,15 @@ def momentum_contrastive_reference(
             # Not 0 * NaN: at alpha 0 the teacher has no say, whatever it says.
             target = target + torch.where(torch.as_tensor(alpha != 0), alpha * taught.softmax(1), 0)
         loss = logits.masked_fill(~valid, -torch.inf).logsumexp(1) - (target * logits).sum(1)
-        if not hard_negatives:
-            return loss.mean(), None
+        loss = loss.sum() / max(batch, 1)
+        if not hard_negatives or not batch:
+            return loss, column[:0] if hard_negatives else None
         columns, rows = torch.broadcast_tensors(column[:batch], row)
         words = philox(seed, [columns, rows, torch.full_like(rows, stream), 0 * rows])[0]
         score = logits.detach()[:, :batch] + gumbel(words, low)
         score = score.masked_fill(positive[:, :batch] | score.isnan(), -torch.inf)
         best, negative = score.max(1)
-        return loss.mean(), torch.where(best == -torch.inf, -1, negative)
+        return loss, torch.where(best == -torch.inf, -1, negative)
 
     forth, texts = direction(image_features, image_momentum, text_momentum, text_queue, 0)
     back, images = direction(text_features, text_momentum, image_momentum, image_queue, 1)

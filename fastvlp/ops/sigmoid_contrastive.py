@@ -73,7 +73,7 @@ def sigmoid_contrastive(
             torch.ops.fastvlp.sigmoid_contrastive_distributed, 4, *features, scale, bias,
             group.group_name, comm_dtype, gradients, workspace_bytes,
         )[0]  # fmt: skip
-    if backend == "reference":
+    if backend == "reference" or not len(image_features):
         return sigmoid_contrastive_reference(image_features, text_features, scale, bias)
     return _SigmoidContrastive.apply(*features, scale, bias, gradients, workspace_bytes)[0]
 
@@ -89,7 +89,7 @@ def sigmoid_contrastive_reference(
     if logits.dtype != torch.float64:
         logits = logits.float()
     signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
-    return -F.logsigmoid(signs * logits).sum() / len(logits)
+    return -F.logsigmoid(signs * logits).sum() / max(len(logits), 1)
 
 
 class _SigmoidContrastive(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from contrastive_cases import features, run
 from tolerance import assert_as_accurate, epsilon
 
-SIZES = {2: (37, 70), 3: (64, 1, 40), 4: (16, 33, 5, 50)}
+SIZES = {2: (37, 70), 3: (64, 1, 40), 4: (16, 33, 0, 50)}
 SCALE, BIAS, DIM = 14.3, -9.0, 48
 AMPLE, SOME = 1 << 20, 20_000
 
@@ -48,8 +48,6 @@ def compute(rank, sizes, jobs):
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_gradients_of_the_full_batch(world_size):
-    from fastvlp.ops import contrastive_reference, sigmoid_contrastive_reference
-
     sizes = SIZES[world_size]
     directions = ("both", "image_to_text", "text_to_image")
     dtypes = (torch.float32, torch.bfloat16)
@@ -61,7 +59,12 @@ def test_gradients_of_the_full_batch(world_size):
     )
     # Workspaces that keep some of the logits and none.
     jobs += itertools.product((torch.float32,), schedules, ("both",), (None,), (SOME, 1))
-    found = gloo_ranks.run(world_size, compute, sizes, jobs)
+    assert_those_of_one_process(gloo_ranks.run(world_size, compute, sizes, jobs), sizes, jobs)
+
+
+def assert_those_of_one_process(found, sizes, jobs):
+    from fastvlp.ops import contrastive_reference, sigmoid_contrastive_reference
+
     assert all(isinstance(result, dict) for result in found), found
     for job in jobs:
         dtype, schedule, direction, comm_dtype, _ = job
@@ -249,10 +252,22 @@ def compiled_losses(rank):
     return same
 
 
+# Two ranks of which one has no pairs, or none has.
+EMPTY = ((37, 0), (0, 70), (0, 0))
+EMPTY_JOBS = [
+    *itertools.product(
+        (torch.float32, torch.bfloat16), ("gather", "ring", "sigmoid"), ("both",), (None,), (AMPLE,)
+    ),
+    (torch.float32, "gather", "image_to_text", torch.bfloat16, 1),
+    (torch.float32, "ring", "text_to_image", None, 1),
+]
+
+
 def jobs_of_two():
     from torch.distributed.tensor import Replicate, Shard
 
     return {
+        **{f"pairs {sizes}": (compute, sizes, EMPTY_JOBS) for sizes in EMPTY},
         "open_clip": (open_clip_pairs,),
         "without gather_with_grad": (without_gather_with_grad,),
         "wrong rank": (wrong_rank,),
@@ -268,6 +283,11 @@ def jobs_of_two():
 @pytest.fixture(scope="module")
 def pair():
     return gloo_ranks.run(2, gloo_ranks.several, jobs_of_two(), limit=120)
+
+
+@pytest.mark.parametrize("sizes", EMPTY)
+def test_ranks_without_pairs_take_part(pair, sizes):
+    assert_those_of_one_process([results[f"pairs {sizes}"] for results in pair], sizes, EMPTY_JOBS)
 
 
 def test_same_as_open_clip_under_ddp(pair):

@@ -19,7 +19,7 @@ X = torch.zeros(4, 8)
         ((X[0], X, 1.0), ValueError, r"image_features: expected shape \[N, D\], got \(8,\)"),
         ((X, X[:3], 1.0), ValueError, r"text_features: .*\(4, 8\), got \(3, 8\)"),
         ((X, X[:, :5], 1.0), ValueError, r"text_features: .*\(4, 8\), got \(4, 5\)"),
-        ((X[:0], X[:0], 1.0), ValueError, "image_features: expected at least one pair"),
+        ((X[:, :0], X[:, :0], 1.0), ValueError, "image_features: expected a width of at least 1"),
         ((X, X.half(), 1.0), TypeError, "text_features: expected the dtype .*float32"),
         ((X, X.to("meta"), 1.0), ValueError, "text_features: expected the device"),
         ((X, X, float("nan")), ValueError, "logit_scale: expected a finite value, got nan"),
