@@ -9,32 +9,47 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastvlp.data.folder_walk import Unread, walk
 from fastvlp.data.image_backends import BrokenImages, plans_of
 from fastvlp.data.image_check import ImageFault, open_rgb
 from fastvlp.data.image_transforms import into_batch_by_pillow, value_table
 from fastvlp.data.recipes import CLIP_MEAN as MEAN
 from fastvlp.data.recipes import CLIP_STD as STD
 from fastvlp.data.recipes import CentreCrop
+from fastvlp.data.stray_files import is_hidden
 
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def find(folder: Path) -> dict[str, list[Path]]:
-    """The images of each class, classes and images sorted by name.
+    """The images of each class, classes and images sorted by name; hidden ones are passed over.
 
     Raises:
         ValueError: there are no classes, or one has no image.
+        OSError: a folder cannot be read.
     """
     found = {
-        each.name: sorted(p for p in each.rglob("*") if p.suffix.lower() in _EXTENSIONS)
+        each.name: _images(each)
         for each in sorted(Path(folder).iterdir())
-        if each.is_dir()
+        if each.is_dir() and not is_hidden(each.name)
     }
     empty = [name for name, paths in found.items() if not paths]
     if not found or empty:
         reason = f"none in {empty[0]!r}" if empty else "no folders"
         raise ValueError(f"images: expected a folder of images for each class, got {reason}")
     return found
+
+
+def _images(folder: Path) -> list[Path]:
+    images = []
+    for each in walk(folder):
+        if not isinstance(each, Unread):
+            root, files = each
+            names = (name for name in files if not is_hidden(name))
+            images += [root / name for name in names if Path(name).suffix.lower() in _EXTENSIONS]
+        elif each.fault == "unreadable folder":
+            raise OSError(f"images: {each.path} cannot be read: {each.detail}")
+    return sorted(images)
 
 
 def share(found: dict[str, list[Path]], rank: int, world_size: int) -> list[tuple[Path, int]]:

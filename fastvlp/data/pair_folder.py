@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from pathlib import Path
 
+from fastvlp.data.folder_walk import Unread, walk
 from fastvlp.data.pairs import IMAGE_SUFFIXES, Broken, Rows, open_text, pair
 from fastvlp.data.stray_files import is_about, is_hidden
 
@@ -18,16 +18,13 @@ def read_folder(folder: Path) -> Rows:
     Raises:
         ValueError: it holds files, and none that this reads.
     """
-    links, others, empty = deque([folder]), [], True
-    seen: set[str] = set()
-    while links:
-        top = links.popleft()
-        if os.path.realpath(top) in seen:
-            empty = False
-            detail = f"it leads to {os.path.realpath(top)}, which is read elsewhere"
-            yield Broken(_place(top, folder), "linked folder", detail)
-            continue
-        for row in _walk(top, folder, seen, links, others):
+    others, empty = [], True
+    for found in walk(folder):
+        if isinstance(found, Unread):
+            rows = iter([Broken(_place(found.path, folder), found.fault, found.detail)])
+        else:
+            rows = _files(*found, folder, others)
+        for row in rows:
             empty = False
             yield row
     if empty and others:
@@ -36,28 +33,6 @@ def read_folder(folder: Path) -> Rows:
             f"{folder} has none, but {len(others)} other files, the first {others[0]}. Where that "
             f"is a list of pairs, give it in place of the folder"
         )
-
-
-def _walk(top: Path, folder: Path, seen: set[str], links: deque[Path], others: list[str]) -> Rows:
-    errors: list[OSError] = []
-    for root, folders, files in os.walk(top, onerror=errors.append):
-        yield from _unreadable(errors, folder)
-        seen.add(os.path.realpath(root))
-        linked = sorted(name for name in folders if os.path.islink(os.path.join(root, name)))
-        links += [Path(root) / name for name in linked]
-        folders[:] = sorted(
-            name
-            for name in set(folders) - set(linked)
-            if os.path.realpath(os.path.join(root, name)) not in seen
-        )
-        yield from _files(Path(root), sorted(files), folder, others)
-    yield from _unreadable(errors, folder)
-
-
-def _unreadable(errors: list[OSError], folder: Path) -> Rows:
-    for error in errors:
-        yield Broken(_place(Path(error.filename), folder), "unreadable folder", error.strerror)
-    errors.clear()
 
 
 def _files(root: Path, files: list[str], folder: Path, others: list[str]) -> Rows:
