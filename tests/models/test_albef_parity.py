@@ -85,7 +85,7 @@ def test_the_twin_and_its_copy_are_loaded_or_made(peer):
     ):
         model = fresh(momentum_copy="bfloat16")
         report = load_albef(model, state)
-        assert bool(report.notes) == (side is peer.student)
+        assert any("no momentum twin" in note for note in report.notes) == (side is peer.student)
         wanted = side.vision_proj.weight
         assert torch.equal(model.momentum.module.vision_proj.weight, wanted)
         assert torch.equal(model.momentum.copy.vision_proj.weight, wanted.bfloat16())
@@ -165,8 +165,6 @@ def test_vit_of_another_resolution_with_its_classifier():
     images = torch.randn(2, 3, 96, 96)
     near("tokens", model.student.encode_image(images), large.forward_features(images))
     near("twin", model.teacher.encode_image(images), large.forward_features(images))
-    with pytest.raises(ValueError, match="dist_token|square"):
-        load_vit(model, tower.state_dict() | {"dist_token": torch.zeros(1, 1, 192)})
 
 
 @pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM, BertForPreTraining])

@@ -47,6 +47,7 @@ def apply(
     strict: bool = True,
     may_miss: Iterable[str] = (),
     may_skip: Iterable[str] = (),
+    heads: Iterable[str] = (),
     reshaped: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]] = (),
     notes: Iterable[str] = (),
 ) -> LoadReport:
@@ -59,6 +60,9 @@ def apply(
         strict: raise where a tensor is missing or unused, but for the exceptions that follow.
         may_miss: patterns (``fnmatch``) of the model's tensors that such checkpoints do not have.
         may_skip: patterns of theirs that the model does not want.
+        heads: patterns of tensors, of either, without which all the others compute the same: task
+            heads and what only training needs. Where no others stand in the way, the error
+            proposes strict=False.
 
     Raises:
         ValueError: with the report, when strict; or shapes differ, always. The model is as it was.
@@ -75,14 +79,25 @@ def apply(
     ]
     if wrong:
         raise ValueError("state: shapes differ\n  " + "\n  ".join(wrong) + f"\n{report}")
-    if strict and (_unmatched(missing, may_miss) or _unmatched(unused, may_skip)):
+    odd = _unmatched(missing, may_miss) + _unmatched(unused, may_skip)
+    if strict and odd:
         raise ValueError(
-            f"state: the checkpoint does not fit the model; strict=False loads what fits\n{report}"
+            f"state: the checkpoint does not fit the model: {_why(odd, heads)}\n{report}"
         )
     with torch.no_grad():
         for name in shared:
             own[name].copy_(state[name])
     return report
+
+
+def _why(odd: list[str], heads: Iterable[str]) -> str:
+    decisive = _unmatched(odd, heads)
+    if not decisive:
+        return f"only {', '.join(odd[:4])} and the like differ; strict=False loads all the rest"
+    return (
+        f"without {decisive[0]} on both sides the model computes something else than was trained; "
+        "it is a checkpoint of another architecture, or not all of one"
+    )
 
 
 def _unmatched(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

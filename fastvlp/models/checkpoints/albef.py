@@ -3,7 +3,8 @@
 The authors' names and LAVIS' are the same: `visual_encoder.*`, `text_encoder.bert.*`,
 `text_encoder.cls.predictions.*`, `vision_proj`, `text_proj`, `temp`, `itm_head`, the twin's with
 `_m`, `image_queue`, `text_queue` [embed_dim, size] and `queue_ptr`; fine-tuned models lack `bert.`
-and the vocabulary head. LAVIS leaves the twin out when it saves.
+and the vocabulary head. LAVIS leaves the twin out when it saves, and its text encoder adds no token
+types, which in this model are zeros then.
 """
 
 from __future__ import annotations
@@ -19,30 +20,42 @@ from torch import Tensor, nn
 
 from fastvlp.models.albef import Albef, AlbefConfig
 
-from ._files import read_state_dict, unwrap
+from ._files import read_checkpoint, unwrap
 from ._positions import resize_grid_positions
 from ._report import LoadReport, apply
+from ._vit import CLASSIFIERS, plain_vit
 
 Source = str | Path | dict[str, Tensor]
 TOWERS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
 HEAD = "text_encoder.cls.predictions."
 WORDS = "bert.embeddings.word_embeddings.weight"
+TYPES = "bert.embeddings.token_type_embeddings.weight"
+# The parts of the configuration that LAVIS saves beside its weights.
+LAVIS_CONFIG = {"run", "model", "datasets"}
 # A copy of another tensor, or a constant.
 REPEATED = ("position_ids", "cls.predictions.decoder.bias")
 
 
-def load_albef(model: Albef, source: Source, *, strict: bool = True) -> LoadReport:
+def load_albef(
+    model: Albef, source: Source, *, strict: bool = True, token_types: bool | None = None
+) -> LoadReport:
     """The authors' or LAVIS' checkpoint, of pretraining or of retrieval, into the whole model.
 
     Image positions are resized as the authors do, bicubic, for the model and its twin. A twin that
     the checkpoint does not have takes the model's weights. Queues of another size stay as they
     are. `strict` is `apply`'s.
 
+    Args:
+        token_types: whether the checkpoint's code adds the token types to the words. The authors'
+            does, LAVIS' does not, even if a file has them. None: as the file tells, False if it has
+            none or if LAVIS saved it (its configuration lies beside the weights), else True.
+
     Raises:
         ValueError: the checkpoint does not fit; the model is as it was.
     """
-    given, state, notes, reshaped = _state(source), {}, [], []
+    given, lavis = _given(source)
+    state, notes, reshaped = {}, [], []
     for name, value in given.items():
         if name in QUEUES or name.endswith(REPEATED):
             continue
@@ -59,12 +72,13 @@ def load_albef(model: Albef, source: Source, *, strict: bool = True) -> LoadRepo
         notes.append("no vocabulary head in the checkpoint: it keeps its values")
     if model.queue is not None:
         state |= _queues(model, given, notes)
+    _settle_token_types(state, model, _adds_token_types(token_types, given, lavis), notes)
     for prefix in ("student.", "momentum.module."):
         _tie(state, f"{prefix}text_encoder.")
         _resize(state, f"{prefix}visual_encoder.", model.student.visual_encoder, reshaped)
     report = apply(
         model, state, source="ALBEF", strict=strict, may_miss=may_miss, may_skip=may_skip,
-        reshaped=reshaped, notes=notes,
+        heads=["itm_head.*", "queue.*", "momentum.*", f"*{HEAD}*"], reshaped=reshaped, notes=notes,
     )  # fmt: skip
     if model.momentum is not None:
         model.refresh_copy() if twin else model.reset_momentum()
@@ -92,6 +106,11 @@ def config_of_shapes(state: Mapping[str, Tensor], **overrides: Any) -> AlbefConf
         raise ValueError(f"state: expected the weights of an ALBEF, found no {error}") from None
     layers = _numbers(shapes, r"text_encoder\.bert\.encoder\.layer\.(\d+)\.")
     fusion = _numbers(shapes, r"text_encoder\.bert\.encoder\.layer\.(\d+)\.crossattention\.")
+    if not 0 < fusion < layers:
+        raise ValueError(
+            f"state: expected cross-attention in the upper layers of text alone, as ALBEF has it; "
+            f"got it in {fusion} of {layers}, where BLIP has it in all"
+        )
     found: dict[str, Any] = {
         "image_size": side * patch,
         "patch_size": patch,
@@ -115,16 +134,21 @@ def _numbers(names, pattern: str) -> int:
 
 
 def load_vit(model: Albef, source: Source, *, strict: bool = True) -> LoadReport:
-    """timm's ViT or DeiT (without distillation token) into the image transformer.
+    """timm's ViT or DeiT into the image transformer.
 
-    The classifier is left out, positions are resized bicubic. The twin takes the model's weights.
+    The classifier is left out, and so are a distilled DeiT's second token and its position;
+    positions are resized bicubic. The twin takes the model's weights.
+
+    Raises:
+        ValueError: it is no plain ViT, or does not fit; the model is as it was.
     """
     tower = model.student.visual_encoder
-    state, reshaped = dict(_state(source)), []
+    reshaped, notes = [], []
+    state = plain_vit(_state(source), notes)
     _resize(state, "", tower, reshaped)
     report = apply(
-        tower, state, source="timm ViT", strict=strict, may_skip=["head.*", "pre_logits.*"],
-        reshaped=reshaped,
+        tower, state, source="timm ViT", strict=strict, may_skip=CLASSIFIERS, reshaped=reshaped,
+        notes=notes,
     )  # fmt: skip
     if model.momentum is not None:
         model.reset_momentum()
@@ -151,7 +175,7 @@ def load_bert(model: Albef, source: Source, *, strict: bool = True) -> LoadRepor
     _tie(state, "")
     report = apply(
         model.student.text_encoder, state, source="BERT", strict=strict, may_miss=may_miss,
-        may_skip=["bert.pooler.*", "cls.seq_relationship.*"], notes=notes,
+        may_skip=["bert.pooler.*", "cls.seq_relationship.*"], heads=["cls.*"], notes=notes,
     )  # fmt: skip
     if model.momentum is not None:
         model.reset_momentum()
@@ -159,7 +183,33 @@ def load_bert(model: Albef, source: Source, *, strict: bool = True) -> LoadRepor
 
 
 def _state(source: Source) -> dict[str, Tensor]:
-    return unwrap(source) if isinstance(source, dict) else read_state_dict(source)
+    return _given(source)[0]
+
+
+def _given(source: Source) -> tuple[dict[str, Tensor], bool]:
+    """The state dict, and whether LAVIS saved it."""
+    loaded = source if isinstance(source, dict) else read_checkpoint(source)
+    config = loaded.get("config")
+    lavis = isinstance(config, dict) and LAVIS_CONFIG <= config.keys()
+    return unwrap(loaded, "state" if loaded is source else source), lavis
+
+
+def _adds_token_types(said: bool | None, given: dict[str, Tensor], lavis: bool) -> bool:
+    has = any(name.endswith(TYPES.partition(".")[2]) for name in given)
+    return (has and not lavis) if said is None else said
+
+
+def _settle_token_types(
+    state: dict[str, Tensor], model: nn.Module, added: bool, notes: list[str]
+) -> None:
+    """Zeros for the token types of each text tower in a state by own names, or a word on them."""
+    if added:
+        notes.append("token types are added to the words, as by the authors, unlike LAVIS")
+        return
+    notes.append("no token types, as in LAVIS: they are zeros here")
+    for name, own in model.state_dict().items():
+        if name.endswith(TYPES) and name.replace(TYPES, WORDS) in state:
+            state[name] = torch.zeros_like(own)
 
 
 def _own_name(name: str) -> str:

@@ -15,7 +15,17 @@ from fastvlp.models.albef_classifier import AlbefClassifier, AlbefTextAssignment
 from fastvlp.models.albef_vqa import AlbefVqa
 
 from ._report import LoadReport, apply
-from .albef import HEAD, REPEATED, Source, _modern, _resize, _state, _tie
+from .albef import (
+    HEAD,
+    REPEATED,
+    Source,
+    _adds_token_types,
+    _given,
+    _modern,
+    _resize,
+    _settle_token_types,
+    _tie,
+)
 
 Finetuned = AlbefVqa | AlbefClassifier | AlbefTextAssignment
 PARTS = ("visual_encoder", "text_encoder", "text_decoder", "cls_head", "ta_head")
@@ -59,17 +69,20 @@ def start_from(
     return report
 
 
-def load_finetuned(model: Finetuned, source: Source, *, strict: bool = True) -> LoadReport:
-    """The authors' fine-tuned checkpoint of the same task.
+def load_finetuned(
+    model: Finetuned, source: Source, *, strict: bool = True, token_types: bool | None = None
+) -> LoadReport:
+    """The authors' or LAVIS' fine-tuned checkpoint of the same task.
 
     Image positions are resized bicubic. A twin that the checkpoint does not have takes the model's
-    weights. `strict` is `apply`'s.
+    weights. `strict` is `apply`'s, `token_types` is `albef.load_albef`'s.
 
     Raises:
         ValueError: the checkpoint does not fit; the model is as it was.
     """
-    state, reshaped, may_miss, may_skip = {}, [], [], ["temp"]
-    for name, value in _state(source).items():
+    given, lavis = _given(source)
+    state, notes, reshaped, may_miss, may_skip = {}, [], [], [], ["temp"]
+    for name, value in given.items():
         if not name.endswith(REPEATED):
             state[_own_name(name)] = value
     if not isinstance(model, AlbefTextAssignment):
@@ -81,12 +94,13 @@ def load_finetuned(model: Finetuned, source: Source, *, strict: bool = True) -> 
         may_skip.append("momentum.*")
     else:
         may_miss.append("momentum._extra_state" if twin else "momentum.*")
+    _settle_token_types(state, model, _adds_token_types(token_types, given, lavis), notes)
     for prefix in ("student.", "momentum.module."):
         _tie(state, f"{prefix}text_decoder.")
         _resize(state, f"{prefix}visual_encoder.", model.student.visual_encoder, reshaped)
     report = apply(
         model, state, source="fine-tuned ALBEF", strict=strict, may_miss=may_miss,
-        may_skip=may_skip, reshaped=reshaped,
+        may_skip=may_skip, heads=[f"*{head}" for head in HEADS], reshaped=reshaped, notes=notes,
     )  # fmt: skip
     if model.momentum is not None:
         model.refresh_copy() if twin else model.reset_momentum()

@@ -8,7 +8,6 @@ original and 1e-12 in transformers. The model gets the one of its format, and th
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from fastvlp.models.vilt import Vilt, ViltConfig
 
-from ._files import read_state_dict, unwrap
+from ._files import read_json, read_state_dict, unwrap
 from ._positions import resize_grid_positions
 from ._report import LoadReport, apply
+from ._vit import CLASSIFIERS, plain_vit
 
 # The first weights of each head under this library's names.
 HEADS = {
@@ -103,6 +103,7 @@ def load_vilt(
         strict=strict,
         may_miss=_absent(state, config, notes),
         may_skip=["mpp_score.*", *(f"{HEADS[t]}*" for t in HEADS if t not in config.tasks)],
+        heads=[f"{head}*" for head in HEADS.values()],
         reshaped=reshaped,
         notes=notes,
     )
@@ -154,15 +155,9 @@ def initialise_from_vit(
     Raises:
         FileNotFoundError, ValueError: there is no checkpoint, or it does not fit.
     """
+    notes: list[str] = []
     state = unwrap(dict(source)) if isinstance(source, Mapping) else read_state_dict(source)
-    if "pos_embed" not in state or "cls_token" not in state:
-        raise ValueError("source: expected the weights of a ViT with timm's names")
-    notes = []
-    if "dist_token" in state:
-        positions = state["pos_embed"]
-        state = {k: v for k, v in state.items() if k not in ("dist_token", "pos_embed")}
-        state["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], 1)
-        notes.append("distilled DeiT: its distillation token and that token's position left out")
+    state = plain_vit(state, notes)
     if model.config.eps != 1e-6:
         notes.append(f"timm's ViT has layer norm eps 1e-6, the model {model.config.eps:g}")
     state = {f"transformer.{k}": v for k, v in state.items()}
@@ -173,7 +168,7 @@ def initialise_from_vit(
         source="timm ViT",
         strict=strict,
         may_miss=[k for k in model.state_dict() if not k.startswith("transformer.")],
-        may_skip=["transformer.head*", "transformer.pre_logits*"],
+        may_skip=[f"transformer.{name}" for name in CLASSIFIERS],
         reshaped=reshaped,
         notes=notes,
     )
@@ -181,7 +176,7 @@ def initialise_from_vit(
 
 def _settings_beside(path: Path) -> dict[str, Any] | None:
     file = path / "config.json" if path.is_dir() else path.with_name("config.json")
-    return json.loads(file.read_text()) if file.exists() else None
+    return read_json(file) if file.exists() else None
 
 
 def _config(state, named, settings, overrides, notes) -> ViltConfig:
@@ -218,7 +213,8 @@ def _config(state, named, settings, overrides, notes) -> ViltConfig:
 
 
 def _from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    for name, expected in (("hidden_act", "gelu"), ("qkv_bias", True), ("num_channels", 3)):
+    known = {"model_type": "vilt", "hidden_act": "gelu", "qkv_bias": True, "num_channels": 3}
+    for name, expected in known.items():
         if settings.get(name, expected) != expected:
             raise ValueError(f"settings: expected {name} {expected!r}, got {settings[name]!r}")
     eps = settings.get("layer_norm_eps", TRANSFORMERS_EPS)
