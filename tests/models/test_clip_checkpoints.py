@@ -14,6 +14,8 @@ from fastvlp.models.checkpoints import load_clip
 from fastvlp.models.clip import CONFIGS
 
 QUICK = {"quick_gelu": True}
+# What open_clip's weights do not tell where the vocabulary is none of the published ones.
+GELU = {"activation": "gelu", "end_token": "largest"}
 RESNET = {"vision_cfg": {"image_size": 64, "width": 8, "layers": [1, 2, 1, 1], "patch_size": None}}
 
 
@@ -64,7 +66,7 @@ def test_openai_archives(tmp_path, tower):
     assert ours.config.activation == "quick_gelu"
     assert_same(ours, peer)
     with pytest.raises(ValueError, match="contradict"):
-        load_clip(tmp_path / "model.pt", activation="gelu")
+        load_clip(tmp_path / "model.pt", **GELU)
 
 
 @pytest.mark.parametrize("kind", [open_clip.model.CLIP, open_clip.model.CustomTextCLIP])
@@ -74,7 +76,7 @@ def test_open_clip(tmp_path, kind, quick_gelu):
     activation = "quick_gelu" if quick_gelu else "gelu"
     state = {f"module.{key}": value for key, value in peer.state_dict().items()}
     torch.save({"epoch": 1, "name": "run", "state_dict": state}, tmp_path / "epoch_1.pt")
-    ours, report = load_clip(tmp_path / "epoch_1.pt", activation=activation)
+    ours, report = load_clip(tmp_path / "epoch_1.pt", **GELU | {"activation": activation})
     assert report.source == "open_clip CLIP" and report.loaded == len(state)
     assert_same(ours, peer)
     by_config, _ = load_clip(peer.state_dict(), config=TINY | {"quick_gelu": quick_gelu})
@@ -95,9 +97,9 @@ def test_open_clips_activation_is_asked_for():
     with pytest.raises(ValueError, match="^activation: .*they do not show.*quick_gelu"):
         load_clip(state)
     with pytest.raises(ValueError, match="contradict"):
-        load_clip(state, config=TINY | QUICK, activation="gelu")
+        load_clip(state, config=TINY | QUICK, **GELU)
     with pytest.raises(ValueError, match="^activation must be"):
-        load_clip(state, activation="relu")
+        load_clip(state, **GELU | {"activation": "relu"})
 
 
 def test_names():
@@ -107,9 +109,9 @@ def test_names():
         load_clip(state, name="tiny")
     for name in ("ViT-B-32-quickgelu", "RN50-quickgelu"):
         with pytest.raises(ValueError, match="contradict"):
-            load_clip(state, name=name, activation="gelu")
+            load_clip(state, name=name, **GELU)
     with pytest.raises(ValueError, match="shapes differ"):
-        load_clip(state, name="tiny", activation="gelu")
+        load_clip(state, name="tiny", **GELU)
     with pytest.raises(ValueError, match="^name: expected one of"):
         load_clip(state, name="ViT-Q-7")
     with pytest.raises(ValueError, match="got both"):
@@ -120,14 +122,14 @@ def test_heads_that_are_not_64_wide():
     """As in ViT-H/14, whose width tells it; a width without a rule asks for the configuration."""
     vision = TINY["vision_cfg"] | {"width": 1280, "layers": 1, "head_width": 80, "mlp_ratio": 0.1}
     peer = tiny_open_clip(vision_cfg=vision)
-    ours, report = load_clip(peer.state_dict(), activation="gelu")
+    ours, report = load_clip(peer.state_dict(), **GELU)
     assert ours.config.vision_heads == 16
     assert any("16 vision heads, from the width 1280" in note for note in report.notes)
     assert_same(ours, peer, count=1)
     vision = TINY["vision_cfg"] | {"width": 96, "head_width": 48}
     peer = tiny_open_clip(vision_cfg=vision)
     with pytest.raises(ValueError, match="heads cannot be guessed for a width of 96"):
-        load_clip(peer.state_dict(), activation="gelu")
+        load_clip(peer.state_dict(), **GELU)
     ours, _ = load_clip(peer.state_dict(), config=TINY | {"vision_cfg": vision})
     assert_same(ours, peer)
 
@@ -142,16 +144,16 @@ def test_positions_are_resized_as_in_open_clip():
     open_clip.model.resize_pos_embed(expected, larger)
     open_clip.model.resize_text_pos_embed(expected, larger)
     larger.load_state_dict(expected)
-    ours, report = load_clip(state, activation="gelu", image_size=48, context_length=33)
+    ours, report = load_clip(state, **GELU, image_size=48, context_length=33)
     assert report.reshaped == (
         ("visual.positional_embedding", (17, 128), (37, 128)),
         ("positional_embedding", (20, 64), (33, 64)),
     )
     assert_same(ours, larger)
-    same, report = load_clip(state, activation="gelu", image_size=32, context_length=20)
+    same, report = load_clip(state, **GELU, image_size=32, context_length=20)
     assert not report.reshaped and same.config.image_size == 32
     with pytest.raises(ValueError, match="^image_size: the attention pool"):
-        load_clip(tiny_open_clip(**RESNET).state_dict(), activation="gelu", image_size=96)
+        load_clip(tiny_open_clip(**RESNET).state_dict(), **GELU, image_size=96)
 
 
 def test_strictness():
@@ -159,8 +161,8 @@ def test_strictness():
     del state["visual.ln_post.bias"]
     state["surplus"] = torch.ones(1)
     with pytest.raises(ValueError, match=r"(?s)missing \(1\).*ln_post.bias.*unused \(1\).*surplus"):
-        load_clip(state, activation="gelu")
-    _, report = load_clip(state, activation="gelu", strict=False)
+        load_clip(state, **GELU)
+    _, report = load_clip(state, **GELU, strict=False)
     assert report.missing == ("visual.ln_post.bias",) and report.unused == ("surplus",)
 
 
@@ -179,7 +181,7 @@ def test_strictness():
 def test_other_architectures_are_refused(key, what):
     state = tiny_open_clip().state_dict() | {key: torch.ones(1)}
     with pytest.raises(ValueError, match=f"^state: the checkpoint has .*{what}"):
-        load_clip(state, activation="gelu", strict=False)
+        load_clip(state, **GELU, strict=False)
 
 
 @pytest.mark.parametrize("vision", [
@@ -238,7 +240,7 @@ def test_transformers_without_its_configuration():
     ours, report = load_clip(state, config=peer.config.to_dict())
     assert ours.config.vision_heads == 2 and not report.unused
     with pytest.raises(ValueError, match="contradict"):
-        load_clip(state, config=peer.config.to_dict(), activation="gelu")
+        load_clip(state, config=peer.config.to_dict(), **GELU)
 
 
 def test_transformers_configurations_that_are_refused():

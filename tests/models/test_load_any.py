@@ -28,7 +28,11 @@ def test_a_clip_of_open_clip(tmp_path):
     torch.save(tiny_open_clip().state_dict(), tmp_path / "clip.pt")
     with pytest.raises(ValueError, match="activation"):
         load_any(tmp_path / "clip.pt")
-    found, report = load_any(tmp_path / "clip.pt", activation="gelu")
+    with pytest.raises(ValueError, match="^end_token: .* vocabulary of 120"):
+        load_any(tmp_path / "clip.pt", activation="gelu")
+    with pytest.raises(ValueError, match="token_types: expected none, clip"):
+        load_any(tmp_path / "clip.pt", activation="gelu", token_types=False)
+    found, report = load_any(tmp_path / "clip.pt", activation="gelu", end_token="largest")
     assert found.kind == "clip" and report.source == "open_clip CLIP"
 
 

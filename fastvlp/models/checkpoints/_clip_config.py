@@ -6,7 +6,7 @@ Neither the number of heads nor the activation can be seen in the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +34,10 @@ TRANSFORMERS_VISION = {
     "num_channels": 3,
 }
 TRANSFORMERS_BOTH = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-# open_clip's values, and with them what else it may say without changing what is computed.
+# transformers' models of these names and configurations: whether an end token of 2 stands for the
+# largest id of a text, as CLIP's early files mean it.
+TRANSFORMERS_TYPES = {"clip": True, "metaclip_2": False}
+# open_clip's values.
 OPEN_CLIP_VISION = {
     "layers": 12,
     "width": 768,
@@ -50,18 +53,36 @@ OPEN_CLIP_TEXT = {
     "heads": 8,
     "layers": 12,
     "mlp_ratio": 4.0,
+    "pool_type": "argmax",
+    "eos_id": 2,
 }
-OPEN_CLIP_HARMLESS = {
-    "pool_type": ("tok", "argmax"),
-    "pos_embed_type": ("learnable",),
-    "proj_type": ("linear",),
-    "block_type": ("default",),
+# What else open_clip may say, with the values by which this CLIP computes the same.
+_EITHER = {
+    "ls_init_value": (None,),
+    "final_ln_after_pool": (False,),
+    "act_kwargs": (None, {}),
+    "norm_kwargs": (None, {}, {"eps": 1e-5}),
+    "block_type": (None, "default"),
 }
+OPEN_CLIP_SAME = {
+    "vision_cfg": _EITHER
+    | {"pool_type": ("tok",), "pos_embed_type": ("learnable",), "timm_model_name": (None,)},
+    "text_cfg": _EITHER
+    | {"pool_type": ("argmax", "eos"), "proj_type": ("linear",), "hf_model_name": (None,)},
+    "model_cfg": {"init_logit_bias": (None,), "multimodal_cfg": (None,)},
+}
+# And what changes nothing that is computed of these towers.
 OPEN_CLIP_OTHER = (
-    "patch_dropout attn_pooler_queries attn_pooler_heads timm_pool timm_proj timm_drop "
-    "hf_tokenizer_name tokenizer_mode tokenizer_kwargs pad_id eos_id hf_model_pretrained "
-    "hf_proj_type hf_pooler_type"
+    "patch_dropout attn_pooler_queries attn_pooler_heads output_tokens timm_pool timm_proj "
+    "timm_proj_bias timm_drop timm_model_pretrained hf_tokenizer_name tokenizer_mode "
+    "tokenizer_kwargs pad_id hf_model_pretrained hf_proj_type hf_pooler_type "
+    "embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale nonscalar_logit_scale "
+    "output_dict cast_dtype"
 ).split()
+# Where a text is read by the vocabulary of published models, CLIP's own and those of MetaCLIP 2,
+# XLM-V's and mT5's: at its largest id, or at the end token of this id.
+LARGEST = "largest"
+END_TOKENS = {49408: LARGEST, 901629: 2, 250100: 1}
 
 
 def config_of_name(name: str) -> tuple[ClipConfig, str | None]:
@@ -79,12 +100,26 @@ def config_of_name(name: str) -> tuple[ClipConfig, str | None]:
     return CONFIGS[names.get(plain, plain)], "quick_gelu" if plain != name else None
 
 
-def config_of_shapes(state: Mapping[str, Tensor]) -> tuple[ClipConfig, list[str]]:
+def config_of_shapes(
+    state: Mapping[str, Tensor], end_token: int | str | None = None
+) -> tuple[ClipConfig, list[str]]:
     """The sizes of a state dict by fastvlp's names, and notes on what was guessed.
 
     OpenAI's rule gives 64 channels to a head; image towers of another width per head are known by
-    their width from ``CONFIGS``.
+    their width from ``CONFIGS``. The end token is the given one, or that of a known vocabulary.
+
+    Raises:
+        ValueError: the end token or the number of heads is not known.
     """
+    vocab_size = state["token_embedding.weight"].shape[0]
+    if end_token is None and vocab_size not in END_TOKENS:
+        raise ValueError(
+            f"end_token: the weights do not tell where a text is read, and a vocabulary of "
+            f"{vocab_size} is none of {sorted(END_TOKENS)}, whose models are known. Pass config=, "
+            "put the model's configuration file beside the weights, or pass end_token='largest' "
+            "(the largest id of each text, open_clip's default) or the end token's id"
+        )
+    end_token = END_TOKENS[vocab_size] if end_token is None else end_token
     text_width = state["ln_final.weight"].shape[0]
     vision = _vision_of_shapes(state)
     notes = [
@@ -94,6 +129,8 @@ def config_of_shapes(state: Mapping[str, Tensor]) -> tuple[ClipConfig, list[str]
             ("text", _text_heads(text_width), text_width),
         )
     ]
+    if end_token != LARGEST:
+        notes.append(f"texts are read at their end token {end_token}")
     config = ClipConfig(
         embed_dim=state["text_projection"].shape[1],
         text_width=text_width,
@@ -101,7 +138,8 @@ def config_of_shapes(state: Mapping[str, Tensor]) -> tuple[ClipConfig, list[str]
         text_heads=_text_heads(text_width),
         text_hidden=_hidden(*state["transformer.resblocks.0.mlp.c_fc.weight"].shape),
         context_length=state["positional_embedding"].shape[0],
-        vocab_size=state["token_embedding.weight"].shape[0],
+        vocab_size=vocab_size,
+        end_token=None if end_token == LARGEST else end_token,
         **vision,
     )
     return config, notes
@@ -174,6 +212,12 @@ def config_of_mapping(described: Mapping[str, Any]) -> ClipConfig:
 
 
 def _of_transformers(described: Mapping[str, Any]) -> ClipConfig:
+    kind = described.get("model_type", "clip")
+    if kind not in TRANSFORMERS_TYPES:
+        raise ValueError(
+            f"config: expected model_type {' or '.join(TRANSFORMERS_TYPES)}, got {kind!r}, whose "
+            "towers compute something else"
+        )
     text, vision = (
         TRANSFORMERS_BOTH
         | defaults
@@ -200,18 +244,24 @@ def _of_transformers(described: Mapping[str, Any]) -> ClipConfig:
         context_length=text["max_position_embeddings"],
         vocab_size=text["vocab_size"],
         activation=text["hidden_act"],
-        end_token=_end_token(text["eos_token_id"], text["vocab_size"]),
+        end_token=_end_token(text["eos_token_id"], text["vocab_size"], TRANSFORMERS_TYPES[kind]),
     )
 
 
-def _end_token(eos: int, vocab_size: int) -> int | None:
+def _end_token(eos: Any, vocab_size: int, two_is_largest: bool) -> int | None:
+    if type(eos) is not int:
+        raise ValueError(
+            f"config: expected eos_token_id of text_config to be one id, where a text is read; "
+            f"got {eos!r}"
+        )
     # Early files say 2, which was never the end token: transformers then takes the largest id.
-    return None if eos in (2, vocab_size - 1) else eos
+    return None if eos == vocab_size - 1 or (eos == 2 and two_is_largest) else eos
 
 
 def _of_open_clip(described: Mapping[str, Any]) -> ClipConfig:
     vision = _open_clip_tower("vision_cfg", described, OPEN_CLIP_VISION)
     text = _open_clip_tower("text_cfg", described, OPEN_CLIP_TEXT)
+    _check_open_clip("model_cfg", described)
     resnet = not isinstance(vision["layers"], int)
     channels = vision["width"] * (32 if resnet else 1)
     return ClipConfig(
@@ -229,6 +279,7 @@ def _of_open_clip(described: Mapping[str, Any]) -> ClipConfig:
         context_length=text["context_length"],
         vocab_size=text["vocab_size"],
         activation="quick_gelu" if described.get("quick_gelu") else "gelu",
+        end_token=text["eos_id"] if text["pool_type"] == "eos" else None,
     )
 
 
@@ -237,15 +288,25 @@ def _open_clip_hidden(tower: Mapping[str, Any]) -> int | None:
 
 
 def _open_clip_tower(name: str, described: Mapping[str, Any], defaults: dict) -> dict[str, Any]:
-    tower = described[name]
-    for key, value in tower.items():
-        harmless = key in defaults or key in OPEN_CLIP_OTHER or not value
-        if not harmless and value not in OPEN_CLIP_HARMLESS.get(key, ()):
+    tower = described.get(name)
+    if not isinstance(tower, Mapping):
+        raise ValueError(f"config: expected {name} as a mapping, got {tower!r}")
+    _check_open_clip(name, tower, defaults)
+    return defaults | tower
+
+
+def _check_open_clip(name: str, said: Mapping[str, Any], sizes: Iterable[str] = ()) -> None:
+    same = OPEN_CLIP_SAME[name]
+    for key, value in said.items():
+        if key in same:
+            known = value in same[key]
+        else:  # what is left out, off or none is not there
+            known = key in sizes or key in OPEN_CLIP_OTHER or value in (None, False)
+        if not known:
             raise ValueError(
                 f"config: {name} has {key}={value!r}, which this CLIP does not compute; the plain "
                 "towers of OpenAI's architecture are supported"
             )
-    return defaults | tower
 
 
 def _expect(name: str, got: Any, expected: Any) -> None:

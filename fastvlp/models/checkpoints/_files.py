@@ -17,7 +17,13 @@ CONTAINERS = ("state_dict", "model", "module", "state_dict_ema", "model_state_di
 # What wrappers (DistributedDataParallel, torch.compile, Lightning) put before every name.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-NAMES = ("model.safetensors", "open_clip_model.safetensors", *INDEXES, "pytorch_model.bin")
+NAMES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    *INDEXES,
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
 # By what files begin that are mistaken for weights.
 MISTAKEN = {
     b"version https://git-lfs": "a pointer of Git LFS in place of the file; run git lfs pull",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from fastvlp.models import base
 from fastvlp.models.albef import Albef
 
 from . import albef, clip, vilt
-from ._files import read_state_dict
+from ._files import read_json, read_state_dict
 from ._report import LoadReport
 
 # A weight that tells a published checkpoint's system, by every name that it has.
@@ -19,15 +18,25 @@ MARKS = {
     "vilt": ("transformer.patch_embed.proj.weight", "vilt.embeddings.cls_token"),
     "clip": (
         "visual.conv1.weight",
-        "vision_model.embeddings.class_embedding",
+        "vision_model.embeddings.",
+        "text_model.",
         "visual.trunk.",
         "text.transformer.",
     ),
 }
 
 
+# What weights do not tell, by system.
+OPTIONS = {"clip": ("activation", "end_token"), "albef": ("token_types",), "vilt": ()}
+
+
 def load_any(
-    path: str | Path, *, activation: str | None = None, **sizes: Any
+    path: str | Path,
+    *,
+    activation: str | None = None,
+    end_token: int | str | None = None,
+    token_types: bool | None = None,
+    **sizes: Any,
 ) -> tuple[base.Model, LoadReport | None]:
     """The model of a path, on the CPU, in evaluation mode, and what happened to a checkpoint.
 
@@ -36,6 +45,8 @@ def load_any(
             published checkpoint, a file or a folder, of CLIP (OpenAI, open_clip, transformers),
             ViLT (the authors', transformers) or ALBEF (the authors', LAVIS).
         activation: of open_clip's weights, which do not tell it: "gelu" or "quick_gelu".
+        end_token: of CLIP's weights without a configuration, as `load_clip` takes it.
+        token_types: of ALBEF's weights, as `albef.load_albef` takes it.
         sizes: `image_size`, to which positions are resized.
 
     Raises:
@@ -43,22 +54,27 @@ def load_any(
         ValueError: it holds no known model, or one that needs more arguments.
     """
     path = Path(path)
+    options = {"activation": activation, "end_token": end_token, "token_types": token_types}
+    options = {name: value for name, value in options.items() if value is not None}
     saved = _saved(path)
     if saved is not None:
-        if activation is not None or sizes:
-            given = "activation" if activation is not None else next(iter(sizes))
-            raise ValueError(f"{given}: expected none, because {saved}.json says all; got a value")
+        if given := [*options, *sizes]:
+            raise ValueError(
+                f"{given[0]}: expected none, because {saved}.json says all; got a value"
+            )
         return base.load(saved), None
     state = read_state_dict(path)
     kind = _kind(path, state)
+    if other := [name for name in options if name not in OPTIONS[kind]]:
+        raise ValueError(
+            f"{other[0]}: expected none, {kind} has one form only; got {options[other[0]]!r}"
+        )
     if kind == "clip":
-        return clip.load_clip(path, activation=activation, **sizes)
-    if activation is not None:
-        raise ValueError(f"activation: expected none, {kind} has one only; got {activation!r}")
+        return clip.load_clip(path, **options, **sizes)
     if kind == "vilt":
         return vilt.load_vilt(path, **sizes)
     model = Albef(albef.config_of_shapes(state, **sizes))
-    report = albef.load_albef(model, state)
+    report = albef.load_albef(model, path, **options)
     return model.eval(), report
 
 
@@ -68,8 +84,7 @@ def _saved(path: Path) -> Path | None:
     for place in places:
         described = Path(f"{place}.json")
         if described.is_file() and Path(f"{place}.safetensors").is_file():
-            content = json.loads(described.read_text())
-            if isinstance(content, dict) and content.get("kind") in base.KINDS:
+            if read_json(described).get("kind") in base.KINDS:
                 return place
     return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from fastvlp.models.clip import Clip, ClipConfig
 
-from ._clip_config import config_of_mapping, config_of_name, config_of_shapes
-from ._files import NAMES, read_state_dict, unwrap
+from ._clip_config import LARGEST, config_of_mapping, config_of_name, config_of_shapes
+from ._files import NAMES, read_json, read_state_dict, unwrap
 from ._positions import resize_grid_positions, resize_text_positions
 from ._report import LoadReport, apply
 
@@ -34,8 +33,28 @@ OTHERS = {
     r"text\.text_projection\.|text_projection\.bias": "a text projection with a bias",
     r"logit_bias": "SigLIP's bias of the logits",
     r"vision_model\.head\.": "SigLIP's pooling head",
+    r"text_model\.(embeddings\.word_embeddings|encoder\.layer\.)": "a text tower of BERT, as "
+    "ChineseCLIP and BLIP have",
+    r"text_model\.roberta\.": "a text tower of RoBERTa, as AltCLIP has",
+    r"vision_model\.encoder\.layers\.\d+\.self_attn\.qkv\.": "the image tower of BLIP",
     r".*\.ls_[12]\.gamma": "layer scale",
 }
+
+
+# For each tower, what every CLIP has in it, and what a checkpoint without it may be.
+TOWERS = {
+    "text": (
+        ("token_embedding.weight", "positional_embedding", "ln_final.weight", "text_projection")
+        + ("transformer.resblocks.0.mlp.c_fc.weight",),
+        "CLIPVisionModelWithProjection has no text tower",
+    ),
+    "image": (
+        ("visual.conv1.weight", "visual.positional_embedding", "visual.ln_pre.weight")
+        + ("visual.proj", "visual.transformer.resblocks.0.mlp.c_fc.weight"),
+        "CLIPTextModelWithProjection has no image tower, CLIPA's has no ln_pre",
+    ),
+}
+RESNET = ("visual.layer1.0.conv1.weight", "visual.attnpool.positional_embedding")
 
 
 def load_clip(
@@ -44,6 +63,7 @@ def load_clip(
     config: ClipConfig | Mapping[str, Any] | None = None,
     name: str | None = None,
     activation: str | None = None,
+    end_token: int | str | None = None,
     strict: bool = True,
     image_size: int | None = None,
     context_length: int | None = None,
@@ -52,6 +72,8 @@ def load_clip(
 
     The activation is never guessed: OpenAI's weights are known to use quick_gelu, transformers says
     it in config.json and open_clip in its configuration; open_clip's weights alone do not tell.
+    Nor do weights tell at which token a text is read, unless the vocabulary is that of published
+    models.
 
     Args:
         path_or_state: what `read_state_dict` reads, or a state dict. In a folder of a model hub
@@ -61,6 +83,8 @@ def load_clip(
         name: in place of `config`, a key of ``CONFIGS`` or open_clip's spelling of it. Says the
             activation only if it ends in "-quickgelu".
         activation: "gelu" or "quick_gelu", for open_clip's weights.
+        end_token: where a text is read, for weights without a configuration: "largest", at the
+            largest id of the text, or at the first token of this id.
         strict: raise if a tensor is missing or unused. Otherwise the report tells.
         image_size, context_length: other sizes than the checkpoint's. Position embeddings are
             resized as in open_clip: bicubic with antialias beside the class token, and linear.
@@ -79,8 +103,9 @@ def load_clip(
     state = unwrap(path_or_state) if mapping else read_state_dict(path_or_state)
     source = _recognise(state)
     state = _RENAMINGS[source](state)
+    _check_towers(state)
     beside = None if mapping else _config_beside(Path(path_or_state), source)
-    made, notes = _decide(state, source, config, name, activation, beside)
+    made, notes = _decide(state, source, config, name, activation, end_token, beside)
     state, made, reshaped = _resize(state, made, image_size, context_length)
     model = Clip(made)
     report = apply(
@@ -98,9 +123,9 @@ def _recognise(state: Mapping[str, Tensor]) -> str:
                 f"state: the checkpoint has {what} ({found}), which fastvlp's CLIP does not; "
                 "supported are the plain towers of OpenAI, open_clip and transformers' CLIPModel"
             )
-    if "vision_model.embeddings.class_embedding" in state:
+    if any(key.startswith(("vision_model.", "text_model.")) for key in state):
         return TRANSFORMERS
-    if "visual.conv1.weight" in state:
+    if "visual.conv1.weight" in state or "token_embedding.weight" in state:
         return OPENAI if "input_resolution" in state else OPEN_CLIP
     raise ValueError(
         "state: expected a CLIP of OpenAI, open_clip (visual.conv1.weight) or transformers "
@@ -109,31 +134,42 @@ def _recognise(state: Mapping[str, Tensor]) -> str:
     )
 
 
+def _check_towers(state: Mapping[str, Tensor]) -> None:
+    """Refuses a renamed state without what tells the sizes, or is decisive for a tower."""
+    for tower, (names, hint) in TOWERS.items():
+        if tower == "image" and any(name in state for name in RESNET):
+            names = RESNET
+        lacking = [name for name in names if name not in state]
+        if lacking:
+            raise ValueError(
+                f"state: expected both towers of a CLIP, but its {tower} tower is not there or not "
+                f"CLIP's, it lacks {', '.join(lacking)} ({hint})"
+            )
+
+
 def _config_beside(path: Path, source: str) -> ClipConfig | None:
     folder = path if path.is_dir() else path.parent
     file = folder / CONFIG_FILES.get(source, "")
     if not file.is_file() or not (path.is_dir() or path.name in NAMES):
         return None
-    return config_of_mapping(json.loads(file.read_text()))
+    return config_of_mapping(read_json(file))
 
 
-def _decide(state, source, config, name, activation, beside) -> tuple[ClipConfig, list[str]]:
+def _decide(
+    state, source, config, name, activation, end_token, beside
+) -> tuple[ClipConfig, list[str]]:
     """The configuration, and notes on where its parts that weights do not show come from."""
     said = {"the argument activation": activation}
     if source == OPENAI:
         said["OpenAI's release"] = "quick_gelu"
     if beside is not None:
         said[CONFIG_FILES[source]] = beside.activation
-    notes = []
+    made, notes = beside, []
     if name is not None:
         made, said[f"the name {name}"] = config_of_name(name)
     elif config is not None:
         made = config if isinstance(config, ClipConfig) else config_of_mapping(config)
         said["the argument config"] = made.activation
-    elif beside is not None:
-        made = beside
-    else:
-        made, notes = config_of_shapes(state)
     said = {where: value for where, value in said.items() if value is not None}
     if not said:
         raise ValueError(
@@ -143,6 +179,13 @@ def _decide(state, source, config, name, activation, beside) -> tuple[ClipConfig
         )
     if len(set(said.values())) > 1:
         raise ValueError(f"activation: the sources contradict one another: {said}")
+    if made is None:
+        made, notes = config_of_shapes(state, LARGEST if source == OPENAI else end_token)
+    if end_token is not None and made.end_token != (None if end_token == LARGEST else end_token):
+        raise ValueError(
+            f"end_token: the model's configuration says {made.end_token or LARGEST!r}, got "
+            f"{end_token!r}"
+        )
     chosen = next(iter(said.values()))
     made = dataclasses.replace(made, activation=chosen)
     return made, [f"activation {chosen}, from {' and '.join(said)}", *notes]
