@@ -102,6 +102,33 @@ def checked_decay(decay: float | torch.Tensor, like: torch.Tensor) -> tuple:
     return decay, 0.0
 
 
+def checked_number(name: str, value: float | torch.Tensor) -> float:
+    """The value of a number, or of a tensor of one.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    return float(value)
+
+
+def check_adamw(lr, betas, eps, weight_decay) -> None:
+    """Raises TypeError or ValueError, naming it, where a setting of AdamW is none."""
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not 0.0 <= checked_number(name, value) < math.inf:
+            raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+    if not isinstance(betas, Sequence) or isinstance(betas, str):
+        raise TypeError(f"betas: expected two numbers, got {betas!r}")
+    if len(betas) != 2:
+        raise ValueError(f"betas: expected two numbers, got {betas!r}")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= checked_number(f"betas[{i}]", beta) < 1.0:
+            raise ValueError(f"betas[{i}]: expected a value in [0, 1), got {beta!r}")
+
+
 def native_reasons(*lists: Sequence[torch.Tensor] | None) -> list[str]:
     """Why the compiled kernels, CPU or CUDA, cannot take these lists."""
     tensors = [t for tensors in lists if tensors is not None for t in tensors]

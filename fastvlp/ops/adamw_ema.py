@@ -18,6 +18,7 @@ import torch
 
 from . import _multi_tensor as multi
 from ._dispatch import choose, register
+from ._multi_tensor_memory import without_ties
 from .ema import ema_reference
 
 Tensors = Sequence[torch.Tensor]
@@ -68,7 +69,9 @@ def adamw_ema(
         if momentum_copies and not momentum:
             raise ValueError("momentum_copies: expected none without momentum")
 
-    _check_numbers(step, lr, betas, eps, weight_decay)
+    if not multi.checked_number("step", step) >= 1:
+        raise ValueError(f"step: expected at least 1, got {step!r}")
+    multi.check_adamw(lr, betas, eps, weight_decay)
     if not lists["weights"]:
         return check()
     if multi.is_mixed(lists.values()):
@@ -83,22 +86,13 @@ def adamw_ema(
         multi.bump_versions(parts[0], *parts[2:])
         return
     check()
+    if not torch.compiler.is_compiling():
+        parts = without_ties(dict(zip(lists, parts, strict=True)), read=("gradients",))
     if nonfinite is None or nonfinite.item() < 0:
         adamw_ema_reference(
             *parts, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
             maximize=maximize, decay=decay,
         )  # fmt: skip
-
-
-def _check_numbers(step, lr, betas, eps, weight_decay):
-    if not step >= 1:
-        raise ValueError(f"step: expected at least 1, got {step!r}")
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not 0.0 <= value < float("inf"):
-            raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
-    for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"betas[{i}]: expected a value in [0, 1), got {beta!r}")
 
 
 @torch.no_grad()

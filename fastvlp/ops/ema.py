@@ -20,6 +20,7 @@ import torch
 
 from . import _multi_tensor as multi
 from ._dispatch import choose, register
+from ._multi_tensor_memory import without_ties
 
 
 @torch.no_grad()
@@ -82,7 +83,10 @@ def ema(
             torch.ops.fastvlp.ema_update, check, *parts, decay_tensor, decay_value, found
         )
         multi.bump_versions(parts[0], parts[2])
-    elif found is None or found.item() < 0:
+        return found
+    if not torch.compiler.is_compiling():
+        parts = without_ties(dict(zip(lists, parts, strict=True)), read=("source",))
+    if found is None or found.item() < 0:
         ema_reference(*parts[:2], decay, parts[2])
     return found
 
