@@ -8,9 +8,11 @@ from torch import nn
 
 from .ema import EmaModel, unwrap
 from .ops import adamw_ema, last_exceeding
-from .ops._multi_tensor import square_limit
+from .ops._multi_tensor import check_adamw, square_limit
 
 _REFUSED = ("amsgrad", "capturable", "differentiable")
+# In the groups of a state: how many updates the EmaModel beside it had.
+_UPDATES = "ema_updates"
 
 
 class AdamWEma(torch.optim.Optimizer):
@@ -37,8 +39,16 @@ class AdamWEma(torch.optim.Optimizer):
         check_finite: looks through gradients and weights first; a NaN, an infinity or a gradient
             whose square overflows raises FloatingPointError before anything is written. On a GPU
             this waits for the device.
+        foreach, fused: accepted because trainers pass them to every AdamW, and without effect: a
+            step is always one pass.
 
     The state (step, exp_avg, exp_avg_sq) is AdamW's: a state_dict of either loads into the other.
+    The momentum is not in it, but in the EmaModel's state_dict; beside an `ema` the state says how
+    many updates that had. An AdamWEma without `ema` refuses such a state, and one whose `ema` has
+    not been brought to the same number of updates refuses its next step: it would average from
+    other weights. Save and load both.
+
+    Every group's options are checked when it is added or loaded, before anything changes.
     amsgrad, capturable and differentiable are not supported and refused, in a loaded state too.
     """
 
@@ -52,43 +62,83 @@ class AdamWEma(torch.optim.Optimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         ema: EmaModel | None = None,
         copy: nn.Module | None = None,
         model: nn.Module | None = None,
         check_finite: bool = False,
     ):
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not 0.0 <= value:
-                raise ValueError(f"{name}: expected at least 0, got {value!r}")
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas: expected two values in [0, 1), got {betas!r}")
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "amsgrad": amsgrad, "maximize": maximize, "foreach": None, "capturable": False,
             "differentiable": False, "fused": None, "decoupled_weight_decay": True,
         }  # fmt: skip
+        self._check_options(defaults, "")
+        for name, value in (("foreach", foreach), ("fused", fused)):
+            if not isinstance(value, bool | None):
+                raise TypeError(f"{name}: expected True, False or None, got {value!r}")
         super().__init__(params, defaults)
-        self._refuse_options()
         self.ema, self.check_finite = ema, check_finite
+        self._expected_updates: int | None = None
         self._copies = _copies(copy, model if ema is None else ema.model)
 
-    def _refuse_options(self) -> None:
-        for i, group in enumerate(self.param_groups):
-            for name in _REFUSED:
-                if group.get(name):
-                    raise ValueError(
-                        f"{name}: AdamWEma does not support it (group {i}); leave it out"
-                    )
+    def add_param_group(self, param_group: dict) -> None:
+        """Adds parameters with options of their own; the defaults stand in for those left out."""
+        if isinstance(param_group, dict):
+            options = {**self.defaults, **param_group}
+            self._check_options(options, f" (group {len(self.param_groups)})")
+        super().add_param_group(param_group)
+
+    @staticmethod
+    def _check_options(group: dict, where: str) -> None:
+        for name in _REFUSED:
+            if group.get(name):
+                raise ValueError(f"{name}: AdamWEma does not support it{where}; leave it out")
+        try:
+            check_adamw(*(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}{where}") from None
+
+    def state_dict(self) -> dict:
+        """AdamW's state, and with an `ema` how many updates that has had."""
+        state = super().state_dict()
+        if self.ema is not None:
+            for group in state["param_groups"]:
+                group[_UPDATES] = self.ema.num_updates
+        return state
 
     def load_state_dict(self, state_dict) -> None:
-        """Loads the state of an AdamWEma or of a torch.optim.AdamW."""
-        for i, group in enumerate(state_dict["param_groups"]):
-            for name in _REFUSED:
-                if group.get(name):
-                    raise ValueError(
-                        f"{name}: AdamWEma does not support it (group {i} of the state)"
-                    )
-        super().load_state_dict(state_dict)
+        """Loads the state of an AdamWEma or of a torch.optim.AdamW.
+
+        Raises:
+            ValueError: the state was saved beside an EmaModel, and there is none here; or has
+                options that are not supported. Nothing was loaded.
+        """
+        groups = state_dict["param_groups"]
+        for i, group in enumerate(groups):
+            self._check_options({**self.defaults, **group}, f" (group {i} of the state)")
+        updates = max((group[_UPDATES] for group in groups if _UPDATES in group), default=None)
+        if updates is not None and self.ema is None:
+            raise ValueError(
+                f"state_dict: it belongs to an AdamWEma with an EmaModel of {updates} updates, "
+                "which does not lie in it; make this one with ema= and load the EmaModel's own "
+                "state_dict too"
+            )
+        plain = [{k: v for k, v in group.items() if k != _UPDATES} for group in groups]
+        super().load_state_dict({**state_dict, "param_groups": plain})
+        self._expected_updates = updates
+
+    def _refuse_other_momentum(self) -> None:
+        self.ema._refuse_while_swapped("step()")
+        if self._expected_updates not in (None, self.ema.num_updates):
+            raise RuntimeError(
+                f"step(): the loaded state was saved beside an EmaModel of "
+                f"{self._expected_updates} updates, this one has {self.ema.num_updates}; load the "
+                "EmaModel's state_dict too, or set ema.num_updates to average from its present "
+                "weights. Nothing was written"
+            )
+        self._expected_updates = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of the parameters and of their copies."""
@@ -113,7 +163,7 @@ class AdamWEma(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.ema is not None:
-            self.ema._refuse_while_swapped("step()")
+            self._refuse_other_momentum()
         batches = self._batches()
         if self.ema is not None:
             self.ema._tensors.check(

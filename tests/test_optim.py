@@ -231,9 +231,9 @@ def test_what_is_refused():
     p = nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="amsgrad: AdamWEma does not support it"):
         AdamWEma([p], amsgrad=True)
-    with pytest.raises(ValueError, match="lr: expected at least 0"):
+    with pytest.raises(ValueError, match="lr: expected a finite number of at least 0"):
         AdamWEma([p], lr=-1.0)
-    with pytest.raises(ValueError, match="betas: expected two values"):
+    with pytest.raises(ValueError, match=r"betas\[1\]: expected a value in"):
         AdamWEma([p], betas=(0.9, 1.0))
     optimizer = AdamWEma([p], lr=torch.tensor(0.1))
     amsgrad = torch.optim.AdamW([p], amsgrad=True)
