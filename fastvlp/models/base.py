@@ -88,9 +88,11 @@ def save(model: Model, path: str | Path) -> None:
     weights, config = _files(path)
     weights.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(_without_ties(state), f"{weights}.part")
     described = {"kind": model.kind} | dataclasses.asdict(model.config)
     Path(f"{config}.part").write_text(json.dumps(described, indent=2) + "\n")
+    save_file(_without_ties(state), f"{weights}.part")
+    # save_file makes a file for its owner alone; all are to have the mode that new files have.
+    os.chmod(f"{weights}.part", os.stat(f"{config}.part").st_mode)
     for file in (weights, config):
         os.replace(f"{file}.part", file)
 

@@ -1,6 +1,8 @@
 """Reading, resizing and applying state dicts, and saving models with tied weights."""
 
 import json
+import os
+import stat
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from fastvlp.models import base
+from fastvlp.models import base, clip
 from fastvlp.models.checkpoints import (
     apply,
     read_state_dict,
@@ -141,3 +143,13 @@ def test_tied_weights_survive_saving(tmp_path, monkeypatch):
     same(loaded.state_dict(), model.state_dict())
     with pytest.raises(ValueError, match="expected clip"):
         base.load(tmp_path / "m", "clip")
+
+
+def test_saved_files_have_the_mode_of_new_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        base.save(clip.create("tiny", vocab_size=40, context_length=6), tmp_path / "m")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+    assert modes == {0o640} and len(list(tmp_path.iterdir())) == 2
