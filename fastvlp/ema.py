@@ -4,7 +4,6 @@ The copy's tensors never move: pointer tables, captured graphs and sharded param
 """
 
 import copy as copying
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ._module_structure import Snapshot, differences, tensor_slots
 from .ops import ema
 
 Decay = float | torch.Tensor | Callable[[int], float | torch.Tensor]
@@ -54,7 +54,7 @@ class EmaModel(nn.Module):
         decay: d; a number, a tensor of one value beside the parameters, or a function of the
             number of updates done so far, for example `EmaWarmup`.
         buffers: "copy" copies all buffers (BatchNorm's statistics are averages already);
-            "average" averages those of floating dtype; others are always copied.
+            "average" averages those of floating or complex dtype; others are always copied.
         dtype: least precision of the momentum: float32 keeps a float32 average of a bfloat16
             model, where steps of 1 - d would round to nothing. None keeps the model's dtypes.
         copy_dtype: also keep a low-precision copy of the momentum module, written in the same
@@ -62,6 +62,15 @@ class EmaModel(nn.Module):
         module: the module to hold the momentum, already built and sharded like `model`; needed for
             FSDP2 modules, which cannot be copied. None: a deep copy. It takes the model's values.
         copy: the same for the low-precision copy.
+
+    The momentum module and its copy are in evaluation mode, whatever mode the model is in, and stay
+    in it when a module that holds this one is set to training. A teacher that is to have dropout is
+    set to training by itself: `ema.module.train()`.
+
+    Tensors of the model that were replaced are followed. Where its submodules were (another head,
+    an adapter around a layer, a block more or less) updates raise ValueError from then on, because
+    the momentum module computes what the model did before: make a new EmaModel of the changed
+    model, or change `ema.module` in the same way.
 
     Tied parameters are updated once, frozen ones like all others. DTensor parameters are updated
     shard by shard. The state_dict holds the momentum module under `module.` and the number of
@@ -91,6 +100,7 @@ class EmaModel(nn.Module):
         if copy is None and copy_dtype is not None:
             copy = copying.deepcopy(self.module).to(copy_dtype)
         self.copy = None if copy is None else copy.requires_grad_(False)
+        self.eval()
         self._swapped = False
         self._tensors = _Correspondence(self._model[0], self.module, self.copy)
         self._tensors.move(0.0, average_buffers=False)
@@ -102,6 +112,10 @@ class EmaModel(nn.Module):
     def model(self) -> nn.Module:
         """The module whose momentum this is."""
         return self._model[0]
+
+    def train(self, mode: bool = True) -> "EmaModel":
+        """Leaves the evaluation mode as it is, so that a parent's `train()` does not end it."""
+        return self if mode else super().train(False)
 
     def forward(self, *args, **kwargs):
         """Calls the low-precision copy where there is one, else the momentum module."""
@@ -190,13 +204,12 @@ def _momentum_module(model, module, dtype):
         module = copying.deepcopy(model)
         if dtype is not None:
             smaller = torch.finfo(dtype).bits
-            module = module._apply(
-                lambda t: (
-                    t.to(dtype)
-                    if t.is_floating_point() and torch.finfo(t.dtype).bits < smaller
-                    else t
-                )
-            )
+
+            def widened(t):
+                wide = dtype.to_complex() if t.is_complex() else dtype
+                return t.to(wide) if _averages(t) and torch.finfo(t.dtype).bits < smaller else t
+
+            module = module._apply(widened)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
@@ -229,31 +242,40 @@ def _refresh_copy(module, _):
     module._tensors.refresh_copy()
 
 
-def _slots(module: nn.Module, kind: str) -> dict[str, tuple[dict, str]]:
-    """Where every parameter or buffer of `module` hangs, ties repeated, by qualified name."""
-    return {
-        f"{prefix}.{key}" if prefix else key: (getattr(owner, kind), key)
-        for prefix, owner in module.named_modules(remove_duplicate=False)
-        for key, value in getattr(owner, kind).items()
-        if value is not None
-    }
+def _averages(t: torch.Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
+def _real(t: torch.Tensor) -> torch.Tensor:
+    """What `ema` averages of a tensor: real and imaginary parts on their own."""
+    return torch.view_as_real(t) if t.is_complex() else t
 
 
 class _Correspondence:
     """Which tensor of the momentum and of the copy belongs to which of the model.
 
     Found once; a tensor that was replaced since (by `.to()`, or by assignment) is found again.
+    Submodules must be as at the beginning, or have changed alike in all.
     """
 
     def __init__(self, model: nn.Module, momentum: nn.Module, copy: nn.Module | None):
         self._modules = [module for module in (model, momentum, copy) if module is not None]
+        # A momentum module that the caller made may be of other types.
+        self._different = differences(model, momentum)
         self._find()
 
     def _find(self) -> None:
         # Kept only when all of it is found: after a refusal the next call must look again.
+        changed = differences(*self._modules[:2]).items() - self._different.items()
+        if changed:
+            raise ValueError(
+                f"model: its submodules changed since the EmaModel was made: "
+                f"{'; '.join(sorted(text for _, text in changed)[:3])}. Make a new EmaModel of the "
+                "model as it is now, or change the EmaModel's `module` alike; nothing was written"
+            )
         found, parameters = [], 0
         for kind in ("_parameters", "_buffers"):
-            slots = [_slots(module, kind) for module in self._modules]
+            slots = [tensor_slots(module, kind) for module in self._modules]
             for where, other in zip(("module", "copy"), slots[1:], strict=False):
                 if other.keys() != slots[0].keys():
                     names = sorted(other.keys() ^ slots[0].keys())
@@ -263,27 +285,24 @@ class _Correspondence:
             found += [(name, [each[name] for each in slots]) for name in slots[0]]
             if kind == "_parameters":
                 parameters = len(found)
-        self._slots, self._parameters = found, parameters
-        self._rows = self._present()
-        self._sort()
+        rows = [(name, [owner[key] for owner, key in places]) for name, places in found]
+        _refuse_mismatch(rows)
+        self._sort(rows, parameters)
+        self._snapshot = Snapshot(self._modules)
 
-    def _present(self) -> list[list[torch.Tensor]]:
-        return [[owner[key] for owner, key in places] for _, places in self._slots]
-
-    def _sort(self) -> None:
-        parameters, floats, others, seen = [], [], [], set()
-        for at, ((name, _), row) in enumerate(zip(self._slots, self._rows, strict=True)):
+    def _sort(self, rows, count: int) -> None:
+        parameters, averaged, others, seen = [], [], [], set()
+        for at, (name, row) in enumerate(rows):
             if id(row[1]) in seen:  # tied
                 continue
             seen.add(id(row[1]))
-            kind = parameters if at < self._parameters else floats
-            (kind if row[0].is_floating_point() else others).append((name, row))
-        self._groups = parameters, floats, others
+            kind = parameters if at < count else averaged
+            (kind if _averages(row[0]) else others).append((name, row))
+        self._groups = parameters, averaged, others
+        self._complex = any(t.is_complex() for _, row in rows for t in row)
 
     def _current(self):
-        owners = (owner.get(key) for _, places in self._slots for owner, key in places)
-        known = (t for row in self._rows for t in row)
-        if not all(map(operator.is_, owners, known)):
+        if not self._snapshot.holds():
             self._find()
         return self._groups
 
@@ -328,7 +347,7 @@ class _Correspondence:
         written = []
         for what, rows, part_decay, part_check in parts:
             try:
-                _run(rows, part_decay, part_check)
+                _run(rows, part_decay, part_check, self._complex)
             except Exception as error:
                 if not written:
                     raise
@@ -353,16 +372,21 @@ def _refuse_mismatch(named_rows) -> None:
     for name, row in named_rows:
         for where, t in zip(("momentum", "copy"), row[1:], strict=False):
             # Buffers of other dtypes are copied, from wherever they are.
-            elsewhere = row[0].is_floating_point() and t.device != row[0].device
+            elsewhere = _averages(row[0]) and t.device != row[0].device
             if t.shape != row[0].shape or elsewhere:
                 raise ValueError(
                     f"{name}: expected the same shape and device in the model and its {where}, "
                     f"got {tuple(row[0].shape)} on {row[0].device} and {tuple(t.shape)} on "
-                    f"{t.device}; nothing was written"
+                    f"{t.device}; nothing was written. Make a new EmaModel of a model that changed"
+                )
+            if t.is_complex() != row[0].is_complex():
+                raise ValueError(
+                    f"{name}: expected complex values in the model and its {where} or in neither, "
+                    f"got {row[0].dtype} and {t.dtype}; leave out copy_dtype, which is real"
                 )
 
 
-def _run(named_rows, decay, check_finite) -> None:
+def _run(named_rows, decay, check_finite, complex_values) -> None:
     """Moves the rows by one call of `ema`; without a decay copies them, whatever their dtype."""
     if decay is None:
         for _, row in named_rows:
@@ -372,6 +396,8 @@ def _run(named_rows, decay, check_finite) -> None:
     columns = list(zip(*(row for _, row in named_rows), strict=True)) if named_rows else []
     if not columns:
         return
+    if complex_values:
+        columns = [list(map(_real, column)) for column in columns]
     source, momentum, copies = (*columns, None)[:3]
     found = ema(momentum, source, decay, copies, check_finite=check_finite)
     if check_finite and (last := found.item()) >= 0:

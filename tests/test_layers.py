@@ -20,7 +20,8 @@ ALLOWED = {
     "grad_cache": {"distributed"},
     "info": {"ops", "_native"},
     "feature_queue": {"distributed"},
-    "ema": {"ops"},
+    "_module_structure": set(),
+    "ema": {"_module_structure", "ops"},
     "optim": {"ema", "ops"},
     "masking": set(),
     "train": {

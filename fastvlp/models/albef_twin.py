@@ -31,6 +31,7 @@ class WithTwin(base.Model):
         self.momentum = EmaModel(
             self.student, self.config.momentum, copy_dtype=copy and getattr(torch, copy)
         )
+        self._set_teacher_mode()
 
     def forward(self, *args, **kwargs):
         """`loss`, so that a wrapper such as DistributedDataParallel can call it."""
@@ -43,9 +44,14 @@ class WithTwin(base.Model):
 
     def train(self, mode: bool = True) -> WithTwin:
         super().train(mode)
-        if self.momentum is not None and not self.config.teacher_dropout:
-            self.momentum.eval()
+        if self.momentum is not None:
+            self._set_teacher_mode()
         return self
+
+    def _set_teacher_mode(self) -> None:
+        """Dropout for the momentum encoder where the model has it, as in the authors' code."""
+        for module in self.momentum.children():
+            module.train(self.training and self.config.teacher_dropout)
 
     @torch.no_grad()
     def reset_momentum(self) -> None:
