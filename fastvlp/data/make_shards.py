@@ -239,7 +239,8 @@ def _check_broken(broken: list[Broken], allowed: float) -> None:
     if len(broken) > allowed:
         raise TooManyBrokenError(
             f"max_broken: expected at most {allowed:.0f} broken rows; got {len(broken)} so far"
-            f"{_first(broken)}\nMend them and retry broken rows, or allow more"
+            f"{_first(broken)}\n"
+            f"Mend them and retry broken rows (--retry-broken), or allow more (--max-broken)"
         )
 
 

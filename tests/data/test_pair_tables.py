@@ -7,7 +7,7 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlp.data.pair_sources import Columns, Pair, read_pairs
@@ -142,6 +142,7 @@ paths = st.text(st.sampled_from('ab ",\téµ'), max_size=8)
 texts = st.text(st.sampled_from('ab "\n\r,\t\u2028é'), max_size=8)
 
 
+@settings(deadline=None)
 @given(rows=st.lists(st.tuples(paths, texts), max_size=8))
 def test_what_the_csv_module_writes_is_read(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("csv") / "t.csv"
@@ -156,6 +157,7 @@ def test_what_the_csv_module_writes_is_read(tmp_path_factory, rows):
 lines = st.text(st.sampled_from('a",'), max_size=8).map(lambda text: f"{text}.jpg,b")
 
 
+@settings(deadline=None)
 @given(lines=st.lists(lines, max_size=8))
 def test_every_line_is_in_a_pair_or_named(tmp_path_factory, lines):
     """With a path in each line no pair is of several lines."""

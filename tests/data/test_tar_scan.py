@@ -36,7 +36,7 @@ names = st.text("abé/_.", min_size=1, max_size=160).filter(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(["gnu", "pax"]),
     members=st.lists(st.tuples(names, st.binary(max_size=1500)), max_size=6),
@@ -183,7 +183,7 @@ def test_a_damaged_first_header_does_not_make_it_no_tar(tmp_path):
     assert names == list("12345") and damage.offset == 0
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 1300), min_size=1, max_size=6),
     spans=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=3),
