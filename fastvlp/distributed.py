@@ -238,7 +238,7 @@ class Gather:
 
 
 class ScatterSum:
-    """A reduce-scatter in flight of one block for each rank; `wait` adds what came, in fp32.
+    """A reduce-scatter in flight of one block for each rank; `wait` adds them, at least in fp32.
 
     The blocks go to their owners as they are and are added in rank order: the same bytes on the
     wire as a ring reduce-scatter, any shard sizes, and a sum that does not depend on timing.
@@ -265,10 +265,32 @@ class ScatterSum:
 
     def wait(self, own: torch.Tensor) -> torch.Tensor:
         self._work.wait()
-        total = torch.zeros_like(own, dtype=torch.float32)
+        total = torch.zeros_like(own, dtype=torch.promote_types(own.dtype, torch.float32))
         for rank, part in enumerate(self._received.split(self._incoming)):
-            total += own if rank == self._rank else part.float()
+            total += own if rank == self._rank else part
         return total
+
+
+def gather_rows(shard: torch.Tensor, shards: Shards) -> torch.Tensor:
+    """The rows of all ranks, in rank order; their gradients, added over ranks, go to the owners."""
+    return _GatherRows.apply(shard, shards)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(shard, shards):
+        return Gather(shard, shards).rows(slice(None))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.shards = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        parts = list(grad.split(ctx.shards.sizes))
+        own = parts[ctx.shards.rank]
+        wire = own.new_empty(0, *own.shape[1:], dtype=torch.promote_types(own.dtype, torch.float32))
+        return ScatterSum(parts, ctx.shards, wire).wait(own).to(grad.dtype), None
 
 
 class Ring:

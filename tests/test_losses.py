@@ -5,6 +5,7 @@ import inspect
 import open_clip.loss
 import pytest
 import torch
+import torch.nn.functional as F
 from contrastive_cases import features, run
 from tolerance import assert_as_accurate, epsilon
 from transformers import CLIPConfig, CLIPModel
@@ -20,7 +21,9 @@ def test_same_arguments(ours, peer):
         parameters = inspect.signature(function).parameters.values()
         return [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
-    assert positional(ours) == positional(peer)
+    # open_clip's SigLipLoss has chunk_size since 4.
+    extra = [("chunk_size", 0)] if ours is losses.SigLipLoss else []
+    assert positional(ours) in (positional(peer), positional(peer) + extra)
     names = [name for name, _ in positional(ours.forward)]
     assert names == [name for name, _ in positional(peer.forward)]
 
@@ -90,14 +93,17 @@ def test_arguments_that_change_nothing_are_accepted():
 
 def test_arguments_that_would_be_wrong_are_refused():
     for loss in (losses.ClipLoss, losses.SigLipLoss):
+        early = loss(rank=1, world_size=4)  # as trainers do before init_process_group
         with pytest.raises(ValueError, match="world_size: got 4.*init_process_group"):
-            loss(rank=1, world_size=4)
+            early(*features(4, 8, torch.float32, "cpu"), 2.0)
         with pytest.raises(ValueError, match="rank: expected 0"):
             loss(rank=1)
     with pytest.raises(ValueError, match="use_horovod"):
         losses.ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match="dist_impl: expected .*got 'tree'"):
         losses.SigLipLoss(dist_impl="tree")
+    with pytest.raises(ValueError, match="chunk_size: expected a number of rows, or 0, got -1"):
+        losses.SigLipLoss(chunk_size=-1)
 
 
 def test_modules_hold_no_parameters_and_no_matrix():
@@ -107,6 +113,71 @@ def test_modules_hold_no_parameters_and_no_matrix():
     saved = sum(t.numel() for t in value.grad_fn.saved_tensors)
     assert not list(loss.parameters()) and not list(loss.buffers())
     assert saved < 2 * 600 * 8 + 4 * 600
+
+
+def distilling(base):
+    """open_clip's DistillClipLoss, derived from this class in place of its own ClipLoss."""
+    own = vars(open_clip.loss.DistillClipLoss)
+    return type("Distilling", (base,), {name: own[name] for name in ("dist_loss", "forward")})
+
+
+def pairwise(base):
+    """A subclass of SigLipLoss that adds texts without an image, by open_clip's own methods."""
+
+    class MoreTexts(base):
+        def forward(self, image, text, scale, more):
+            loss = self._loss(image, text, scale, -5.0)
+            logits = self.get_logits(image, text, scale, -5.0)
+            labels = self.get_ground_truth(image.device, image.dtype, len(image))
+            other = -F.logsigmoid(labels * logits).sum() / len(image)
+            return loss + other + self._loss(image, more, scale, -5.0, negative_only=True)
+
+    return MoreTexts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["ClipLoss", "SigLipLoss"])
+def test_subclasses_that_use_the_methods_of_open_clip(kind, dtype):
+    image, text = features(40, 24, torch.float32, "cpu")
+    more, others = features(40, 24, torch.float32, "cpu", seed=1)
+    scale = torch.tensor(7.0)
+    bases = [getattr(module, kind) for module in (losses, open_clip.loss)]
+    if kind == "ClipLoss":
+        modules = [distilling(base)() for base in bases]
+        arguments = (image, text, scale, more, others, scale)
+    else:
+        modules = [pairwise(base)() for base in bases]
+        modules[0].chunk_size = 16
+        arguments = (image, text, scale, more)
+    results = []
+    for module, to in zip([*modules, modules[1]], [dtype, dtype, torch.float64], strict=True):
+        leaves = [t.to(to, copy=True).requires_grad_() for t in arguments]
+        value = module(*leaves)
+        value = sum(value) if isinstance(value, tuple) else value
+        results.append([value, *torch.autograd.grad(value, leaves)])
+    for ours, theirs, exact in zip(*results, strict=True):
+        floor = 4 * epsilon(dtype) * max(1.0, exact.norm().item())
+        assert_as_accurate(kind, ours, theirs, exact, floor)
+
+
+def test_a_method_that_forward_would_pass_over_is_refused():
+    class Scaled(losses.ClipLoss):
+        def get_logits(self, *arguments):
+            return super().get_logits(*arguments)
+
+    with pytest.raises(TypeError, match="Scaled.get_logits: forward of ClipLoss computes the loss"):
+        Scaled()
+    Derived = pairwise(losses.SigLipLoss)
+    assert Derived(chunk_size=4).chunk_size == 4
+
+
+@pytest.mark.parametrize("loss", [losses.ClipLoss(), losses.SigLipLoss()])
+def test_what_is_no_tensor_is_named(loss):
+    image, text = features(4, 8, torch.float32, "cpu")
+    with pytest.raises(TypeError, match="image_features: expected a torch.Tensor, got NoneType"):
+        loss(None, text, 2.0)
+    with pytest.raises(TypeError, match="text_features: expected a torch.Tensor, got list"):
+        loss(image, [1.0], 2.0)
 
 
 MOMENTA = torch.randn(6, 24, generator=torch.Generator().manual_seed(5))

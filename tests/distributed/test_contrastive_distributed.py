@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from unittest import mock
 
 import gloo_ranks
 import pytest
@@ -159,6 +160,82 @@ def open_clip_pairs(rank):
     return found
 
 
+def open_clip_subclasses(rank):
+    """open_clip's distillation on its own ClipLoss and on ours: values, gradients by features."""
+    import open_clip.loss
+
+    from fastvlp import losses
+
+    own = vars(open_clip.loss.DistillClipLoss)
+    methods = {name: own[name] for name in ("dist_loss", "forward")}
+    pairs = [features(12, 24, torch.float32, "cpu", seed=seed) for seed in (0, 1)]
+    shards = [t.chunk(2)[rank] for pair in pairs for t in pair]
+    found = {}
+    for module, local_loss in itertools.product((losses, open_clip.loss), (True, False)):
+        kind = type("Distill", (module.ClipLoss,), methods)
+        loss = kind(local_loss, True, rank=rank, world_size=2)
+        image, text, *teacher = (t.clone().requires_grad_() for t in shards)
+        scale = torch.tensor(10.0)
+        values = loss(image, text, scale, *teacher, torch.tensor(8.0))
+        found[module.__name__, local_loss] = [
+            *values, *torch.autograd.grad(sum(values), (image, text, *teacher))
+        ]  # fmt: skip
+    return found
+
+
+def uneven_logits(rank):
+    from fastvlp import losses
+
+    image, text = features(3 + rank, 8, torch.float32, "cpu")
+    losses.ClipLoss(True, True, rank=rank, world_size=2).get_logits(image, text, 5.0)
+
+
+def default_flags(rank):
+    """Gradients by features after DDP's averaging, with open_clip's flags, and of the batch."""
+    import open_clip.loss
+
+    from fastvlp import losses
+    from fastvlp.ops import contrastive_reference
+
+    whole = [t.requires_grad_() for t in features(12, 24, torch.float32, "cpu")]
+    exact = torch.autograd.grad(contrastive_reference(*whole, 10.0), whole)
+    found = []
+    for module in (open_clip.loss, losses):
+        shards = [t.detach().chunk(2)[rank].clone().requires_grad_() for t in whole]
+        loss = module.ClipLoss(rank=rank, world_size=2)(*shards, torch.tensor(10.0))
+        found.append([gradient / 2 for gradient in torch.autograd.grad(loss, shards)])
+    return *found, [gradient.chunk(2)[rank] for gradient in exact]
+
+
+def before_init_process_group(make):
+    """A loss made as trainers do that construct it before there are ranks."""
+    with mock.patch.object(dist, "is_initialized", return_value=False):
+        return make()
+
+
+def early_loss(rank):
+    from fastvlp import losses
+
+    image, text = (t.chunk(2)[rank] for t in features(12, 8, torch.float32, "cpu"))
+    same = []
+    for kind in (losses.ClipLoss, losses.SigLipLoss):
+        early = [
+            before_init_process_group(lambda: kind(rank=rank, world_size=2))  # noqa: B023
+            for _ in range(2)
+        ]
+        early[1] = torch.compile(early[1], backend="aot_eager")
+        value = kind(rank=rank, world_size=2)(image, text, 5.0)
+        same += [torch.equal(value, loss(image, text, 5.0)) for loss in early]
+    return same
+
+
+def early_wrong_rank(rank):
+    from fastvlp import losses
+
+    image, text = features(6, 8, torch.float32, "cpu")
+    return before_init_process_group(lambda: losses.ClipLoss(world_size=2))(image, text, 5.0)
+
+
 def without_gather_with_grad(rank):
     from fastvlp import losses
 
@@ -277,6 +354,11 @@ def jobs_of_two():
         "replicated features": (distributed_features, Replicate()),
         "replicated scale": (distributed_features, Replicate(), "scale"),
         "compiled": (compiled_losses,),
+        "open_clip subclasses": (open_clip_subclasses,),
+        "uneven logits": (uneven_logits,),
+        "default flags": (default_flags,),
+        "early": (early_loss,),
+        "early wrong rank": (early_wrong_rank,),
     }
 
 
@@ -302,9 +384,35 @@ def test_same_as_open_clip_under_ddp(pair):
         torch.testing.assert_close(*found["sigmoid"], rtol=2e-5, atol=1e-6)
 
 
+def test_subclasses_of_open_clip(pair):
+    for results in pair:
+        found = results["open_clip subclasses"]
+        assert isinstance(found, dict), found
+        for local_loss in (True, False):
+            ours, theirs = (
+                found[name, local_loss] for name in ("fastvlp.losses", "open_clip.loss")
+            )
+            for mine, wanted in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(mine, wanted, rtol=2e-5, atol=1e-6)
+
+
+def test_by_open_clips_default_flags_gradients_are_those_of_the_batch(pair):
+    for results in pair:
+        theirs, ours, exact = results["default flags"]
+        for their, mine, wanted in zip(theirs, ours, exact, strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=2e-5, atol=1e-7)
+            torch.testing.assert_close(2 * their, wanted, rtol=2e-5, atol=1e-7)
+
+
+def test_losses_made_before_there_are_ranks(pair):
+    assert [results["early"] for results in pair] == [[True] * 4] * 2
+
+
 REFUSED = {
     "without gather_with_grad": "gather_with_grad: local_loss=True needs",
     "wrong rank": "rank, world_size: expected",
+    "uneven logits": "ValueError: image_features: expected equally many on every rank",
+    "early wrong rank": "rank 1 of the group: ValueError: rank, world_size: expected 1, 2",
     "second derivative": "no second derivative",
     "sharded features": "TypeError: image_features: expected a plain tensor or a replicated DTenso",
     "sharded scale": "TypeError: logit_scale: expected a plain tensor or a replicated DTensor",
