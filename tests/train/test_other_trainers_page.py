@@ -31,13 +31,17 @@ def test_block_runs(block, tmp_path, monkeypatch):
     torch.manual_seed(0)
     namespace = {"__name__": "page"}
     if "open_clip_train" in block:
+        import open_clip.factory
         import open_clip_train.main
+        import open_clip_train.params
 
         import fastvlp.losses
 
-        monkeypatch.setattr(open_clip_train.main, "create_loss", None)
+        for module in (open_clip, open_clip.factory, open_clip_train.main):
+            monkeypatch.setattr(module, "create_loss", module.create_loss)
         exec(block, namespace)
-        args = type("Args", (), {"rank": 0, "world_size": 1})
+        args = open_clip_train.params.parse_args([])
+        args.rank, args.world_size, args.distill = 0, 1, False
         loss = open_clip_train.main.create_loss(args)
         assert isinstance(loss, fastvlp.losses.ClipLoss)
         return

@@ -1,0 +1,1 @@
+"""fastvlp inside of other libraries' training scripts, one module for each library."""
