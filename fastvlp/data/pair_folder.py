@@ -38,12 +38,12 @@ def read_folder(folder: Path) -> Rows:
 def _files(root: Path, files: list[str], folder: Path, others: list[str]) -> Rows:
     files = [name for name in files if not is_hidden(name)]
     images = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    stems = {Path(name).stem for name in images}
+    known, stems = set(images), {Path(name).stem for name in images}
     for name in files:
         place = _place(root / name, folder)
         if name.endswith(".txt") and Path(name).stem not in stems and not is_about(name):
             yield Broken(place, "no image", "a text file without an image of its name")
-        elif name not in images:
+        elif name not in known:
             others.append(place)
             if not (root / name).exists():
                 yield Broken(place, "dead link", f"it leads to {os.path.realpath(root / name)}")
