@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -28,9 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command = _parse(name, options)
         command.run()
-    except KeyboardInterrupt:
-        print(f"\nfastvlp {name}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as interrupt:
+        print(f"\nfastvlp {name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        # Commands that mind signals say which one it was.
+        raise SystemExit(128 + getattr(interrupt, "signum", signal.SIGINT)) from None
     except (ImportError, OSError, ValueError) as error:
         # Of these the message is what the user needs; a defect shows its trace.
         print(f"fastvlp {name}: {error}", file=sys.stderr)

@@ -7,15 +7,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import tyro
 
 from fastvlp.data import class_folders
-from fastvlp.models.checkpoints import load_any
-from fastvlp.train import parallel
-from fastvlp.train.config import Verify, read_yaml
+from fastvlp.models import base
+from fastvlp.models.checkpoints import LoadReport, load_any
+from fastvlp.train import parallel, ranges, run_folder
+from fastvlp.train.config import Device, Verify, read_yaml
+from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks import (
     albef_retrieval,
     albef_setup,
@@ -26,12 +28,15 @@ from fastvlp.train.tasks import (
     vilt_setup,
 )
 
+_BUILT_IN = "openmoji"
+
 
 @dataclass
 class _Common:
     model: tyro.conf.Positional[Path]
-    """Folder of a trained model, as `fastvlp train` leaves it; a model saved by
-    fastvlp.models.base.save; or a published checkpoint of CLIP, ViLT or ALBEF, file or folder."""
+    """Folder of a run of `fastvlp train`, of which an unfinished one is evaluated by its newest
+    checkpoint; a model saved by fastvlp.models.base.save; or a published checkpoint of CLIP, ViLT
+    or ALBEF, file or folder."""
 
     tokenizer: Path | None = None
     """Vocabulary of the captions. By default that of the run, beside the model, or the one that the
@@ -43,18 +48,22 @@ class _Common:
     batch_size: int = 128
     """Pictures and captions that are encoded at a time, on each rank."""
 
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Device = "auto"
+    """Where to compute."""
 
     output: Path | None = None
-    """JSON file for the scores."""
+    """JSON file for the scores, with the data they are of."""
 
     kinds: ClassVar[tuple[str, ...]] = ("clip",)
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
+        self._about: dict[str, Any] = {}
 
     def run_all(self, score) -> dict[str, float]:
         """Print, and write, the scores that `score` gives; under torchrun over all ranks."""
         with parallel.ranks(self.device) as ranks, torch.inference_mode():
-            model, report = load_any(self.model, activation=self.activation)
+            model, report = self._load()
             if model.kind not in self.kinds:
                 raise ValueError(
                     f"model: expected one of {' or '.join(self.kinds)}, got one of {model.kind}"
@@ -67,8 +76,19 @@ class _Common:
                 for name, value in scores.items():
                     print(f"{name:30} {value:.4f}")
                 if self.output is not None:
-                    self.output.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+                    found = json.dumps(self._about | scores, indent=2)
+                    self.output.write_text(f"{found}\n", encoding="utf-8")
         return scores
+
+    def _load(self) -> tuple[base.Model, LoadReport | str | None]:
+        found = run_folder.unsaved(self.model)
+        return load_any(self.model, activation=self.activation) if found is None else found
+
+    def name_data(self, ranks: Ranks, **about: Any) -> None:
+        """Print, and keep for the file, which data are evaluated on."""
+        self._about = about
+        if ranks.is_first:
+            print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
 
 
 def saved_tokenizer(path: Path, model, given: Path | None = None):
@@ -77,8 +97,7 @@ def saved_tokenizer(path: Path, model, given: Path | None = None):
     Raises:
         ValueError: it is of another kind, or has more ids than the model.
     """
-    name = "tokenizer.json" if model.kind == "clip" else "vocab.txt"
-    beside = (path if path.is_dir() else path.parent) / name
+    beside = _folder(path) / ("tokenizer.json" if model.kind == "clip" else "vocab.txt")
     file = given or (beside if beside.is_file() else None)
     if model.kind == "clip":
         tokenizer = clip_setup.tokenizer_of(file, model.config)
@@ -104,17 +123,32 @@ _RECIPES = {
 
 def picture_values(path: Path) -> tuple[tuple[float, ...], ...]:
     """Mean and deviation that the pictures of a model were normalised by in its training."""
-    settings = path / "config.yaml"
-    if settings.is_file() and read_yaml(settings).get("data") == "openmoji":
+    if _settings(path).get("data") == _BUILT_IN:
         return (0.5,) * 3, (0.5,) * 3
     return class_folders.MEAN, class_folders.STD
 
 
+def own_data(path: Path) -> str | None:
+    """The evaluation data of the run that a model is of, or None."""
+    settings = _settings(path)
+    return _BUILT_IN if settings.get("data") == _BUILT_IN else settings.get("eval_data")
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    file = _folder(path) / "config.yaml"
+    return read_yaml(file) if file.is_file() else {}
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
 @dataclass
 class _OfPairs(_Common):
-    data: str = "openmoji"
-    """"openmoji", or shards; captions of equal id are captions of one picture. Pictures of shards
-    are normalised as in the system's paper, those of OpenMoji as `fastvlp train` has them."""
+    data: str | None = None
+    """"openmoji", or shards; captions of equal id are captions of one picture. By default the data
+    that the model's own run evaluates on. Pictures of shards are normalised as in the system's
+    paper, those of OpenMoji as `fastvlp train` has them."""
 
     split: str = "composition"
     """Of OpenMoji: train, composition or concept."""
@@ -129,14 +163,22 @@ class _OfPairs(_Common):
         """The pairs, not shuffled."""
         # ViLT and ALBEF want a mask besides, CLIP finds the end of a text by itself.
         tokenize = tokenizer if model.kind == "clip" else tokenizer.padded
-        if self.data == "openmoji":
+        chosen = self.data or own_data(self.model)
+        if chosen is None:
+            raise ValueError(
+                f"data: expected --data SHARDS, or --data {_BUILT_IN} for the built-in images; "
+                f"{self.model} is of no run with evaluation data"
+            )
+        if chosen == _BUILT_IN:
             pictures = data.openmoji_data(model.config.image_size, ranks)
-            return data.openmoji_loader(
+            loader = data.openmoji_loader(
                 pictures, self.split, self.batch_size, tokenize, ranks, training=False
             )
+            self.name_data(ranks, data=chosen, split=self.split, pairs=loader.samples)
+            return loader
         recipe, sizes = _RECIPES[model.kind]
-        return data.shard_loader(
-            self.data,
+        loader = data.shard_loader(
+            chosen,
             recipe,
             sizes(model.config),
             self.batch_size,
@@ -144,6 +186,8 @@ class _OfPairs(_Common):
             ranks,
             **data.broken_options(self),
         )
+        self.name_data(ranks, data=chosen, pairs=loader.samples)
+        return loader
 
 
 @dataclass
@@ -196,8 +240,8 @@ class ZeroShot(_Common):
     """Accuracy of giving pictures the class whose prompts are nearest."""
 
     images: Path | None = None
-    """Folder with one folder of pictures for each class. By default the OpenMoji pictures of the
-    composition split, by base emoji."""
+    """Folder with one folder of pictures for each class, or "openmoji" for the built-in pictures
+    of the composition split, by base emoji; the default for a model that was trained on those."""
 
     classes: Path | None = None
     """Text file of class names, one a line, in the sorted order of the folders. By default the
@@ -210,12 +254,22 @@ class ZeroShot(_Common):
         return self.run_all(self._score)
 
     def _score(self, model, tokenizer, ranks) -> dict[str, float]:
+        chosen = self.images or own_data(self.model)
+        if str(chosen) == _BUILT_IN:
+            scores, pairs = clip_setup.zero_shot_openmoji(model, tokenizer, ranks, self.batch_size)
+            self.name_data(ranks, data=_BUILT_IN, split="composition", pairs=pairs)
+            return scores
         if self.images is None:
-            return clip_setup.zero_shot_openmoji(model, tokenizer, ranks, self.batch_size)
+            raise ValueError(
+                f"images: expected --images FOLDER, with a folder of images for each class, or "
+                f"--images {_BUILT_IN} for the built-in ones; {self.model} was not trained on those"
+            )
         from fastvlp.evaluate import zero_shot
 
         folders = class_folders.find(self.images)
         names = list(folders)
+        count = sum(map(len, folders.values()))
+        self.name_data(ranks, data=str(self.images), classes=len(names), images=count)
         if self.classes is not None:
             names = [line for line in self.classes.read_text("utf-8").splitlines() if line]
         if len(names) != len(folders):

@@ -39,14 +39,10 @@ class Train:
     config: TrainConfig
 
     def run(self) -> dict[str, float]:
-        """Train and print the scores."""
+        """Train, and return the scores."""
         from fastvlp.train.run import train
 
-        scores = train(self.config)
-        for name, value in scores.items():
-            print(f"{name:40} {value:.3f}")
-        print(f"The model is in {self.config.folder}")
-        return scores
+        return train(self.config)
 
 
 @dataclass

@@ -88,8 +88,7 @@ def save(model: Model, path: str | Path) -> None:
     weights, config = _files(path)
     weights.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    described = {"kind": model.kind} | dataclasses.asdict(model.config)
-    Path(f"{config}.part").write_text(json.dumps(described, indent=2) + "\n")
+    Path(f"{config}.part").write_text(json.dumps(description(model), indent=2) + "\n")
     save_file(_without_ties(state), f"{weights}.part")
     # save_file makes a file for its owner alone; all are to have the mode that new files have.
     os.chmod(f"{weights}.part", os.stat(f"{config}.part").st_mode)
@@ -108,14 +107,25 @@ def load(path: str | Path, kind: str | None = None) -> Model:
 
     weights, config = _files(path)
     described = json.loads(config.read_text())
-    found = described.pop("kind", "clip")
+    found = described.get("kind", "clip")
     if found not in KINDS or kind not in (None, found):
         raise ValueError(f"path: expected {kind or sorted(KINDS)} in {config}, got {found!r}")
-    module, config_name, model_name = KINDS[found]
-    module = importlib.import_module(module)
-    model = getattr(module, model_name)(getattr(module, config_name)(**_tuples(described)))
+    model = from_description(described)
     model.load_state_dict(_with_ties(load_file(weights), model))
     return model.eval()
+
+
+def description(model: Model) -> dict:
+    """Kind and configuration, as JSON has them."""
+    return {"kind": model.kind} | dataclasses.asdict(model.config)
+
+
+def from_description(described: dict) -> Model:
+    """A model of this kind and configuration, with weights of its own."""
+    sizes = dict(described)
+    module, config_name, model_name = KINDS[sizes.pop("kind", "clip")]
+    module = importlib.import_module(module)
+    return getattr(module, model_name)(getattr(module, config_name)(**_tuples(sizes)))
 
 
 def _tuples(described: dict) -> dict:

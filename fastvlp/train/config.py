@@ -7,18 +7,24 @@ import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fastvlp.data.optional import require
 from fastvlp.train import ranges
 from fastvlp.train.schedules import Kind
 
+Device = Literal["auto", "cpu", "cuda"]
 Verify = Literal["quick", "decode"]
 
 
 @dataclass
 class TrainConfig:
     """What every run has. Rates, sizes and schedules have their defaults in each system's class."""
+
+    # The kind of its models, see fastvlp.models.base.
+    system: ClassVar[str]
+    # Settings that change what this system learns although for others they only change the speed.
+    learns_by: ClassVar[frozenset[str]] = frozenset()
 
     folder: Path = Path("runs/train")
     """Folder of the run: settings, checkpoints, logs, and in the end the model."""
@@ -101,7 +107,7 @@ class TrainConfig:
     reference: bool = False
     """Compute with plain PyTorch in place of the kernels."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to compute."""
 
     seed: int = 0
@@ -138,6 +144,8 @@ class TrainConfig:
 class TrainClip(TrainConfig):
     """CLIP on the built-in OpenMoji pictures: a few minutes on two processor cores."""
 
+    system: ClassVar[str] = "clip"
+
     folder: Path = Path("runs/clip")
     epochs: float | None = 25.0
     lr: float = 1e-3
@@ -150,6 +158,8 @@ class TrainClip(TrainConfig):
 @dataclass
 class TrainVilt(TrainConfig):
     """ViLT on the built-in OpenMoji pictures."""
+
+    system: ClassVar[str] = "vilt"
 
     folder: Path = Path("runs/vilt")
     model: str = "mini"
@@ -167,6 +177,10 @@ class TrainVilt(TrainConfig):
 @dataclass
 class TrainAlbef(TrainConfig):
     """ALBEF on the built-in OpenMoji pictures."""
+
+    system: ClassVar[str] = "albef"
+    # Each chunk contrasts with its own pairs and the queue.
+    learns_by: ClassVar[frozenset[str]] = frozenset({"chunk_size"})
 
     folder: Path = Path("runs/albef")
     model: str = "mini"

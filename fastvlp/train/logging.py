@@ -1,4 +1,6 @@
-"""What is seen of a run: a progress bar, JSON lines, TensorBoard, and a picture of the curve.
+"""What is seen of a run: a progress bar, JSON lines, TensorBoard, and an image of the curve.
+
+Where the output is no terminal, a file or a batch system's log, lines take the bar's place.
 
 log.jsonl      one object for each logged step or evaluation
 tensorboard/   the same numbers
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from fastvlp.train.loop import Loop, Report
 from fastvlp.train.parallel import Ranks
 
 _LOG = "log.jsonl"
+_EVALUATION = "eval/"
 
 
 class Log:
@@ -38,8 +42,12 @@ class Log:
         self._steps = self._pairs = self._skipped = 0
         self._bar = self._board = self._file = None
 
-    def start(self, loop: Loop) -> Log:
-        """Opens the files for a loop that goes on from where it is; drops lines of later steps."""
+    def start(self, loop: Loop, changes: Sequence[str] = ()) -> Log:
+        """Opens the files for a loop that goes on from where it is; drops lines of later steps.
+
+        `changes` are texts about settings that the run did not begin with.
+        """
+        self._total = loop.steps
         self._since = time.perf_counter()
         if not self.ranks.is_first:
             return self
@@ -56,8 +64,11 @@ class Log:
             progress.BarColumn(),
             progress.TimeRemainingColumn(),
             progress.TextColumn("{task.fields[numbers]}"),
-            disable=not self.progress,
         )
+        # Without a terminal lines are printed at once in its place.
+        self._bar.disable = not (self.progress and self._bar.console.is_terminal)
+        for line in (*_standing(loop, self.folder), *changes):
+            self.say(line)
         self._bar.start()
         self._task = self._bar.add_task("", total=loop.steps, completed=loop.step, numbers="")
         return self
@@ -76,7 +87,12 @@ class Log:
 
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Records the scores of an evaluation."""
-        self._write({"step": step, **{f"eval/{k}": v for k, v in scores.items()}})
+        self._write({"step": step, **{_of_evaluation(k): v for k, v in scores.items()}})
+        if step < self._total:
+            self.say(f"step {step}/{self._total}  {_shown(scores)}")
+        else:
+            for name, value in scores.items():
+                self.say(f"{name:40} {value:.4f}")
         self._since, self._pairs = time.perf_counter(), 0
 
     def _record(self, loop: Loop, report: Report) -> None:
@@ -88,8 +104,16 @@ class Log:
             row["loss_scale"] = loop.scale.value
         row["pairs_per_second"] = self._pairs * self.ranks.world_size / seconds
         self._write(row)
+        if self._bar is not None:
+            self._show(row)
         self._sums, self._steps, self._pairs = {}, 0, 0
         self._since = time.perf_counter()
+
+    def _show(self, row: dict[str, Any]) -> None:
+        if self._bar.disable:
+            self.say(f"step {row['step']}/{self._total}  {_shown(row)}")
+        else:
+            self._bar.update(self._task, numbers=_shown(row, without=("lr", "gradient_norm")))
 
     def _means(self) -> dict[str, float]:
         if not self._steps:
@@ -108,11 +132,15 @@ class Log:
         for name, value in row.items():
             if name != "step":
                 self._board.add_scalar(name, value, row["step"])
-        shown = {k: v for k, v in row.items() if k not in ("step", "lr", "gradient_norm")}
-        numbers = "  ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in shown.items() if v)
-        self._bar.update(self._task, numbers=numbers)
-        if not self.progress or "loss" not in row:
-            self._bar.console.print(f"step {row['step']}  {numbers}", highlight=False)
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one, on the first rank."""
+        if self._bar is None:
+            return
+        if self._bar.disable:
+            print(line, flush=True)
+        else:
+            self._bar.console.print(line, highlight=False, markup=False)
 
     def __enter__(self) -> Log:
         return self
@@ -123,6 +151,22 @@ class Log:
             self._file.close()
             self._board.close()
             draw_curve(self.folder)
+
+
+def _standing(loop: Loop, folder: Path) -> list[str]:
+    if loop.step == loop.steps:
+        return [f"{folder} is finished: all {loop.steps} steps are taken; evaluating it again"]
+    return [f"resuming at step {loop.step} of {loop.steps}"] if loop.step else []
+
+
+def _of_evaluation(name: str) -> str:
+    """A score's name in the log: under "eval/", which held-out data may be called themselves."""
+    return name if name.startswith(_EVALUATION) else f"{_EVALUATION}{name}"
+
+
+def _shown(numbers: dict[str, float], without: Sequence[str] = ()) -> str:
+    left_out = ("step", *without)
+    return "  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if k not in left_out)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -151,13 +195,15 @@ def draw_curve(folder: Path) -> None:
         axes.plot(*zip(*points, strict=True), label=name)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    scores = sorted({key for row in rows for key in row if key.startswith("eval/") and "@" in key})
+    scores = sorted(
+        {key for row in rows for key in row if key.startswith(_EVALUATION) and "@" in key}
+    )
     if scores:
         right = axes.twinx()
         right.set_ylim(0, 1)
         for name in scores:
             points = [(row["step"], row[name]) for row in rows if name in row]
-            right.plot(*zip(*points, strict=True), ".--", label=name.removeprefix("eval/"))
+            right.plot(*zip(*points, strict=True), ".--", label=name.removeprefix(_EVALUATION))
         right.legend(loc="center right", fontsize=6)
     axes.legend(loc="upper right")
     with atomic_file(folder / "curve.png") as file:

@@ -39,14 +39,13 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     """The ranks that torchrun started, or the one of a plain process.
 
     A process group that exists already is used and left as it is.
+
+    Raises:
+        ValueError: there is no such device for this process.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        place = torch.device("cuda", torch.cuda.current_device())
-    else:
-        place = torch.device("cpu")
+    place = _device(device)
     own = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if own:
         # The processor's group is what checkpoints are written over, in the background.
@@ -60,6 +59,21 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     finally:
         if own:
             dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {name!r}")
+    if name == "cpu":
+        return torch.device("cpu")
+    found, number = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if number >= found:
+        raise ValueError(
+            f"device: expected a CUDA device for each process of this machine, got {found} of them "
+            f"at process {number}; take --device cpu, or start fewer processes"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def recompute(blocks: Sequence[nn.Module]) -> None:

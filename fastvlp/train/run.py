@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from fastvlp.data.shards import atomic_file
 from fastvlp.ema import EmaModel, unwrap
 from fastvlp.optim import AdamWEma
-from fastvlp.train import parallel
+from fastvlp.train import parallel, run_folder
 from fastvlp.train.checkpointing import Checkpoints
-from fastvlp.train.config import TrainAlbef, TrainClip, TrainConfig, TrainVilt, to_yaml
+from fastvlp.train.config import TrainAlbef, TrainClip, TrainConfig, TrainVilt
+from fastvlp.train.interrupts import Interrupts
 from fastvlp.train.logging import Log
 from fastvlp.train.loop import Loop, Report
 from fastvlp.train.parallel import Ranks
@@ -31,7 +31,9 @@ def train(config: TrainConfig) -> dict[str, float]:
 
     Started by torchrun, all processes train one model.
     """
-    with parallel.ranks(config.device) as ranks:
+    with parallel.ranks(config.device) as ranks, run_folder.alone(config.folder, ranks):
+        # Before the data are looked at, which may take long.
+        run_folder.compare(config, ranks)
         torch.manual_seed(config.seed)
         task, loader = _build(config, ranks)
         return fit(config, task, loader, ranks)
@@ -55,6 +57,12 @@ def _build(config: TrainConfig, ranks: Ranks) -> tuple[Task, Any]:
 
 def fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str, float]:
     """`train` with a task and a loader of one's own."""
+    with run_folder.alone(config.folder, ranks):
+        return _fit(config, task, loader, ranks)
+
+
+def _fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str, float]:
+    changes = run_folder.compare(config, ranks)
     kind = type(task.model)  # FSDP2 changes the class of what it shards
     model, average = _prepare(config, task, ranks)
     loop = Loop(
@@ -80,14 +88,16 @@ def fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str,
     _resume(config, loop, checkpoints, ranks)
     evaluated = unwrap(model) if average is None else average.module
     with Log(config.folder, ranks, every=config.log_every, progress=config.progress) as log:
-        log.start(loop)
+        log.start(loop, changes)
         evaluation = Evaluation(evaluated, config.evaluate_every, log, checkpoints)
-        # An evaluation that fails must cost neither steps nor the model: it comes after these are
-        # saved, and a run that is started again goes on from there.
-        loop.hooks = [log, checkpoints, evaluation]
-        loop.run()
+        with Interrupts(checkpoints, ranks) as interrupts:
+            # An evaluation that fails must cost neither steps nor the model: it comes after these
+            # are saved, and a run that is started again goes on from there.
+            loop.hooks = [log, checkpoints, interrupts, evaluation]
+            loop.run()
         checkpoints.close()
-        _save(task, kind, evaluated, config.folder, ranks)
+        _save(task, kind, evaluated, config.folder, loop.step, ranks)
+        log.say(f"the model is saved in {config.folder}")
         return evaluation.scores(loop)
 
 
@@ -216,13 +226,17 @@ def _resume(config: TrainConfig, loop: Loop, checkpoints: Checkpoints, ranks: Ra
         )
     if last is not None:
         checkpoints.load(loop, last)
+    if loop.step > loop.steps:
+        raise ValueError(
+            f"steps: expected at least the {loop.step} that the run in {config.folder} has taken, "
+            f"got {loop.steps}"
+        )
     if ranks.is_first:
-        config.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(config.folder / "config.yaml") as file:
-            file.write(to_yaml(config).encode())
+        run_folder.begin(config, loop.task.model, resumed=last is not None)
+        loop.task.save_tokenizer(config.folder)
 
 
-def _save(task: Task, kind: type, model: nn.Module, folder: Path, ranks: Ranks) -> None:
+def _save(task: Task, kind: type, model: nn.Module, folder: Path, step: int, ranks: Ranks) -> None:
     """The trained model as one that is whole and on the processor, written by the first rank."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
@@ -231,4 +245,5 @@ def _save(task: Task, kind: type, model: nn.Module, folder: Path, ranks: Ranks) 
         # By assignment, so that a model of another precision keeps it.
         whole.load_state_dict(state, assign=True)
         task.save(whole, folder)
+        run_folder.saved(folder, whole, step)
     ranks.barrier()

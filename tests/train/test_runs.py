@@ -14,8 +14,8 @@ def test_a_run_leaves_its_settings_logs_curve_and_model(tmp_path, capsys):
     scores, _ = train(tmp_path, evaluate_every=4)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
-        "checkpoints", "config.yaml", "curve.png", "log.jsonl", "model.json", "model.safetensors",
-        "tensorboard", "tokenizer.json",
+        ".lock", "checkpoints", "config.yaml", "curve.png", "log.jsonl", "model.json",
+        "model.safetensors", "run.json", "tensorboard", "tokenizer.json",
     }  # fmt: skip
     rows = read_log(tmp_path)
     assert rows[0].keys() == {

@@ -1,6 +1,8 @@
 """Whole runs on two ranks, by DDP and by FSDP2, and resumed on another number of ranks."""
 
 import json
+import os
+import signal
 
 import gloo_ranks
 import pytest
@@ -8,6 +10,8 @@ import torch
 from tiny_run import PlainTask, train, weights
 from tolerance import assert_as_accurate, epsilon
 
+from fastvlp.train import run_folder
+from fastvlp.train.interrupts import Interrupted
 from fastvlp.train.logging import read_log
 
 KINDS = {
@@ -25,7 +29,25 @@ def every_kind(rank, folder):
     for name, changes in KINDS.items():
         found[name], _ = train(folder / name, PlainTask, **COMMON, **changes)
     # The first four steps of these runs are two ranks'; the rest is done again by one.
-    return found
+    return found | {"interrupted": interrupted(folder / "interrupted")}
+
+
+class SignalledOnce(PlainTask):
+    """Its second rank is told to stop within the third step."""
+
+    taken = 0
+
+    def after_step(self):
+        super().after_step()
+        self.taken += 1
+        if self.taken == 3 and self.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted(folder):
+    with pytest.raises(Interrupted) as stopped:
+        train(folder, SignalledOnce, save_every=100)
+    return stopped.value.signum, [path.name for path in run_folder.checkpoints(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +84,11 @@ def test_scores_are_equal_on_all_ranks_and_those_of_one(runs, kind):
     for name, value in scores.items():
         # One of 32 pairs may change its place with another by a rounding.
         assert abs(found[0][kind][name] - value) <= 0.05, name
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(runs):
+    _, found, _ = runs
+    assert [each["interrupted"] for each in found] == 2 * [(signal.SIGTERM, ["step-00000003"])]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

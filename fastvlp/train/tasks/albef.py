@@ -106,10 +106,13 @@ class AlbefTask(Task):
             scores |= {f"{name}/{key}": v for key, v in found.items() if "/R@" in key}
         return scores
 
+    def save_tokenizer(self, folder: Path) -> None:
+        self.tokenizer.save(folder / "vocab.txt")
+
     def save(self, model: nn.Module, folder: Path) -> None:
         """Writes model.safetensors, model.json and vocab.txt: the model without twin and queues."""
         config = dataclasses.replace(model.config, pretraining=False)
         plain, state = albef.Albef(config), model.state_dict()
         plain.load_state_dict({name: state[name] for name in plain.state_dict()})
         base.save(plain, folder / "model")
-        self.tokenizer.save(folder / "vocab.txt")
+        self.save_tokenizer(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,9 @@ class Task:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes back what `state_dict` gave."""
 
-    def save(self, model: nn.Module, folder) -> None:
+    def save_tokenizer(self, folder: Path) -> None:
+        """Writes the tokenizer, which the checkpoints of a run need to be of use."""
+
+    def save(self, model: nn.Module, folder: Path) -> None:
         """Writes what is needed to use the trained model."""
         raise NotImplementedError

@@ -93,10 +93,13 @@ class ClipTask(Task):
                 scores |= {f"{name}/zero_shot/{k}": v for k, v in result.items() if k[0] == "t"}
         return scores
 
+    def save_tokenizer(self, folder: Path) -> None:
+        self.tokenizer.save(folder / "tokenizer.json")
+
     def save(self, model: nn.Module, folder: Path) -> None:
         """Writes model.safetensors, model.json and tokenizer.json."""
         base.save(model, folder / "model")
-        self.tokenizer.save(folder / "tokenizer.json")
+        self.save_tokenizer(folder)
 
 
 def plain_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:

@@ -57,13 +57,16 @@ def build(config: TrainClip, ranks: Ranks) -> tuple[ClipTask, Any]:
     return task, loader
 
 
-def zero_shot_openmoji(model, tokenizer: Callable, ranks: Ranks, rows: int) -> dict[str, float]:
-    """Accuracy over base emoji on the composition split."""
+def zero_shot_openmoji(
+    model, tokenizer: Callable, ranks: Ranks, rows: int
+) -> tuple[dict[str, float], int]:
+    """Accuracy over base emoji on the composition split, and its number of pairs."""
     data = openmoji_data(model.config.image_size, ranks)
     train = openmoji_loader(data, "train", rows, tokenizer, ranks, training=False)
     loader = openmoji_loader(data, "composition", rows, tokenizer, ranks, training=False)
     found = features(model, loader, ranks)
-    return zero_shot_over_groups(model, tokenizer, openmoji_groups(train), loader.bases, found)
+    groups = openmoji_groups(train)
+    return zero_shot_over_groups(model, tokenizer, groups, loader.bases, found), loader.samples
 
 
 def _openmoji(config: TrainClip, tokenizer, ranks: Ranks, rows: int, size: int):

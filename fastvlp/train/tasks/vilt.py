@@ -88,10 +88,13 @@ class ViltTask(Task):
             for key, value in matching_accuracy(model, self.tokenizer, loader, self.ranks).items()
         }
 
+    def save_tokenizer(self, folder: Path) -> None:
+        self.tokenizer.save(folder / "vocab.txt")
+
     def save(self, model: nn.Module, folder: Path) -> None:
         """Writes model.safetensors, model.json and vocab.txt."""
         base.save(model, folder / "model")
-        self.tokenizer.save(folder / "vocab.txt")
+        self.save_tokenizer(folder)
 
 
 def partners(ids: Tensor, generator: torch.Generator | None = None) -> Tensor:

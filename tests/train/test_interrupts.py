@@ -1,0 +1,94 @@
+"""Runs that are told to stop: the step is finished and saved, and the run goes on later."""
+
+import os
+import signal
+
+import pytest
+import torch
+from tiny_run import MODEL, NoisyTask, train, weights
+
+from fastvlp.train import checkpoint_files, run_folder
+from fastvlp.train.checkpointing import Checkpoints
+from fastvlp.train.interrupts import Interrupted, Interrupts
+from fastvlp.train.parallel import Ranks
+
+STOP = 3
+
+
+class Signalled(NoisyTask):
+    """Its process is sent a signal within step `STOP`."""
+
+    signum, steps = signal.SIGINT, 0
+
+    def after_step(self):
+        super().after_step()
+        self.steps += 1
+        if self.steps == STOP and self.signum is not None:
+            os.kill(os.getpid(), self.signum)
+
+
+class Terminated(Signalled):
+    signum = signal.SIGTERM
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder)
+    return weights(folder)
+
+
+def names(folder):
+    return [path.name for path in run_folder.checkpoints(folder)]
+
+
+@pytest.mark.parametrize("kind", [Signalled, Terminated])
+def test_a_signal_ends_the_run_after_its_step(tmp_path, kind, capfd):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="interrupted at step 3 of 8; the checkpoint is") as found:
+        train(tmp_path, kind, save_every=100)
+    assert found.value.signum == kind.signum and isinstance(found.value, KeyboardInterrupt)
+    assert names(tmp_path) == ["step-00000003"]
+    assert "saving a checkpoint after this step" in capfd.readouterr().err
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path, capsys):
+    with pytest.raises(Interrupted):
+        train(tmp_path / "stopped", Signalled, steps=4, save_every=100)
+    for name in ("stopped", "whole"):
+        train(tmp_path / name, steps=4, save_every=100)
+    assert "resuming at step 3 of 4" in capsys.readouterr().out
+    ours, whole = weights(tmp_path / "stopped"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], value) for name, value in whole.items())
+
+
+def test_a_second_interrupt_stops_at_once_and_a_second_termination_does_not(tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    with Interrupts(Checkpoints(tmp_path, ranks), ranks):
+        for signum in (signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), signum)
+        assert left == []
+        os.kill(os.getpid(), signal.SIGINT)
+        assert left == [130]
+
+
+def test_an_interrupted_run_is_evaluated_by_its_newest_whole_checkpoint(tmp_path):
+    train(tmp_path, steps=2)
+    assert run_folder.unsaved(tmp_path) is None
+    assert run_folder.unsaved(tmp_path / "checkpoints") is None
+    with pytest.raises(Interrupted):
+        train(tmp_path, Signalled, steps=8, save_every=4)
+    model, said = run_folder.unsaved(tmp_path)
+    assert said == f"{tmp_path}: its run did not end; taking the checkpoint step-00000005"
+    assert not model.training and model.config == MODEL
+    newest = tmp_path / "checkpoints" / "step-00000005"
+    # The average, which is what the run evaluates and saves.
+    stored = checkpoint_files.read_weights(newest)
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    (newest / "__0_0.distcp").write_bytes(b"")
+    _, said = run_folder.unsaved(tmp_path)
+    assert "step-00000005 is damaged (__0_0.distcp: " in said
+    assert said.endswith("taking the checkpoint step-00000004")
