@@ -161,14 +161,14 @@ class _OfPairs(_Common):
 
     def loader(self, model, tokenizer, ranks):
         """The pairs, not shuffled."""
-        # ViLT and ALBEF want a mask besides, CLIP finds the end of a text by itself.
-        tokenize = tokenizer if model.kind == "clip" else tokenizer.padded
         chosen = self.data or own_data(self.model)
         if chosen is None:
             raise ValueError(
                 f"data: expected --data SHARDS, or --data {_BUILT_IN} for the built-in images; "
                 f"{self.model} is of no run with evaluation data"
             )
+        # ViLT and ALBEF want a mask besides, CLIP finds the end of a text by itself.
+        tokenize = tokenizer if model.kind == "clip" else tokenizer.padded
         if chosen == _BUILT_IN:
             pictures = data.openmoji_data(model.config.image_size, ranks)
             loader = data.openmoji_loader(

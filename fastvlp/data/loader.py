@@ -191,6 +191,11 @@ class Loader:
         """Good samples of all shards, as far as their indexes tell."""
         return len(self._shards)
 
+    def captions(self, most: int) -> Iterator[str]:
+        """Captions of good samples, of at most `most` that are spread evenly over the data."""
+        every = max(1, -(-self.samples // most))
+        return self._shards.captions(range(0, self.samples, every))
+
     @property
     def faults(self) -> list[Fault]:
         """Everything that was left out so far, and why; of the iteration, on this rank."""

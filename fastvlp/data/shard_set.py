@@ -160,12 +160,18 @@ class ShardSet:
         """
         path, entry = self._entry(sample)
         image, text, identity = _read_parts(path, [entry[0:2], entry[2:4], entry[4:6]])
+        caption = _caption(path, entry, text)
         try:
-            caption = caption_in_json(text) if entry[6] else text.decode()
             written = None if entry[5] < 0 else identity.decode()
         except ValueError as error:
-            raise OSError(f"{path} is not as it was when it was indexed: {error}") from error
+            raise _changed(path, error) from error
         return RawSample(sample, path, image, caption, written)
+
+    def captions(self, samples: Iterable[int]) -> Iterator[str]:
+        """The captions of some samples, without reading their images; errors as in `read`."""
+        for sample in samples:
+            path, entry = self._entry(sample)
+            yield _caption(path, entry, *_read_parts(path, [entry[2:4]]))
 
     def name(self, sample: int) -> tuple[str, str]:
         """A sample's shard and the name of its image there, for messages."""
@@ -180,6 +186,17 @@ class ShardSet:
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
         entry = self._load(self.paths[shard]).entries[sample - int(self.starts[shard])]
         return self.paths[shard], entry.tolist()
+
+
+def _caption(path: str, entry: list[int], text: bytes) -> str:
+    try:
+        return caption_in_json(text) if entry[6] else text.decode()
+    except ValueError as error:
+        raise _changed(path, error) from error
+
+
+def _changed(path: str, error: ValueError) -> OSError:
+    return OSError(f"{path} is not as it was when it was indexed: {error}")
 
 
 def _read_parts(path: str, ranges: list[list[int]]) -> list[bytes]:

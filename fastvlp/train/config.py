@@ -48,7 +48,7 @@ class TrainConfig:
     tokenizer: Path | None = None
     """Vocabulary of the tokenizer: for CLIP its bpe_simple_vocab_16e6.txt.gz, vocab.json with
     merges.txt, or tokenizer.json; for ViLT and ALBEF BERT's vocab.txt or tokenizer.json. By default
-    one is learned from the OpenMoji captions."""
+    one is learned from the captions of the data; it is kept in the run's folder."""
 
     steps: int | None = None
     """Length of the run in optimiser steps. Given, it counts in place of epochs."""
@@ -219,7 +219,8 @@ class TrainAlbef(TrainConfig):
     """File of a pretrained ViT, timm's or DeiT's, for the image transformer to start from."""
 
     text_weights: Path | None = None
-    """File of a pretrained BERT for the text and fusion layers to start from."""
+    """File of a pretrained BERT for the text and fusion layers to start from. The tokenizer is then
+    BERT's own, unless one is given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -205,7 +205,8 @@ def draw_curve(folder: Path) -> None:
             points = [(row["step"], row[name]) for row in rows if name in row]
             right.plot(*zip(*points, strict=True), ".--", label=name.removeprefix(_EVALUATION))
         right.legend(loc="center right", fontsize=6)
-    axes.legend(loc="upper right")
+    if axes.lines:  # a run may be stopped before it has logged a step
+        axes.legend(loc="upper right")
     with atomic_file(folder / "curve.png") as file:
         figure.savefig(file, format="png", dpi=120)
 

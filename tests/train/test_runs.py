@@ -115,7 +115,8 @@ def test_commands_train_and_evaluate_on_openmoji(tmp_path, monkeypatch, capsys):
     assert "concept/text_to_image/R@10" in scores
     written = tmp_path / "scores.json"
     found = evaluate.parse(["retrieval", str(tmp_path), "--output", str(written)]).run()
-    assert json.loads(written.read_text()) == found
+    about = {"data": "openmoji", "split": "composition", "pairs": 24}
+    assert json.loads(written.read_text()) == about | found
     for way in ("text_to_image", "image_to_text"):
         for k in (1, 5, 10):
             assert found[f"{way} R@{k}"] == pytest.approx(scores[f"composition/{way}/R@{k}"])

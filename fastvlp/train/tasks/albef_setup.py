@@ -14,7 +14,6 @@ from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.albef import AlbefTask
 from fastvlp.train.tasks.data import (
     HELD_OUT,
-    bert_vocabulary,
     broken_options,
     openmoji_captions,
     openmoji_data,
@@ -22,6 +21,7 @@ from fastvlp.train.tasks.data import (
     rows_of_a_rank,
     shard_loader,
 )
+from fastvlp.train.tasks.vocabularies import bert_from_shards, bert_vocabulary
 
 
 def build(config: TrainAlbef, ranks: Ranks) -> tuple[AlbefTask, Any]:
@@ -66,7 +66,9 @@ def start_from_files(model: albef.Albef, config: TrainAlbef) -> None:
 
 def _openmoji(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
     data = openmoji_data(size, ranks, config.progress)
-    source = bert_vocabulary(config.tokenizer, openmoji_captions(data), clean_albef)
+    # Pretrained text layers know BERT's own entries.
+    captions = [] if config.text_weights is not None else openmoji_captions(data)
+    source = bert_vocabulary(config.tokenizer, captions, clean_albef)
     tokenizer = albef_tokenizer(source)
     masking = MaskingTokenizer(tokenizer, rate=config.mask_rate)
     loader = openmoji_loader(data, "train", rows, masking, ranks, training=True, seed=config.seed)
@@ -78,7 +80,11 @@ def _openmoji(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
 
 
 def _shards(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
-    tokenizer = albef_tokenizer(bert_vocabulary(config.tokenizer, []))
+    if config.text_weights is not None:
+        source = bert_vocabulary(config.tokenizer, [])
+    else:
+        source = bert_from_shards(config, "albef_pretrain", ranks, clean_albef)
+    tokenizer = albef_tokenizer(source)
     masking = MaskingTokenizer(tokenizer, rate=config.mask_rate)
     sizes, options = {"size": size}, broken_options(config)
     loader = shard_loader(

@@ -26,6 +26,7 @@ from fastvlp.train.tasks.data import (
     rows_of_a_rank,
     shard_loader,
 )
+from fastvlp.train.tasks.vocabularies import ENTRIES, learned
 
 
 def build(config: TrainClip, ranks: Ranks) -> tuple[ClipTask, Any]:
@@ -83,7 +84,13 @@ def _openmoji(config: TrainClip, tokenizer, ranks: Ranks, rows: int, size: int):
 
 def _shards(config: TrainClip, tokenizer, ranks: Ranks, rows: int, size: int):
     if tokenizer is None:
-        raise ValueError("tokenizer: expected a vocabulary file where the data are shards")
+        length = clip.CONFIGS[config.model].context_length
+
+        def learn(captions: list[str]):
+            return train_tokenizer(captions, "bpe", ENTRIES, length)
+
+        file = learned(config, "clip_train", "tokenizer.json", learn, ranks)
+        tokenizer = tokenizer_files.for_clip(file)
     sizes, options = {"size": size}, broken_options(config)
     loader = shard_loader(
         config.data, "clip_train", sizes, rows, tokenizer, ranks, seed=config.seed, **options

@@ -1,14 +1,12 @@
-"""The data of a run: built-in pictures or shards, each rank's share of them, and vocabularies."""
+"""The data of a run: built-in pictures or shards, and each rank's share of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from fastvlp.data import openmoji, tokenizer_files
+from fastvlp.data import openmoji
 from fastvlp.data.openmoji_batches import OpenMojiLoader
-from fastvlp.data.text import train_wordpiece
 from fastvlp.train.parallel import Ranks
 
 HELD_OUT = ("composition", "concept")
@@ -59,7 +57,7 @@ def shard_loader(
     recipe: str,
     sizes: dict[str, int],
     rows: int,
-    tokenizer: Callable,
+    tokenizer: Callable | None,
     ranks: Ranks,
     **options: Any,
 ):
@@ -83,18 +81,6 @@ def shard_loader(
 def broken_options(config: Any) -> dict[str, Any]:
     """What settings, of a run or of an evaluation, say to `shard_loader` of broken samples."""
     return {"verify": config.verify, "max_broken": config.max_broken}
-
-
-def bert_vocabulary(
-    path: Path | None, captions: Sequence[str], clean: Callable[[str], str] | None = None
-) -> Path | list[str] | None:
-    """What a BertTokenizer is made from: the file given, else what the captions teach, else None,
-    BERT's own vocabulary."""
-    if path is not None:
-        return tokenizer_files.for_bert(path)
-    if not captions:
-        return None
-    return train_wordpiece(captions, clean=clean).entries
 
 
 def split_pairs(batch: Any, rows: int) -> Iterator[tuple[Any, float]]:

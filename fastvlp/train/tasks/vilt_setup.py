@@ -13,7 +13,6 @@ from fastvlp.train.config import TrainVilt
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.data import (
     HELD_OUT,
-    bert_vocabulary,
     broken_options,
     openmoji_captions,
     openmoji_data,
@@ -22,6 +21,7 @@ from fastvlp.train.tasks.data import (
     shard_loader,
 )
 from fastvlp.train.tasks.vilt import PretrainingVilt, ViltTask
+from fastvlp.train.tasks.vocabularies import bert_from_shards, bert_vocabulary
 
 
 def build(config: TrainVilt, ranks: Ranks) -> tuple[ViltTask, Any]:
@@ -59,7 +59,7 @@ def _openmoji(config: TrainVilt, sizes: vilt.ViltConfig, ranks: Ranks, rows: int
 
 
 def _shards(config: TrainVilt, sizes: vilt.ViltConfig, ranks: Ranks, rows: int):
-    source = bert_vocabulary(config.tokenizer, [])
+    source = bert_from_shards(config, "vilt_train", ranks)
     tokenizer = vilt_tokenizer(source, context_length=sizes.context_length)
     masking = MaskingTokenizer(tokenizer, rate=config.mask_rate, whole_word=True, budget="padded")
     recipe = recipe_sizes(sizes)
