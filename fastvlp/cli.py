@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+# Of files that a command names: not there, not what they should be, or not text.
+_MISTAKES = (
+    FileNotFoundError, IsADirectoryError, NotADirectoryError, UnicodeDecodeError,
+    json.JSONDecodeError,
+)  # fmt: skip
 
 # What each command does. The module of its name in fastvlp.commands has `parse(options, prog)`,
 # which gives something to `run()`; it is imported only when its command is called.
@@ -17,7 +25,11 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``fastvlp COMMAND OPTIONS``; errors of use end in one message and status 2 or 1."""
+    """Run ``fastvlp COMMAND OPTIONS``.
+
+    What the user can mend ends in one message: status 2 for what is wrong with the command, its
+    settings or its files, status 1 for what failed besides. A defect shows its trace.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -33,10 +45,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\nfastvlp {name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         # Commands that mind signals say which one it was.
         raise SystemExit(128 + getattr(interrupt, "signum", signal.SIGINT)) from None
-    except (ImportError, OSError, ValueError) as error:
-        # Of these the message is what the user needs; a defect shows its trace.
+    except Exception as error:
+        status = _status(error)
+        if status is None:
+            raise
         print(f"fastvlp {name}: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        raise SystemExit(status) from error
+
+
+def _status(error: Exception) -> int | None:
+    """The exit status for an error whose message is what the user needs, or None for a defect."""
+    if isinstance(error, _MISTAKES) or (isinstance(error, ValueError) and _is_ours(error)):
+        return 2
+    ours = type(error).__module__.startswith("fastvlp.")
+    known = isinstance(error, (ImportError, OSError))
+    if ours or known or (isinstance(error, FloatingPointError) and _is_ours(error)):
+        return 1
+    return None
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the package itself raised it, with a message made for the user, not a library."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
 
 
 def _parse(name: str, options: list[str]):

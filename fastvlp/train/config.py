@@ -326,8 +326,19 @@ def _cast(value: Any, hint: Any, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, a flat mapping."""
-    values = require("yaml").safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    """The settings in a YAML file, a flat mapping.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such YAML.
+    """
+    yaml = require("yaml")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: expected settings as `name: value`, got no YAML: {error}"
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected settings as `name: value`, got {type(values).__name__}")
     return values

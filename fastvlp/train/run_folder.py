@@ -47,7 +47,8 @@ def alone(folder: Path, ranks: Ranks) -> Iterator[None]:
     The thread that is inside may enter again.
 
     Raises:
-        ValueError: another run works in the folder, or it cannot be made.
+        BlockingIOError: another run works in the folder.
+        ValueError: it is a file.
     """
     with contextlib.ExitStack() as held:
 
@@ -67,7 +68,7 @@ def _locked(folder: Path) -> contextlib.AbstractContextManager:
     try:
         return filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True).acquire()
     except filelock.Timeout:
-        raise ValueError(
+        raise BlockingIOError(
             f"folder: another process is training in {folder}; wait for its end, stop it, or "
             f"choose another --folder"
         ) from None

@@ -164,7 +164,7 @@ def test_without_the_check_a_truncated_image_passes(damaged, tmp_path):
 
 
 def test_too_many_broken_rows_stop_it_and_mended_ones_are_taken_in(damaged, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         run(damaged / "pairs.tsv", tmp_path / "out", "--max-broken", "0.1")
     error = capsys.readouterr().err
     assert "expected at most 3 broken rows; got 6 so far" in error and "pairs.tsv, line" in error
@@ -175,7 +175,7 @@ def test_too_many_broken_rows_stop_it_and_mended_ones_are_taken_in(damaged, tmp_
         (healed / f"{i}.jpg").write_bytes(image(i))
     (healed / "pairs.tsv").write_bytes((damaged / "pairs.tsv").read_bytes())
     # Rows that were broken where the images were not must not be kept.
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         run(healed / "pairs.tsv", tmp_path / "out")
     assert "made from other images" in capsys.readouterr().err
     (healed / "3.jpg").rename(healed / "away")
@@ -257,7 +257,7 @@ def test_a_finished_run_is_not_done_again(good, tmp_path, monkeypatch, capsys):
 def test_other_options_or_a_second_process_are_refused(good, tmp_path, capsys):
     run(good / "pairs.csv", tmp_path / "a")
     whole = contents(tmp_path / "a")
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         run(good / "pairs.csv", tmp_path / "a", "--seed", "5")
     assert "holds shards made from other seed" in capsys.readouterr().err
     with filelock.FileLock(tmp_path / "a" / ".lock"), pytest.raises(SystemExit, match="1"):
@@ -266,7 +266,7 @@ def test_other_options_or_a_second_process_are_refused(good, tmp_path, capsys):
     assert contents(tmp_path / "a") == whole
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.tar").write_bytes(b"")
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         run(good / "pairs.csv", tmp_path / "b")
     assert "tar files of another origin" in capsys.readouterr().err
 
@@ -279,14 +279,14 @@ def test_other_options_or_a_second_process_are_refused(good, tmp_path, capsys):
     ],
 )
 def test_options_out_of_range(good, tmp_path, options, message, capsys):
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         run(good / "pairs.csv", tmp_path / "out", *options)
     assert message in capsys.readouterr().err
 
 
 def test_an_empty_source_is_an_error(tmp_path, capsys):
     (tmp_path / "in").mkdir()
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         run(tmp_path / "in", tmp_path / "out")
     assert "the source has none" in capsys.readouterr().err
 

@@ -117,7 +117,9 @@ def test_a_longer_run_goes_on_and_a_shorter_one_is_refused(run, capsys):
 
 def test_two_processes_do_not_share_a_folder(run):
     with filelock.FileLock(run / ".lock"):
-        with pytest.raises(ValueError, match="folder: another process is training in .*/run; "):
+        with pytest.raises(
+            BlockingIOError, match="folder: another process is training in .*/run; "
+        ):
             train(run, steps=6)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "step-00000002", "step-00000004",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from fastvlp.data import openmoji
@@ -10,6 +11,8 @@ from fastvlp.data.openmoji_batches import OpenMojiLoader
 from fastvlp.train.parallel import Ranks
 
 HELD_OUT = ("composition", "concept")
+# What `fastvlp shards` reads.
+_TABLES = {".csv", ".tsv", ".parquet", ".json", ".jsonl"}
 
 
 def rows_of_a_rank(batch_size: int, ranks: Ranks) -> int:
@@ -62,10 +65,19 @@ def shard_loader(
     **options: Any,
 ):
     """Shards by `fastvlp.data.loader.Loader`, whose are the `options`; `sizes` are parameters of
-    the recipe."""
+    the recipe.
+
+    Raises:
+        ValueError: it is a table of pairs that is given.
+    """
     from fastvlp.data import recipes
     from fastvlp.data.loader import Loader
 
+    if Path(shards).suffix.lower() in _TABLES and Path(shards).is_file():
+        raise ValueError(
+            f"data: expected WebDataset shards, got {shards}; turn it into shards with: fastvlp "
+            f"shards {shards} FOLDER"
+        )
     return Loader(
         shards,
         recipes.recipe(recipe, **sizes),
