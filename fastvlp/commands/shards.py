@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ import tyro
 from fastvlp.data.make_shards import Result, make_shards
 from fastvlp.data.optional import require
 from fastvlp.data.pair_sources import Columns, Kind, read_pairs
+
+# Between lines of progress where there is no terminal for a bar.
+_SECONDS = 10.0
 
 
 @dataclass
@@ -99,12 +103,16 @@ class Shards:
         )
         with bar:
             task = bar.add_task("shards", total=len(pairs), broken=len(broken))
-            bad = len(broken)
+            bad, done, said = len(broken), 0, time.monotonic()
 
             def advance(rows: int, faulty: int) -> None:
-                nonlocal bad
-                bad += faulty
+                nonlocal bad, done, said
+                bad, done = bad + faulty, done + rows
                 bar.update(task, advance=rows, broken=bad)
+                unseen = self.progress and not bar.console.is_terminal
+                if unseen and time.monotonic() - said >= _SECONDS:
+                    print(f"{done} of {len(pairs)} rows, {bad} broken", flush=True)
+                    said = time.monotonic()
 
             result = make_shards(
                 pairs,

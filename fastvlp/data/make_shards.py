@@ -116,6 +116,8 @@ def make_shards(
         raise ValueError(f"per_shard: expected a positive number; got {per_shard}")
     if not 0 <= max_broken <= 1:
         raise ValueError(f"max_broken: expected 0 to 1; got {max_broken}")
+    if workers < 0:
+        raise ValueError(f"workers: expected 0 or more; got {workers}")
     recipe = {
         "format": _FORMAT,
         "pairs": _digest(pairs, broken),

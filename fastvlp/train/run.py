@@ -231,19 +231,24 @@ def _resume(config: TrainConfig, loop: Loop, checkpoints: Checkpoints, ranks: Ra
             f"steps: expected at least the {loop.step} that the run in {config.folder} has taken, "
             f"got {loop.steps}"
         )
-    if ranks.is_first:
+
+    def begin() -> None:
         run_folder.begin(config, loop.task.model, resumed=last is not None)
         loop.task.save_tokenizer(config.folder)
+
+    parallel.from_first(begin, ranks)
 
 
 def _save(task: Task, kind: type, model: nn.Module, folder: Path, step: int, ranks: Ranks) -> None:
     """The trained model as one that is whole and on the processor, written by the first rank."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
-    if ranks.is_first:
+
+    def write() -> None:
         whole = kind(task.model.config)
         # By assignment, so that a model of another precision keeps it.
         whole.load_state_dict(state, assign=True)
         task.save(whole, folder)
         run_folder.saved(folder, whole, step)
-    ranks.barrier()
+
+    parallel.from_first(write, ranks)

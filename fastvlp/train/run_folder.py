@@ -166,7 +166,15 @@ def _saved_step(folder: Path) -> int | None:
 def _read(folder: Path) -> dict[str, Any]:
     """Of run.json; nothing of a folder that an older version wrote."""
     file = folder / _RUN
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: expected what `fastvlp train` writes, got {error}; where the run has ended, "
+            f"remove that file"
+        ) from error
 
 
 def _write(folder: Path, model: base.Model, saved_step: int | None) -> None:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from fastvlp import cli
+from fastvlp.commands import shards as command
 from fastvlp.data import make_shards as module
 from fastvlp.data.shards import read_shard
 
@@ -192,6 +193,7 @@ def test_too_many_broken_rows_stop_it_and_mended_ones_are_taken_in(damaged, tmp_
 KILLED = """
 import os, signal, sys
 from fastvlp import cli
+from fastvlp.commands import shards as command
 from fastvlp.data import make_shards as module
 where, at, *arguments = sys.argv[1:]
 calls = 0
@@ -276,6 +278,8 @@ def test_other_options_or_a_second_process_are_refused(good, tmp_path, capsys):
     [
         (["--per-shard", "0"], "per_shard: expected a positive number"),
         (["--max-broken", "2"], "max_broken: expected 0 to 1"),
+        (["--max-broken", "nan"], "max_broken: expected 0 to 1"),
+        (["--workers", "-1"], "workers: expected 0 or more"),
     ],
 )
 def test_options_out_of_range(good, tmp_path, options, message, capsys):
@@ -289,6 +293,14 @@ def test_an_empty_source_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path / "in", tmp_path / "out")
     assert "the source has none" in capsys.readouterr().err
+
+
+def test_without_a_terminal_lines_tell_the_progress(good, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_SECONDS", 0.0)
+    cli.main(["shards", str(good / "pairs.csv"), str(tmp_path / "out")])
+    assert "1 of 26 rows, 0 broken\n" in capsys.readouterr().out
+    run(good / "pairs.csv", tmp_path / "again")
+    assert "of 26 rows" not in capsys.readouterr().out
 
 
 def test_the_progress_bar_counts_rows_and_broken_ones(damaged, tmp_path, capsys):

@@ -132,6 +132,12 @@ def test_two_processes_do_not_share_a_folder(run):
         pass
 
 
+def test_a_description_of_a_run_that_is_damaged_is_named(run):
+    (run / "run.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match="run.json: expected what `fastvlp train` writes, got Exp"):
+        run_folder.unsaved(run)
+
+
 def test_a_file_is_no_folder_of_a_run(tmp_path):
     (tmp_path / "file").write_text("")
     for place in ("file", "file/run"):

@@ -1,12 +1,15 @@
 """Whole runs on two ranks, by DDP and by FSDP2, and resumed on another number of ranks."""
 
+import contextlib
 import json
 import os
 import signal
 
+import filelock
 import gloo_ranks
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_run import PlainTask, train, weights
 from tolerance import assert_as_accurate, epsilon
 
@@ -29,7 +32,8 @@ def every_kind(rank, folder):
     for name, changes in KINDS.items():
         found[name], _ = train(folder / name, PlainTask, **COMMON, **changes)
     # The first four steps of these runs are two ranks'; the rest is done again by one.
-    return found | {"interrupted": interrupted(folder / "interrupted")}
+    found["interrupted"] = interrupted(folder / "interrupted")
+    return found | {"locked": locked(rank, folder / "locked")}
 
 
 class SignalledOnce(PlainTask):
@@ -42,6 +46,16 @@ class SignalledOnce(PlainTask):
         self.taken += 1
         if self.taken == 3 and self.ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def locked(rank, folder):
+    """What each rank is told where another process, here of the first rank, is in the folder."""
+    folder.mkdir(exist_ok=True)
+    with filelock.FileLock(folder / ".lock") if rank == 0 else contextlib.nullcontext():
+        dist.barrier()
+        with pytest.raises(BlockingIOError) as refused:
+            train(folder, PlainTask)
+        return str(refused.value)
 
 
 def interrupted(folder):
@@ -89,6 +103,12 @@ def test_scores_are_equal_on_all_ranks_and_those_of_one(runs, kind):
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(runs):
     _, found, _ = runs
     assert [each["interrupted"] for each in found] == 2 * [(signal.SIGTERM, ["step-00000003"])]
+
+
+def test_a_folder_in_use_is_refused_on_every_rank(runs):
+    _, found, _ = runs
+    for each in found:
+        assert "another process is training in" in each["locked"]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
