@@ -51,12 +51,15 @@ class Snapshot:
             for each in module.modules()
             for kept in (each._modules, each._parameters, each._buffers)
         ]
+        self._sizes = list(map(len, self._owners))
+        self._filled = [owner for owner in self._owners if owner]
         self._held = self._present()
 
     def _present(self) -> list:
-        return list(chain.from_iterable(map(operator.methodcaller("values"), self._owners)))
+        return list(chain.from_iterable(map(operator.methodcaller("values"), self._filled)))
 
     def holds(self) -> bool:
         """Whether everything is as it was."""
-        present = self._present()
-        return len(present) == len(self._held) and all(map(operator.is_, present, self._held))
+        if list(map(len, self._owners)) != self._sizes:
+            return False
+        return all(map(operator.is_, self._present(), self._held))
