@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp.models.files import read_json, read_safetensors
 from fastvlp.nn import Dropout, Linear
 
 # Module, configuration and model of each kind, by the name in its saved configuration.
@@ -101,17 +102,22 @@ def load(path: str | Path, kind: str | None = None) -> Model:
 
     Raises:
         FileNotFoundError: one of the two files is not there.
-        ValueError: the files hold no known kind of model, or another one than ``kind``.
+        ValueError: the files are damaged, do not fit one another, or hold no known kind of model
+            or another one than ``kind``.
     """
-    from safetensors.torch import load_file
-
     weights, config = _files(path)
-    described = json.loads(config.read_text())
+    described = read_json(config)
     found = described.get("kind", "clip")
     if found not in KINDS or kind not in (None, found):
         raise ValueError(f"path: expected {kind or sorted(KINDS)} in {config}, got {found!r}")
-    model = from_description(described)
-    model.load_state_dict(_with_ties(load_file(weights), model))
+    try:
+        model = from_description(described)
+        model.load_state_dict(_with_ties(read_safetensors(weights), model))
+    except (RuntimeError, TypeError) as error:  # of a field, or of tensors, that it does not have
+        raise ValueError(
+            f"path: {weights} does not fit {config.name}, which another version of fastvlp may "
+            f"have written: {str(error)[:400]}"
+        ) from error
     return model.eval()
 
 

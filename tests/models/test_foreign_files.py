@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastvlp.models.checkpoints import read_state_dict
+from fastvlp.models import base, clip
+from fastvlp.models.checkpoints import apply, read_state_dict
 
 
 class Tower(nn.Module):
@@ -157,3 +158,30 @@ def test_prefixes_of_wrappers_in_any_order(tmp_path, prefix):
     mixed = {"model.a": torch.ones(1), "b": torch.ones(1)}
     torch.save(mixed, tmp_path / "mixed.pt")
     assert read_state_dict(tmp_path / "mixed.pt").keys() == mixed.keys()
+
+
+def test_damaged_models_of_our_own_are_named(tmp_path):
+    model = clip.create("tiny", vocab_size=40, context_length=6)
+    weights, config = tmp_path / "m.safetensors", tmp_path / "m.json"
+
+    def refused(file, content, message):
+        base.save(model, tmp_path / "m")
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^path: .*{message}"):
+            base.load(tmp_path / "m")
+
+    base.save(model, tmp_path / "m")
+    described = json.loads(config.read_text())
+    refused(weights, weights.read_bytes()[:500], "m.safetensors is .* damaged or cut short")
+    refused(config, b"{", "m.json is .* damaged or cut short")
+    refused(config, b"[]", "expected an object in .*m.json, got list")
+    refused(config, json.dumps(described | {"new": 1}).encode(), "does not fit m.json.*'new'")
+    refused(config, json.dumps(described | {"embed_dim": 8}).encode(), "does not fit m.json")
+
+
+def test_errors_of_large_models_stay_short():
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(500))
+    for state in ({"a": torch.ones(1)}, {k: v[:1] for k, v in model.state_dict().items()}):
+        with pytest.raises(ValueError, match="more") as caught:
+            apply(model, state, source="test")
+        assert len(str(caught.value)) < 2000

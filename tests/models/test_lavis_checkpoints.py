@@ -1,18 +1,20 @@
 """ALBEF as LAVIS saves and computes it, without token types; ViTs that are no plain ones."""
 
 import copy
+import json
 
 import pytest
 import timm
 import torch
 from albef_cases import batch
 from albef_head_cases import fresh as fresh_head
-from albef_peer import CONFIG, PeerAlbef, deit, perturb
+from albef_peer import CONFIG, PeerAlbef, bert_config, deit, perturb
+from transformers import BertModel
 
 from fastvlp.models import albef_classifier, albef_vqa
 from fastvlp.models.albef import Albef
 from fastvlp.models.checkpoints import load_any
-from fastvlp.models.checkpoints.albef import TYPES, load_albef, load_vit
+from fastvlp.models.checkpoints.albef import TYPES, load_albef, load_bert, load_vit
 from fastvlp.models.checkpoints.albef_heads import load_finetuned
 from fastvlp.ops import momentum_contrastive
 
@@ -170,3 +172,17 @@ def test_vits_that_compute_otherwise_are_refused(name, what):
             load_vit(model, state, strict=strict)
         assert "strict" not in str(caught.value)
     assert torch.equal(model.student.visual_encoder.norm.weight, before)
+
+
+@pytest.mark.parametrize("change", [
+    {"hidden_act": "relu"}, {"layer_norm_eps": 1e-5}, {"num_attention_heads": 6},
+    {"position_embedding_type": "relative_key"}, {"model_type": "roberta"},
+])  # fmt: skip
+def test_a_bert_that_computes_otherwise_is_refused(tmp_path, change):
+    peer = BertModel(bert_config(4))
+    peer.save_pretrained(tmp_path)
+    load_bert(fresh(), tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=f"^source: expected {next(iter(change))} "):
+        load_bert(fresh(), tmp_path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fastvlp.models.files import damaged, read_json, read_safetensors
 
 from ._torchscript import is_torchscript, read_torchscript
 
@@ -88,33 +89,18 @@ def _shards(index: Path) -> list[Path]:
     return [index.with_name(name) for name in sorted(set(names))]
 
 
-def read_json(file: Path) -> dict:
-    """The object that a JSON file beside the weights holds.
-
-    Raises:
-        ValueError: it holds none; the message names the file.
-    """
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"path: {file} is no JSON ({error}); fetch it again") from error
-    if not isinstance(described, dict):
-        raise ValueError(f"path: expected an object in {file}, got {type(described).__name__}")
-    return described
-
-
 def _read(path: Path):
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
         raise ValueError(f"path: {path} is empty; the download or the copy failed, fetch it again")
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
-        return _read_safetensors(path)  # which begins with the length of its header
+        return read_safetensors(path)  # which begins with the length of its header
     for beginning, what in MISTAKEN.items():
         if start.lstrip().startswith(beginning):
             raise ValueError(f"path: {path} is {what}")
     if path.suffix == ".safetensors":
-        raise _damaged(path, "it does not begin as a .safetensors file")
+        raise damaged(path, "it does not begin as a .safetensors file")
     if not start.startswith(b"PK"):
         return _read_pickle(path)
     try:
@@ -127,18 +113,8 @@ def _read(path: Path):
                     f"{archive.namelist()[:3]}; unpack it"
                 )
     except zipfile.BadZipFile as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     return _read_pickle(path, mmap=True)
-
-
-def _read_safetensors(path: Path):
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
 
 
 def _read_pickle(path: Path, **options):
@@ -149,22 +125,12 @@ def _read_pickle(path: Path, **options):
     except Exception as error:  # what is no pickle makes torch raise nearly anything
         found = re.search(r"GLOBAL ([\w.]+)|class (?:__main__\.)?([\w.]+)", str(error))
         if found is None:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         raise ValueError(
             f"path: {path} cannot be read as plain weights: it holds {found[1] or found[2]}, and "
             "to make such an object can run code of whoever wrote the file. Where the file was "
             "written, save the weights alone: torch.save(model.state_dict(), path)"
         ) from None
-
-
-def _damaged(path: Path, error: Exception | str) -> ValueError:
-    # torch's own words come last, after advice to read the file unsafely.
-    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0][:160]
-    reason = reason or type(error).__name__
-    return ValueError(
-        f"path: {path} is no checkpoint, or is damaged or cut short ({reason}); compare its size "
-        "with the original's and fetch it again"
-    )
 
 
 def unwrap(loaded, path: str | Path = "checkpoint") -> dict[str, Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+
+# Names of a kind in an error; all of a large model would hide what matters.
+MOST = 12
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,13 @@ class LoadReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, most: int | None = None) -> str:
+        """The report in lines, with at most so many names of a kind."""
         lines = [f"{self.source}: {self.loaded} tensors loaded"]
         for title, names in (("missing", self.missing), ("unused", self.unused)):
-            lines += [f"  {title} ({len(names)}):", *(f"    {n}" for n in names)] if names else []
+            lines += [f"  {title} ({len(names)}):", *_listed(names, most)] if names else []
         lines += [f"  reshaped: {name} {old} -> {new}" for name, old, new in self.reshaped]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -78,16 +85,22 @@ def apply(
         if state[n].shape != own[n].shape
     ]
     if wrong:
-        raise ValueError("state: shapes differ\n  " + "\n  ".join(wrong) + f"\n{report}")
+        listed = "\n".join(_listed(wrong, MOST))
+        raise ValueError(f"state: shapes differ\n{listed}\n{report.text(MOST)}")
     odd = _unmatched(missing, may_miss) + _unmatched(unused, may_skip)
     if strict and odd:
         raise ValueError(
-            f"state: the checkpoint does not fit the model: {_why(odd, heads)}\n{report}"
+            f"state: the checkpoint does not fit the model: {_why(odd, heads)}\n{report.text(MOST)}"
         )
     with torch.no_grad():
         for name in shared:
             own[name].copy_(state[name])
     return report
+
+
+def _listed(names: Sequence[str], most: int | None) -> list[str]:
+    left = len(names[most:]) if most else 0
+    return [f"    {n}" for n in names[:most]] + [f"    and {left} more"] * bool(left)
 
 
 def _why(odd: list[str], heads: Iterable[str]) -> str:

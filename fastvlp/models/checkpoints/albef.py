@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.models.albef import Albef, AlbefConfig
+from fastvlp.models.files import read_json
 
 from ._files import read_checkpoint, unwrap
 from ._positions import resize_grid_positions
@@ -31,6 +32,13 @@ QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
 HEAD = "text_encoder.cls.predictions."
 WORDS = "bert.embeddings.word_embeddings.weight"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
+# What a BERT's configuration says where its layers compute as these do.
+BERT = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "position_embedding_type": "absolute",
+}
 # The parts of the configuration that LAVIS saves beside its weights.
 LAVIS_CONFIG = {"run", "model", "datasets"}
 # A copy of another tensor, or a constant.
@@ -160,7 +168,13 @@ def load_bert(model: Albef, source: Source, *, strict: bool = True) -> LoadRepor
 
     Layers take their place in order. Cross-attention, which BERT does not have, keeps its fresh
     values and is reported missing. The twin takes the model's weights.
+
+    Raises:
+        ValueError: the weights do not fit, or config.json beside them describes a BERT that
+            computes something else; the model is as it was.
     """
+    if not isinstance(source, dict):
+        _check_bert(Path(source), model.config)
     state = {}
     for name, value in _state(source).items():
         if not name.startswith(("bert.", "cls.")):
@@ -180,6 +194,19 @@ def load_bert(model: Albef, source: Source, *, strict: bool = True) -> LoadRepor
     if model.momentum is not None:
         model.reset_momentum()
     return report
+
+
+def _check_bert(path: Path, config: AlbefConfig) -> None:
+    file = path / "config.json" if path.is_dir() else path.with_name("config.json")
+    if not file.is_file():
+        return
+    described = read_json(file)
+    for name, expected in (BERT | {"num_attention_heads": config.text_heads}).items():
+        if described.get(name, expected) != expected:
+            raise ValueError(
+                f"source: expected {name} {expected!r} in {file}, got {described[name]!r}, with "
+                "which these layers would compute something else"
+            )
 
 
 def _state(source: Source) -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from fastvlp.models import base
 from fastvlp.models.albef import Albef
+from fastvlp.models.files import read_json
 
 from . import albef, clip, vilt
-from ._files import read_json, read_state_dict
+from ._files import read_state_dict
 from ._report import LoadReport
 
 # A weight that tells a published checkpoint's system, by every name that it has.
@@ -84,7 +85,11 @@ def _saved(path: Path) -> Path | None:
     for place in places:
         described = Path(f"{place}.json")
         if described.is_file() and Path(f"{place}.safetensors").is_file():
-            if read_json(described).get("kind") in base.KINDS:
+            try:
+                kind = read_json(described).get("kind")
+            except ValueError:  # not ours: it lies there for another reason
+                continue
+            if kind in base.KINDS:
                 return place
     return None
 

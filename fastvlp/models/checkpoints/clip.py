@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fastvlp.models.clip import Clip, ClipConfig
+from fastvlp.models.files import read_json
 
 from ._clip_config import LARGEST, config_of_mapping, config_of_name, config_of_shapes
-from ._files import NAMES, read_json, read_state_dict, unwrap
+from ._files import NAMES, read_state_dict, unwrap
 from ._positions import resize_grid_positions, resize_text_positions
 from ._report import LoadReport, apply
 

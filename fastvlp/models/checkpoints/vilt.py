@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlp.models.files import read_json
 from fastvlp.models.vilt import Vilt, ViltConfig
 
-from ._files import read_json, read_state_dict, unwrap
+from ._files import read_state_dict, unwrap
 from ._positions import resize_grid_positions
 from ._report import LoadReport, apply
 from ._vit import CLASSIFIERS, plain_vit
