@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from functools import cache
 from pathlib import Path
 
@@ -55,6 +56,21 @@ def _load_cuda() -> tuple[str, ...]:
     except OSError as error:
         return (f"the CUDA library {library.name} does not load: {error}",)
     return ()
+
+
+@torch.compiler.assume_constant_result
+def instruction_set_fault() -> str | None:
+    """What is wrong with the environment's FASTVLP_CPU_ISA; None where nothing is."""
+    forced = os.environ.get("FASTVLP_CPU_ISA")
+    if not forced or _load():
+        return None
+    usable = torch.ops.fastvlp.cpu_instruction_sets().split(",")
+    if forced in usable:
+        return None
+    return (
+        f"FASTVLP_CPU_ISA: expected one of {', '.join(usable)}, which this processor runs, got "
+        f"{forced!r}; unset it to use the fastest"
+    )
 
 
 def build_info() -> dict[str, str]:

@@ -42,8 +42,11 @@ def _build() -> list[str]:
     lines.append(f"CPU kernels compiled for: {facts['cpu'].replace(';', ', ')}")
     if not _native.load():
         usable = torch.ops.fastvlp.cpu_instruction_sets().split(",")
+        fault = _native.instruction_set_fault()
         forced = os.environ.get("FASTVLP_CPU_ISA")
-        lines.append(f"this processor runs: {', '.join(usable)}; in use: {forced or usable[0]}")
+        used = "none, see below" if fault else forced or usable[0]
+        lines.append(f"this processor runs: {', '.join(usable)}; in use: {used}")
+        lines += [fault] if fault else []
     lines.append(f"CUDA kernels: {facts['cuda']}")
     if "not built" not in facts["cuda"]:
         why = _native.load_cuda()
@@ -53,12 +56,14 @@ def _build() -> list[str]:
 
 def _backends() -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    features, heads = torch.zeros(2, 8, device=device), torch.zeros(2, 1, 8, device=device)
-    square = torch.zeros(256, 256, device=device)
-    examples = {"cross_attention": (heads, heads, heads), "matmul": (square, square)}
-    return [f"backends for float32 tensors on {device}:"] + [
-        str(explain(op, *examples.get(op, (features, features)))) for op in operators()
-    ]
+    return [f"backends for float32 tensors on {device}:"] + [_backend(op) for op in operators()]
+
+
+def _backend(op: str) -> str:
+    try:
+        return str(explain(op))
+    except ValueError as error:  # an impossible setting, which this report is to show
+        return f"{op}: runs nowhere\n  {error}"
 
 
 if __name__ == "__main__":

@@ -239,6 +239,7 @@ def _import(package: str) -> tuple[str, ...]:
 
 register(
     "attention",
+    example={"q": (1, 4, 1, 8), "k": (1, 4, 1, 8), "v": (1, 4, 1, 8)},
     variable="FASTVLP_ATTENTION",
     flash_attn=_flash_attn_reasons,
     xformers=_xformers_reasons,

@@ -1,35 +1,49 @@
 """Which implementation of an operator runs, and why not the others."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
+from .. import _native
+
 BACKENDS = ("native", "triton", "reference")
 
-# Per operator, in order of preference: a backend's name and a function of the operator's own
-# arguments that lists the reasons why it cannot run (empty: it can).
-_CANDIDATES: dict[str, dict[str, Callable[..., list[str]]]] = {}
-# Per operator: the environment variable that forces one of its backends.
-_VARIABLES: dict[str, str] = {}
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Operator:
+    # In order of preference: a backend's name and a function of the operator's own arguments that
+    # lists the reasons why it cannot run (empty: it can).
+    candidates: dict[str, Callable[..., list[str]]]
+    variable: str  # of the environment, which forces one
+    example: dict[str, Shape | list[Shape]]
+
+
+_OPERATORS: dict[str, _Operator] = {}
 
 
 def register(
-    op: str, *, variable: str = "FASTVLP_BACKEND", **candidates: Callable[..., list[str]]
+    op: str,
+    *,
+    example: dict[str, Shape | list[Shape]],
+    variable: str = "FASTVLP_BACKEND",
+    **candidates: Callable[..., list[str]],
 ) -> None:
     """Declares the backends of `op`, the preferred one first.
 
-    `variable` is the environment variable that forces one; FASTVLP_BACKEND knows BACKENDS, any
-    other one the candidates' names.
+    `example` has the arguments that the candidates look at, the operator's first ones, with shapes
+    for tensors that serve as an example. `variable` is the environment variable that forces a
+    backend; FASTVLP_BACKEND knows BACKENDS, any other one the candidates' names.
     """
-    _CANDIDATES[op] = candidates
-    _VARIABLES[op] = variable
+    _OPERATORS[op] = _Operator(candidates, variable, example)
 
 
 def operators() -> list[str]:
     """Names of all registered operators."""
-    return sorted(_CANDIDATES)
+    return sorted(_OPERATORS)
 
 
 @dataclass(frozen=True)
@@ -50,15 +64,43 @@ class Explanation:
 def explain(op: str, *args, **kwargs) -> Explanation:
     """Says which implementation `fastvlp.ops.<op>(*args, **kwargs)` would run and why no other.
 
+        print(explain("contrastive"))  # of small float32 tensors on a GPU if there is one
+        print(explain("contrastive", image_features, text_features))
+
     Honours the environment variable FASTVLP_BACKEND (native, triton or reference), for attention
-    FASTVLP_ATTENTION. Raises ValueError for an unknown operator or an unknown forced backend.
+    FASTVLP_ATTENTION, and FASTVLP_CPU_ISA.
+
+    Raises:
+        ValueError: for an unknown operator or an unknown forced backend.
+        TypeError: for arguments that are not the operator's.
     """
-    if op not in _CANDIDATES:
+    if op not in _OPERATORS:
         raise ValueError(f"op: expected one of {', '.join(operators())}; got {op!r}")
-    variable = _VARIABLES[op]
+    if not args and not kwargs:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        args = [_zeros(shape, device) for shape in _OPERATORS[op].example.values()]
+    else:
+        _check_arguments(op, args, kwargs)
+    return _explain(op, *args, **kwargs)
+
+
+def choose(op: str, *args, **kwargs) -> str:
+    """The backend to run. Raises RuntimeError where none can, above all a forced one."""
+    explanation = _explain(op, *args, **kwargs)
+    if explanation.chosen is None:
+        raise RuntimeError(f"no implementation can run; {explanation}")
+    return explanation.chosen
+
+
+def _explain(op: str, *args, **kwargs) -> Explanation:
+    variable, candidates = _OPERATORS[op].variable, _OPERATORS[op].candidates
     forced = forced_backend(op)
     chosen, reasons = None, {}
-    for name, why_not in _CANDIDATES[op].items():
+    fault = _native.instruction_set_fault()
+    if fault is not None and _device((*args, *kwargs.values())) == "cpu":
+        # What was asked for cannot be had: nothing runs in its place, as with a forced backend.
+        return Explanation(op, None, {name: [fault] for name in candidates})
+    for name, why_not in candidates.items():
         why = why_not(*args, **kwargs)
         if not why and forced not in (None, name):
             why = [f"{variable}={forced} asks for another"]
@@ -68,24 +110,48 @@ def explain(op: str, *args, **kwargs) -> Explanation:
             reasons[name] = why
         else:
             chosen = name
-    if forced is not None and forced not in _CANDIDATES[op]:
+    if forced is not None and forced not in candidates:
         reasons[forced] = [f"{op} has no such implementation"]
     return Explanation(op, chosen, reasons)
 
 
-def choose(op: str, *args, **kwargs) -> str:
-    """The backend to run. Raises RuntimeError where none can, above all a forced one."""
-    explanation = explain(op, *args, **kwargs)
-    if explanation.chosen is None:
-        raise RuntimeError(f"no implementation can run; {explanation}")
-    return explanation.chosen
+def _zeros(shape: Shape | list[Shape], device: str):
+    if isinstance(shape, list):
+        return [torch.zeros(each, device=device) for each in shape]
+    return torch.zeros(shape, device=device)
+
+
+def _check_arguments(op: str, args: tuple, kwargs: dict) -> None:
+    example = _OPERATORS[op].example
+    given = {**dict(zip(example, args, strict=False)), **kwargs}
+    for name, shape in example.items():
+        lists = isinstance(shape, list)
+        if name not in given:
+            raise TypeError(
+                f"{name}: expected the arguments of {op}, at least {', '.join(example)}, or none "
+                "at all for an example; this one is missing"
+            )
+        value, wanted = given[name], "a list of tensors" if lists else "a torch.Tensor"
+        tensors = value if lists else [value]
+        if not isinstance(tensors, (list, tuple)) or not all(map(torch.is_tensor, tensors)):
+            raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+
+
+def _device(values: Iterable) -> str:
+    """The type of the first tensor's device; "cpu" where there is none."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value.device.type
+        if isinstance(value, (list, tuple)) and value:
+            return _device(value)
+    return "cpu"
 
 
 @torch.compiler.assume_constant_result
 def forced_backend(op: str) -> str | None:
     """The backend that the operator's environment variable asks for, if any."""
-    variable = _VARIABLES[op]
-    known = BACKENDS if variable == "FASTVLP_BACKEND" else tuple(_CANDIDATES[op])
+    variable = _OPERATORS[op].variable
+    known = BACKENDS if variable == "FASTVLP_BACKEND" else tuple(_OPERATORS[op].candidates)
     forced = os.environ.get(variable) or None
     if forced not in (None, *known):
         raise ValueError(f"{variable}: expected one of {', '.join(known)}; got {forced!r}")

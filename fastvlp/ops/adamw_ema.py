@@ -126,4 +126,9 @@ def _no_reasons(*_, **__):
     return []
 
 
-register("adamw_ema", native=_native_reasons, reference=_no_reasons)
+register(
+    "adamw_ema",
+    example=dict.fromkeys(("weights", "gradients", "first_moments", "second_moments"), [(8,)]),
+    native=_native_reasons,
+    reference=_no_reasons,
+)

@@ -212,4 +212,4 @@ class _Contrastive(torch.autograd.Function):
 
 
 _contrastive_library.register()
-register("contrastive", **CANDIDATES)
+register("contrastive", example={"image_features": (2, 8), "text_features": (2, 8)}, **CANDIDATES)

@@ -183,4 +183,6 @@ class _CrossAttention(torch.autograd.Function):
 
 
 _cross_attention_library.register()
-register("cross_attention", **CANDIDATES)
+register(
+    "cross_attention", example={"q": (2, 1, 8), "k": (1, 4, 1, 8), "v": (1, 4, 1, 8)}, **CANDIDATES
+)

@@ -126,4 +126,9 @@ def _no_reasons(*_, **__):
 
 
 multi.register_operators()
-register("ema", native=_native_reasons, reference=_no_reasons)
+register(
+    "ema",
+    example={"momentum": [(8,)], "source": [(8,)]},
+    native=_native_reasons,
+    reference=_no_reasons,
+)

@@ -170,5 +170,10 @@ def _register_library() -> None:
     torch.library.register_autograd("fastvlp::matmul", _backward, setup_context=_setup)
 
 
-register("matmul", native=_native_reasons, reference=reference_reasons)
+register(
+    "matmul",
+    example={"a": (256, 256), "b": (256, 256)},
+    native=_native_reasons,
+    reference=reference_reasons,
+)
 _register_library()

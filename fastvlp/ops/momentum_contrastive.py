@@ -185,4 +185,8 @@ class _Momentum(torch.autograd.Function):
 
 
 _momentum_library.register()
-register("momentum_contrastive", **CANDIDATES)
+register(
+    "momentum_contrastive",
+    example={"image_features": (2, 8), "text_features": (2, 8)},
+    **CANDIDATES,
+)

@@ -115,4 +115,6 @@ class _SigmoidContrastive(torch.autograd.Function):
         return *scaled_gradients(grad, *ctx.saved_tensors), None, None
 
 
-register("sigmoid_contrastive", **CANDIDATES)
+register(
+    "sigmoid_contrastive", example={"image_features": (2, 8), "text_features": (2, 8)}, **CANDIDATES
+)

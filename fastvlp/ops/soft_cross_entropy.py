@@ -336,4 +336,4 @@ class _Gradients(torch.autograd.Function):
 
 
 library.register()
-register("soft_cross_entropy", **CANDIDATES)
+register("soft_cross_entropy", example={"hidden": (2, 8), "weight": (4, 8)}, **CANDIDATES)

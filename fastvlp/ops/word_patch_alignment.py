@@ -187,4 +187,8 @@ class _WordPatchAlignment(torch.autograd.Function):
 
 
 _word_patch_alignment_library.register()
-register("word_patch_alignment", **CANDIDATES)
+register(
+    "word_patch_alignment",
+    example={"text_features": (2, 3, 8), "image_features": (2, 4, 8)},
+    **CANDIDATES,
+)
