@@ -134,9 +134,7 @@ class Threaded:
 
     def _fill(self, images, plan: Planner, size_of: Callable, fill: Callable):
         plans = plans_of([size_of(image) for image in images], plan)
-        height, width = canvas(plans)
-        if not self._recipe.padded:
-            height = width = self._recipe.size
+        height, width = canvas(plans, self._recipe)
         gpu = self._device.type == "cuda"
         out = torch.empty(len(plans), 3, height, width, pin_memory=gpu)
         # Several parts for each thread: images differ in cost.

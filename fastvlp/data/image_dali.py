@@ -145,7 +145,7 @@ class DaliGpuBackend(Threaded):
 
     def _batch(self, images: Sequence[bytes], plan: Planner):
         plans = plans_of([_size(image) for image in images], plan)
-        height, width = canvas(plans)
+        height, width = canvas(plans, self._recipe)
         out = torch.zeros(len(plans), 3, height, width, device=self._device)
         if plans:
             for place, pixels in zip(out, self._run(images, plans), strict=True):

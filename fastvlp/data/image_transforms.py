@@ -26,11 +26,13 @@ def value_table(recipe: Recipe) -> torch.Tensor:
     return (values - mean) / std
 
 
-def canvas(plans: Sequence[Plan]) -> tuple[int, int]:
-    """Height and width of a batch that holds every plan's result."""
-    if not plans:
-        return 0, 0
-    return max(p.window[3] for p in plans), max(p.window[2] for p in plans)
+def canvas(plans: Sequence[Plan], recipe: Recipe) -> tuple[int, int]:
+    """Height and width of a batch that holds every plan's result.
+
+    A batch without images has those of a square image, which a model takes as well.
+    """
+    windows = [p.window for p in plans or [recipe.plan(64, 64, (0.0,) * recipe.uses)]]
+    return max(w[3] for w in windows), max(w[2] for w in windows)
 
 
 def pixel_mask(plans: Sequence[Plan], height: int, width: int) -> torch.Tensor:

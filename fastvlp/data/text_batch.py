@@ -78,6 +78,8 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self._first = [first_id]
         self._last = [] if last_id is None else [last_id]
+        # Of an empty caption, and the width of a batch without any.
+        self._shortest = len(self._first) + len(self._last)
         self._clean = clean
 
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
@@ -100,7 +102,7 @@ class TextTokenizer:
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         width = self.context_length
         if self.padding == "longest":
-            width = int(lengths.max(initial=0))
+            width = int(lengths.max(initial=self._shortest))
         mask = np.arange(width) < lengths[:, None]
         ids = np.full(mask.shape, self.pad_id, np.int64)
         ids[mask] = _flat(rows)
@@ -112,7 +114,7 @@ class TextTokenizer:
         """Encode captions to ids without padding; the layout's padded form is that of a call."""
         rows = self.rows(captions)
         lengths = [len(row) for row in rows]
-        longest = max(lengths, default=0)
+        longest = max(lengths, default=self._shortest)
         width = longest if self.padding == "longest" else self.context_length
         ids = torch.from_numpy(_flat(rows))
         if device is not None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.feature_queue import FeatureQueue
@@ -189,7 +188,7 @@ def _step(model: Albef, batch: Batch, seed) -> tuple[tuple[Tensor, ...], Teacher
     pairs, rows = matches.layout(batch)
     fused = student.fuse(pairs.expand(texts), pairs, images, rows)
     first, words = fused.split([len(matches.text), len(batch.labelled)])
-    itm = F.cross_entropy(model.itm_head(first).float(), matches.labels)
+    itm = base.mean_cross_entropy(model.itm_head(first).float(), matches.labels)
     predictions = student.text_encoder.predictions
     twin = model.teacher.text_encoder.predictions
     mlm = soft_cross_entropy(

@@ -101,8 +101,10 @@ def prepare(
             raise ValueError(
                 f"{name}: expected {tuple(text_ids.shape)} like text_ids, got {tuple(t.shape)}"
             )
-    if not count or len(text_ids) != count:
-        raise ValueError(f"text_ids: expected one text for each image, got {len(text_ids)}")
+    if len(text_ids) != count:
+        raise ValueError(
+            f"text_ids: expected one text for each of {count} images, got {len(text_ids)}"
+        )
     device = images.device
     mask = text_mask(text_ids, text_mask_)
     on_host = labels.detach().cpu()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlp.models.albef_inputs import IGNORED, Batch, Matches, Teacher
+from fastvlp.models.base import mean_cross_entropy
 from fastvlp.ops.momentum_contrastive import momentum_contrastive_reference
 
 
@@ -64,10 +65,10 @@ def _matching(model, batch: Batch, texts: Tensor, images: Tensor, matches: Match
     first = []
     for part in (slice(0, count), slice(count, None)):
         text, image = matches.text[part], matches.image[part]
-        if len(text):
+        if len(text) or not first:
             fused = model.student.fuse_padded(texts[text], batch.mask[text], images[image])
             first.append(fused[:, 0])
-    return F.cross_entropy(model.itm_head(torch.cat(first)).float(), matches.labels)
+    return mean_cross_entropy(model.itm_head(torch.cat(first)).float(), matches.labels)
 
 
 def _language_modelling(logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:

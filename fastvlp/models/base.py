@@ -79,6 +79,11 @@ def plain_attention(
     return out.transpose(1, 2)
 
 
+def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of logits [n, classes] and labels [n]; 0 where n is 0, with zero gradients."""
+    return F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
+
+
 def save(model: Model, path: str | Path) -> None:
     """Write ``path``.safetensors (weights) and ``path``.json (kind and configuration).
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp.models.base import mean_cross_entropy
 from fastvlp.models.bert import MlmHead
 from fastvlp.models.vilt_packing import ImageTokens, Sequences, lengths_of
 from fastvlp.models.vilt_patches import ImageBatch
@@ -195,7 +196,7 @@ class Objectives:
         target = torch.where(matches, MATCH, 1 - MATCH)
         distance = self.alignment(sequences)
         return {
-            "itm_loss": F.cross_entropy(_wide(logits), target),
+            "itm_loss": mean_cross_entropy(_wide(logits), target),
             "itm_wpa_loss": word_patch_alignment_loss(distance, matches),
         }
 
@@ -206,7 +207,9 @@ class Objectives:
         """
         normed = sequences.map(self.transformer.norm)
         words, patches = normed.text(), normed.image()
-        lengths = torch.tensor([sequences.text_lengths, sequences.image_lengths])
+        lengths = torch.tensor(
+            [sequences.text_lengths, sequences.image_lengths], dtype=torch.int64
+        )
         lengths = to_device(lengths, words.device)
         padding = alignment_padding(*lengths, words.shape[1], patches.shape[1])
         distance = word_patch_alignment_reference if self.reference else word_patch_alignment

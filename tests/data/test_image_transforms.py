@@ -29,7 +29,7 @@ SIZES = [(96, 72), (72, 96), (33, 200), (250, 190), (17, 19)]
 
 def both(plans, images, of):
     """The batch by Pillow and by the kernel."""
-    height, width = canvas(plans)
+    height, width = canvas(plans, of)
     table = value_table(of)
     outs = [torch.empty(len(plans), 3, height, width) for _ in range(2)]
     into_batch_by_pillow(images, plans, table, outs[0])
@@ -211,7 +211,7 @@ def test_padding_is_zero_and_masked():
     images = [photo_shards.photograph(1, 96, 72), photo_shards.photograph(2, 72, 96)]
     plans = [of.plan(*image.size, []) for image in images]
     out = both(plans, images, of)[1]
-    mask = pixel_mask(plans, *canvas(plans))
+    mask = pixel_mask(plans, *canvas(plans, of))
     assert mask.sum((1, 2)).tolist() == [plan.size[0] * plan.size[1] for plan in plans]
     assert (out[~mask[:, None].expand_as(out)] == 0).all()
     for one, plan, image in zip(out, plans, images, strict=True):
