@@ -49,8 +49,9 @@ class GradCache:
     and 3. What the loss needs of the model's parameters (a temperature, for example) has to be an
     output of the model. `static_graph=True` is refused.
 
-    FSDP2 (`fully_shard`): the last chunk of each step synchronises, and every rank must have the
-    same number of chunks, because each forward pass gathers parameters.
+    FSDP2 (`fully_shard`): the last chunk of each step synchronises. Each forward pass gathers
+    parameters, so a rank with fewer chunks than another makes the missing passes without rows,
+    which the model then has to take.
 
     torch.autocast around `step` holds for every forward pass and the loss; backward passes run
     without it, as they do in a plain step that ends the context before `backward`.
@@ -119,7 +120,7 @@ class GradCache:
         groups = _groups(modules, self.loss)
         with together(groups, "the inputs of GradCache"):
             chunks = _split(inputs, kwargs, self.chunk_size)
-        _check_same_count(modules, len(chunks))
+        chunks += [chunks[-1].without_rows()] * (_most_chunks(modules, len(chunks)) - len(chunks))
         devices = _cuda_devices(modules, [*inputs, *kwargs.values()])
         # Weights that autocast converted must serve neither a later step, whose weights are
         # others, nor, when converted without gradients, the passes with gradients.
@@ -189,6 +190,13 @@ class _Chunk:
     rows: slice
     inputs: tuple
     kwargs: dict
+
+    def without_rows(self) -> "_Chunk":
+        """A chunk after this one that has no rows."""
+        end = slice(self.rows.stop, self.rows.stop)
+        inputs = tuple(value[:0] if _is_batched(value) else value for value in self.inputs)
+        kwargs = {k: value[:0] if _is_batched(value) else value for k, value in self.kwargs.items()}
+        return _Chunk(end, inputs, kwargs)
 
     def encode(self, model) -> dict[int | str, Tensor | None]:
         return _named(model(*self.inputs, **self.kwargs), self.rows.stop - self.rows.start)
@@ -336,18 +344,12 @@ def _mesh(modules: list[nn.Module]):
     return next((p.device_mesh for p in sharded if hasattr(p, "device_mesh")), None)
 
 
-def _check_same_count(modules: list[nn.Module], chunks: int) -> None:
-    """Raises on every rank of an FSDP2 model where ranks would make unlike numbers of passes."""
+def _most_chunks(modules: list[nn.Module], chunks: int) -> int:
+    """The largest number of chunks of any rank of an FSDP2 model, else this rank's."""
     mesh = _mesh(modules)
     if mesh is None:
-        return
-    extremes = torch.tensor([chunks, -chunks], device=mesh.device_type)
+        return chunks
+    most = torch.tensor(chunks, device=mesh.device_type)
     for dimension in range(mesh.ndim):
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
-    most, fewest = extremes[0].item(), -extremes[1].item()
-    if most != fewest:
-        raise ValueError(
-            f"inputs: expected the same number of chunks on every rank of a sharded model, got "
-            f"{chunks} here and from {fewest} to {most} over all ranks; drop the last, incomplete "
-            "batch or choose chunk_size so that the counts agree"
-        )
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
+    return int(most)

@@ -320,11 +320,12 @@ class Loader:
     def _made(self, steps: Iterator[_Step], epoch: int) -> Iterator[_Step]:
         with closing(steps):
             for step in steps:
-                try:
-                    step.batch = self._batch(step, epoch)
-                except BrokenImages as broken:
-                    self._drop(step, broken)
-                    step.batch = self._batch(step, epoch)
+                while step.batch is None:
+                    try:
+                        step.batch = self._batch(step, epoch)
+                    except BrokenImages as broken:
+                        # Of what is left some may turn out broken as well, in another stage.
+                        self._drop(step, broken)
                 step.kept, step.images = [], []
                 yield step
 

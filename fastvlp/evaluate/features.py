@@ -22,11 +22,14 @@ class Features:
         images: [pairs, dim].
         texts: [pairs, dim], or None.
         ids: int64 [pairs], equal for pairs of one picture.
+        index: int64 [pairs], rising, the pairs' places in the data; those whose image could not be
+            decoded are missing.
     """
 
     images: Tensor
     texts: Tensor | None
     ids: Tensor
+    index: Tensor
 
     def pictures(self) -> tuple[Tensor, Tensor]:
         """Features of each picture once, and int64 [pairs], the picture of each caption."""
@@ -77,7 +80,7 @@ def encode(
         raise ValueError("batches: expected at least one pair to encode")
     order = whole["index"].argsort()
     whole = {name: tensor[order] for name, tensor in whole.items()}
-    return Features(whole["images"], whole.get("texts"), whole["ids"])
+    return Features(whole["images"], whole.get("texts"), whole["ids"], whole["index"])
 
 
 def products(queries: Tensor, keys: Tensor) -> Tensor:

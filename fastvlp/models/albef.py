@@ -156,10 +156,14 @@ class Albef(WithTwin):
         return losses
 
     def enqueue_held(self) -> None:
-        """Fills the queues with the features that waited, in their order."""
+        """Fills the queues with the features that waited, in their order, at once.
+
+        Over ranks every one calls it, however often each computed its losses.
+        """
         held, self._held = self._held, []
-        for image, text, ids in held:
-            self.queue.enqueue(image, text, ids)
+        if held:
+            parts = zip(*held, strict=True)
+            self.queue.enqueue(*(None if p[0] is None else torch.cat(p) for p in parts))
 
     def drop_held(self) -> None:
         """Forgets the features that waited, those of a step that failed."""

@@ -233,9 +233,9 @@ def _by_images(image: Tensor, most: int) -> Iterator[tuple[Tensor, slice]]:
     """At most so many images at a time, and their run of the pairs."""
     distinct, counts = image.unique_consecutive(return_counts=True)
     begin = 0
-    for chosen, pairs in zip(distinct.split(most), counts.split(most), strict=True):
-        end = begin + int(pairs.sum())
-        yield chosen, slice(begin, end)
+    for at in range(0, len(distinct), most):  # of no pairs, such as a rank may have, no time
+        end = begin + int(counts[at : at + most].sum())
+        yield distinct[at : at + most], slice(begin, end)
         begin = end
 
 

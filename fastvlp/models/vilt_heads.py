@@ -207,9 +207,7 @@ class Objectives:
         """
         normed = sequences.map(self.transformer.norm)
         words, patches = normed.text(), normed.image()
-        lengths = torch.tensor(
-            [sequences.text_lengths, sequences.image_lengths], dtype=torch.int64
-        )
+        lengths = torch.tensor([sequences.text_lengths, sequences.image_lengths], dtype=torch.int64)
         lengths = to_device(lengths, words.device)
         padding = alignment_padding(*lengths, words.shape[1], patches.shape[1])
         distance = word_patch_alignment_reference if self.reference else word_patch_alignment

@@ -98,7 +98,9 @@ class Sequences:
         at = torch.arange(size)
         source = (_running_sum(self._lengths())[:-1] + offset)[:, None] + at
         source = torch.where(at < lengths[:, None], source, -1)
-        return row_map(source.flatten(), *self._source())(self.rows).unflatten(0, (len(lengths), size))
+        return row_map(source.flatten(), *self._source())(self.rows).unflatten(
+            0, (len(lengths), size)
+        )
 
     def _lengths(self) -> Tensor:
         return torch.tensor([self.text_lengths, self.image_lengths], dtype=torch.int64).sum(0)

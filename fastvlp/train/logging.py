@@ -102,7 +102,9 @@ class Log:
         row |= {"lr": report.lr, "gradient_norm": report.norm, "skipped": loop.skipped}
         if loop.scale.enabled:
             row["loss_scale"] = loop.scale.value
-        row["pairs_per_second"] = self._pairs * self.ranks.world_size / seconds
+        if loop.empty:
+            row["steps_without_pairs"] = loop.empty
+        row["pairs_per_second"] = self._pairs / seconds
         self._write(row)
         if self._bar is not None:
             self._show(row)

@@ -26,8 +26,9 @@ Hook = Callable[["Loop", "Report"], None]
 
 @dataclass
 class Report:
-    """One step: `losses` are those of this rank's pairs, `norm` is of the gradients before
-    clipping, and `taken` is False where they were not finite and the step was left out."""
+    """One step: `losses` are this rank's, whose mean over the ranks is that of all pairs, `norm` is
+    of the gradients before clipping, and `taken` is False where they were not finite, or no rank
+    had a pair, and the step was left out. `pairs` are those of all ranks."""
 
     losses: dict[str, Tensor]
     lr: float
@@ -100,7 +101,7 @@ class Loop:
         self.max_skipped, self.hooks = max_skipped, list(hooks)
         self.scale = LossScale(precision is torch.float16)
         self.device = next(model.parameters()).device
-        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.step = self.skipped = self.skipped_in_a_row = self.empty = 0
 
     def run(self) -> None:
         self.model.train()
@@ -120,9 +121,17 @@ class Loop:
                 raise ValueError("loader: an epoch has no whole batch; choose a smaller batch_size")
 
     def train_step(self, batch: Any) -> Report:
-        """One forward and backward pass, and the optimiser's step if its gradients are finite."""
+        """One forward and backward pass, and the optimiser's step if its gradients are finite.
+
+        A rank whose images could not be decoded takes part without pairs; where no rank has any,
+        all leave the step out.
+        """
+        sizes = parallel.sizes(len(batch), self.group)
+        if not any(sizes):
+            self.empty += 1
+            return Report({}, self.schedule(self.step), 0.0, False, 0)
         with self.autocast():
-            losses = self.task.backward(self.model, batch, self.scale.value)
+            losses = self.task.backward(self.model, batch, self.scale.value, sizes)
         gradients = self._gradients()
         norm = parallel.gradient_norm(gradients, self.group).item() / self.scale.value
         finite = norm < float("inf")  # NaN is not
@@ -140,7 +149,7 @@ class Loop:
         self.optimizer.zero_grad()
         self.scale.update(finite)
         self._count(finite)
-        return Report(losses, lr, norm, finite, len(batch))
+        return Report(losses, lr, norm, finite, sum(sizes))
 
     def autocast(self):
         """The context of the run's precision."""
@@ -168,6 +177,7 @@ class Loop:
             "step": self.step,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "empty": self.empty,
             "scale": [self.scale.value, self.scale.good],
             "loader": self.loader.state_dict(),
         }
@@ -175,5 +185,6 @@ class Loop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.skipped = state["step"], state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.empty = state.get("empty", 0)  # checkpoints of before have none
         self.scale.value, self.scale.good = state["scale"]
         self.loader.load_state_dict(state["loader"])

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from fastvlp.distributed import all_gather_rows, group_device
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -143,6 +145,16 @@ def from_first(
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+def sizes(rows: int, group: dist.ProcessGroup | None) -> list[int]:
+    """The `rows` of each rank."""
+    if group is None:
+        return [rows]
+    own = torch.tensor([rows], device=group_device(group))
+    found = own.new_empty(group.size())
+    all_gather_rows(found, own, group=group)
+    return found.tolist()
 
 
 def average_whole_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:

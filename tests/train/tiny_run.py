@@ -35,7 +35,7 @@ class Numbers:
 
     def __call__(self, captions):
         ids = [[1, 2 + int(c) % 7, 9 + int(c) // 7, 31, 0, 0] for c in captions]
-        return torch.tensor(ids)
+        return torch.tensor(ids, dtype=torch.int64).view(-1, 6)
 
     def save(self, path):
         path.write_text("{}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,12 @@ class AlbefTask(Task):
         )
         return {"loss": total, "itc_loss": itc, "itm_loss": itm, "mlm_loss": mlm}
 
-    def backward(self, model: nn.Module, batch: Any, scale: float = 1.0) -> dict[str, Tensor]:
+    def backward(
+        self, model: nn.Module, batch: Any, scale: float = 1.0, sizes: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         # Of a step that was skipped.
         self.model.drop_held()
-        return super().backward(model, batch, scale)
+        return super().backward(model, batch, scale, sizes)
 
     def after_step(self) -> None:
         self.model.enqueue_held()
@@ -84,8 +86,8 @@ class AlbefTask(Task):
         """Alpha of the next step."""
         return self.alpha * min(1.0, self.twin.num_updates / self.alpha_steps)
 
-    def split(self, batch: Any, rows: int) -> Iterable[tuple[Any, float]]:
-        return split_pairs(batch, rows)
+    def split(self, batch: Any, rows: int, least: int = 1) -> Iterable[tuple[Any, float]]:
+        return split_pairs(batch, rows, least)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         # Everything but biases and norms, so the temperature too.

@@ -45,7 +45,7 @@ def retrieval_scores(
     pictures, picture = found.pictures()
     ways = retrieval(pictures, found.texts, picture, group=ranks.group)
     scores = {f"{way}/{key}": v for way, result in ways.items() for key, v in result.items()}
-    own, images = encoder.image_set(pictures, picture)
+    own, images = encoder.image_set(pictures, picture, found.index.cpu())
     texts = encoder.text_set(tokenizer, found.texts, loader.batch_size)
     matched = albef_rerank.rerank(model, images, texts, candidates, group=ranks.group, own=own)
     for way, result in retrieval_from_scores(*matched, picture).items():
@@ -59,6 +59,7 @@ class _Encoder:
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.model, self.student, self.ranks = model, model.student, ranks
         self._tokens: list[Tensor] = []
+        # Pairs are known by their places in the data.
         self._captions: dict[int, str] = {}
         # Of each picture's first pair on this rank, the row among the tokens.
         self._row: dict[int, int] = {}
@@ -89,16 +90,22 @@ class _Encoder:
         )
         return self.student.text_features(layout.first(self.student.encode_text(ids, layout)))
 
-    def image_set(self, pictures: Tensor, picture: Tensor) -> tuple[Tensor, albef_rerank.ImageSet]:
+    def image_set(
+        self, pictures: Tensor, picture: Tensor, index: Tensor
+    ) -> tuple[Tensor, albef_rerank.ImageSet]:
         """Which pictures are this rank's, and their tokens with the features of all.
 
-        A picture is that of the first pair that shows it.
+        A picture is that of the first pair that shows it. `index` are the pairs' places in the
+        data, where some may be missing among them.
         """
         pairs = torch.arange(len(picture))
         first = torch.full((len(pictures),), len(picture))
         first = first.scatter_reduce(0, picture.cpu(), pairs, "amin")
         row = torch.full((len(picture),), -1)
-        row[list(self._row)] = torch.tensor(list(self._row.values()), dtype=torch.int64)
+        places, rows = (
+            torch.tensor([*each], dtype=torch.int64) for each in (self._row, self._row.values())
+        )
+        row[torch.searchsorted(index, places)] = rows
         row = row[first]
         own = (row >= 0).nonzero()[:, 0]
         return own, albef_rerank.ImageSet(torch.cat(self._tokens)[row[own]], pictures)

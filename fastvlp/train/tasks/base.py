@@ -32,24 +32,42 @@ class Task:
     twin: EmaModel | None = None
 
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """The losses of a batch. "loss" is what is minimised, the others are logged beside it."""
+        """The losses of a batch. "loss" is what is minimised, the others are logged beside it.
+
+        Over ranks a batch may have no rows, because none of its images could be decoded: the
+        losses are then 0 and every parameter gets a gradient, of zeros.
+        """
         raise NotImplementedError
 
-    def split(self, batch: Any, rows: int) -> Iterable[tuple[Any, float]]:
-        """Parts of at most `rows` rows, each with its weight in the batch's loss."""
+    def split(self, batch: Any, rows: int, least: int = 1) -> Iterable[tuple[Any, float]]:
+        """Parts of at most `rows` rows, each with its weight in the batch's loss.
+
+        There are at least `least` of them, the last ones without rows.
+        """
         raise NotImplementedError
 
-    def backward(self, model: nn.Module, batch: Any, scale: float = 1.0) -> dict[str, Tensor]:
+    def backward(
+        self, model: nn.Module, batch: Any, scale: float = 1.0, sizes: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """Adds the gradients of `scale` times the loss to `.grad`; returns the losses, detached.
 
         In chunks the losses are weighted means over them: exact where a loss is a mean over rows.
-        Contrastive losses are not; their tasks use `GradCache` here.
+        Contrastive losses are not; their tasks use `GradCache` here. Over ranks the losses are
+        weighted likewise, so that the mean over the ranks is that over all rows.
+
+        Args:
+            sizes: the rows of the step on each rank, more than 0 in all; None for a single rank,
+                or losses that weigh the ranks themselves.
         """
+        share = 1.0 if sizes is None else len(batch) * len(sizes) / sum(sizes)
         parts = [(batch, 1.0)]
         if self.chunk_size is not None:
-            parts = list(self.split(batch, self.chunk_size))
+            # Wrapped models communicate in each pass: every rank makes equally many.
+            most = -(-max(sizes or [1]) // self.chunk_size)
+            parts = list(self.split(batch, self.chunk_size, most))
         total: dict[str, Tensor] = {}
         for i, (part, weight) in enumerate(parts):
+            weight *= share
             with unsynchronised([] if i == len(parts) - 1 else [*model.modules()]):
                 losses = self.losses(model, part)
                 with torch.autocast(losses["loss"].device.type, enabled=False):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -57,7 +57,10 @@ class ClipTask(Task):
     def losses(self, model: nn.Module, batch) -> dict[str, Tensor]:
         return {"loss": self.loss(*model(batch.images, batch.tokens))}
 
-    def backward(self, model: nn.Module, batch, scale: float = 1.0) -> dict[str, Tensor]:
+    def backward(
+        self, model: nn.Module, batch, scale: float = 1.0, sizes: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        # The loss over the group weighs the ranks itself.
         if self.chunk_size is None:
             return super().backward(model, batch, scale)
         step = GradCache(
@@ -136,11 +139,14 @@ def zero_shot_over_groups(
     bases: list[str],
     found: Features,
 ) -> dict[str, float]:
-    """Accuracy of giving each picture its base emoji, whose prompts are `groups`' captions."""
+    """Accuracy of giving each picture its base emoji, whose prompts are `groups`' captions.
+
+    bases: of all pairs of the data, by their places in it.
+    """
     device = found.images.device
     weights = zero_shot.classifier(
         list(groups.values()), tokenizer, lambda tokens: model.encode_text(tokens.to(device))
     )
     row = {name: i for i, name in enumerate(groups)}
-    labels = torch.tensor([row[base] for base in bases], device=device)
+    labels = torch.tensor([row[bases[place]] for place in found.index.tolist()], device=device)
     return zero_shot.accuracy(found.images, weights, labels)

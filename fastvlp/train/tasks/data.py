@@ -95,12 +95,12 @@ def broken_options(config: Any) -> dict[str, Any]:
     return {"verify": config.verify, "max_broken": config.max_broken}
 
 
-def split_pairs(batch: Any, rows: int) -> Iterator[tuple[Any, float]]:
-    """Parts of a batch of masked pairs, each with its share of the pairs."""
+def split_pairs(batch: Any, rows: int, least: int = 1) -> Iterator[tuple[Any, float]]:
+    """At least so many parts of a batch of masked pairs, each with its share of the pairs."""
     total = len(batch)
-    for start in range(0, total, rows):
+    for start in range(0, max(total, least * rows), rows):
         part = _Pairs(batch, slice(start, min(total, start + rows)))
-        yield part, len(part) / total
+        yield part, len(part) / max(total, 1)
 
 
 class _Pairs:

@@ -74,8 +74,8 @@ class ViltTask(Task):
             matches=matches,
         )
 
-    def split(self, batch: Any, rows: int) -> Iterable[tuple[Any, float]]:
-        return split_pairs(batch, rows)
+    def split(self, batch: Any, rows: int, least: int = 1) -> Iterable[tuple[Any, float]]:
+        return split_pairs(batch, rows, least)
 
     def blocks(self) -> list[nn.Module]:
         return list(self.model.transformer.blocks)
@@ -124,16 +124,21 @@ def matching_accuracy(
     Args:
         tokenizer: without masking.
         loader: of held-out pairs.
+
+    Raises:
+        ValueError: there is no pair.
     """
     loader.load_state_dict({**loader.state_dict(), "epoch": 0, "place": 0})
     parts, pairs = [], {}
     for batch in loader:
-        if len(batch):
-            images = model.embed_images(ImageBatch(batch.images, batch.pixel_mask))
-            parts.append((batch.index.tolist(), images))
-            about = zip(batch.ids.tolist(), batch.captions, strict=True)
-            pairs |= zip(batch.index.tolist(), about, strict=True)
+        # Also where it has no pairs: a sharded model computes on all ranks together.
+        images = model.embed_images(ImageBatch(batch.images, batch.pixel_mask))
+        parts.append((batch.index.tolist(), images))
+        about = zip(batch.ids.tolist(), batch.captions, strict=True)
+        pairs |= zip(batch.index.tolist(), about, strict=True)
     pairs = parallel.gathered(pairs, ranks)
+    if not pairs:
+        raise ValueError("loader: expected at least one pair to judge, got none")
     ids = torch.tensor([id_ for id_, _ in pairs.values()])
     captions = [caption for _, caption in pairs.values()]
     partner = partners(ids, torch.Generator().manual_seed(0)).tolist()
