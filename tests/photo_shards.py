@@ -32,6 +32,13 @@ def encoded(image, kind="JPEG", **options):
     return content.getvalue()
 
 
+def undecodable(number):
+    """A JPEG that looks whole from outside and that decoders refuse: a table is gone."""
+    content = bytearray(jpeg(number))
+    at = content.index(b"\xff\xdb")
+    return bytes(content[:at] + b"\xff\xfe" + content[at + 2 :])
+
+
 @functools.cache
 def jpeg(number, width=96, height=72):
     return encoded(photograph(number, width, height), quality=88)

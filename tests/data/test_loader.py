@@ -13,13 +13,18 @@ import numpy as np
 import photo_shards
 import pytest
 import torch
+from tiny_vocabularies import bert_vocabulary
 
 from fastvlp.data import Loader, image_backends
 from fastvlp.data.draws import bits, permutation, uniforms
+from fastvlp.data.image_backends import BrokenImages
+from fastvlp.data.image_check import ImageFault
 from fastvlp.data.loader import TooManyBroken
+from fastvlp.data.masking import MaskingTokenizer
 from fastvlp.data.recipes import recipe
 from fastvlp.data.shard_set import EpochOrder
 from fastvlp.data.shards import Sample, write_shard
+from fastvlp.data.text import BertTokenizer
 
 SMALL = {
     "clip_train": recipe("clip_train", size=32),
@@ -308,17 +313,14 @@ def test_too_many_broken_samples_are_fatal(make, tmp_path):
         make(tmp_path / "z.tar", max_broken=1.0)
 
 
-def damaged(number):
-    """A JPEG that looks whole from outside and that decoders refuse: a table is gone."""
-    content = bytearray(photo_shards.jpeg(number))
-    at = content.index(b"\xff\xdb")
-    return bytes(content[:at] + b"\xff\xfe" + content[at + 2 :])
-
-
 @pytest.mark.parametrize("backend", ["pil", "dali"])
 def test_an_image_that_fails_to_decode_costs_only_itself(make, tmp_path, backend):
     def sample(n):
-        return photo_shards.good(n, jpg=damaged(n)) if n == 11 else photo_shards.good(n)
+        return (
+            photo_shards.good(n, jpg=photo_shards.undecodable(n))
+            if n == 11
+            else photo_shards.good(n)
+        )
 
     pattern = photo_shards.write(tmp_path, 40, 40, sample)
     loader = make(pattern, "clip_eval", backend=backend)
@@ -331,6 +333,47 @@ def test_an_image_that_fails_to_decode_costs_only_itself(make, tmp_path, backend
     assert sure.samples == 39 and [len(batch) for batch in sure] == [8] * 4 + [7]
     with pytest.raises(TooManyBroken, match="1 of 40 samples of this rank"):
         list(make(pattern, "clip_eval", max_broken=0.01))
+
+
+@pytest.mark.parametrize("backend", ["pil", "dali"])
+@pytest.mark.parametrize(
+    ("of", "side"), [("clip_train", 32), ("albef_pretrain", 32), ("vilt_finetune", 64)]
+)
+def test_a_batch_without_images_has_the_shapes_of_others(make, tmp_path, backend, of, side):
+    def sample(n):
+        return photo_shards.good(n, jpg=photo_shards.undecodable(n))
+
+    vocabulary = bert_vocabulary(tmp_path)
+    masking = MaskingTokenizer(BertTokenizer(vocabulary))
+    pattern = photo_shards.write(tmp_path, 2, 2, sample)
+    loader = make(pattern, of, 1, masking, backend=backend, max_broken=1.0)
+    for batch in loader:
+        assert len(batch) == 0 and batch.captions == []
+        assert batch.images.shape == (0, 3, side, side) and batch.images.dtype == torch.float32
+        assert batch.ids.shape == batch.index.shape == (0,)
+        for ids in (batch.tokens.ids, batch.tokens.masked_ids, batch.tokens.labels):
+            assert ids.shape == (0, 2) and ids.dtype == torch.int64
+        if of == "vilt_finetune":
+            assert (
+                batch.pixel_mask.shape == (0, side, side) and batch.pixel_mask.dtype == torch.bool
+            )
+    assert loader.skipped == {"image": 2}
+
+
+def test_images_that_fail_one_after_the_other_cost_only_themselves(make, tmp_path):
+    """Each attempt at a batch finds one that the attempt before did not."""
+    loader = make(photo_shards.write(tmp_path, 8, 8), "clip_eval", max_broken=0.5)
+    whole, batch = list(loader)[0], loader._backend.batch
+
+    def fails(images, plan):
+        if len(images) > 6:
+            raise BrokenImages({1: ImageFault("late")})
+        return batch(images, plan)
+
+    loader._backend.batch = fails
+    (found,) = loader
+    kept = [0, *range(3, 8)]
+    assert found.index.tolist() == kept and torch.equal(found.images, whole.images[kept])
 
 
 def test_a_shard_that_vanishes_costs_its_samples(make, tmp_path):
@@ -441,7 +484,11 @@ def test_an_image_that_fails_on_a_gpu_costs_only_itself(make, tmp_path, monkeypa
     monkeypatch.setattr(image_dali, "backend", image_dali.DaliGpuBackend)
 
     def sample(n):
-        return photo_shards.good(n, jpg=damaged(n)) if n == 3 else photo_shards.good(n)
+        return (
+            photo_shards.good(n, jpg=photo_shards.undecodable(n))
+            if n == 3
+            else photo_shards.good(n)
+        )
 
     pattern = photo_shards.write(tmp_path, 20, 20, sample)
     loader = make(pattern, "clip_eval", backend="dali")

@@ -224,14 +224,18 @@ def test_reranking_ranks_by_the_matching_head():
 
 
 class Shared:
-    """Held-out pairs of pictures that have one to three captions, the pairs of a picture apart."""
+    """Held-out pairs of pictures that have one to three captions, the pairs of a picture apart.
+
+    broken: pairs whose image cannot be decoded. removed: pairs that the data have not.
+    """
 
     batch_size = 4
 
-    def __init__(self, rank=0, world_size=1):
-        self.rank, self.world_size = rank, world_size
-        self.ids = torch.tensor([5, 2, 9, 5, 7, 2, 5, 8, 11, 7])
-        self.captions = [str(i) for i in range(10)]
+    def __init__(self, rank=0, world_size=1, broken=(), removed=()):
+        self.rank, self.world_size, self.broken = rank, world_size, torch.tensor(broken)
+        left = torch.tensor([i for i in range(10) if i not in removed])
+        self.ids = torch.tensor([5, 2, 9, 5, 7, 2, 5, 8, 11, 7])[left]
+        self.captions = [str(i) for i in left.tolist()]
         pictures = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(3))
         self.images = pictures[self.ids]
 
@@ -242,19 +246,21 @@ class Shared:
         assert state["epoch"] == 0
 
     def __iter__(self):
-        for rows in torch.arange(10).split(self.batch_size * self.world_size):
+        for rows in torch.arange(len(self.ids)).split(self.batch_size * self.world_size):
             rows = rows.tensor_split(self.world_size)[self.rank]
+            rows = rows[~torch.isin(rows, self.broken)]
             captions = [self.captions[i] for i in rows]
             yield SimpleNamespace(
                 images=self.images[rows], ids=self.ids[rows], index=rows, captions=captions,
-                tokens=TOKENIZER.padded(captions),
+                tokens=TOKENIZER.padded(captions), pixel_mask=None,
             )  # fmt: skip
 
 
-def shared_scores(rank, candidates):
+def shared_scores(rank, candidates, broken=(), removed=()):
     with parallel.ranks("cpu") as ranks:
         task, _ = build(settings(None, "albef"), ranks)
-        loader, model = Shared(ranks.rank, ranks.world_size), task.model.eval()
+        loader = Shared(ranks.rank, ranks.world_size, broken, removed)
+        model = task.model.eval()
         return albef_retrieval.retrieval_scores(model, TOKENIZER, loader, candidates, ranks)
 
 
@@ -286,10 +292,37 @@ def test_reranking_ranks_each_direction_by_its_own_candidates(candidates):
             assert found[f"reranked/{way}/{name}"] == ranked[name]
 
 
+# Pairs without an image: none, the first one of a picture, and all that the second rank has.
+BROKEN = [(), (0,), (4, 5, 6, 7, 9)]
+
+
 def test_ranks_rerank_what_one_reranks():
-    alone = shared_scores(0, 2)
-    for found in gloo_ranks.run(2, shared_scores, 2):
-        assert found == pytest.approx(alone)
+    jobs = {broken: (shared_scores, 2, broken) for broken in BROKEN}
+    jobs["all"] = (shared_scores, 2, tuple(range(10)))
+    found = gloo_ranks.run(2, gloo_ranks.several, jobs)
+    for broken in BROKEN:
+        alone = shared_scores(0, 2, removed=broken)
+        for results in found:
+            assert results[broken] == pytest.approx(alone), results
+    assert all("expected at least one pair" in results["all"] for results in found)
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_pairs_without_an_image_are_left_out_of_retrieval(broken):
+    found = shared_scores(0, 2, broken)
+    assert found == pytest.approx(shared_scores(0, 2, removed=broken))
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_pairs_without_an_image_are_left_out_of_matching(broken):
+    found = []
+    for given in ({"broken": broken}, {"removed": broken}):
+        task, _ = ready("vilt")
+        model = task.model.eval()
+        found.append(vilt.matching_accuracy(model, TOKENIZER, Shared(**given), task.ranks))
+    assert found[0] == pytest.approx(found[1])
+    with pytest.raises(ValueError, match="expected at least one pair to judge"):
+        vilt.matching_accuracy(model, TOKENIZER, Shared(broken=tuple(range(10))), task.ranks)
 
 
 @pytest.mark.parametrize("reference", [False, True])

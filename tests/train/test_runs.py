@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_run import PlainTask, settings, train, weights
+from tiny_run import PlainTask, build, settings, train, weights
 
 from fastvlp.train import parallel
 from fastvlp.train.logging import read_log
@@ -76,8 +76,6 @@ def test_kernels_and_plain_pytorch_have_one_curve(tmp_path):
     for name, plain in (("kernels", False), ("plain", True)):
         config = settings(tmp_path / name)
         with parallel.ranks("cpu") as ranks:
-            from tiny_run import build
-
             from fastvlp.train import run
             from fastvlp.train.tasks.clip import plain_loss
 
@@ -136,3 +134,26 @@ def _folders(folder, data):
         place = folder / ("face" if i % 2 else "flag")
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{i}.png").write_bytes(sample.members["png"])
+
+
+def test_zero_shot_accuracy_is_of_the_pairs_that_were_encoded():
+    from torch.nn.functional import normalize
+
+    from fastvlp.evaluate.features import Features
+    from fastvlp.train.tasks.clip import features, zero_shot_over_groups
+
+    with parallel.ranks("cpu") as ranks:
+        task, _ = build(settings(None), ranks)
+    loader, model = task.held_out["held_out"], task.model.eval()
+    whole = features(model, loader, ranks)
+    kept = torch.tensor([0, 3, 4, 9, 17, 30])
+    found = Features(whole.images[kept], whole.texts[kept], whole.ids[kept], whole.index[kept])
+    scores = zero_shot_over_groups(model, task.tokenizer, task.groups, loader.bases, found)
+    right = []
+    with torch.no_grad():
+        prompts = [model.encode_text(task.tokenizer(group)) for group in task.groups.values()]
+        classes = torch.stack([normalize(normalize(p, dim=1).mean(0), dim=0) for p in prompts])
+    for pair in kept.tolist():
+        names = list(task.groups)
+        right.append(names[int((classes @ whole.images[pair]).argmax())] == loader.bases[pair])
+    assert scores["top-1"] == pytest.approx(sum(right) / len(right))
