@@ -170,7 +170,11 @@ def contenders(case: Case, backward: bool) -> tuple[list[Contender], list[Missin
     found = [
         Contender(OURS, functools.partial(ours, False, backward)),
         Contender(
-            BOUND, functools.partial(products, stored), bound=True, extra={"products": len(stored)}
+            BOUND,
+            functools.partial(products, stored),
+            bound=True,
+            note=f"torch.bmm for the {len(stored)} products alone, with weights that are kept",
+            extra={"products": len(stored)},
         ),
     ]
     if backward:
@@ -180,6 +184,7 @@ def contenders(case: Case, backward: bool) -> tuple[list[Contender], list[Missin
                 f"{BOUND} {len(again)} products",
                 functools.partial(products, again),
                 bound=True,
+                note="the same, with QKᵀ computed again for the backward pass",
                 extra={"products": len(again)},
             )  # fmt: skip
         )

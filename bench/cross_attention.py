@@ -25,6 +25,7 @@ import harness
 import report
 from attention_inputs import PARTS, Case
 from harness import BOUND, OURS
+from run import Run
 
 PACKAGES = ("transformers", "flash-attn", "xformers", "triton", "numpy")
 PHASES = ("fwd", "fwd+bwd")
@@ -72,7 +73,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.no_compile = True  # it takes as long as all the rest
     args.queries = args.queries or ([30] if args.quick else [30, 120])
     args.phase = args.phase or (["fwd+bwd"] if args.quick else list(PHASES))
-    report.require_plotting(args.plot)
     return args
 
 
@@ -114,32 +114,22 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    settings = harness.settings_from(args)
-    rows: list[dict[str, Any]] = []
-    missing: list[harness.Missing] = []
-    work = []
-    if args.layer:
-        found, missing = fusion_layer_peers.measure(args, settings)
-        rows += found
-    else:
+    axis = ("images", "images") if args.layer else ("queries", "query rows per image")
+    with Run(args, PACKAGES, axis=axis, summary=summary, facts={"work": []}) as run:
+        if args.no_compile:
+            run.missing.append(
+                harness.Missing("torch.compile", "left out", "no --quick, --no-compile")
+            )
+        if args.layer:
+            for found in fusion_layer_peers.measure(args, run.settings):
+                run.add(*found)
+            return
+        work = run.facts["work"]
         for case, phase in itertools.product(cases(args), args.phase):
-            found, absent = measure(case, phase, settings, args)
-            rows += found
-            missing += [each for each in absent if each not in missing]
             facts = {"op": case.op(), "dtype": case.dtype, "shape": case.shape()}
             facts |= attention_inputs.work(attention_inputs.draw(case))
             work += [facts] if facts not in work else []
-    if args.no_compile:
-        missing.append(harness.Missing("torch.compile", "left out", "no --quick, --no-compile"))
-    facts = report.meta(settings, PACKAGES, missing, work=work)
-    report.table(rows)
-    report.print_missing(missing)
-    print(summary(rows))
-    if args.json:
-        report.write_json(args.json, facts, rows)
-    if args.plot:
-        key, label = ("images", "images") if args.layer else ("queries", "query rows per image")
-        report.plot(args.plot, [row for row in rows if key in row["shape"]], facts, key, label)
+            run.add(*measure(case, phase, run.settings, args))
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -30,10 +30,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from comparison_table import Column, print_grid
 from distributed_traffic import Listener
 from harness import OURS
-from rich.console import Console
-from rich.table import Table
 
 TITLE = "PROJECTION, not a measurement"
 
@@ -129,41 +128,27 @@ def project(
 
 def print_projection(entries: Sequence[Mapping[str, Any]], rates: Rates) -> None:
     """One table for each dtype, on standard output."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
     for dtype in dict.fromkeys(entry["dtype"] for entry in entries):
-        group = [entry for entry in entries if entry["dtype"] == dtype]
-        grid = Table(
-            title_justify="left",
-            title=(
-                f"{TITLE}: counted bytes and FLOPs of {dtype} ({OURS}: 4 products), "
-                f"{group[0]['batch']:,} pairs per GPU, at "
-                f"{rates.matrix_tflops:g} TFLOP/s and {rates.link_gbs:g} GB/s per GPU"
-            ),
+        group = sorted(
+            (entry for entry in entries if entry["dtype"] == dtype),
+            key=lambda each: each["world_size"],
         )
-        for heading in (
-            "implementation",
-            "GPUs",
-            "GFLOP",
-            "MB sent",
-            "compute ms",
-            "transfer ms",
-            "ms, no overlap",
-            "ms, full overlap",
+        columns = [
+            Column("GPUs", [str(each["world_size"]) for each in group]),
+            Column("GFLOP", [f"{each['flops'] / 1e9:,.0f}" for each in group]),
+            Column("MB sent", [f"{each['bytes_sent'] / 1e6:,.0f}" for each in group]),
+        ]
+        for heading, key in (
+            ("compute ms", "compute_ms"),
+            ("transfer ms", "transfer_ms"),
+            ("ms, no overlap", "exposed_ms"),
+            ("ms, full overlap", "overlapped_ms"),
         ):
-            grid.add_column(
-                heading, justify="left" if heading == "implementation" else "right", no_wrap=True
-            )
-        for entry in sorted(group, key=lambda each: each["world_size"]):
-            grid.add_row(
-                entry["impl"],
-                str(entry["world_size"]),
-                f"{entry['flops'] / 1e9:,.0f}",
-                f"{entry['bytes_sent'] / 1e6:,.0f}",
-                *(
-                    f"{entry[key]:,.2f}"
-                    for key in ("compute_ms", "transfer_ms", "exposed_ms", "overlapped_ms")
-                ),
-            )
-        console.print(grid)
+            columns.append(Column(heading, [f"{each[key]:,.2f}" for each in group]))
+        print_grid(
+            f"{TITLE}: counted bytes and FLOPs of {dtype} ({OURS}: 4 products), "
+            f"{group[0]['batch']:,} pairs per GPU, at "
+            f"{rates.matrix_tflops:g} TFLOP/s and {rates.link_gbs:g} GB/s per GPU",
+            Column("implementation", [each["impl"] for each in group]),
+            columns,
+        )

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import harness
-import report
 import torch
 from harness import BOUND, OURS, Contender, Missing
+from run import Run
 
 from fastvlp import EmaModel
 from fastvlp.optim import AdamWEma
@@ -33,6 +33,7 @@ ADAMW = {"lr": 1e-4, "weight_decay": 0.02}
 # takes two bytes.
 BYTES = {"step": 12, "step+copy": 14, "adamw": 40}
 FLOOR_PARTS = 4
+NOTES = {"albef loop": "ALBEF's own update, a loop with new storage for each momentum tensor"}
 # Errors are taken over every so many-th value of each tensor.
 STRIDE = 7
 # What a call leaves behind, by name: each a list of one tensor for each parameter.
@@ -299,8 +300,15 @@ def contenders(phase: str) -> tuple[list[Contender], list[Missing]]:
                 makes[name] = make
             except ImportError:
                 missing.append(Missing(name, f"{module} is not installed", remedy))
-    found = [Contender(name, make, unify=unify) for name, make in makes.items()]
-    bound = Contender(BOUND, functools.partial(traffic, BYTES[phase]), bound=True)
+    found = [
+        Contender(name, make, unify=unify, note=NOTES.get(name, "")) for name, make in makes.items()
+    ]
+    bound = Contender(
+        BOUND,
+        functools.partial(traffic, BYTES[phase]),
+        bound=True,
+        note=f"a sum in place that moves the same {BYTES[phase]} bytes for each parameter",
+    )
     return [found[0], bound, *found[1:]], missing
 
 
@@ -314,43 +322,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.blocks = 2 if args.quick else 12
     if not 0 <= args.blocks <= 12:
         flags.error("--blocks: expected 0 to 12")
-    report.require_plotting(args.plot)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    settings = harness.settings_from(args)
     count = sum(torch.Size(shape).numel() for shape in shapes(args.blocks))
-    rows: list[dict[str, Any]] = []
-    missing: list[Missing] = []
-    for phase in args.phase:
-        entrants, absent = contenders(phase)
-        make = functools.partial(build, device=args.device, gradients=phase == "adamw")
-        found, failed = harness.compare(
-            OP,
-            entrants,
-            functools.partial(make, args.blocks),
-            functools.partial(make, 0),
-            settings,
-            dtype="fp32",
-            shape={"parameters": count},
-            phase=phase,
-            reference=functools.partial(float64, phase),
-            judged=("momentum", "weights"),
-            measure_memory=not args.no_memory,
-            warm_memory=True,
-        )
-        rows += found
-        missing += absent + failed
-    facts = report.meta(settings, ("timm",), missing)
-    report.table(rows, rate=("parameters/s", "parameters"))
-    report.print_missing(missing)
-    print(summary(rows))
-    if args.json:
-        report.write_json(args.json, facts, rows)
-    if args.plot:
-        report.plot(args.plot, rows, facts, "parameters", "parameters")
+    with Run(
+        args,
+        ("timm",),
+        axis=("parameters", "parameters"),
+        rate=("parameters/s", "parameters"),
+        summary=summary,
+    ) as run:
+        for phase in args.phase:
+            entrants, absent = contenders(phase)
+            make = functools.partial(build, device=args.device, gradients=phase == "adamw")
+            rows, failed = harness.compare(
+                OP,
+                entrants,
+                functools.partial(make, args.blocks),
+                functools.partial(make, 0),
+                run.settings,
+                dtype="fp32",
+                shape={"parameters": count},
+                phase=phase,
+                reference=functools.partial(float64, phase),
+                judged=("momentum", "weights"),
+                measure_memory=not args.no_memory,
+                warm_memory=True,
+            )
+            run.add(rows, absent + failed)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -213,7 +213,13 @@ def products(inputs: LayerInputs) -> Call:
 def contenders() -> list[Contender]:
     found = [
         Contender(OURS, ours),
-        Contender(BOUND, products, bound=True, extra={"products": "linear"}),
+        Contender(
+            BOUND,
+            products,
+            bound=True,
+            note="torch.mm for the linear layers alone, without attention",
+            extra={"products": "linear"},
+        ),
     ]
     for attention in ("sdpa", "eager"):
         for compile_ in (False, True):
@@ -230,14 +236,12 @@ def contenders() -> list[Contender]:
 
 def measure(
     args: argparse.Namespace, settings: harness.Settings
-) -> tuple[list[dict[str, Any]], list[Missing]]:
-    """Rows of the layer at every dtype, with full and with drawn caption lengths."""
-    rows: list[dict[str, Any]] = []
-    missing: list[Missing] = []
+) -> Iterator[tuple[list[dict[str, Any]], list[Missing]]]:
+    """The layer's rows, and what failed, at each dtype with full and with drawn caption lengths."""
     for dtype in args.dtype:
         for drawn in (False, True):
             case = LayerCase(args.batch, args.keys, dtype, drawn, args.device)
-            found, absent = harness.compare(
+            yield harness.compare(
                 case.op(),
                 [each for each in contenders() if not (args.no_compile and each.compiled)],
                 functools.partial(draw, case),
@@ -249,6 +253,3 @@ def measure(
                 judged=JUDGED,
                 measure_memory=not args.no_memory,
             )
-            rows += found
-            missing += [each for each in absent if each not in missing]
-    return rows, missing

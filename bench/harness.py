@@ -3,7 +3,7 @@
 The contenders alternate: every round calls each of them once, in an order of its own, so that
 a machine that slows down or heats up, and what one leaves in the caches, slows all of them
 alike. Reported times are medians with their quartiles. Every script in this folder builds
-its contenders, hands them to `compare`, and gives the rows to `report`.
+its contenders, hands them to `compare`, and gives the rows to a `run.Run`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,18 @@ class Contender:
     make: Callable[[Any], Call]
     # A bound (a matrix product, a memory copy) is only timed: it computes no result.
     bound: bool = False
+    # What it is, where the name does not say it; printed under its table. A bound must have one.
+    note: str = ""
     # Compilation at the measured shape must not be mistaken for memory of the op.
     compiled: bool = False
     # Further fields of its rows, e.g. the precision of a softmax.
     extra: Mapping[str, Any] = field(default_factory=dict)
     # (inputs, results) -> results laid out as the reference's; not part of the timed call.
     unify: Callable[[Any, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.bound and not self.note:
+            raise ValueError(f"bound {self.name!r}: expected a note that says what it computes")
 
 
 @dataclass(frozen=True)
@@ -286,4 +292,5 @@ def row(
         "rounds": len(times),
         "errors": errors,
         **contender.extra,
+        **({"note": contender.note} if contender.note else {}),
     }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from distributed_projection import TITLE, Products, Rates, print_projection, pro
 from distributed_traffic import RULE, Traffic, loopback_bytes
 from harness import DTYPES, OURS, Contender, Missing, Settings, dtypes, positives
 from itc_peers import Inputs
+from run import Run
 from timing import status
 
 from fastvlp.distributed import all_gather_rows
@@ -226,19 +228,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     gpus = torch.cuda.device_count()
     if args.device == "cuda" and max(args.world_sizes) > gpus:
         flags.error(f"--world-sizes: {max(args.world_sizes)} ranks need as many GPUs, found {gpus}")
-    report.require_plotting(args.plot)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    settings = harness.settings_from(args)
-    rows: list[dict[str, Any]] = []
-    missing: list[Missing] = []
-    for dtype in args.dtype:
-        for world_size in args.world_sizes:
+    rates = Rates(args.matrix_tflops, args.link_gbs)
+    facts = {
+        "features": itc_features.DRAWN.about,
+        "scale": args.scale,
+        "backend": "nccl" if args.device == "cuda" else "gloo",
+        "error_batch": args.error_batch,
+        "bytes_sent": RULE,
+        "projection": {"note": TITLE, **vars(rates), "rows": []},
+    }
+    columns = ("softmax", "products", "MB sent", "of its bytes")
+    with Ranks(
+        args,
+        PACKAGES,
+        axis=("world_size", "ranks W"),
+        columns=columns,
+        legend=LEGEND,
+        summary=summary,
+        facts=facts,
+    ) as run:
+        warn_of_shared_cores(args, run)
+        for dtype, world_size in itertools.product(args.dtype, args.world_sizes):
             job = Job(
-                settings,
+                run.settings,
                 dtype,
                 world_size,
                 args.batch,
@@ -246,45 +263,32 @@ def main(argv: Sequence[str] | None = None) -> None:
                 args.scale,
                 min(args.error_batch, args.batch),
             )
-            found, absent = compare(job)
-            rows += found
-            missing += [each for each in absent if each not in missing]
-    rates = Rates(args.matrix_tflops, args.link_gbs)
-    projected = project(rows, rates, args.project_to) if args.project else []
-    facts = report.meta(
-        settings,
-        PACKAGES,
-        missing,
-        features=itc_features.DRAWN.about,
-        scale=args.scale,
-        backend="nccl" if args.device == "cuda" else "gloo",
-        error_batch=args.error_batch,
-        bytes_sent=RULE,
-        projection={"note": TITLE, **vars(rates), "rows": projected},
-    )
-    report.table(
-        [_shown(row, rows) for row in rows],
-        extra_columns=("softmax", "products", "MB sent", "of its bytes"),
-    )
-    print(
-        f"MB sent: {RULE}. 'of its bytes': as a share of {PEER}'s. Products: 1 is this rank's "
-        "rows against all columns. Time and memory: of the slowest and the largest rank."
-    )
-    busy = max(args.world_sizes) * settings.threads
-    if args.device == "cpu" and busy > facts["cores"]:
-        print(
-            f"Mind: {max(args.world_sizes)} ranks with {settings.threads} threads each share "
-            f"{facts['cores']} cores."
+            run.add(*compare(job))
+        if args.project:
+            projected = project(run.rows, rates, args.project_to)
+            run.facts["projection"]["rows"] = projected
+            print_projection(projected, rates)
+
+
+LEGEND = (
+    f"MB sent: {RULE}. 'of its bytes': as a share of {PEER}'s. Products: 1 is this rank's "
+    "rows against all columns. Time and memory: of the slowest and the largest rank."
+)
+
+
+def warn_of_shared_cores(args: argparse.Namespace, run: Run) -> None:
+    most, cores = max(args.world_sizes), run.meta["cores"]
+    if args.device == "cpu" and most * run.settings.threads > cores:
+        run.print(
+            f"Mind: {most} ranks with {run.settings.threads} threads each share {cores} cores."
         )
-    report.print_missing(missing)
-    for line in summary(rows):
-        print(line)
-    if projected:
-        print_projection(projected, rates)
-    if args.json:
-        report.write_json(args.json, facts, rows)
-    if args.plot:
-        report.plot(args.plot, rows, facts, "world_size", "ranks W")
+
+
+class Ranks(Run):
+    """Shows what each rank sends and computes."""
+
+    def show(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        super().show([_shown(row, rows) for row in rows])
 
 
 def _peer(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -312,7 +316,7 @@ def _shown(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[st
     }
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each comparison: every schedule of ours against open_clip."""
     lines = []
     for group in report.groups(rows):
@@ -329,7 +333,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{first['dtype']}, W={first['shape']['world_size']}, against "
                 f"{peer['impl']} ({peer['ms']:.0f} ms): {'; '.join(parts)}."
             )
-    return lines
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Throughput of the symmetric image–text contrastive loss, forward and backward.
 
-    python bench/itc_throughput.py --n 2048,8192 --dim 512 --dtype fp32,bf16
+    python bench/itc_throughput.py
+    python bench/itc_throughput.py --full --n 2048,8192 --dim 512 --dtype fp32,bf16
 
 Times fastvlp.losses.ClipLoss against its peers on the features of real picture–caption
 pairs, and against the matrix products that no implementation can do without; measures the
@@ -10,7 +11,9 @@ extra peak memory of each and its error against float64.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,19 +21,30 @@ import harness
 import itc_features
 import itc_peers
 import memory
-import report
 import torch
 from harness import BOUND, OURS
+from run import Run
 from timing import status
 
 OP = "contrastive"
+# By size of the run: pairs of the comparisons, of fastvlp alone, and which features are taken.
+N = {"quick": (1024,), "default": (1024, 4096), "full": (2048, 8192)}
+MEMORY_N = {"quick": (), "default": (16384,), "full": (32768,)}
+PAIRS = {"quick": "cached", "default": "some", "full": "all"}
 PACKAGES = ("open_clip_torch", "inf-cl", "memeff", "triton", "numpy")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = harness.parser((__doc__ or "").splitlines()[0])
     flags.add_argument(
-        "--n", type=harness.integers(2), help="pairs (default 2048,8192; 1024 if quick)"
+        "--full",
+        action="store_true",
+        help="larger N, more rounds, torch.compile and all pairs: about 8 minutes",
+    )
+    flags.add_argument(
+        "--n",
+        type=harness.integers(2),
+        help="pairs (default 1024,4096; 2048,8192 if full; 1024 if quick)",
     )
     flags.add_argument("--dim", type=int, default=512, help="width of the features")
     flags.add_argument(
@@ -41,7 +55,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--memory-n",
         type=harness.integers(2, may_be_empty=True),
         metavar="N,...",
-        help="fastvlp alone at these N: time and memory (default 32768; none if quick)",
+        help="fastvlp alone at these N: time and memory (default 16384; 32768 if full; none if "
+        "quick)",
     )
     flags.add_argument(
         "--error-n", type=int, default=8192, help="largest N to compare with float64"
@@ -52,16 +67,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="auto: of real pairs where what that takes is installed",
     )
-    flags.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    flags.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="with torch.compile, which takes about 10 s for each of its rows (default: if full)",
+    )
     args = flags.parse_args(argv)
-    if args.n is None:
-        args.n = [1024] if args.quick else [2048, 8192]
+    if args.quick and args.full:
+        flags.error("--quick and --full: choose one of them")
+    size = "quick" if args.quick else "full" if args.full else "default"
+    args.n = args.n or list(N[size])
     if args.memory_n is None:
-        args.memory_n = [] if args.quick else [32768]
+        args.memory_n = list(MEMORY_N[size])
     args.memory_n = [n for n in args.memory_n if n not in args.n]
+    args.features = "drawn" if args.features == "drawn" else PAIRS[size]
+    if args.compile is None:
+        args.compile = args.full
     if args.dim < 1 or not 0 < args.scale < float("inf"):
         flags.error("--dim and --scale must be positive")
-    report.require_plotting(args.plot)
     return args
 
 
@@ -70,45 +93,53 @@ def main(
     our_loss: Callable[[], itc_peers.Loss] = itc_peers.ours,
 ) -> None:
     args = parse(argv)
-    settings = harness.settings_from(args)
+    with Run(
+        args,
+        PACKAGES,
+        axis=("n", "pairs N"),
+        rate=("pairs/s", "n"),
+        columns=("logits", "softmax"),
+        legend="logits, softmax: the precision to which logits are rounded before the softmax, and "
+        "that of the softmax.",
+        summary=functools.partial(summary, kinds=args.dtype, n=max(args.n)),
+        facts={"scale": args.scale},
+    ) as run:
+        if args.device == "cpu":
+            memory.preload("fastvlp.losses", "torch.distributed.nn")
+        if not (args.full or args.rounds or args.quick):
+            run.settings = dataclasses.replace(run.settings, min_rounds=3, budget_s=2.0)
+        measure(args, run, our_loss)
+
+
+def measure(args: argparse.Namespace, run: Run, our_loss: Callable[[], itc_peers.Loss]) -> None:
+    """Every comparison, the smallest N first, and then fastvlp alone."""
     torch.manual_seed(0)
-    if itc_peers.has_open_clip():
-        memory.preload("open_clip")
-    source, missing = itc_features.prepare(args.features, args.quick)
-    notes = sorted({itc_features.describe(source, n, args.dim) for n in args.n})
-    for note in notes:
-        print(f"Features: {note}.")
-    rows: list[dict[str, Any]] = []
-    for dtype in args.dtype:
-        build = functools.partial(inputs, source, args.dim, dtype, args.scale, args.device)
+    source, run.missing = itc_features.prepare(args.features)
+    run.facts["features"] = sorted({itc_features.describe(source, n, args.dim) for n in args.n})
+    run.print("\n".join(f"Features: {note}." for note in run.facts["features"]))
+    if not args.compile:
+        run.missing.append(harness.Missing("torch.compile", "left out", "--compile or --full"))
+    build = {
+        dtype: functools.partial(inputs, source, args.dim, dtype, args.scale, args.device)
+        for dtype in args.dtype
+    }
+    for n, dtype in itertools.product(args.n, args.dtype):
         contenders, absent = itc_peers.contenders(dtype, args.device, our_loss)
-        missing += [each for each in absent if each not in missing]
-        if args.no_compile:
-            contenders = [each for each in contenders if not each.compiled]
-        for n in args.n:
-            found, failed = harness.compare(
-                OP,
-                contenders,
-                functools.partial(build, n=n),
-                functools.partial(build, n=64),
-                settings,
-                dtype=dtype,
-                shape={"n": n, "d": args.dim},
-                reference=itc_peers.float64_reference if n <= args.error_n else None,
-                judged=itc_peers.JUDGED,
-            )
-            rows += found
-            missing += failed
-        for n in args.memory_n:
-            rows.append(alone(contenders[0], build, settings, dtype, n, args.dim))
-    facts = report.meta(settings, PACKAGES, missing, features=notes, scale=args.scale)
-    report.table(rows, rate=("pairs/s", "n"), extra_columns=("logits", "softmax"))
-    report.print_missing(missing)
-    print(summary(rows, args.dtype, max(args.n)))
-    if args.json:
-        report.write_json(args.json, facts, rows)
-    if args.plot:
-        report.plot(args.plot, rows, facts, "n", "pairs N")
+        rows, failed = harness.compare(
+            OP,
+            [each for each in contenders if args.compile or not each.compiled],
+            functools.partial(build[dtype], n=n),
+            functools.partial(build[dtype], n=64),
+            run.settings,
+            dtype=dtype,
+            shape={"n": n, "d": args.dim},
+            reference=itc_peers.float64_reference if n <= args.error_n else None,
+            judged=itc_peers.JUDGED,
+        )
+        run.add(rows, absent + failed)
+    for n, dtype in itertools.product(args.memory_n, args.dtype):
+        ours = itc_peers.contenders(dtype, args.device, our_loss)[0][0]
+        run.add([alone(ours, build[dtype], run.settings, dtype, n, args.dim)])
 
 
 def inputs(

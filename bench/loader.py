@@ -31,6 +31,7 @@ import timing
 import torch
 from harness import BOUND, OURS, Missing
 from PIL import Image
+from run import Run
 
 from fastvlp.data import Loader
 from fastvlp.data.image_transforms import transformed
@@ -41,26 +42,22 @@ OP, PHASE = "loader", "epoch"
 PACKAGES = ("torchvision", "pillow", "nvidia-dali-cuda130", "webdataset", "scikit-image")
 QUICK = ("clip_train", "albef_pretrain", "vilt_finetune")
 PER_SHARD = 64
+LEGEND = "cpu_ms: processor time for an image, workers included."
+DECODING = f"{BOUND} (decoding)"
+NOTES = {DECODING: "DALI's decoder alone, without resizing, normalising or batches"}
 Batches = Callable[[], Iterable[torch.Tensor]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    settings = harness.settings_from(args)
-    rows: list[dict[str, Any]] = []
-    missing: list[Missing] = []
-    with tempfile.TemporaryDirectory() as folder:
+    rate = ("images/s", "images")
+    with (
+        Run(args, PACKAGES, rate=rate, columns=("cpu_ms",), legend=LEGEND, summary=summary) as run,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         data = Data(photographs(args.images), Path(folder), args.batch)
         for name in args.recipe:
-            found, absent = measured(name, data, settings)
-            rows += found
-            missing += [each for each in absent if each not in missing]
-    facts = report.meta(settings, PACKAGES, missing)
-    report.table(rows, rate=("images/s", "images"), extra_columns=("cpu_ms",))
-    report.print_missing(missing)
-    print(summary(rows))
-    if args.json:
-        report.write_json(args.json, facts, rows)
+            run.add(*measured(name, data, run.settings))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -263,7 +260,7 @@ def contenders(name: str, data: Data, threads: int) -> dict[str, Callable[[], Ba
     found |= {
         OURS: functools.partial(ours, name, data, threads, "auto"),
         f"{OURS}, Pillow alone": functools.partial(ours, name, data, threads, "pil"),
-        f"{BOUND} (decoding)": functools.partial(decoding, data, threads),
+        DECODING: functools.partial(decoding, data, threads),
     }
     return found
 
@@ -346,7 +343,7 @@ def measured(
     for contender in calls:
         row = harness.row(
             OP,
-            harness.Contender(contender, make=lambda _: None),
+            harness.Contender(contender, make=lambda _: None, note=NOTES.get(contender, "")),
             "uint8",
             {"images": count, "batch": data.batch},
             f"{name} {PHASE}",

@@ -19,6 +19,7 @@ import report
 import torch
 import torch.nn.functional as F
 from harness import BOUND, OURS, Contender
+from run import Run
 from timing import Call
 
 OP, PARTS = "matmul", 6
@@ -51,7 +52,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     args = flags.parse_args(argv)
     args.rows = args.rows or (788 if args.quick else 3152)
-    report.require_plotting(args.plot)
     return args
 
 
@@ -111,7 +111,12 @@ def floor(phase: str, given: Inputs) -> Call:
 def contenders(phase: str) -> list[Contender]:
     return [
         Contender(OURS, functools.partial(ours, phase)),
-        Contender(f"{BOUND}, {PARTS} bf16 products", functools.partial(floor, phase), bound=True),
+        Contender(
+            f"{BOUND}, {PARTS} bf16 products",
+            functools.partial(floor, phase),
+            bound=True,
+            note=f"torch.mm in bfloat16 for the {PARTS} products that each float32 one consists of",
+        ),
         Contender("torch", functools.partial(plain, phase)),
         Contender("torch, bf16", functools.partial(rounded, phase)),
     ]
@@ -123,28 +128,17 @@ def reference(phase: str, given: Inputs) -> Mapping[str, torch.Tensor]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    settings = harness.settings_from(args)
-    rows: list[dict[str, Any]] = []
-    missing: list[harness.Missing] = []
-    for width, out in args.layers:
-        for phase in ("fwd", "fwd+bwd"):
-            found, failed = harness.compare(
-                OP, contenders(phase), functools.partial(inputs, args, width, out, args.rows),
-                functools.partial(inputs, args, 32, 32, 8), settings, dtype="fp32",
-                shape={"rows": args.rows, "in": width, "out": out}, phase=phase,
-                reference=functools.partial(reference, phase),
-                measure_memory=phase != "fwd" and not args.quick,
-            )  # fmt: skip
-            rows += found
-            missing += failed
-    facts = report.meta(settings, (), missing)
-    report.table(rows)
-    report.print_missing(missing)
-    print(summary(rows))
-    if args.json:
-        report.write_json(args.json, facts, rows)
-    if args.plot:
-        report.plot(args.plot, rows, facts, "out", "width after the layer")
+    with Run(args, axis=("out", "width after the layer"), summary=summary) as run:
+        for width, out in args.layers:
+            for phase in ("fwd", "fwd+bwd"):
+                run.add(*harness.compare(
+                    OP, contenders(phase),
+                    functools.partial(inputs, args, width, out, args.rows),
+                    functools.partial(inputs, args, 32, 32, 8), run.settings, dtype="fp32",
+                    shape={"rows": args.rows, "in": width, "out": out}, phase=phase,
+                    reference=functools.partial(reference, phase),
+                    measure_memory=phase != "fwd" and not args.quick,
+                ))  # fmt: skip
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import signal
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,14 @@ _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _imports = ["torch"]
 
 
-def preload(module: str) -> None:
-    """Import `module` once for all measuring processes; to be called before the first of them."""
-    if module not in _imports:
-        _imports.append(module)
+def preload(*modules: str) -> None:
+    """Start importing `modules` for all measuring processes, beside what this process does.
+
+    To be called before the first of them starts. Importing must start no threads.
+    """
+    _imports.extend(module for module in modules if module not in _imports)
+    multiprocessing.set_forkserver_preload(_imports)
+    forkserver.ensure_running()
 
 
 @dataclass(frozen=True)
@@ -79,14 +85,14 @@ def extra_peak(
     try:
         if not ours.poll(timeout_s):
             return Probe(None, failure=f"no answer within {timeout_s:.0f} s")
-        return ours.recv()
+        probe = ours.recv()
+        child.join(5)
+        return probe
     except EOFError:
         child.join()
         return Probe(None, failure=f"its process ended with exit code {child.exitcode}")
     finally:
-        if child.is_alive():
-            child.join(5)
-            child.kill()
+        child.kill()
         child.join()
         ours.close()
 
@@ -100,6 +106,8 @@ def _child(
     warm_full: bool,
     repeats: int,
 ) -> None:
+    # Ctrl-C reaches every process of the terminal; this one is ended by its parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     try:
         answer.send(_resident_peak(make, build, tiny, warm_full, repeats))

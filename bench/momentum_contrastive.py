@@ -16,14 +16,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import harness
-import report
 import torch
 import torch.nn.functional as F
 from harness import BOUND, OURS, Contender, Missing
+from run import Run
 from torch import Tensor
 
 OP = "momentum_contrastive"
 ALPHA = 0.4
+NOTES = {
+    "paper": "ALBEF's formulation: batch and queue of columns concatenated, one-hot targets",
+    "tuned": "plain PyTorch at its best: queues of rows, targets only as sums",
+}
 
 
 @dataclass(frozen=True)
@@ -163,11 +167,13 @@ def float64(data: Inputs) -> Mapping[str, Tensor]:
 
 
 def contenders(dtype: str, compiled: bool) -> list[Contender]:
-    found = [Contender(OURS, ours), Contender(BOUND, products, bound=True)]
+    note = "torch.mm for the logits against both queues and for the gradients alone"
+    found = [Contender(OURS, ours), Contender(BOUND, products, bound=True, note=note)]
     for name in ("paper", "tuned"):
         for autocast in (False, True) if dtype != "fp32" else (False,):
             label = f"{name} {'autocast' if autocast else 'fp32'}"
-            found.append(Contender(label, functools.partial(formula, name, autocast, False)))
+            make = functools.partial(formula, name, autocast, False)
+            found.append(Contender(label, make, note=NOTES[name]))
             if compiled:
                 make = functools.partial(formula, name, autocast, True)
                 found.append(Contender(f"{label} compiled", make, compiled=True))
@@ -201,35 +207,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     queue = args.queue or (8192 if args.quick else 65536)
     if min(args.batch, args.dim, queue) < 1:
         flags.error("--batch, --queue and --dim must be positive")
-    report.require_plotting(args.plot)
-    settings = harness.settings_from(args)
     compile_ = not (args.no_compile or args.quick)
-    rows = []
-    missing = [] if compile_ else [Missing("torch.compile", "left out", "no --quick, --no-compile")]
-    for dtype in args.dtype:
-        build = functools.partial(
-            inputs, queue=queue, dim=args.dim, dtype=dtype, device=args.device
-        )
-        found, failed = harness.compare(
-            OP,
-            contenders(dtype, compile_),
-            functools.partial(build, batch=args.batch),
-            functools.partial(build, batch=4, queue=64),
-            settings,
-            dtype=dtype,
-            shape={"b": args.batch, "q": queue, "d": args.dim},
-            reference=float64,
-        )
-        rows += found
-        missing += failed
-    report.table(rows)
-    report.print_missing(missing)
-    print(summary(rows))
-    facts = report.meta(settings, ("triton", "numpy"), missing)
-    if args.json:
-        report.write_json(args.json, facts, rows)
-    if args.plot:
-        report.plot(args.plot, rows, facts, "q", "queue rows Q")
+    axis = ("q", "queue rows Q")
+    with Run(args, ("triton", "numpy"), axis=axis, summary=summary) as run:
+        if not compile_:
+            run.missing.append(Missing("torch.compile", "left out", "no --quick, --no-compile"))
+        for dtype in args.dtype:
+            build = functools.partial(
+                inputs, queue=queue, dim=args.dim, dtype=dtype, device=args.device
+            )
+            run.add(
+                *harness.compare(
+                    OP,
+                    contenders(dtype, compile_),
+                    functools.partial(build, batch=args.batch),
+                    functools.partial(build, batch=4, queue=64),
+                    run.settings,
+                    dtype=dtype,
+                    shape={"b": args.batch, "q": queue, "d": args.dim},
+                    reference=float64,
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import multiprocessing
+import signal
 import tempfile
 import time
 import traceback
@@ -88,6 +89,8 @@ def _collect(pipes: Mapping[Connection, int], processes: list, timeout_s: float)
 def _rank(answer: Connection, options: tuple, work: Callable[..., Any], args: tuple) -> None:
     rank, world_size, store, device, threads, timeout_s = options
     timing.console.quiet = rank > 0
+    # Ctrl-C reaches every process of the terminal; this one is ended by its parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         torch.set_num_threads(threads)
         if device == "cuda":

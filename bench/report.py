@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: the machine it ran on, a table, JSON, and a plot."""
+"""What a benchmark leaves behind: the machine it ran on, JSON, and a plot."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from harness import BOUND, OURS, Missing, Settings
-from rich.console import Console
-from rich.table import Table
+from harness import BOUND, OURS, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 # The features that decide which matrix products a CPU has.
@@ -33,8 +32,6 @@ _CPU_FEATURES = (
     "bf16",
 )
 
-# Share of the processor above which others' work shows in the medians.
-DISTURBED = 0.05
 # Okabe and Ito's palette without our vermilion: colour-blind readers can tell it apart.
 _PALETTE = (
     "#0072B2",
@@ -49,10 +46,8 @@ _PALETTE = (
 )
 
 
-def meta(
-    settings: Settings, packages: Sequence[str], missing: Sequence[Missing], **more: Any
-) -> dict[str, Any]:
-    """The circumstances of a run: machine, versions, threads, and what it had to do without."""
+def meta(settings: Settings, packages: Sequence[str]) -> dict[str, Any]:
+    """The circumstances of a run: machine, versions, and threads."""
     model, features = _processor()
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -69,13 +64,11 @@ def meta(
         "quick": settings.quick,
         "git": _git_commit(),
         "versions": {name: version(name) for name in ("torch", "fastvlp", *packages)},
-        "missing": [vars(each) for each in missing],
         "units": {
             "ms": "milliseconds, median",
             "peak_mb": "10^6 bytes above the inputs",
             "error": "relative Frobenius norm against float64",
         },
-        **more,
     }
     if settings.device == "cuda":
         device = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -148,100 +141,22 @@ def groups(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     return list(found.values())
 
 
-def ratio(group: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> float | None:
-    """How many times as long as fastvlp this row took."""
-    ours = next((each["ms"] for each in group if each["impl"] == OURS), None)
-    return row["ms"] / ours if ours and row["ms"] else None
-
-
-def table(
-    rows: Sequence[Mapping[str, Any]],
-    rate: tuple[str, str] | None = None,
-    extra_columns: Sequence[str] = (),
-) -> None:
-    """Print one table per comparison, on standard output.
-
-    rate: (heading, key of `shape`): adds a column of shape[key] per second.
-    extra_columns: further row fields to show.
-    """
-    console = Console()
-    if not console.is_terminal:
-        # A pipe has no width: eighty columns would cut the names.
-        console = Console(width=140)
-    for group in groups(rows):
-        first = group[0]
-        shape = ", ".join(f"{key}={value}" for key, value in first["shape"].items())
-        grid = Table(
-            title=f"{first['op']} {first['phase']}, {first['dtype']}, {shape}", title_justify="left"
-        )
-        grid.add_column("implementation", no_wrap=True)
-        headings = [
-            *extra_columns,
-            "ms",
-            "quartiles",
-            *([rate[0]] if rate else []),
-            f"time / {OURS}",
-            "peak MB",
-            "error",
-        ]
-        for heading in headings:
-            grid.add_column(heading, justify="right", no_wrap=True)
-        for row in sorted(group, key=lambda each: each["ms"] or float("inf")):
-            grid.add_row(
-                row["impl"],
-                *(str(row.get(key) or "") for key in extra_columns),
-                _show(row["ms"], ".1f"),
-                _quartiles(row),
-                *([_rate(row, rate[1])] if rate else []),
-                _show(ratio(group, row), ".2f"),
-                _show(row["peak_mb"], ".1f"),
-                _show(row["error"], ".1e"),
-                style="bold"
-                if row["impl"] == OURS
-                else "dim"
-                if row["impl"].startswith(BOUND)
-                else "",
-            )
-        console.print(grid)
-        busy = first.get("neighbours") or 0.0
-        if busy > DISTURBED:
-            print(
-                f"Other processes took {busy:.0%} of the processor meanwhile: do not rely on "
-                "these times."
-            )
-
-
-def _show(value: float | None, spec: str) -> str:
-    return "" if value is None else format(value, spec)
-
-
-def _quartiles(row: Mapping[str, Any]) -> str:
-    if row["ms"] is None or row["rounds"] < 2:
-        return ""
-    return f"{row['ms_q1']:.1f}–{row['ms_q3']:.1f}"
-
-
-def _rate(row: Mapping[str, Any], key: str) -> str:
-    return f"{row['shape'][key] / row['ms'] * 1e3:,.0f}" if row["ms"] else ""
-
-
-def print_missing(missing: Sequence[Missing]) -> None:
-    """Say on standard output what the run went without, and how to get it."""
-    if missing:
-        print("Not measured:")
-        for each in missing:
-            print(f"  {each}")
-
-
 def write_json(path: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write {"meta": ..., "rows": [...]}."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"meta": facts, "rows": list(rows)}, indent=1) + "\n")
+    """Write {"meta": ..., "rows": [...]}, whole or not at all."""
+    text = json.dumps({"meta": facts, "rows": list(rows)}, indent=1) + "\n"
+    with _atomic_file(path) as file:
+        file.write(text.encode())
 
 
-def require_plotting(path: Path | None) -> None:
+def _atomic_file(path: Path) -> AbstractContextManager[BinaryIO]:
+    from fastvlp.data.shards import atomic_file  # not before there is something to write
+
+    return atomic_file(path)
+
+
+def require_plotting() -> None:
     """Refuse a plot before the measurements rather than after them."""
-    if path is not None and importlib.util.find_spec("matplotlib") is None:
+    if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("--plot needs matplotlib: pip install 'fastvlp[bench]'")
 
 
@@ -289,9 +204,15 @@ def plot(
         f"{rows[0]['op']}, {rows[0]['phase']} on {where}, torch {facts['versions']['torch']}",
         fontsize=11,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(path, figure, dpi=150)
     plt.close(figure)
+
+
+def save_figure(path: Path, figure: Any, dpi: int) -> None:
+    """Write a matplotlib figure in the format that the file's name ends with, whole or not at
+    all."""
+    with _atomic_file(path) as file:
+        figure.savefig(file, dpi=dpi, format=path.suffix.lstrip(".") or "png")
 
 
 def _style(name: str, peers: Sequence[str], bounds: Sequence[str]) -> dict[str, Any]:

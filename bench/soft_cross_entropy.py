@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import report
 import torch
 import torch.nn.functional as F
 from harness import BOUND, DTYPES, OURS, Contender, Missing
+from run import Run
 from torch import Tensor
 
 OP = "soft_cross_entropy"
@@ -160,7 +162,9 @@ def chunked_contenders(dtype: str, quick: bool) -> list[Contender]:
     best: dict[str, Any] = {"batch_chunk_size": 512}
     if DTYPES[dtype] != torch.float32:
         best["acc_policy"] = "compact"
-    found = [_contender("linear_cross_entropy tuned", functools.partial(chunked, **best), False)]
+    make = functools.partial(chunked, **best)
+    note = f"in chunks of {best['batch_chunk_size']} rows, the fastest of 256 to 1000"
+    found = [_contender("linear_cross_entropy tuned", make, False, note=note)]
     return found if quick else [_contender("linear_cross_entropy", chunked, False), *found]
 
 
@@ -217,6 +221,7 @@ def contenders(
             BOUND,
             functools.partial(products, teacher),
             bound=True,
+            note="torch.mm for logits" + ", the teacher's" * teacher + " and two gradients alone",
             extra={"products": 3 + teacher},
         ),
         _contender(name, make_eager, teacher),
@@ -224,7 +229,8 @@ def contenders(
     missing = []
     if not quick:
         make = functools.partial(ours, workspace_bytes=LARGE_WORKSPACE)
-        found.append(_contender(f"{OURS} large workspace", make, teacher))
+        note = f"keeps more logits: workspace_bytes={LARGE_WORKSPACE:,}"
+        found.append(_contender(f"{OURS} large workspace", make, teacher, note=note))
     if compile_:
         make = functools.partial(compiled, make_eager)
         found.append(_contender(f"{name} compiled", make, teacher, compiled=True))
@@ -249,10 +255,14 @@ def contenders(
 
 
 def _contender(
-    name: str, make_loss: Callable[[], Loss], teacher: bool, compiled: bool = False
+    name: str,
+    make_loss: Callable[[], Loss],
+    teacher: bool,
+    compiled: bool = False,
+    note: str = "",
 ) -> Contender:
     make = functools.partial(forward_backward, make_loss, teacher)
-    return Contender(name, make, compiled=compiled)
+    return Contender(name, make, compiled=compiled, note=note)
 
 
 def float64_reference(teacher: bool, inputs: Inputs) -> Mapping[str, Tensor]:
@@ -280,41 +290,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.rows = args.rows or (240 if args.quick else 1000)
     if min(args.rows, args.width, args.vocabulary) < 1:
         flags.error("--rows, --width and --vocabulary must be positive")
-    report.require_plotting(args.plot)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    settings = harness.settings_from(args)
     compile_ = not (args.no_compile or args.quick)
-    missing = [] if compile_ else [Missing("torch.compile", "left out", "no --quick, --no-compile")]
-    rows: list[dict[str, Any]] = []
-    for dtype in args.dtype:
-        for teacher in (True, False):
+    with Run(
+        args,
+        PACKAGES,
+        axis=("m", "masked rows"),
+        rate=("rows/s", "m"),
+        summary=summary,
+        facts={"alpha": ALPHA},
+    ) as run:
+        if not compile_:
+            run.missing.append(Missing("torch.compile", "left out", "no --quick, --no-compile"))
+        for dtype, teacher in itertools.product(args.dtype, (True, False)):
             found, absent = contenders(dtype, args.device, teacher, compile_, args.quick)
-            missing += [each for each in absent if each not in missing]
             build = functools.partial(draw, args.rows, args.width, args.vocabulary, dtype)
-            measured, failed = harness.compare(
+            rows, failed = harness.compare(
                 OP,
                 found,
                 functools.partial(build, args.device),
                 functools.partial(draw, 8, args.width, 64, dtype, args.device),
-                settings,
+                run.settings,
                 dtype=dtype,
                 shape={"m": args.rows, "d": args.width, "v": args.vocabulary, "teacher": teacher},
                 reference=functools.partial(float64_reference, teacher),
             )
-            rows += measured
-            missing += failed
-    facts = report.meta(settings, PACKAGES, missing, alpha=ALPHA)
-    report.table(rows, rate=("rows/s", "m"))
-    report.print_missing(missing)
-    print(summary(rows))
-    if args.json:
-        report.write_json(args.json, facts, rows)
-    if args.plot:
-        report.plot(args.plot, rows, facts, "m", "masked rows")
+            run.add(rows, absent + failed)
 
 
 def gradient_mb(row: Mapping[str, Any]) -> float:

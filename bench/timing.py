@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.status import Status
 
 # To standard error, so that tables on standard output can be piped into a file.
 console = Console(stderr=True)
+# Least seconds between two plain lines about the same work.
+LINES_EVERY_S = 10.0
 
 Call = Callable[[], Mapping[str, torch.Tensor] | None]
 
@@ -110,35 +112,55 @@ def alternate(
     gc.disable()
     began = time.perf_counter()
     try:
-        with progress() as bar:
-            task = bar.add_task(label, total=None)
+        with progress(label) as note:
             for round_ in range(max_rounds):
                 spent = time.perf_counter() - began
                 # The next round will take about as long as the mean of those before it.
                 if round_ >= min_rounds and spent * (round_ + 1) / round_ > budget_s:
                     break
                 for name in shuffled(names, round_):
-                    bar.update(
-                        task, description=f"{label}: round {round_ + 1}, {name}", refresh=True
-                    )
+                    note(f"round {round_ + 1}, {name}")
                     times[name].append(clock(calls[name]))
     finally:
         gc.enable()
     return times
 
 
-def progress() -> Progress:
-    # Redrawn between calls only: a thread that draws would take its time from theirs.
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        auto_refresh=False,
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Callable[[str], None]]:
+    """Shows `label`, and behind it whatever the yielded function is called with.
+
+    Redrawn in those calls only: a thread that draws would take its time from what is measured.
+    Without a terminal: plain lines, one at the start and then at most one in LINES_EVERY_S.
+    """
+    if console.is_terminal:
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+            task = bar.add_task(label, total=None)
+            yield lambda text: bar.update(task, description=f"{label}: {text}", refresh=True)
+        return
+    print_line(label)
+    printed = time.monotonic()
+
+    def note(text: str) -> None:
+        nonlocal printed
+        if time.monotonic() - printed >= LINES_EVERY_S:
+            print_line(f"{label}: {text}")
+            printed = time.monotonic()
+
+    yield note
+
+
+def status(message: str) -> contextlib.AbstractContextManager[object]:
+    """Shows `message` while a with block lasts; without a terminal, as one plain line."""
+    if console.is_terminal:
+        return console.status(message, refresh_per_second=1)
+    print_line(message)
+    return contextlib.nullcontext()
+
+
+def print_line(message: str) -> None:
+    """One line on standard error with the time of day."""
+    console.print(
+        f"{time.strftime('%H:%M:%S')} {message}", soft_wrap=True, markup=False, highlight=False
     )
-
-
-def status(message: str) -> Status:
-    """Shows `message` while a with block lasts."""
-    return console.status(message, refresh_per_second=1)

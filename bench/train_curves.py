@@ -17,9 +17,10 @@ from typing import Any
 
 import harness
 import report
+from comparison_table import Column, print_grid
 from harness import OURS
-from rich.console import Console
-from rich.table import Table
+from run import Run
+from timing import print_line
 
 from fastvlp.commands.train import SYSTEMS
 from fastvlp.train.logging import read_log
@@ -52,37 +53,48 @@ def difference(ours: Sequence[float], plain: Sequence[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, plain, strict=True))
 
 
-def measure(args: argparse.Namespace, settings: harness.Settings) -> list[dict[str, Any]]:
-    rows = []
+def measure(
+    system: str, args: argparse.Namespace, settings: harness.Settings
+) -> list[dict[str, Any]]:
+    """Two rows: the kernels' curve and the plain one."""
     steps = 8 if args.quick else args.steps
-    for system in args.systems:
-        run = (steps, args.precision, settings.device, args.seed)
-        found = {impl: curve(system, impl == REFERENCE, *run) for impl in (OURS, REFERENCE)}
-        error = difference(found[OURS], found[REFERENCE])
-        for impl, losses in found.items():
-            rows.append(
-                {
-                    "op": f"{system} training",
-                    "impl": impl,
-                    "dtype": args.precision,
-                    "shape": {"steps": steps, "seed": args.seed},
-                    "phase": "step",
-                    "loss": losses,
-                    "error": error if impl == OURS else None,
-                }
-            )
-    return rows
+    run = (steps, args.precision, settings.device, args.seed)
+    found = {}
+    for impl in (OURS, REFERENCE):
+        print_line(f"{system} training, {steps} steps: {impl}")
+        found[impl] = curve(system, impl == REFERENCE, *run)
+    error = difference(found[OURS], found[REFERENCE])
+    return [
+        {
+            "op": f"{system} training",
+            "impl": impl,
+            "dtype": args.precision,
+            "shape": {"steps": steps, "seed": args.seed},
+            "phase": "step",
+            "loss": losses,
+            "error": error if impl == OURS else None,
+        }
+        for impl, losses in found.items()
+    ]
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    found = Table()
-    columns = ("", "first loss", "last loss", "last, reference", "largest relative difference")
-    for name in columns:
-        found.add_column(name, justify="left" if not name else "right")
-    for ours, plain in zip(rows[::2], rows[1::2], strict=True):
-        numbers = ours["loss"][0], ours["loss"][-1], plain["loss"][-1]
-        found.add_row(ours["op"], *(f"{n:.4f}" for n in numbers), f"{ours['error']:.1e}")
-    return found
+class Curves(Run):
+    """Shows and draws losses in place of times."""
+
+    def show(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print the losses of one system, ours and the plain ones."""
+        ours, plain = rows
+        numbers = {
+            "first loss": f"{ours['loss'][0]:.4f}",
+            "last loss": f"{ours['loss'][-1]:.4f}",
+            "last, reference": f"{plain['loss'][-1]:.4f}",
+            "largest relative difference": f"{ours['error']:.1e}",
+        }
+        columns = [Column(heading, [number]) for heading, number in numbers.items()]
+        print_grid("", Column("", [ours["op"]]), columns)
+
+    def draw(self, path: Path) -> None:
+        plot(path, self.rows)
 
 
 def plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -105,8 +117,7 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         panel.grid(True, alpha=0.3)
     panels[0].set_ylabel("loss")
     panels[0].legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    report.save_figure(path, figure, dpi=120)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -116,16 +127,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     args = flags.parse_args(argv)
-    report.require_plotting(args.plot)
-    settings = harness.settings_from(args)
-    rows = measure(args, settings)
-    Console().print(table(rows))
-    if args.json:
-        units = {"error": "largest difference of a step's loss, relative to the reference"}
-        facts = report.meta(settings, (), [], units=units)
-        report.write_json(args.json, facts, rows)
-    if args.plot:
-        plot(args.plot, rows)
+    units = {"error": "largest difference of a step's loss, relative to the reference"}
+    with Curves(args, axis=("steps", "step"), facts={"units": units}) as run:
+        for system in args.systems:
+            run.add(measure(system, args, run.settings))
 
 
 if __name__ == "__main__":

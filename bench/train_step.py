@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import itertools
 import statistics
 import time
 from collections import defaultdict
@@ -28,8 +29,9 @@ from typing import Any
 import harness
 import report
 import torch
+from comparison_table import Column, print_grid
 from harness import OURS, Contender, Missing
-from rich.table import Table
+from run import Run
 
 from fastvlp.optim import AdamWEma
 
@@ -196,7 +198,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         flags.error("--device: the table of parts and the reference are for the CPU")
     if OURS not in args.way:
         flags.error(f"--way: expected {OURS} among them")
-    report.require_plotting(args.plot)
     return args
 
 
@@ -232,47 +233,29 @@ def measure(
 
 def print_parts(found: Mapping[str, Any]) -> None:
     """A table of GFLOP and milliseconds for each part and way."""
-    table = Table(title=f"{found['op']}: GFLOP and ms of each part")
-    table.add_column("part", no_wrap=True)
-    for way in found["parts"]:
-        table.add_column(way, justify="right")
-    names = dict.fromkeys(n for each in found["parts"].values() for n in each["ms"])
-    for name in names:
-        cells = []
-        for each in found["parts"].values():
-            gflop = each["gflop"].get(name)
-            cells.append(f"{'' if gflop is None else f'{gflop:.1f}'}  {each['ms'][name]:7.0f}")
-        table.add_row(name, *cells)
-    console = report.Console()
-    # A pipe has no width.
-    (console if console.is_terminal else report.Console(width=120)).print(table)
+    names = list(dict.fromkeys(name for each in found["parts"].values() for name in each["ms"]))
+    columns = []
+    for way, each in found["parts"].items():
+        work = [each["gflop"].get(name) for name in names]
+        columns += [
+            Column(f"{way}, GFLOP", ["" if value is None else f"{value:.1f}" for value in work]),
+            Column("ms", [f"{each['ms'][name]:.0f}" for name in names]),
+        ]
+    print_grid(f"{found['op']}: GFLOP and ms of each part", Column("part", names), columns)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    settings = harness.settings_from(args)
     size = "tiny" if args.quick else "small"
-    rows: list[dict[str, Any]] = []
-    missing: list[Missing] = []
-    tables = []
-    for model in args.model:
-        for lengths in args.lengths:
+    axis = ("tokens", "tokens")
+    with Run(args, axis=axis, summary=summary, facts={"parts": []}) as run:
+        for model, lengths in itertools.product(args.model, args.lengths):
             case = Case(model, size, args.batch, lengths == "full")
-            found, failed, table = measure(case, args, settings)
-            rows += found
-            missing += [each for each in failed if each not in missing]
-            tables.append(table)
-    facts = report.meta(settings, (), missing, parts=tables)
-    report.table(rows)
-    for table in tables:
-        if table["parts"]:
-            print_parts(table)
-    report.print_missing(missing)
-    print(summary(rows))
-    if args.json:
-        report.write_json(args.json, facts, rows)
-    if args.plot:
-        report.plot(args.plot, rows, facts, "tokens", "tokens")
+            found, failed, table = measure(case, args, run.settings)
+            run.facts["parts"].append(table)
+            run.add(found, failed)
+            if table["parts"]:
+                print_parts(table)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,11 @@ import report
 import torch
 import word_patch_alignment_peers as peers
 from harness import OURS, Contender
+from run import Run
 from timing import alternate, status
 
 OP = "word_patch_alignment"
+LAYERS = "step"  # the phase of the row of a whole transformer without the op
 HEAD_WIDTH = 64
 JUDGED = {"fwd": ("distance",), "fwd+bwd": ("distance", "d_text", "d_image")}
 
@@ -45,38 +48,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         flags.error("--pairs, --words, --patches and --dim must be positive")
     if args.layers and args.dim % HEAD_WIDTH:
         flags.error(f"--dim must be a multiple of {HEAD_WIDTH} for the transformer, or --layers 0")
-    report.require_plotting(args.plot)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    settings = harness.settings_from(args)
-    rows: list[dict[str, Any]] = []
-    missing: list[harness.Missing] = []
-    for dtype in args.dtype:
-        for text in args.text:
+    show = functools.partial(summary, layers=args.layers)
+    with Run(args, axis=("pairs", "pairs B"), summary=show, facts={"layers": args.layers}) as run:
+        for dtype, text, phase in itertools.product(args.dtype, args.text, JUDGED):
+            field = peers.contenders(phase)
+            if args.no_compile or args.quick:  # a loop of 50 steps compiles for a minute
+                field = [each for each in field if not each.compiled]
             build = functools.partial(inputs, args, dtype, text)
-            for phase, judged in JUDGED.items():
-                field = peers.contenders(phase)
-                if args.no_compile or args.quick:  # a loop of 50 steps compiles for a minute
-                    field = [each for each in field if not each.compiled]
-                found, failed = harness.compare(
-                    OP, field, build, functools.partial(inputs, args, dtype, text, pairs=1),
-                    settings, dtype=dtype, shape=shape(args, text), phase=phase,
-                    reference=functools.partial(reference, judged), measure_memory=phase != "fwd",
-                )  # fmt: skip
-                rows += found
-                missing += failed
-    layer = transformer_row(args, settings) if args.layers else None
-    facts = report.meta(settings, (), missing, layers=args.layers)
-    report.table(rows)
-    report.print_missing(missing)
-    print(summary(rows, layer, args.layers))
-    if args.json:
-        report.write_json(args.json, facts, rows + ([layer] if layer else []))
-    if args.plot:
-        report.plot(args.plot, rows, facts, "pairs", "pairs B")
+            run.add(*harness.compare(
+                OP, field, build, functools.partial(build, pairs=1), run.settings, dtype=dtype,
+                shape=shape(args, text), phase=phase,
+                reference=functools.partial(reference, JUDGED[phase]),
+                measure_memory=phase != "fwd",
+            ))  # fmt: skip
+        if args.layers:
+            run.add([transformer_row(args, run.settings)])
 
 
 def shape(args: argparse.Namespace, text: str) -> dict[str, int]:
@@ -136,13 +127,15 @@ def transformer_row(args: argparse.Namespace, settings: harness.Settings) -> dic
         )["layer"]
     return harness.row(
         OP, Contender(f"transformer of {args.layers} layers", peers.products), "fp32",
-        shape(args, "full"), "step", [args.layers * each for each in times], None,
+        {"rows": args.pairs * (args.words + args.patches), "d": args.dim}, LAYERS,
+        [args.layers * each for each in times], None,
     )  # fmt: skip
 
 
-def summary(rows: Sequence[Mapping[str, Any]], layer: Mapping[str, Any] | None, layers: int) -> str:
+def summary(rows: Sequence[Mapping[str, Any]], layers: int) -> str:
     """One paragraph: fastvlp against its peers, and what it costs a training step."""
     sentences = []
+    layer = next((row for row in rows if row["phase"] == LAYERS), None)
     for group in report.groups([row for row in rows if row["phase"] == "fwd+bwd"]):
         ours = next(row for row in group if row["impl"] == OURS)
         parts = [f"{ours['ms']:.1f} ms"]

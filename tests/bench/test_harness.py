@@ -3,6 +3,7 @@ import json
 import math
 import os
 
+import comparison_table
 import harness
 import memory
 import pytest
@@ -127,6 +128,11 @@ def test_a_row_has_the_median_the_quartiles_and_every_field():
     }
 
 
+def test_a_bound_says_what_it_computes():
+    with pytest.raises(ValueError, match="bound 'floor': expected a note"):
+        harness.Contender("floor", silent, bound=True)
+
+
 def test_a_nan_is_the_largest_error():
     contender = harness.Contender("peer", silent)
     errors = {"loss": 0.1, "grad": math.nan, "scale": 0.2}
@@ -146,7 +152,7 @@ def test_compare_measures_each_contender_against_the_reference():
         [
             harness.Contender("fastvlp", functools.partial(doubled, 0)),
             harness.Contender("off", functools.partial(doubled, 1)),
-            harness.Contender("floor", silent, bound=True),
+            harness.Contender("floor", silent, bound=True, note="nothing"),
         ]
     )
     assert not missing
@@ -225,7 +231,7 @@ def test_ratios_are_to_ours_within_one_comparison():
     ]
     groups = report.groups(rows)
     assert [[row["ms"] for row in group] for group in groups] == [[2.0, 5.0], [1.0, 3.0], [8.0]]
-    assert [report.ratio(group, group[-1]) for group in groups] == [2.5, 3.0, 1.0]
+    assert [comparison_table.ratio(group, group[-1]) for group in groups] == [2.5, 3.0, 1.0]
 
 
 def test_json_and_plot_hold_what_was_measured(tmp_path):
@@ -234,13 +240,12 @@ def test_json_and_plot_hold_what_was_measured(tmp_path):
         harness.Contender("peer", functools.partial(doubled, 0)),
     ]
     rows = [row for n in (8, 16) for row in compare(contenders, shape={"n": n})[0]]
-    facts = report.meta(SETTINGS, ("numpy",), [harness.Missing("gpu", "none", "buy")], note="hello")
-    report.write_json(tmp_path / "out" / "x.json", facts, rows)
-    found = json.loads((tmp_path / "out" / "x.json").read_text())
+    facts = report.meta(SETTINGS, ("numpy",)) | {"note": "hello"}
+    report.write_json(tmp_path / "x.json", facts, rows)
+    found = json.loads((tmp_path / "x.json").read_text())
     assert found["rows"] == rows
     meta = found["meta"]
     assert meta["versions"]["torch"] == report.version("torch")
-    assert meta["missing"] == [{"name": "gpu", "reason": "none", "remedy": "buy"}]
     assert meta["note"] == "hello" and meta["threads"] == 1 and meta["cpu"] and meta["date"]
 
     report.plot(tmp_path / "x.png", rows, facts, "n", "pairs N")
@@ -255,15 +260,20 @@ def test_the_table_names_everything(capsys):
     rows, _ = compare(
         [
             harness.Contender("fastvlp", functools.partial(doubled, 0)),
-            harness.Contender("a rather long name of a peer", silent, bound=True),
+            harness.Contender("a rather long name of a peer", silent, bound=True, note="a sum"),
         ]
     )
-    report.table([row | {"neighbours": 0.0} for row in rows], rate=("items/s", "n"))
+    comparison_table.table([row | {"neighbours": 0.0} for row in rows], rate=("items/s", "n"))
     printed = capsys.readouterr().out
     assert "Other processes" not in printed
-    report.table([row | {"neighbours": 0.4} for row in rows])
+    comparison_table.table([row | {"neighbours": 0.4} for row in rows])
     assert "Other processes took 40%" in capsys.readouterr().out
-    for text in ("twice fwd+bwd, fp32, n=8", "a rather long name of a peer", "items/s", "0.0e+00"):
+    for text in (
+        "twice fwd+bwd, fp32, n=8",
+        "a rather long name of a peer: a sum.",
+        "items/s",
+        "0.0e+00",
+    ):
         assert text in printed
 
 

@@ -124,7 +124,7 @@ def test_a_description_says_what_was_done(tmp_path):
 
 def test_quick_draws_where_nothing_is_cached_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTVLP_CACHE", str(tmp_path))
-    source, missing = itc_features.prepare("auto", quick=True)
+    source, missing = itc_features.prepare("cached")
     assert source == itc_features.DRAWN
     assert [each.name for each in missing] == ["features of real pairs"]
     assert not list(tmp_path.iterdir())
@@ -137,12 +137,18 @@ def test_real_pairs_are_encoded_once_per_model(tmp_path, monkeypatch):
     from fastvlp.models import clip
 
     monkeypatch.setenv("FASTVLP_CACHE", str(tmp_path))
-    monkeypatch.setattr(openmoji, "build", functools.partial(openmoji.build, limit=6))
-    untrained, missing = itc_features.prepare("auto", quick=False)
+    whole = openmoji.build
+
+    def build(size, limit=None, **options):
+        return whole(size, limit=min(limit or 6, 6), **options)
+
+    monkeypatch.setattr(openmoji, "build", build)
+    untrained, missing = itc_features.prepare("all")
     assert not missing and "untrained" in untrained.about
     assert itc_features.count(untrained) == 18
     written = untrained.path.stat().st_mtime_ns
-    assert itc_features.prepare("auto", quick=True) == (untrained, [])
+    for pairs in ("all", "some", "cached"):
+        assert itc_features.prepare(pairs) == (untrained, [])
     assert untrained.path.stat().st_mtime_ns == written
 
     data = openmoji.build(size=64)
@@ -154,7 +160,7 @@ def test_real_pairs_are_encoded_once_per_model(tmp_path, monkeypatch):
     ).eval()
     clip.save(model, tmp_path / "openmoji_clip" / "tiny_clip")
     tokenizer.save(tmp_path / "openmoji_clip" / "tiny_clip_tokenizer.json")
-    trained, missing = itc_features.prepare("auto", quick=False)
+    trained, missing = itc_features.prepare("all")
     assert not missing and "the trained tiny" in trained.about and trained.path != untrained.path
     pixels = torch.cat([images for images, _ in splits]) / 127.5 - 1
     with torch.inference_mode():
@@ -199,7 +205,32 @@ def test_the_summary_names_the_best_of_each_kind():
         assert part in text
 
 
-@pytest.mark.parametrize("flags", [["--n", "1"], ["--dtype", "int8"], ["--scale", "-1"]])
+def test_some_pairs_are_encoded_where_the_first_table_is_to_come_soon(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTVLP_CACHE", str(tmp_path))
+    monkeypatch.setattr(itc_features, "LIMIT", 2)
+    some, missing = itc_features.prepare("some")
+    assert not missing and itc_features.describe(some, 6, 64).startswith("6 OpenMoji pairs")
+    assert itc_features.prepare("cached") == (some, [])
+    every, _ = itc_features._cache_file()
+    every.write_bytes(some.path.read_bytes())
+    assert itc_features.prepare("some")[0].path == every != some.path
+
+
+def test_sizes_of_a_run():
+    for flags, n, alone, compiles in (
+        ([], [1024, 4096], [16384], False),
+        (["--full"], [2048, 8192], [32768], True),
+        (["--quick"], [1024], [], False),
+        (["--full", "--no-compile", "--n", "512", "--memory-n", ""], [512], [], False),
+        (["--compile", "--n", "16384"], [16384], [], True),
+    ):
+        args = itc_throughput.parse(flags)
+        assert (args.n, args.memory_n, args.compile) == (n, alone, compiles)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--n", "1"], ["--dtype", "int8"], ["--scale", "-1"], ["--full", "--quick"]]
+)
 def test_wrong_flags_end_with_a_message(flags, capsys):
     with pytest.raises(SystemExit):
         itc_throughput.parse(flags)
