@@ -43,6 +43,10 @@ class Interrupts:
         self._previous: dict[int, object] = {}
 
     def __call__(self, loop: Loop, report: Report) -> None:
+        self.heed(loop)
+
+    def heed(self, loop: Loop) -> None:
+        """Saves the loop and raises `Interrupted` on all ranks if any of them was told to stop."""
         signum = self._of_any_rank()
         if signum:
             self.checkpoints.save(loop)

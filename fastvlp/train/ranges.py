@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import typing
 from dataclasses import dataclass, fields
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -81,8 +81,8 @@ def check(settings: Any) -> None:
         if value is None:
             continue
         for number in value if isinstance(value, tuple) else (value,):
-            whole = kind is int and not isinstance(number, int)
-            if isinstance(number, bool) or not isinstance(number, Real) or whole:
+            broken = kind is int and not isinstance(number, Integral)
+            if isinstance(number, bool) or not isinstance(number, Real) or broken:
                 raise TypeError(f"{name}: expected {_KINDS[kind]}, got {number!r}")
             if number not in RANGES[name]:
                 raise ValueError(f"{name}: expected {RANGES[name]}, got {number}")

@@ -95,7 +95,8 @@ def _fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str
             # are saved, and a run that is started again goes on from there.
             loop.hooks = [log, checkpoints, interrupts, evaluation]
             loop.run()
-        checkpoints.close()
+            checkpoints.close()
+            interrupts.heed(loop)
         _save(task, kind, evaluated, config.folder, loop.step, ranks)
         log.say(f"the model is saved in {config.folder}")
         return evaluation.scores(loop)

@@ -4,10 +4,11 @@ import os
 import signal
 
 import pytest
+import tiny_pretraining
 import torch
 from tiny_run import MODEL, NoisyTask, train, weights
 
-from fastvlp.train import checkpoint_files, run_folder
+from fastvlp.train import checkpoint_files, parallel, run_folder
 from fastvlp.train.checkpointing import Checkpoints
 from fastvlp.train.interrupts import Interrupted, Interrupts
 from fastvlp.train.parallel import Ranks
@@ -63,6 +64,17 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path, capsys):
     assert all(torch.equal(ours[name], value) for name, value in whole.items())
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_is_heeded(tmp_path, monkeypatch):
+    def close(checkpoints, plain=Checkpoints.close):
+        os.kill(os.getpid(), signal.SIGTERM)
+        plain(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "close", close)
+    with pytest.raises(Interrupted, match="interrupted at step 2 of 2"):
+        train(tmp_path, steps=2)
+    assert names(tmp_path) == ["step-00000002"] and not (tmp_path / "model.json").exists()
+
+
 def test_a_second_interrupt_stops_at_once_and_a_second_termination_does_not(tmp_path, monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
@@ -92,3 +104,13 @@ def test_an_interrupted_run_is_evaluated_by_its_newest_whole_checkpoint(tmp_path
     _, said = run_folder.unsaved(tmp_path)
     assert "step-00000005 is damaged (__0_0.distcp: " in said
     assert said.endswith("taking the checkpoint step-00000004")
+
+
+def test_albef_is_evaluated_from_a_checkpoint_as_well(tmp_path):
+    scores, task = tiny_pretraining.fit(tmp_path, "albef", steps=2)
+    config = tiny_pretraining.settings(tmp_path, "albef")
+    run_folder.begin(config, task.model, resumed=False)
+    model, _ = run_folder.unsaved(tmp_path)
+    with parallel.ranks("cpu") as ranks:
+        found, _ = tiny_pretraining.build(config, ranks)
+        assert found.evaluate(model) == scores
