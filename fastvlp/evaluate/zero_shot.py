@@ -72,6 +72,12 @@ def classifier(
 
     Texts are encoded `batch_size` at a time, whatever the sizes of the classes.
     """
+    for each in (prompts_of_class, *prompts_of_class):
+        if isinstance(each, str):
+            raise TypeError(
+                f"prompts_of_class: expected a sequence of prompts for each class, got {each!r}; "
+                "see `prompts`"
+            )
     sizes = [len(each) for each in prompts_of_class]
     if not sizes or min(sizes) == 0:
         raise ValueError("prompts_of_class: expected classes, and at least one prompt for each")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvlp.models.albef_config import AlbefConfig
+from fastvlp.models.bert import check_range
 from fastvlp.ops._rows import to_device
 from fastvlp.ops.packing import PairLayout, TextLayout
 
@@ -78,15 +79,7 @@ def check_ids(name: str, ids: Tensor, config: AlbefConfig) -> None:
             f"{name}: expected [n, length], length 1 to {config.text_positions}, got "
             f"{tuple(ids.shape)}"
         )
-    _check_range(name, ids, config.vocab_size)
-
-
-def _check_range(name: str, ids: Tensor, limit: int) -> None:
-    if ids.device.type != "cpu" or not ids.numel():
-        return  # a look would wait for the device
-    low, high = ids.aminmax()
-    if low < 0 or high >= limit:
-        raise ValueError(f"{name}: expected 0 to {limit - 1}, got {low} to {high}")
+    check_range(name, ids, config.vocab_size)
 
 
 def prepare(
@@ -111,7 +104,7 @@ def prepare(
     has_label = on_host != IGNORED
     if (has_label & ~mask).any():
         raise ValueError(f"labels: expected {IGNORED} where text_mask has no token")
-    _check_range("labels", on_host[has_label], config.vocab_size)
+    check_range("labels", on_host[has_label], config.vocab_size)
     _check_scalars(config, alpha, pair_ids, count)
     return Batch(
         images,

@@ -14,6 +14,15 @@ from fastvlp.nn import Dropout, LayerNorm, Linear
 from fastvlp.nn.fusion import EPS
 
 
+def check_range(name: str, ids: Tensor, limit: int) -> None:
+    """Raises ValueError for ids on the CPU outside of 0 to limit - 1."""
+    if ids.device.type != "cpu" or not ids.numel():
+        return  # a look would wait for the device
+    low, high = ids.aminmax()
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name}: expected 0 to {limit - 1}, got {low} to {high}")
+
+
 class BertEmbeddings(nn.Module):
     """LN(word + position + token type 0), then dropout."""
 

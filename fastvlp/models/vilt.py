@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fastvlp.models import base, vilt_heads
 from fastvlp.models.base import save as save
-from fastvlp.models.bert import BertEmbeddings
+from fastvlp.models.bert import BertEmbeddings, check_range
 from fastvlp.models.vilt_packing import (
     ImageTokens,
     Sequences,
@@ -272,13 +272,15 @@ class Vilt(vilt_heads.Objectives, base.Model):
         return (self.transformer.cls_token + self.transformer.pos_embed[:, :1])[0].to(like.dtype)
 
     def _check_text(self, tokens: Tensor, text) -> tuple[int, ...]:
-        if tokens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"tokens: expected int32 or int64, got {tokens.dtype}")
+        if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
+            found = getattr(tokens, "dtype", type(tokens).__name__)
+            raise TypeError(f"tokens: expected int32 or int64, got {found}")
         longest = self.config.context_length
         if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= longest:
             raise ValueError(
                 f"tokens: expected [n, length] with length 1 to {longest}, got {list(tokens.shape)}"
             )
+        check_range("tokens", tokens, self.config.vocab_size)
         return lengths_of(tokens, text)
 
     @staticmethod

@@ -73,7 +73,7 @@ class _BertParameters(nn.Module):
             if not 0 <= p < 1:
                 raise ValueError(f"{name}: expected a probability below 1, got {p}")
         hidden = 4 * width if hidden is None else hidden
-        self.heads, self.attention_dropout = heads, attention_dropout
+        self.width, self.heads, self.attention_dropout = width, heads, attention_dropout
         self.attention = _Attention(width, width, dropout)
         self.crossattention = None
         if cross:
@@ -94,6 +94,16 @@ class _BertParameters(nn.Module):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.output(F.gelu(self.intermediate["dense"](x)), x)
+
+    def _check_packed(self, tokens: Tensor) -> None:
+        if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.shape[1] == self.width:
+            return
+        found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(
+            f"tokens: expected packed text [total, {self.width}], got {found}; of padded text "
+            "[pairs, length, width] make layout = fastvlp.ops.packing.TextLayout.from_mask(mask) "
+            "and pass layout.pack(tokens)"
+        )
 
     def _check_images(self, images: Tensor | None) -> None:
         if images is None and self.crossattention is not None:
@@ -205,7 +215,11 @@ class FusionLayer(_BertParameters):
         Returns:
             [total, D], with `keep` only its rows in the order of the layout, and with
             `return_probs` the weights [.., heads, most keys].
+
+        Raises:
+            ValueError: an argument is not as described, above all padded text in place of packed.
         """
+        self._check_packed(tokens)
         self._check_images(images)
         if return_probs and images is None:
             raise ValueError("return_probs: expected cross-attention, this layer has none")

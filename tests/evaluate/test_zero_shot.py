@@ -18,6 +18,20 @@ def encode(tokens):
     return tokens.float() @ torch.randn(8, 5, generator=g) + 0.1
 
 
+@pytest.mark.parametrize("name", ["names", "templates"])
+def test_one_string_in_place_of_several_is_refused(name):
+    arguments = {"names": ["bee"], "templates": ["a {}"]}
+    assert prompts(**arguments) == [["a bee"]]
+    with pytest.raises(
+        TypeError, match=f"{name}: expected a sequence of strings, got one, 'a {{}}'"
+    ):
+        prompts(**(arguments | {name: "a {}"}))
+    with pytest.raises(
+        TypeError, match="prompts_of_class: expected a sequence of prompts for each"
+    ):
+        classifier(["a bee", "a cab"], list, list)
+
+
 def test_a_class_is_the_mean_of_its_normalised_prompts():
     named = prompts(["bee", "cab", "egg"], ["{}", "a {}", "dead {}"])
     assert named[1] == ["cab", "a cab", "dead cab"]

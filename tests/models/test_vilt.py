@@ -338,6 +338,9 @@ def test_dropout_is_drawn_in_training_only():
     [
         (dict(tokens=tokens().float()), TypeError, "tokens"),
         (dict(tokens=tokens(padded=13)), ValueError, "tokens"),
+        (dict(tokens=tokens().fill_(10**6)), ValueError, "tokens"),
+        (dict(tokens=tokens() - 10**6), ValueError, "tokens"),
+        (dict(tokens=None), TypeError, "tokens"),
         (dict(text=[1, 2]), ValueError, "text"),
         (dict(text=[1, 2, 3, 11]), ValueError, "text"),
         (dict(text=[0, 2, 3, 4]), ValueError, "text"),

@@ -267,6 +267,12 @@ CU = torch.tensor([0, 2], dtype=torch.int32)
         (lambda: FusionLayer(8, 2, dropout=1.0), "dropout.*below 1.*1.0"),
         (lambda: FusionLayer(8, 2, attention_dropout=-0.1), "attention_dropout.*-0.1"),
         (lambda: CROSS(torch.ones(2, 8), CU), "images.*cross=False"),
+        (
+            lambda: TEXT(torch.ones(2, 3, 8), CU),
+            r"tokens: expected packed text \[total, 8\], got \(2, 3, 8\); .*TextLayout.from_mask",
+        ),
+        (lambda: TEXT(torch.ones(2, 7), CU), r"tokens: expected packed text .*got \(2, 7\)"),
+        (lambda: TEXT(None, CU), "tokens: expected packed text .*got NoneType"),
         (lambda: TEXT(torch.ones(2, 8), CU, torch.ones(1, 3, 8), CU), "images.*cross=True"),
         (lambda: TEXT(torch.ones(2, 8), CU, return_probs=True), "return_probs.*cross-attention"),
         (lambda: load_bert_layer(TEXT, CROSS.state_dict()), "unknown.*crossattention"),
