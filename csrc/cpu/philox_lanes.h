@@ -10,8 +10,6 @@
 
 namespace {
 
-typedef uint32_t VecU __attribute__((vector_size(kVectorBytes)));
-
 inline VecU splat_u(uint32_t a) { return VecU{} + a; }
 
 // The 64-bit products a * b as high and low halves.

@@ -24,6 +24,7 @@ constexpr int kLanes = kVectorBytes / 4;
 
 typedef float Vec __attribute__((vector_size(kVectorBytes)));
 typedef int32_t VecI __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU __attribute__((vector_size(kVectorBytes)));
 
 inline Vec load(const float* p) {
   Vec v;
@@ -42,6 +43,9 @@ inline Vec splat(float a) {
 #endif
 }
 inline VecI bits(Vec v) { return (VecI)v; }
+// 2^n for the integer n in the low bits of `shifted` = 1.5 * 2^23 + n: moved into the exponent
+// field. Unsigned, so that an n out of range gives some float and not an overflow.
+inline Vec power_of_two(Vec shifted) { return (Vec)(((VecU)shifted << 23) + (127u << 23)); }
 
 // NaN in `a` is ignored and NaN in `b` is kept, as the callers need for running maxima: a NaN
 // logit still reaches the sum of exponentials.
@@ -84,10 +88,7 @@ inline Vec exp(Vec x) {
   p = p * r + 4.999999345e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  // The integer n sits in the low bits of `shifted`; moved into the exponent field it is 2^n.
-  const VecI power = (bits(shifted) << 23) + (127 << 23);
-  const Vec result = p * (Vec)power;
-  return x < floor ? splat(0.0f) : result;
+  return x < floor ? splat(0.0f) : p * power_of_two(shifted);
 }
 
 // 2^x within 2 ulp, 0 far below the smallest float and at -inf; NaN stays NaN. For x up to 127.
@@ -113,9 +114,7 @@ inline Vec exp2(Vec x) {
 #if defined(__AVX512DQ__)
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
 #else
-  const VecI power = (bits(shifted) << 23) + (127 << 23);
-  const Vec result = p * (Vec)power;
-  return x < floor ? splat(0.0f) : result;
+  return x < floor ? splat(0.0f) : p * power_of_two(shifted);
 #endif
 }
 

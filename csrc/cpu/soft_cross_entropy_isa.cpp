@@ -23,7 +23,6 @@ constexpr float kNan = __builtin_nanf("");
 constexpr int64_t kBlock = 1024;
 
 typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint32_t VecU __attribute__((vector_size(kVectorBytes)));
 
 struct Float32 {
   using type = float;
