@@ -2,19 +2,22 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastvlp, m) {
-  // x [M, D], y [N, D], scale [] fp32. Returns row_lse [M], col_lse [N] (each [0] where not asked
-  // for) and positive [M]; writes the tiles of the first keep_blocks row blocks to `kept` (opaque,
-  // fp32, [0] where nothing is kept).
+  // x [M, D], y [N, D], scale [] fp32; the positive of row i is column i + offset. Returns the
+  // log-sum-exps of the rows' and of the columns' logits, the positives' left out, [M] and [N] (each
+  // [0] where not asked for), and the positives' logits [M] (0 where they have no column here);
+  // writes the tiles of the first keep_blocks row blocks to `kept` (opaque, fp32, [0] where nothing
+  // is kept).
   m.def(
       "contrastive_statistics(Tensor x, Tensor y, Tensor scale, Tensor(a!) kept, int offset, "
       "bool rows, bool cols, int block_rows, int block_cols, int keep_blocks) -> "
       "(Tensor, Tensor, Tensor)");
-  // weights [3] fp32: of the row softmax, of the column softmax, of the positive. Returns dx [M, D]
-  // and dy [N, D] in the features' dtype, and the derivative by the scale, [] fp32.
+  // row_lse [M] and col_lse [N] of all logits ([0]: a direction without a loss), weights [2] fp32 of
+  // the row softmax and of the column softmax, positive_gradient [M] fp32 of the positives' logits.
+  // Returns dx [M, D] and dy [N, D] in the features' dtype, and the derivative by the scale, [] fp32.
   m.def(
       "contrastive_gradients(Tensor x, Tensor y, Tensor scale, Tensor row_lse, Tensor col_lse, "
-      "Tensor weights, Tensor kept, int offset, int block_rows, int block_cols, int keep_blocks, "
-      "int chunk_rows, int chunk_cols) -> (Tensor, Tensor, Tensor)");
+      "Tensor positive_gradient, Tensor weights, Tensor kept, int offset, int block_rows, "
+      "int block_cols, int keep_blocks, int chunk_rows, int chunk_cols) -> (Tensor, Tensor, Tensor)");
   // Sigmoid loss times `weight` and, where wanted, its gradients (else empty): loss [], dx [M, D],
   // dy [N, D], derivative by the scale [], by the bias [].
   m.def(
@@ -23,18 +26,18 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "int chunk_cols) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The passes over a chunk of fp32 products <x_i, y_j> [M, N] in device memory, with unit stride
   // along N; the logit is z = scale * product (+ bias), the positive of row i is column i + offset.
-  // Log-sum-exp of each row (row_lse [M], or [0] where not wanted), the positive logits [M] (0
-  // where the chunk has none), and the (max, sum of exp(z - max)) of each column, merged into
-  // col_pairs [2, N] ([2, 0] where not wanted), which starts as (-inf, 0).
+  // Log-sum-exp of each row's negatives (row_negatives [M], or [0] where not wanted), the positive
+  // logits [M] (0 where the chunk has none), and the (max, sum of exp(z - max)) of each column's
+  // negatives, merged into col_pairs [2, N] ([2, 0] where not wanted), which starts as (-inf, 0).
   m.def(
       "contrastive_cuda_statistics(Tensor products, Tensor scale, int offset, "
-      "Tensor(a!) row_lse, Tensor(b!) positive, Tensor(c!) col_pairs) -> ()");
-  // out [M, N] (fp32, bf16 or fp16; fp32 may be the products themselves) = weights[0] * exp(z -
-  // row_lse) + weights[1] * exp(z - col_lse) - weights[2] at the positive. A log-sum-exp of no
-  // elements leaves its term out.
+      "Tensor(a!) row_negatives, Tensor(b!) positive, Tensor(c!) col_pairs) -> ()");
+  // out [M, N] (fp32, bf16 or fp16; fp32 may be the products themselves) = positive_gradient [M] at
+  // the positives, elsewhere weights[0] * exp(z - row_lse) + weights[1] * exp(z - col_lse). A
+  // log-sum-exp of no elements leaves its term out.
   m.def(
       "contrastive_cuda_gradient(Tensor products, Tensor scale, Tensor row_lse, Tensor col_lse, "
-      "Tensor weights, int offset, Tensor(a!) out) -> ()");
+      "Tensor positive_gradient, Tensor weights, int offset, Tensor(a!) out) -> ()");
   // Adds to sums [2] fp64 the sum of -log sigmoid(+-z) and of its derivative by z, and writes
   // factor * derivative to out [M, N] (as above; [0] where not wanted).
   m.def(

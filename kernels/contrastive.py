@@ -1,9 +1,10 @@
 """Statistics of the logits of the symmetric contrastive loss (InfoNCE), in one product.
 
-z_ij = scale * <x_i, y_j>. One pass over tiles of z yields the log-sum-exp of every row and of
-every column and the logits of the pairs; z itself is never stored. A tile leaves, for each of
-its rows and columns, a pair (reference m, sum of exp(z - m)). Pairs merge in any grouping, a
-second kernel merges them in a fixed order, and so the result is the same bit for bit on every run.
+z_ij = scale * <x_i, y_j>. One pass over tiles of z yields the log-sum-exp over the negatives of
+every row and of every column and the logits of the positives; z itself is never stored. A tile
+leaves, for each of its rows and columns, a pair (reference m, sum of exp(z - m)). Pairs merge in
+any grouping, a second kernel merges them in a fixed order, and so the result is the same bit for
+bit on every run.
 
 Memory: the pairs, about `PAIR_BYTES` at most; taller inputs are walked in chunks of rows.
 Work: 2*M*N*D FLOP and, in all but rare tiles, one exponential per logit.
@@ -42,6 +43,8 @@ MERGE_LENGTH, MERGE_PARTS, MERGE_WARPS = 64, 32, 4
 # Below this sum a row or column is too far under its tile's maximum to share it as reference.
 # 1e-12 leaves 26 decades above the smallest normal number to the terms of the sum.
 SMALLEST_SHARED_SUM = tl.constexpr(1e-12)
+# The reference where there is nothing to sum: -inf is infinitely far below it, not NaN.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 # Narrow tiles for half precision: two or three programs then fit a multiprocessor, one in its
 # product while another reduces, and four warps on 128 rows own 32 rows each, which halves the
@@ -90,9 +93,15 @@ def store_positives(
 
 
 @triton.jit
+def negatives_only(z, row, col, offset):
+    """-inf in the positives' places: they add nothing to a sum of exponentials."""
+    return tl.where(col[None, :] == (row + offset)[:, None], -float("inf"), z)
+
+
+@triton.jit
 def store_own_pairs(ref_ptr, sum_ptr, z, at, inside, AXIS: tl.constexpr):
     """Pairs along AXIS, each with its own maximum as reference."""
-    ref = tl.max(z, AXIS)
+    ref = tl.maximum(tl.max(z, AXIS), LOWEST)
     total = tl.sum(exp_difference(z, tl.expand_dims(ref, AXIS)), AXIS)
     tl.store(ref_ptr + at, ref, mask=inside)
     tl.store(sum_ptr + at, total, mask=inside)
@@ -120,12 +129,13 @@ def statistics_kernel(
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
     )  # fmt: skip
     store_positives(positive_ptr, z, row, col, block_n * BLOCK_N, M, N, offset, BLOCK_N)
+    z = negatives_only(z, row, col, offset)
 
     row_in, col_in = row < M, col < N
     row_at = block_n.to(tl.int64) * M + row
     col_at = block_m.to(tl.int64) * N + col
     if ROWS and COLS:
-        peak = tl.max(tl.expand_dims(tl.max(z, 1), 1), 0)
+        peak = tl.maximum(tl.max(tl.expand_dims(tl.max(z, 1), 1), 0), LOWEST)
         e = exp_difference(z, peak[None, :])
         row_sum, col_sum = tl.sum(e, 1), tl.sum(e, 0)
         tl.store(row_ref_ptr + row_at, tl.broadcast_to(peak, (BLOCK_M,)), mask=row_in)
@@ -144,6 +154,7 @@ def statistics_kernel(
                 x_ptr, y_ptr, scale_ptr, row, col, M, N, D, stride_x, stride_y,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
             )  # fmt: skip
+            z = negatives_only(z, row, col, offset)
             store_own_pairs(row_ref_ptr, row_sum_ptr, z, row_at, row_in, 1)
             store_own_pairs(col_ref_ptr, col_sum_ptr, z, col_at, col_in, 0)
     elif ROWS:
@@ -209,17 +220,17 @@ def contrastive_statistics(
     cols: bool = True,
     input_precision: str = "ieee",
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """Log-sum-exps and positives of z_ij = scale * <x_i, y_j>.
+    """Log-sum-exps over the negatives, and positives, of z_ij = scale * <x_i, y_j>.
 
     x [M, D] and y [N, D], one dtype of float32, bfloat16, float16, any stride between rows;
     scale a float32 tensor of one element on the same device. The positive of row i is column
     i + offset. `rows` and `cols` choose what is wanted; at least one must be.
     `input_precision` matters for float32 inputs only: "ieee", or "tf32" for tensor cores.
 
-    Returns (row_lse [M], col_lse [N], positive [M]), float32, None for what was not wanted.
-    positive is 0 where i + offset lies outside [0, N). A NaN in x_i makes row i and every column
-    NaN. With M or N of 0 the log-sum-exps are -inf. Raises ValueError on inputs the kernels do
-    not take.
+    Returns (row_negatives [M], col_negatives [N], positive [M]), float32, None for what was not
+    wanted. A row or column without negatives has -inf; positive is 0 where i + offset lies outside
+    [0, N). A NaN in x_i makes row i, its positive and every other column NaN. Raises ValueError on
+    inputs the kernels do not take.
     """
     require_supported(x, y, scale=scale)
     if not (rows or cols):
@@ -237,8 +248,8 @@ def contrastive_statistics(
     height = _chunk_height(m, n, rows, cols, tile)
     like = {"dtype": torch.float32, "device": x.device}
     positive = torch.empty(m, **like)
-    row_lse = torch.empty(m, **like) if rows else None
-    col_lse = torch.empty(n, **like) if cols else None
+    row_negatives = torch.empty(m, **like) if rows else None
+    col_negatives = torch.empty(n, **like) if cols else None
     # Slab 0 of the column pairs carries the merged pairs of the chunks before.
     row_parts = triton.cdiv(n, tile.block_n) if rows else 0
     col_parts = triton.cdiv(min(height, m), tile.block_m) + 1 if cols else 1
@@ -257,12 +268,15 @@ def contrastive_statistics(
                 ROWS=rows, COLS=cols, **constants, **launch_options(tile),
             )  # fmt: skip
             if rows:
-                _merge(row_pairs[:, : row_parts * count].view(2, row_parts, count), row_lse[first:])
+                _merge(
+                    row_pairs[:, : row_parts * count].view(2, row_parts, count),
+                    row_negatives[first:],
+                )
             if cols:
                 written = col_pairs[:, (first == 0) : 1 + triton.cdiv(count, tile.block_m)]
                 last = first + height >= m
-                _merge(written, col_lse, None if last else col_pairs[:, 0])
-    return row_lse, col_lse, positive
+                _merge(written, col_negatives, None if last else col_pairs[:, 0])
+    return row_negatives, col_negatives, positive
 
 
 def aot_cases() -> list[aot.Case]:

@@ -1,12 +1,13 @@
 """Gradients of the symmetric contrastive loss from its log-sum-exps.
 
-With z_ij = scale * <x_i, y_j> and weights (w_row, w_col, w_diag), the gradient of the logits is
-    g_ij = w_row * exp(z_ij - row_lse_i) + w_col * exp(z_ij - col_lse_j) - w_diag * [j = i + offset]
-and dX = scale * g @ Y, dY = scale * g.T @ X. For a chunk of rows one kernel recomputes z and
+With z_ij = scale * <x_i, y_j> and weights (w_row, w_col), the gradient of the logits is
+    g_ij = w_row * exp(z_ij - row_lse_i) + w_col * exp(z_ij - col_lse_j)
+but for the positives, j = i + offset: theirs are small differences from 1 and are passed in. Then
+dX = scale * g @ Y, dY = scale * g.T @ X. For a chunk of rows one kernel recomputes z and
 writes g in the input's dtype to a workspace, then two vendor GEMMs make the products: three
 products in all, with no accumulator of width D in registers and no atomics.
 
-Range: g is stored divided by the largest |weight|, hence within [-3, 3] whatever the batch size
+Range: g is stored divided by the largest |weight|, hence within [-2, 2] whatever the batch size
 and the upstream gradient, and in float16 times 2**14 besides, so that a probability of 4e-9 is
 still a normal number. The factor returns in fp32, after the products.
 """
@@ -52,7 +53,7 @@ def storage_factor(dtype: torch.dtype) -> float:
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def gradient_kernel(
-    x_ptr, y_ptr, scale_ptr, weights_ptr, row_lse_ptr, col_lse_ptr, g_ptr,
+    x_ptr, y_ptr, scale_ptr, weights_ptr, row_lse_ptr, col_lse_ptr, positive_ptr, g_ptr,
     M, N, D, stride_x, stride_y, stride_g, offset,
     ROWS: tl.constexpr, COLS: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -62,15 +63,11 @@ def gradient_kernel(
     block_m, block_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    w_row, w_col, w_diag = (
-        tl.load(weights_ptr), tl.load(weights_ptr + 1), tl.load(weights_ptr + 2)
-    )  # fmt: skip
-    largest = tl.maximum(tl.maximum(tl.abs(w_row), tl.abs(w_col)), tl.abs(w_diag))
+    w_row, w_col = tl.load(weights_ptr), tl.load(weights_ptr + 1)
+    largest = tl.maximum(tl.abs(w_row), tl.abs(w_col))
     # All weights 0 means g = 0, not 0 / 0.
     largest = tl.where(largest == 0, 1.0, largest)
-    w_row, w_col, w_diag = (
-        w_row / largest * FACTOR, w_col / largest * FACTOR, w_diag / largest * FACTOR
-    )  # fmt: skip
+    w_row, w_col = w_row / largest * FACTOR, w_col / largest * FACTOR
 
     z = tl.load(scale_ptr) * product_tile(
         x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
@@ -90,7 +87,8 @@ def gradient_kernel(
     else:
         col_lse = tl.load(col_lse_ptr + tl.minimum(col, N - 1))
         g = w_col * exp_difference(z, col_lse[None, :])
-    g -= tl.where(col[None, :] == (row + offset)[:, None], w_diag, 0.0)
+    positive = tl.load(positive_ptr + tl.minimum(row, M - 1)) / largest * FACTOR
+    g = tl.where(col[None, :] == (row + offset)[:, None], positive[:, None], g)
 
     at = row.to(tl.int64)[:, None] * stride_g + col[None, :]
     inside = (row < M)[:, None] & (col < N)[None, :]
@@ -103,6 +101,7 @@ def contrastive_gradients(
     scale: torch.Tensor,
     row_lse: torch.Tensor | None,
     col_lse: torch.Tensor | None,
+    positive_gradient: torch.Tensor,
     weights: torch.Tensor,
     *,
     offset: int = 0,
@@ -114,17 +113,20 @@ def contrastive_gradients(
     """dX [M, D] and dY [N, D] in the input's dtype, accumulated in fp32.
 
     x, y, scale, offset, input_precision: as in `contrastive_statistics`. row_lse [M] and
-    col_lse [N]: its results, merged over ranks where rows are spread over several; None leaves
-    that term out (give it the weight 0). weights: float32 tensor (w_row, w_col, w_diag) on the
-    device, upstream gradient included. `workspace_bytes` bounds the chunk of g; the products
-    take 4 bytes for each element of dY and of the chunk's dX besides.
+    col_lse [N]: over all logits, of every rank where they are spread over several; None leaves that
+    term out (give it the weight 0). positive_gradient [M]: with respect to the positives' logits.
+    weights: float32 tensor (w_row, w_col) on the device, upstream gradient included.
+    `workspace_bytes` bounds the chunk of g; the products take 4 bytes for each element of dY and of
+    the chunk's dX besides.
 
     Returns (dX, dY), None for what is not needed. Raises ValueError when the inputs are not
     taken, when both log-sum-exps are None or when the workspace holds not even one row.
     """
     statistics = {"row_lse": row_lse, "col_lse": col_lse}
     statistics = {k: v for k, v in statistics.items() if v is not None}
-    require_supported(x, y, scale=scale, weights=weights, **statistics)
+    require_supported(
+        x, y, scale=scale, weights=weights, positive_gradient=positive_gradient, **statistics
+    )
     if not statistics:
         raise ValueError("row_lse and col_lse are both None; give at least one")
     (m, width), n = x.shape, y.shape[0]
@@ -148,7 +150,7 @@ def contrastive_gradients(
             gradient_kernel[grid_of(chunk.shape[0], n, tile)](
                 rows_x[first:], rows_y, scale, weights,
                 weights if row_lse is None else row_lse[first:],
-                weights if col_lse is None else col_lse, g,
+                weights if col_lse is None else col_lse, positive_gradient[first:], g,
                 chunk.shape[0], n, inner, rows_x.stride(0), rows_y.stride(0),
                 g.stride(0), offset + first,
                 ROWS=row_lse is not None, COLS=col_lse is not None, FACTOR=stored,
@@ -164,8 +166,8 @@ def contrastive_gradients(
 
 def aot_cases() -> list[aot.Case]:
     """Every configuration of the gradient kernel, for ahead-of-time compilation."""
-    types = dict.fromkeys(["weights_ptr", "row_lse_ptr", "col_lse_ptr"], "*fp32")
-    types |= {"g_ptr": "*T", "stride_g": "i32"}
+    pointers = ["weights_ptr", "row_lse_ptr", "col_lse_ptr", "positive_ptr"]
+    types = dict.fromkeys(pointers, "*fp32") | {"g_ptr": "*T", "stride_g": "i32"}
     both = {"ROWS": True, "COLS": True, "FACTOR": 1.0}
     only_rows, only_cols = both | {"COLS": False}, both | {"ROWS": False}
     tiles = {"kernel": gradient_kernel, "tiles": TILES, "signature": types}

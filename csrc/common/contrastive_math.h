@@ -29,8 +29,9 @@ FASTVLP_HD float exponent_reference(float max) { return max == -INFINITY ? 0.0f 
 
 FASTVLP_HD float log_sum_exp(LsePair p) { return p.max + logf(p.sum); }
 
-// Derivative of the weighted softmax losses by the logit z: the share of the row softmax plus the
-// share of the column softmax; the positive's own term is subtracted by the caller.
+// Derivative of the weighted softmax losses by a negative's logit z: the share of the row softmax
+// plus the share of the column softmax. That of a positive would be a difference from 1: the caller
+// has it from the negatives' log-sum-exp.
 FASTVLP_HD float softmax_logit_gradient(float z, float row_lse, float col_lse, float row_weight,
                                         float col_weight) {
   float g = 0.0f;

@@ -1,6 +1,7 @@
 // The contrastive operators on CPU tensors: argument checks, outputs, and the call of the driver.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <tuple>
 
 #include "contrastive_driver.h"
@@ -37,10 +38,11 @@ void check_kept(const ContrastiveProblem& p, const Tensor& kept, int64_t keep_bl
                   "kept: expected contiguous float32 tiles of keep_blocks row blocks");
 }
 
-Buffer padded(const Tensor& values, int64_t size) {
+// Log-sum-exps and, past the last one, infinity: padding has no share in any softmax.
+Buffer padded(const Tensor& lse, int64_t size) {
   Buffer out = allocate_floats(size);
-  const int64_t n = values.numel();
-  for (int64_t i = 0; i < size; ++i) out.get()[i] = i < n ? floats_of(values)[i] : 0.0f;
+  const int64_t n = lse.numel();
+  for (int64_t i = 0; i < size; ++i) out.get()[i] = i < n ? floats_of(lse)[i] : INFINITY;
   return out;
 }
 
@@ -55,17 +57,18 @@ std::tuple<Tensor, Tensor, Tensor> statistics(const Tensor& x, const Tensor& y, 
                   "keep_blocks: expected 0 to the number of row blocks, got ", keep_blocks);
   check_kept(p, kept, keep_blocks);
   auto empty = [&](int64_t n) { return torch::stable::new_empty(scale, {n}, ScalarType::Float); };
-  Tensor row_lse = empty(rows ? p.x.rows : 0);
-  Tensor col_lse = empty(cols ? p.y.rows : 0);
+  Tensor row_negatives = empty(rows ? p.x.rows : 0);
+  Tensor col_negatives = empty(cols ? p.y.rows : 0);
   Tensor positive = empty(p.x.rows);
   contrastive_statistics(p, contrastive_kernels(), run_parallel, torch::stable::get_num_threads(),
-                         mutable_floats_of(kept), keep_blocks, mutable_floats_of(row_lse),
-                         mutable_floats_of(col_lse), mutable_floats_of(positive));
-  return {row_lse, col_lse, positive};
+                         mutable_floats_of(kept), keep_blocks, mutable_floats_of(row_negatives),
+                         mutable_floats_of(col_negatives), mutable_floats_of(positive));
+  return {row_negatives, col_negatives, positive};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& y, const Tensor& scale,
                                              const Tensor& row_lse, const Tensor& col_lse,
+                                             const Tensor& positive_gradient,
                                              const Tensor& weights, const Tensor& kept,
                                              int64_t offset, int64_t block_rows, int64_t block_cols,
                                              int64_t keep_blocks, int64_t chunk_rows,
@@ -75,7 +78,9 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& y, c
   p.use_cols = col_lse.numel() > 0;
   STD_TORCH_CHECK(!p.use_rows || row_lse.numel() == p.x.rows, "row_lse: expected one per row of x");
   STD_TORCH_CHECK(!p.use_cols || col_lse.numel() == p.y.rows, "col_lse: expected one per row of y");
-  STD_TORCH_CHECK(weights.numel() == 3, "weights: expected 3 values");
+  STD_TORCH_CHECK(positive_gradient.numel() == p.x.rows,
+                  "positive_gradient: expected one per row of x");
+  STD_TORCH_CHECK(weights.numel() == 2, "weights: expected 2 values");
   check_kept(p, kept, keep_blocks);
   STD_TORCH_CHECK(chunk_rows > 0 && chunk_cols > 0, "chunk_rows, chunk_cols: expected at least 1");
   const Buffer padded_rows = padded(row_lse, p.row_blocks() * block_rows);
@@ -84,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& y, c
   p.col_lse = padded_cols.get();
   p.row_weight = floats_of(weights)[0];
   p.col_weight = floats_of(weights)[1];
-  p.positive_weight = floats_of(weights)[2];
+  p.positive_gradient = floats_of(positive_gradient);
   Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   Tensor dy = torch::stable::new_empty(y, {y.size(0), y.size(1)});
   SigmoidSums unused = {0.0, 0.0};
@@ -103,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid(
   STD_TORCH_CHECK(chunk_rows > 0 && chunk_cols > 0, "chunk_rows, chunk_cols: expected at least 1");
   p.loss = Loss::kSigmoid;
   p.bias = scalar_of(bias, "bias");
-  p.row_weight = p.positive_weight = static_cast<float>(weight);
+  p.row_weight = static_cast<float>(weight);
   const int64_t kept_rows = gradients ? 1 : 0;
   Tensor dx = torch::stable::new_empty(x, {x.size(0) * kept_rows, x.size(1)});
   Tensor dy = torch::stable::new_empty(y, {y.size(0) * kept_rows, y.size(1)});

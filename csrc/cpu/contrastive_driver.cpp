@@ -115,7 +115,7 @@ std::vector<Chunk> cut(const ContrastiveProblem& p, const GradientPlan& plan) {
 
 void contrastive_statistics(const ContrastiveProblem& p, const ContrastiveKernels& kernels,
                             const Parallel& parallel, int64_t threads, float* kept,
-                            int64_t kept_row_blocks, float* row_lse, float* col_lse,
+                            int64_t kept_row_blocks, float* row_negatives, float* col_negatives,
                             float* positive) {
   const int64_t blocks = p.row_blocks(), slots = std::max<int64_t>(1, std::min(threads, blocks));
   const int64_t padded_cols = p.use_cols ? p.col_blocks() * p.block_cols : 0;
@@ -134,7 +134,7 @@ void contrastive_statistics(const ContrastiveProblem& p, const ContrastiveKernel
         kernels.statistics(
             p, i, scratch.get(),
             i < kept_row_blocks ? kept + i * p.col_blocks() * tile_floats(p) : nullptr,
-            row_lse + i * p.block_rows, positive + i * p.block_rows,
+            row_negatives + i * p.block_rows, positive + i * p.block_rows,
             col_max.get() + slot * padded_cols, col_sum.get() + slot * padded_cols);
   });
   if (!p.use_cols) return;
@@ -143,7 +143,7 @@ void contrastive_statistics(const ContrastiveProblem& p, const ContrastiveKernel
     for (int64_t slot = 1; slot < slots; ++slot)
       total = merge(total,
                     {col_max.get()[slot * padded_cols + j], col_sum.get()[slot * padded_cols + j]});
-    col_lse[j] = log_sum_exp(total);
+    col_negatives[j] = log_sum_exp(total);
   }
 }
 

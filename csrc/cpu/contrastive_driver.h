@@ -27,12 +27,12 @@ struct GradientPlan {
   int64_t chunk_cols;
 };
 
-// Log-sum-exps by row [x.rows] and by column [y.rows] and the positives' logits [x.rows] (0 where
-// the positive lies outside the columns). `kept` receives the tiles of the first kept_row_blocks
-// rows of blocks.
+// Log-sum-exps over the negatives by row [x.rows] and by column [y.rows], -inf where there are none,
+// and the positives' logits [x.rows] (0 where the positive lies outside the columns). `kept`
+// receives the tiles of the first kept_row_blocks rows of blocks.
 void contrastive_statistics(const ContrastiveProblem& p, const ContrastiveKernels& kernels,
                             const Parallel& parallel, int64_t threads, float* kept,
-                            int64_t kept_row_blocks, float* row_lse, float* col_lse,
+                            int64_t kept_row_blocks, float* row_negatives, float* col_negatives,
                             float* positive);
 
 // dx = scale * G y and dy = scale * G^T x; returns the derivative by the scale, <G, y x^T>. With

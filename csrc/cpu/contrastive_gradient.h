@@ -15,17 +15,27 @@ using fastvlp::Loss;
 // A softmax tile is stored either as logits or, where one shift serves all of it, as
 // exp(z - shift): then no pass after the first one has to take exponentials. The shift sits in the
 // padding of the tile's first column; NaN there means logits.
-// Beside it in every column waits the logit of its positive: a saturated softmax needs its
-// exponential relative to the log-sum-exp itself, where it is exactly 1.
+// Positives are no part of such a tile: their gradients come from outside. Those of the sigmoid loss
+// wait in the padding of their columns.
 float& shift_of(const ContrastiveProblem& p, float* tile) { return tile[p.block_rows]; }
 float shift_of(const ContrastiveProblem& p, const float* tile) { return tile[p.block_rows]; }
+float& positive_of(const ContrastiveProblem& p, float* column) { return column[p.block_rows + 1]; }
+float positive_of(const ContrastiveProblem& p, const float* column) {
+  return column[p.block_rows + 1];
+}
 
-// Computes the logit gradients of one tile, column by column.
+// The row of a block that holds the positive of a column of another; may lie outside.
+inline int64_t positive_row(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
+                            int64_t column) {
+  return col_block * p.block_cols + column - p.offset - row_block * p.block_rows;
+}
+
+// Computes the logit gradients of one tile times a factor, column by column.
 class TileGradient {
  public:
   // `row_factor` is scratch for block_rows floats.
   TileGradient(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, const float* tile,
-               float* row_factor)
+               float* row_factor, float factor = 1.0f)
       : p_(p),
         tile_(tile),
         first_row_(row_block * p.block_rows),
@@ -33,11 +43,14 @@ class TileGradient {
         rows_(p.rows_in(row_block)),
         n_(round_up(rows_, kPanel)),
         shift_(p.loss == Loss::kSoftmax ? shift_of(p, tile) : __builtin_nanf("")),
+        factor_(factor),
+        row_weight_(p.row_weight * factor),
+        col_weight_(p.col_weight * factor),
         row_factor_(row_factor) {
     if (shift_ != shift_) return;
     for (int64_t i = 0; i < n_; i += kLanes)
       store(row_factor + i, p.use_rows ? exp(shift_ - load(p.row_lse + first_row_ + i)) *
-                                             p.row_weight
+                                             row_weight_
                                        : Vec{});
   }
 
@@ -50,33 +63,29 @@ class TileGradient {
     const float* row_lse = p_.row_lse + first_row_ + first;
     const int64_t col = first_col_ + j;
     if (p_.loss == Loss::kSigmoid)
-      sigmoid_gradient(z, n, p_.bias, p_.row_weight, g);
+      sigmoid_gradient(z, n, p_.bias, row_weight_, g);
     else if (shift_ == shift_)
       shifted_softmax_gradient(
           z, n, row_factor_ + first,
-          p_.use_cols ? p_.col_weight * std::exp(shift_ - p_.col_lse[col]) : 0.0f, g);
+          p_.use_cols ? col_weight_ * std::exp(shift_ - p_.col_lse[col]) : 0.0f, g);
     else if (p_.use_rows && p_.use_cols)
-      softmax_gradient<true, true>(z, n, row_lse, p_.col_lse[col], p_.row_weight, p_.col_weight,
-                                   g);
+      softmax_gradient<true, true>(z, n, row_lse, p_.col_lse[col], row_weight_, col_weight_, g);
     else if (p_.use_rows)
-      softmax_gradient<true, false>(z, n, row_lse, 0.0f, p_.row_weight, 0.0f, g);
+      softmax_gradient<true, false>(z, n, row_lse, 0.0f, row_weight_, 0.0f, g);
     else
-      softmax_gradient<false, true>(z, n, row_lse, p_.col_lse[col], 0.0f, p_.col_weight, g);
-    const int64_t positive = col - p_.offset - first_row_ - first;
-    if (positive < 0 || positive >= n || first + positive >= rows_) return;
-    if (shift_ == shift_)
-      g[positive] = fastvlp::softmax_logit_gradient(
-          column[p_.block_rows + 1], p_.use_rows ? row_lse[positive] : 0.0f,
-          p_.use_cols ? p_.col_lse[col] : 0.0f, p_.use_rows ? p_.row_weight : 0.0f,
-          p_.use_cols ? p_.col_weight : 0.0f);
-    g[positive] -= p_.positive_weight;
+      softmax_gradient<false, true>(z, n, row_lse, p_.col_lse[col], 0.0f, col_weight_, g);
+    const int64_t positive = col - p_.offset - first_row_;
+    if (positive < first || positive >= first + n || positive >= rows_) return;
+    g[positive - first] = p_.loss == Loss::kSigmoid
+                              ? positive_of(p_, column) * row_weight_
+                              : p_.positive_gradient[first_row_ + positive] * factor_;
   }
 
  private:
   const ContrastiveProblem& p_;
   const float* tile_;
   int64_t first_row_, first_col_, rows_, n_;
-  float shift_;
+  float shift_, factor_, row_weight_, col_weight_;
   const float* row_factor_;
 };
 

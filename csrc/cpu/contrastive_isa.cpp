@@ -144,15 +144,29 @@ void tile_statistics(const ContrastiveProblem& p, int64_t block, int64_t tile_co
       store(row_sum + i, load(row_sum + i) + load(added + i) * exp(shift - load(row_max + i)));
 }
 
+// Moves the positives' logits of a tile to `positive` [rows] and leaves -inf in their places.
+void take_positives(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, float* tile,
+                    float* positive) {
+  const int64_t rows = p.rows_in(row_block), cols = p.cols_in(col_block);
+  for (int64_t j = 0; j < cols; ++j) {
+    const int64_t i = positive_row(p, row_block, col_block, j);
+    if (i < 0 || i >= rows) continue;
+    float& z = tile[j * fastvlp::tile_stride(p) + i];
+    positive[i] = z;
+    z = kNegativeInfinity;
+  }
+}
+
 template <class Units>
 void statistics_with(const ContrastiveProblem& p, int64_t block, void* scratch, float* tiles,
-                     float* row_lse, float* positive, float* col_max, float* col_sum) {
+                     float* row_negatives, float* positive, float* col_max, float* col_sum) {
   [[maybe_unused]] const typename Units::State state;
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
   const int64_t rows = p.rows_in(block), padded = round_up(rows, kPanel);
+  // Rows of padding: every exponential relative to the largest float is 0.
   for (int64_t i = 0; i < padded; ++i) {
-    base[s.row_max + i] = kNegativeInfinity;
+    base[s.row_max + i] = i < rows ? kLowest : -kLowest;
     base[s.row_sum + i] = 0.0f;
   }
   pack_x<Units>(p, block, base, s);
@@ -160,12 +174,7 @@ void statistics_with(const ContrastiveProblem& p, int64_t block, void* scratch, 
     float* tile = tiles ? tiles + j * fastvlp::tile_floats(p) : base + s.tile;
     compute_tile<Units>(p, block, j, base, s, tile);
     const int64_t first = j * p.block_cols, cols = p.cols_in(j);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = block * p.block_rows + i + p.offset - first;
-      if (at < 0 || at >= cols) continue;
-      float* column = tile + at * fastvlp::tile_stride(p);
-      positive[i] = column[p.block_rows + 1] = column[i];
-    }
+    take_positives(p, block, j, tile, positive);
     const bool keep = tiles != nullptr;
     if (p.use_rows && p.use_cols)
       tile_statistics<true, true>(p, block, cols, tile, keep, base, s, col_max + first,
@@ -178,20 +187,25 @@ void statistics_with(const ContrastiveProblem& p, int64_t block, void* scratch, 
   }
   if (p.use_rows)
     for (int64_t i = 0; i < rows; ++i)
-      row_lse[i] = fastvlp::log_sum_exp({base[s.row_max + i], base[s.row_sum + i]});
+      row_negatives[i] = fastvlp::log_sum_exp({base[s.row_max + i], base[s.row_sum + i]});
 }
 
-void add_sums(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, const float* tile,
+// The sums of a tile of the sigmoid loss. Positives are summed apart, and leave -inf, which adds
+// nothing, in their places.
+void add_sums(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, float* tile,
               SigmoidSums* sums) {
   const int64_t rows = p.rows_in(row_block), cols = p.cols_in(col_block);
   for (int64_t j = 0; j < cols; ++j) {
-    const float* z = tile + j * fastvlp::tile_stride(p);
-    add_sigmoid_sums(z, round_up(rows, kPanel), p.bias, sums);
-    const int64_t at = col_block * p.block_cols + j - p.offset - row_block * p.block_rows;
+    float* z = tile + j * fastvlp::tile_stride(p);
+    const int64_t at = positive_row(p, row_block, col_block, j);
     if (at >= 0 && at < rows) {
-      sums->loss -= z[at] + p.bias;
-      sums->gradient -= 1.0;
+      const float logit = z[at] + p.bias;
+      positive_of(p, z) = fastvlp::sigmoid_logit_gradient(logit, true);
+      z[at] = kNegativeInfinity;
+      sums->loss += fastvlp::sigmoid_loss(logit, true);
+      sums->gradient += positive_of(p, z);
     }
+    add_sigmoid_sums(z, round_up(rows, kPanel), p.bias, sums);
   }
 }
 
@@ -213,8 +227,6 @@ void shift_tile(const ContrastiveProblem& p, int64_t row_block, int64_t col_bloc
   if (!shifted) return;
   for (int64_t j = 0; j < cols; ++j) {
     float* z = tile + j * fastvlp::tile_stride(p);
-    const int64_t at = col_block * p.block_cols + j - p.offset - row_block * p.block_rows;
-    if (at >= 0 && at < rows) z[p.block_rows + 1] = z[at];
     for (int64_t i = 0; i < round_up(rows, kPanel); i += kLanes)
       store(z + i, exp(load(z + i) - shift));
   }
@@ -319,9 +331,9 @@ void col_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin
 #endif
 
 void statistics(const ContrastiveProblem& p, int64_t block, void* scratch, float* tiles,
-                float* row_lse, float* positive, float* col_max, float* col_sum) {
+                float* row_negatives, float* positive, float* col_max, float* col_sum) {
   FASTVLP_WITH_UNITS(statistics_with)
-  (p, block, scratch, tiles, row_lse, positive, col_max, col_sum);
+  (p, block, scratch, tiles, row_negatives, positive, col_max, col_sum);
 }
 
 int64_t packed_floats(const ContrastiveProblem& p, int64_t rows) {

@@ -24,12 +24,13 @@ struct ContrastiveProblem {
   bool use_cols;
   int64_t block_rows;  // both multiples of 32
   int64_t block_cols;
-  // For gradients only. The log-sum-exps are padded to whole blocks with finite values.
+  // For gradients only. The log-sum-exps, over all logits, are padded to whole blocks with infinity:
+  // exp(z - lse) is 0 there whatever z.
   const float* row_lse;
   const float* col_lse;
   float row_weight;  // of exp(z - row_lse); for the sigmoid loss, of every element
   float col_weight;
-  float positive_weight;  // subtracted at the positive
+  const float* positive_gradient;  // [x.rows], with respect to the positives' logits; softmax only
 
   int64_t row_blocks() const { return (x.rows + block_rows - 1) / block_rows; }
   int64_t col_blocks() const { return (y.rows + block_cols - 1) / block_cols; }
@@ -66,10 +67,10 @@ struct ContrastiveKernels {
   void (*pack_cols)(const ContrastiveProblem&, int64_t block, void* scratch, float* packed);
   void (*pack_rows)(const ContrastiveProblem&, int64_t block, void* scratch, float* packed);
   // One block of rows against all columns. `tiles`, when not null, receives its col_blocks() tiles.
-  // Row results are for this block alone; col_max and col_sum (padded to whole blocks) are merged
-  // into in place.
+  // Positives are left out of the log-sum-exps, and of the tiles. Row results are for this block
+  // alone; col_max and col_sum (padded to whole blocks) are merged into in place.
   void (*statistics)(const ContrastiveProblem&, int64_t block, void* scratch, float* tiles,
-                     float* row_lse, float* positive, float* col_max, float* col_sum);
+                     float* row_negatives, float* positive, float* col_max, float* col_sum);
   // accumulator[block_rows][padded_dim] += (logit gradient) * y over column blocks [begin, end),
   // whose tiles and packed features lie one after another at `tiles`, computed first when `fresh`,
   // and `packed`. A null accumulator only computes; `sums` is added to for the sigmoid loss when

@@ -11,10 +11,12 @@ using fastvlp::ContrastiveProblem;
 using fastvlp::SigmoidSums;
 
 constexpr float kNegativeInfinity = -__builtin_inff();
+// The maximum of nothing. Finite, so that a logit of -inf lies infinitely far below it.
+constexpr float kLowest = -__FLT_MAX__;
 
 // Raises the running row maxima to include this column and returns the column's own maximum.
 inline float update_maxima(const float* z, int64_t n, float* row_max) {
-  Vec column = splat(kNegativeInfinity);
+  Vec column = splat(kLowest);
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec v = load(z + i);
     column = max(v, column);

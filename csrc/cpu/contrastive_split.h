@@ -55,17 +55,7 @@ inline void split_logits(const ContrastiveProblem& p, int64_t first_col, int64_t
 // Logit gradients are computed times a power of two, for which the exponentials that are not zero
 // are above what tiles flush.
 inline float weight_factor(const ContrastiveProblem& p) {
-  return factor_to(std::max({std::fabs(p.row_weight), std::fabs(p.col_weight),
-                             std::fabs(p.positive_weight)}),
-                   12);
-}
-
-inline ContrastiveProblem weighted(const ContrastiveProblem& p, float factor) {
-  ContrastiveProblem q = p;
-  q.row_weight *= factor;
-  q.col_weight *= factor;
-  q.positive_weight *= factor;
-  return q;
+  return factor_to(std::max(std::fabs(p.row_weight), std::fabs(p.col_weight)), 12);
 }
 
 // Rows [first, first + count) of the logit gradient along `cols` columns, as A.
@@ -105,8 +95,7 @@ inline void add_split_row_gradient(const ContrastiveProblem& p, int64_t row_bloc
                                    const float* packed, float* accumulator, int64_t width) {
   const int64_t n = round_up(p.rows_in(row_block), kStepSide), cols = p.cols_in(col_block);
   const float factor = weight_factor(p);
-  const ContrastiveProblem q = weighted(p, factor);
-  const TileGradient gradient(q, row_block, col_block, tile, s.row_factor);
+  const TileGradient gradient(p, row_block, col_block, tile, s.row_factor, factor);
   for (int64_t i = 0; i < n; i += kSplitGroup) {
     const int64_t count = std::min(kSplitGroup, n - i);
     split_gradient_rows(gradient, i, count, cols, s);
@@ -123,8 +112,7 @@ inline void add_split_col_gradient(const ContrastiveProblem& p, int64_t row_bloc
                                    int64_t width) {
   const int64_t n = round_up(p.rows_in(row_block), kStepDepth), cols = p.cols_in(col_block);
   const float factor = weight_factor(p);
-  const ContrastiveProblem q = weighted(p, factor);
-  const TileGradient gradient(q, row_block, col_block, tile, s.row_factor);
+  const TileGradient gradient(p, row_block, col_block, tile, s.row_factor, factor);
   for (int64_t j = 0; j < cols; j += kSplitGroup) {
     const int64_t count = std::min(kSplitGroup, cols - j);
     split_gradient_columns(gradient, j, count, n, column, s.a);

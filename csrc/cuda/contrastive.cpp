@@ -96,33 +96,34 @@ LsePair* pairs_of(const Tensor& scratch) {
 }
 
 void contrastive_cuda_statistics(const Tensor& products, const Tensor& scale, int64_t offset,
-                                 const Tensor& row_lse, const Tensor& positive,
+                                 const Tensor& row_negatives, const Tensor& positive,
                                  const Tensor& col_pairs) {
   const Products p = products_of(products, offset);
   const DeviceGuard guard(products.get_device_index());
   float* pairs = floats_or_none(col_pairs, "col_pairs", 2 * p.cols, products);
-  const Statistics out = {floats_or_none(row_lse, "row_lse", p.rows, products),
+  const Statistics out = {floats_or_none(row_negatives, "row_negatives", p.rows, products),
                           floats_of(positive, "positive", p.rows, products), pairs,
                           pairs ? pairs + p.cols : nullptr};
   auto scratch = [&](bool wanted, int64_t count) {
     return torch::stable::new_empty(products, {wanted ? count : 0, 2}, ScalarType::Float);
   };
-  const Tensor row_scratch = scratch(out.row_lse != nullptr, row_pair_count(p));
+  const Tensor row_scratch = scratch(out.row_negatives != nullptr, row_pair_count(p));
   const Tensor col_scratch = scratch(pairs != nullptr, col_pair_count(p));
   require_success(statistics(queue_of(products), p, floats_of(scale, "scale", 1, products),
                              pairs_of(row_scratch), pairs_of(col_scratch), out));
 }
 
 void contrastive_cuda_gradient(const Tensor& products, const Tensor& scale, const Tensor& row_lse,
-                               const Tensor& col_lse, const Tensor& weights, int64_t offset,
-                               const Tensor& out) {
+                               const Tensor& col_lse, const Tensor& positive_gradient,
+                               const Tensor& weights, int64_t offset, const Tensor& out) {
   const Products p = products_of(products, offset);
   const DeviceGuard guard(products.get_device_index());
   require_success(softmax_gradient(
       queue_of(products), p, floats_of(scale, "scale", 1, products),
       floats_or_none(row_lse, "row_lse", p.rows, products),
       floats_or_none(col_lse, "col_lse", p.cols, products),
-      floats_of(weights, "weights", 3, products), output_of(out, products)));
+      floats_of(positive_gradient, "positive_gradient", p.rows, products),
+      floats_of(weights, "weights", 2, products), output_of(out, products)));
 }
 
 void contrastive_cuda_sigmoid(const Tensor& products, const Tensor& scale, const Tensor& bias,

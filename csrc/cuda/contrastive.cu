@@ -49,6 +49,15 @@ __device__ __forceinline__ void load_logits(const Products& p, int64_t row, int6
   }
 }
 
+// Leaves a positive among kVector neighbours out of every sum of exponentials.
+__device__ __forceinline__ void exclude_positive(const Products& p, int64_t row, int64_t col,
+                                                 float* z) {
+  const int64_t at = row + p.offset - col;
+#pragma unroll
+  for (int k = 0; k < kVector; ++k)
+    if (at == k) z[k] = -INFINITY;
+}
+
 __device__ __forceinline__ float warp_max(float v) {
 #pragma unroll
   for (int mask = kLanes / 2; mask > 0; mask /= 2)
@@ -90,8 +99,8 @@ __device__ __forceinline__ LsePair add_column(LsePair running,
   return {max, sum};
 }
 
-// One tile: pairs of its rows to row_pairs [rows, column tiles], of its columns to col_pairs
-// [row tiles, cols].
+// One tile: pairs of its rows' negatives to row_pairs [rows, column tiles], of its columns' to
+// col_pairs [row tiles, cols].
 template <bool kRows, bool kCols>
 __global__ void __launch_bounds__(kThreads)
     tile_statistics(Products p, const float* scale_at, LsePair* row_pairs, LsePair* col_pairs) {
@@ -110,9 +119,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int r = 0; r < kStrip; ++r)
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g)
-        load_logits(p, first + r, col_tile * kTileCols + (g * kLanes + lane) * kVector, scale, 0.0f,
-                    &z[r][g * kVector]);
+      for (int g = 0; g < kGroups; ++g) {
+        const int64_t col = col_tile * kTileCols + (g * kLanes + lane) * kVector;
+        load_logits(p, first + r, col, scale, 0.0f, &z[r][g * kVector]);
+        exclude_positive(p, first + r, col, &z[r][g * kVector]);
+      }
     if constexpr (kRows) {
 #pragma unroll
       for (int r = 0; r < kStrip; ++r) {
@@ -141,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp for each row: merges its pairs, and fetches its positive.
 __global__ void __launch_bounds__(kThreads)
-    finish_rows(Products p, const float* scale_at, const LsePair* row_pairs, float* row_lse,
+    finish_rows(Products p, const float* scale_at, const LsePair* row_pairs, float* row_negatives,
                 float* positive) {
   const int lane = threadIdx.x % kLanes;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
@@ -150,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t col = row + p.offset;
     positive[row] = col >= 0 && col < p.cols ? *scale_at * p.data[row * p.stride + col] : 0.0f;
   }
-  if (row_lse == nullptr) return;
+  if (row_negatives == nullptr) return;
   const int64_t tiles = div_up(p.cols, kTileCols);
   LsePair total = {-INFINITY, 0.0f};
   for (int64_t t = lane; t < tiles; t += kLanes) total = merge(total, row_pairs[row * tiles + t]);
@@ -158,7 +169,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int mask = kLanes / 2; mask > 0; mask /= 2)
     total = merge(total, {__shfl_down_sync(0xffffffffu, total.max, mask),
                           __shfl_down_sync(0xffffffffu, total.sum, mask)});
-  if (lane == 0) row_lse[row] = log_sum_exp(total);
+  if (lane == 0) row_negatives[row] = log_sum_exp(total);
 }
 
 // A thread for each column: merges its pairs into the running one, in the order of the rows.
@@ -214,25 +225,25 @@ struct Place {
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     write_softmax_gradient(Products p, const float* scale_at, const float* row_lse,
-                           const float* col_lse, const float* weights, Output out) {
+                           const float* col_lse, const float* positive_gradient,
+                           const float* weights, Output out) {
   const Place place(p);
   if (place.col >= p.cols) return;
   const float scale = *scale_at;
   const float row_weight = row_lse == nullptr ? 0.0f : weights[0];
   const float col_weight = col_lse == nullptr ? 0.0f : weights[1];
-  const float positive_weight = weights[2];
   float col_reference[kVector];
 #pragma unroll
   for (int k = 0; k < kVector; ++k)
     col_reference[k] = col_lse && place.col + k < p.cols ? col_lse[place.col + k] : 0.0f;
   for (int64_t row = place.row; row < place.end; row += kRowStep) {
-    const float row_reference = row_lse ? row_lse[row] : 0.0f;
+    const float row_reference = row_lse ? row_lse[row] : 0.0f, positive = positive_gradient[row];
     float g[kVector];
     load_logits(p, row, place.col, scale, 0.0f, g);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
       g[k] = softmax_logit_gradient(g[k], row_reference, col_reference[k], row_weight, col_weight);
-      if (row + p.offset == place.col + k) g[k] -= positive_weight;
+      if (row + p.offset == place.col + k) g[k] = positive;
     }
     store_gradients<T>(p, out, row, place.col, g);
   }
@@ -328,14 +339,14 @@ const char* statistics(Queue queue, const Products& p, const float* scale, LsePa
   return submit(queue, [&](cudaStream_t stream) {
     const int64_t row_tiles = div_up(p.rows, kTileRows);
     const unsigned tiles = grid(row_tiles * div_up(p.cols, kTileCols));
-    const bool rows = out.row_lse != nullptr, cols = out.col_max != nullptr;
+    const bool rows = out.row_negatives != nullptr, cols = out.col_max != nullptr;
     const auto kernel = rows && cols ? tile_statistics<true, true>
                         : rows       ? tile_statistics<true, false>
                                      : tile_statistics<false, true>;
     if (tiles > 0 && (rows || cols))
       kernel<<<tiles, kThreads, 0, stream>>>(p, scale, row_pairs, col_pairs);
-    finish_rows<<<grid(div_up(p.rows, kWarps)), kThreads, 0, stream>>>(p, scale, row_pairs,
-                                                                       out.row_lse, out.positive);
+    finish_rows<<<grid(div_up(p.rows, kWarps)), kThreads, 0, stream>>>(
+        p, scale, row_pairs, out.row_negatives, out.positive);
     if (cols && tiles > 0)
       finish_cols<<<grid(div_up(p.cols, kThreads)), kThreads, 0, stream>>>(
           p.cols, row_tiles, col_pairs, out.col_max, out.col_sum);
@@ -343,13 +354,14 @@ const char* statistics(Queue queue, const Products& p, const float* scale, LsePa
 }
 
 const char* softmax_gradient(Queue queue, const Products& p, const float* scale,
-                             const float* row_lse, const float* col_lse, const float* weights,
+                             const float* row_lse, const float* col_lse,
+                             const float* positive_gradient, const float* weights,
                              const Output& out) {
   if (p.rows == 0 || p.cols == 0) return nullptr;
   return submit(queue, [&](cudaStream_t stream) {
     with_element(out.element, [&](auto element) {
       write_softmax_gradient<decltype(element)><<<grid(gradient_tiles(p)), kThreads, 0, stream>>>(
-          p, scale, row_lse, col_lse, weights, out);
+          p, scale, row_lse, col_lse, positive_gradient, weights, out);
     });
   });
 }

@@ -30,10 +30,10 @@ struct Output {
   bool vectorized;  // rows start at multiples of four elements
 };
 
-// Row statistics [rows]; row_lse may be null. Column statistics [cols]: the running pair, merged
-// into; both null or neither.
+// Row statistics [rows]; row_negatives, the log-sum-exp over the negatives, may be null. Column
+// statistics [cols]: the running pair over the negatives, merged into; both null or neither.
 struct Statistics {
-  float* row_lse;
+  float* row_negatives;
   float* positive;
   float* col_max;
   float* col_sum;
@@ -49,7 +49,8 @@ int64_t sigmoid_partial_count(const Products& p);
 const char* statistics(Queue queue, const Products& p, const float* scale, LsePair* row_pairs,
                        LsePair* col_pairs, const Statistics& out);
 const char* softmax_gradient(Queue queue, const Products& p, const float* scale,
-                             const float* row_lse, const float* col_lse, const float* weights,
+                             const float* row_lse, const float* col_lse,
+                             const float* positive_gradient, const float* weights,
                              const Output& out);
 const char* sigmoid(Queue queue, const Products& p, const float* scale, const float* bias,
                     float factor, double* partials, double* sums, const Output& out);

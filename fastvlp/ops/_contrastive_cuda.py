@@ -4,7 +4,7 @@ The logits are walked in chunks: torch.mm makes the fp32 products of a chunk, on
 reads them, and for gradients two more products follow, summed in fp32 over the chunks. Nothing is
 read back to the host. float32 products honour torch.backends.cuda.matmul.allow_tf32.
 
-Range: logit gradients are stored divided by the largest |weight|, hence within [-3, 3] whatever
+Range: logit gradients are stored divided by the largest |weight|, hence within [-2, 2] whatever
 the batch size and the upstream gradient, and in float16 times 2**14 besides, so that a probability
 of 4e-9 is still a normal number. Both factors return in fp32, after the products.
 """
@@ -43,34 +43,35 @@ def _unavailable(device: int) -> tuple[str, ...]:
 def statistics(x, y, scale, kept, offset, rows, cols, *_):
     """fastvlp::contrastive_statistics; the blocks are for the CPU, and nothing is kept."""
     m, n = x.shape[0], y.shape[0]
-    row_lse, positive = (_floats(x, size) for size in (m if rows else 0, m))
+    row_negatives, positive = (_floats(x, size) for size in (m if rows else 0, m))
     col_pairs = _floats(x, 2, n if cols else 0)
     col_pairs[0].fill_(-torch.inf)
     col_pairs[1].zero_()
     if n == 0:
-        row_lse.fill_(-torch.inf)
+        row_negatives.fill_(-torch.inf)
         positive.zero_()
     height = max(1, _STATISTICS_BYTES // (4 * max(n, 1)))
     for chunk, _, products in _products(x, y, height, n):
         torch.ops.fastvlp.contrastive_cuda_statistics(
-            products, scale, offset + chunk.start, row_lse[chunk], positive[chunk], col_pairs
+            products, scale, offset + chunk.start, row_negatives[chunk], positive[chunk], col_pairs
         )
-    return row_lse, col_pairs[0] + col_pairs[1].log(), positive
+    return row_negatives, col_pairs[0] + col_pairs[1].log(), positive
 
 
 def gradients(
-    x, y, scale, row_lse, col_lse, weights, kept, offset,
+    x, y, scale, row_lse, col_lse, positive_gradient, weights, kept, offset,
     block_rows, block_cols, keep_blocks, chunk_rows, chunk_cols,
 ):  # fmt: skip
     """fastvlp::contrastive_gradients, in chunks of the plan's size."""
     largest = weights.abs().amax()
     stored = storage_factor(x.dtype)
     # All weights 0 means gradients of 0, not 0 / 0.
-    relative = weights / torch.where(largest == 0, 1, largest) * stored
+    unit = torch.where(largest == 0, 1, largest) / stored
+    relative, positives = weights / unit, positive_gradient / unit
 
     def logit_gradient(products, rows, cols, out):
         torch.ops.fastvlp.contrastive_cuda_gradient(
-            products, scale, row_lse[rows], col_lse[cols], relative,
+            products, scale, row_lse[rows], col_lse[cols], positives[rows], relative,
             offset + rows.start - cols.start, out,
         )  # fmt: skip
 

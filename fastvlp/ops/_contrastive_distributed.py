@@ -1,9 +1,10 @@
 """The contrastive losses over a global batch spread on the ranks of a process group.
 
 Rank r holds B_r pairs of the N. It computes its own rows of logits against all columns, so row
-log-sum-exps are final locally and column log-sum-exps need one merge of N floats; only the text
-tower travels. Loss and gradients come out of one operator: nothing but gradients of the size of the
-local features lives until backward, and backward needs no communication.
+log-sum-exps are final locally and column log-sum-exps need one merge of N floats, and gradients the
+N positives' logits; only the text tower travels. Loss and gradients come out of one operator:
+nothing but gradients of the size of the local features lives until backward, and backward needs no
+communication.
 
 Two schedules, exact alike:
 - gather: all-gather of the text features, the local block computed meanwhile; the gradient of the
@@ -22,11 +23,12 @@ averaging over ranks, as DDP does, turns into the exact gradient of the full bat
 import torch
 
 from ..distributed import Gather, ScatterSum, merge_log_sum_exp
+from ._contrastive_pairs import log_sum_exp, positive_gradient
 from ._contrastive_parts import (
     KeptLogits,
     Part,
     Sum,
-    gradient_weights,
+    direction_weight,
     loss_share,
     no_gradients,
     travel_dtypes,
@@ -60,34 +62,39 @@ def _gather(x, y, scale, shards, rows, cols, comm_dtype, gradients, workspace_by
     wire, sums = travel_dtypes(comm_dtype, y)
     exchange = Gather(y.to(wire), shards)
     own = Part(x, y, scale, first, first, logits.slot(0, len(y)))
-    row_lse, own_cols, positive = own.statistics(rows, cols)
-    row_parts, col_parts = [row_lse], [own_cols]
+    row_part, own_cols, positive = own.statistics(rows, cols)
+    positives = Gather(positive, shards) if gradients and cols else None
+    row_parts, col_parts = [row_part], [own_cols]
     others = []
     for index, (begin, which) in enumerate(groups, 1):
         columns = exchange.rows(which).to(x.dtype)
         others.append(Part(x, columns, scale, first, begin, logits.slot(index, len(columns))))
-        row_lse, col_lse, _ = others[-1].statistics(rows, cols)
-        row_parts.append(row_lse)
-        col_parts.insert(0 if begin == 0 else len(col_parts), col_lse)
+        row_part, col_part, _ = others[-1].statistics(rows, cols)
+        row_parts.append(row_part)
+        col_parts.insert(0 if begin == 0 else len(col_parts), col_part)
     del exchange
-    row_lse = torch.stack(row_parts).logsumexp(0) if rows else row_parts[0]
-    col_lse = merge_log_sum_exp(torch.cat(col_parts), shards.group) if cols else col_parts[0]
-    loss = loss_share(row_lse, col_lse[first:last], positive, shards, rows, cols)
+    row_negatives = torch.stack(row_parts).logsumexp(0) if rows else row_parts[0]
+    col_negatives = merge_log_sum_exp(torch.cat(col_parts), shards.group) if cols else col_parts[0]
+    own_negatives = row_negatives, col_negatives[first:last]
+    loss = loss_share(*own_negatives, positive, shards, rows, cols)
     if not gradients:
         logits.give_back()
         return loss, *no_gradients(x, y, scale)
 
-    weights = gradient_weights(scale, shards, rows, cols)
+    weight = direction_weight(shards, rows, cols)
+    row_lse = log_sum_exp(row_negatives, positive)
+    col_lse = log_sum_exp(col_negatives, positives.rows(slice(None))) if cols else col_negatives
+    common = positive_gradient(*own_negatives, positive, weight), scale.new_tensor([weight, weight])
     dx, dscale = Sum(), Sum()
     outgoing = [y.new_empty(0, y.shape[1]) for _ in shards.sizes]
     for other, (begin, which) in zip(others, groups, strict=True):
         end = begin + len(other.y)
-        part_dx, part_dy, part_dscale = other.gradients(row_lse, col_lse[begin:end], weights)
+        part_dx, part_dy, part_dscale = other.gradients(row_lse, col_lse[begin:end], *common)
         dx.add(part_dx)
         dscale.add(part_dscale)
         outgoing[which] = part_dy.split(shards.sizes[which])
     exchange = ScatterSum(outgoing, shards, y.new_empty(0, y.shape[1], dtype=sums))
-    own_dx, own_dy, own_dscale = own.gradients(row_lse, col_lse[first:last], weights)
+    own_dx, own_dy, own_dscale = own.gradients(row_lse, col_lse[first:last], *common)
     logits.give_back()
     dx.add(own_dx)
     dscale.add(own_dscale)

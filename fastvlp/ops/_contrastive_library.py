@@ -36,16 +36,16 @@ def _sigmoid_fake(x, y, scale, bias, weight, offset, gradients, *_):
 def _statistics_triton(x, y, scale, kept, offset, rows, cols, *_):
     from ..kernels.contrastive import contrastive_statistics
 
-    row_lse, col_lse, positive = contrastive_statistics(
+    row_negatives, col_negatives, positive = contrastive_statistics(
         x, y, scale, offset=offset, rows=rows, cols=cols
     )
-    row_lse = row_lse if rows else scale.new_empty(0)
-    col_lse = col_lse if cols else scale.new_empty(0)
-    return row_lse, col_lse, positive
+    row_negatives = row_negatives if rows else scale.new_empty(0)
+    col_negatives = col_negatives if cols else scale.new_empty(0)
+    return row_negatives, col_negatives, positive
 
 
 def _gradients_triton(
-    x, y, scale, row_lse, col_lse, weights, kept, offset,
+    x, y, scale, row_lse, col_lse, positive_gradient, weights, kept, offset,
     block_rows, block_cols, keep_blocks, chunk_rows, chunk_cols,
 ):  # fmt: skip
     from ..kernels.contrastive_backward import contrastive_gradients
@@ -56,6 +56,7 @@ def _gradients_triton(
         scale,
         row_lse if row_lse.numel() else None,
         col_lse if col_lse.numel() else None,
+        positive_gradient,
         weights,
         offset=offset,
         workspace_bytes=_workspace(x, y, block_rows * block_cols * chunk_rows * chunk_cols),

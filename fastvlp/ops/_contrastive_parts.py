@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from ._contrastive_pairs import pair_losses
 from ._contrastive_plan import Plan, make_plan
 from ._workspace import Lease
 
@@ -56,7 +57,10 @@ class Part:
         self.plan, self._kept = slot
 
     def statistics(self, rows: bool, cols: bool):
-        """(row_lse [M], col_lse [N], positive [M]); empty where not wanted, 0 where not here."""
+        """(log-sum-exps over the negatives of rows [M] and of columns [N], positive [M]).
+
+        Log-sum-exps are empty where not wanted, positives 0 where they are not here.
+        """
         if not self._has_logits():
             lse = [self.x.new_full((len(t) * on,), -torch.inf, dtype=torch.float32)
                    for t, on in ((self.x, rows), (self.y, cols))]  # fmt: skip
@@ -74,16 +78,20 @@ class Part:
         else:  # some are computed again anyway: then all of them, without a pass for statistics
             self.plan, self._kept = replace(self.plan, keep_blocks=0), self._kept[:0]
 
-    def gradients(self, row_lse, col_lse, weights):
-        """(dx, dy, dscale) as float32, to be summed over parts."""
+    def gradients(self, row_lse, col_lse, positive_gradient, weights):
+        """(dx, dy, dscale) as float32, to be summed over parts.
+
+        Log-sum-exps over all logits; `positive_gradient` [M] is used where the positives are here.
+        """
         if not self._has_logits():
             return (
                 *(torch.zeros_like(t, dtype=torch.float32) for t in (self.x, self.y, self.scale)),
             )
         plan = self.plan
         dx, dy, dscale = torch.ops.fastvlp.contrastive_gradients(
-            self.x, self.y, self.scale, row_lse, col_lse, weights, self._kept, self.offset,
-            plan.block_rows, plan.block_cols, plan.keep_blocks, plan.chunk_rows, plan.chunk_cols,
+            self.x, self.y, self.scale, row_lse, col_lse, positive_gradient, weights, self._kept,
+            self.offset, plan.block_rows, plan.block_cols, plan.keep_blocks, plan.chunk_rows,
+            plan.chunk_cols,
         )  # fmt: skip
         return dx.float(), dy.float(), dscale
 
@@ -100,14 +108,15 @@ class Sum:
         self.total = part if self.total is None else self.total.add_(part)
 
 
-def loss_share(row_lse, own_col_lse, positive, shards, rows, cols):
-    sums = [(lse - positive).sum() for lse, on in ((row_lse, rows), (own_col_lse, cols)) if on]
+def loss_share(row_negatives, own_col_negatives, positive, shards, rows, cols):
+    directions = ((row_negatives, rows), (own_col_negatives, cols))
+    sums = [pair_losses(negatives, positive).sum() for negatives, on in directions if on]
     return sum(sums) * (shards.world_size / (shards.total * len(sums)))
 
 
-def gradient_weights(scale, shards, rows, cols):
-    share = shards.world_size / shards.total
-    return scale.new_tensor([share / (rows + cols), share / (rows + cols), share])
+def direction_weight(shards, rows, cols) -> float:
+    """What the softmax of each direction with a loss weighs in this rank's share."""
+    return shards.world_size / (shards.total * (rows + cols))
 
 
 def no_gradients(x, y, scale):

@@ -6,11 +6,12 @@ See _contrastive_distributed.py for what the ranks compute, and for the other sc
 import torch
 
 from ..distributed import Ring, RingSum
+from ._contrastive_pairs import log_sum_exp, positive_gradient
 from ._contrastive_parts import (
     KeptLogits,
     Part,
     Sum,
-    gradient_weights,
+    direction_weight,
     loss_share,
     no_gradients,
     travel_dtypes,
@@ -23,7 +24,7 @@ def ring_shares(x, y, scale, shards, rows, cols, comm_dtype, gradients, workspac
     ring = _SoftmaxRing(x, y, scale, shards, rows, cols, workspace_bytes, gradients)
     wire, sums = travel_dtypes(comm_dtype, y)
     ring.statistics(y.to(wire))
-    loss = loss_share(ring.row_lse, ring.col_lse, ring.positive, shards, rows, cols)
+    loss = loss_share(ring.row_negatives, ring.col_negatives, ring.positive, shards, rows, cols)
     if gradients:
         dx, dy, dscale = ring.gradients(sums)
     else:
@@ -53,29 +54,35 @@ class _SoftmaxRing:
         return Part(self.x, columns, self.scale, self.shards.offset, begin, slot)
 
     def statistics(self, held: torch.Tensor) -> None:
-        """Sets row_lse, col_lse and positive of this rank's own pairs."""
+        """Sets row_negatives, col_negatives and positive of this rank's own pairs."""
         seen = None
         for step in range(self.shards.world_size):
             passing = self.away.start(step, held, tag=1) if step < self.last else None
             part = self._part(held, self.away.holder(step))
-            row_lse, col_lse, positive = part.statistics(self.rows, self.cols)
+            row_part, col_part, positive = part.statistics(self.rows, self.cols)
             if step == 0:
-                self.own, self.row_lse, self.positive = part, row_lse, positive
+                self.own, self.row_negatives, self.positive = part, row_part, positive
             else:
-                self.row_lse = torch.logaddexp(self.row_lse, row_lse)
+                self.row_negatives = torch.logaddexp(self.row_negatives, row_part)
             if self.cols:  # the columns' sums follow their shard, and are home after the last step
-                seen = col_lse if seen is None else torch.logaddexp(seen, col_lse)
+                seen = col_part if seen is None else torch.logaddexp(seen, col_part)
                 seen = self.away.start(step, seen, tag=2).wait()
             held = passing.wait() if passing else held
-        self.col_lse = seen if self.cols else col_lse
+        self.col_negatives = seen if self.cols else col_part
         self.held, self.part = held, part
 
     def gradients(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """(dx, dy, dscale); dy travels as `dtype`."""
-        weights = gradient_weights(self.scale, self.shards, self.rows, self.cols)
+        weight = direction_weight(self.shards, self.rows, self.cols)
+        common = (
+            positive_gradient(self.row_negatives, self.col_negatives, self.positive, weight),
+            self.scale.new_tensor([weight, weight]),
+        )
+        row_lse = log_sum_exp(self.row_negatives, self.positive)
+        own_col_lse = log_sum_exp(self.col_negatives, self.positive)
         dx, dscale, dy = Sum(), Sum(), RingSum(self.back, dtype)
         # The shard that came last is at hand: the way back starts with it and ends at home.
-        held, part, col_lse = self.held, self.part, self.col_lse
+        held, part, col_lse = self.held, self.part, own_col_lse
         if self.cols:
             col_lse = self.back.start(0, col_lse, tag=2).wait()
         for step in range(1, self.shards.world_size):
@@ -84,14 +91,14 @@ class _SoftmaxRing:
             if step > 1:
                 part = self._part(held, self.back.holder(step))
                 part.restore(self.rows, self.cols)
-            part_dx, part_dy, part_dscale = part.gradients(self.row_lse, col_lse, weights)
+            part_dx, part_dy, part_dscale = part.gradients(row_lse, col_lse, *common)
             dx.add(part_dx)
             dscale.add(part_dscale)
             dy.add(step, part_dy)
             if passing:
                 held, *moved = (one.wait() for one in passing)
                 col_lse = moved[0] if self.cols else col_lse
-        own_dx, own_dy, own_dscale = self.own.gradients(self.row_lse, self.col_lse, weights)
+        own_dx, own_dy, own_dscale = self.own.gradients(row_lse, own_col_lse, *common)
         dx.add(own_dx)
         dscale.add(own_dscale)
         own_dy = dy.home(own_dy)

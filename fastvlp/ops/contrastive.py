@@ -3,6 +3,9 @@
     z_ij = s <x_i, y_j> + b
     loss = 1/2 mean_i [lse_j z_ij - z_ii] + 1/2 mean_j [lse_i z_ij - z_jj]
 
+The log-sum-exps are taken over the negatives, j != i, and the positive enters a pair's loss as
+log(1 + exp(lse - z_ii)): a loss of 1e-8 is as exact as its logits.
+
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
 arXiv 2103.00020, section 2.3 and figure 3; van den Oord et al., arXiv 1807.03748, equation 4.
 
@@ -20,7 +23,6 @@ sums are always float32.
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from ..distributed import agree, spans_ranks
 from . import _contrastive_library
@@ -34,6 +36,7 @@ from ._contrastive_inputs import (
     local,
     unit_stride,
 )
+from ._contrastive_pairs import log_sum_exp, pair_losses, positive_gradient
 from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, make_plan
 from ._dispatch import choose, explain, register
 from ._saved_gradients import once_differentiable, wants_gradients
@@ -147,10 +150,11 @@ def contrastive_reference(
         logits = logits + logit_bias
     if logits.dtype != torch.float64:
         logits = logits.float()
-    positives = torch.arange(len(logits), device=logits.device)
+    pairs = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    negatives, positive = logits.masked_fill(pairs, -torch.inf), logits.diagonal()
     sums = {
-        "image_to_text": F.cross_entropy(logits, positives, reduction="sum"),
-        "text_to_image": F.cross_entropy(logits.T, positives, reduction="sum"),
+        "image_to_text": pair_losses(negatives.logsumexp(1), positive).sum(),
+        "text_to_image": pair_losses(negatives.logsumexp(0), positive).sum(),
     }
     sums["both"] = (sums["image_to_text"] + sums["text_to_image"]) / 2
     return sums[direction] / max(len(logits), 1)
@@ -175,12 +179,16 @@ class _Contrastive(torch.autograd.Function):
             kept = scale.new_empty(plan.kept_floats(x.shape[0]))
         else:
             kept = lease.floats.to(x.device)  # on a GPU nothing is kept: no floats move
-        row_lse, col_lse, positive = torch.ops.fastvlp.contrastive_statistics(
+        *negatives, positive = torch.ops.fastvlp.contrastive_statistics(
             x, y, scale, kept, 0, rows, cols, plan.block_rows, plan.block_cols, plan.keep_blocks
         )
-        losses = [(lse - positive).mean() for lse, on in ((row_lse, rows), (col_lse, cols)) if on]
+        losses = [
+            pair_losses(lse, positive).mean()
+            for lse, on in zip(negatives, (rows, cols), strict=True)
+            if on
+        ]
         loss = sum(losses) / len(losses)
-        return loss, row_lse, col_lse, *(() if lease is not None else (kept,))
+        return loss, *negatives, positive, *(() if lease is not None else (kept,))
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -191,20 +199,20 @@ class _Contrastive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        x, y, scale, row_lse, col_lse, *kept = ctx.saved_tensors
+        x, y, scale, row_negatives, col_negatives, positive, *kept = ctx.saved_tensors
         n, plan = x.shape[0], ctx.plan
         keep_blocks = plan.keep_blocks
         if ctx.lease is not None:
             kept = [ctx.lease.floats]
         if kept[0] is None:  # a second backward pass: the tiles went with the first one
             kept, keep_blocks = [scale.new_empty(0)], 0
-        directions = (row_lse.numel() > 0) + (col_lse.numel() > 0)
-        share = grad / (n * directions)
-        weights = torch.stack((share, share, share * directions))
+        share = grad / (n * ((row_negatives.numel() > 0) + (col_negatives.numel() > 0)))
         dx, dy, dscale = once_differentiable(
-            torch.ops.fastvlp.contrastive_gradients, x, y, scale, row_lse, col_lse, weights,
-            kept[0].to(x.device), 0, plan.block_rows, plan.block_cols, keep_blocks,
-            plan.chunk_rows, plan.chunk_cols,
+            torch.ops.fastvlp.contrastive_gradients, x, y, scale,
+            log_sum_exp(row_negatives, positive), log_sum_exp(col_negatives, positive),
+            positive_gradient(row_negatives, col_negatives, positive, share),
+            torch.stack((share, share)), kept[0].to(x.device), 0, plan.block_rows,
+            plan.block_cols, keep_blocks, plan.chunk_rows, plan.chunk_cols,
         )  # fmt: skip
         if ctx.lease is not None:
             ctx.lease.give_back()

@@ -47,16 +47,26 @@ def draw(m, n, width, dtype, device, *, offset=0, scale=10.0, bias=0.0, norm=1.0
 
 
 def statistics(problem: Problem, dtype: torch.dtype):
+    """Log-sum-exps over the negatives of rows and columns, and the positives' logits."""
     z = problem.logits(dtype)
-    positive = torch.where(problem.is_pair(), z, torch.zeros_like(z)).sum(1)
-    return z.logsumexp(1), z.logsumexp(0), positive
+    pairs = problem.is_pair()
+    negatives = z.masked_fill(pairs, -torch.inf)
+    return negatives.logsumexp(1), negatives.logsumexp(0), z.masked_fill(~pairs, 0).sum(1)
+
+
+def gradient_inputs(problem: Problem, weights):
+    """(row_lse, col_lse, positive_gradient), float32, as the gradient kernel takes them."""
+    z = problem.logits(torch.float64)
+    positives = softmax_gradient(problem, weights, torch.float64)
+    positives = positives.masked_fill(~problem.is_pair(), 0).sum(1)
+    return z.logsumexp(1).float(), z.logsumexp(0).float(), positives.float()
 
 
 def softmax_gradient(problem: Problem, weights, dtype: torch.dtype):
     """The gradient of the logits."""
     z = problem.logits(dtype)
-    w_row, w_col, w_diag = weights.to(dtype)
-    return w_row * z.softmax(1) + w_col * z.softmax(0) - w_diag * problem.is_pair()
+    w_row, w_col = weights.to(dtype)
+    return w_row * z.softmax(1) + w_col * z.softmax(0) - (w_row + w_col) * problem.is_pair()
 
 
 def sigmoid_terms(problem: Problem, dtype: torch.dtype):

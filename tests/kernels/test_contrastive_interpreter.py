@@ -5,6 +5,7 @@ import math
 import contrastive_formulas as formulas
 import pytest
 import torch
+from contrastive_cases import well_fitted
 from contrastive_formulas import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,8 +44,10 @@ def check_statistics(run_kernel, problem, **wanted):
             assert our is None
             continue
         assert our.dtype == torch.float32
+        some = true > -torch.inf  # the log-sum-exp of no negatives
+        assert torch.equal(our > -torch.inf, some)
         floor = sharpness(problem) * math.sqrt(true.numel())
-        assert_as_accurate(name, our, near, true, floor)
+        assert_as_accurate(name, our[some], near[some], true[some], floor)
     return ours
 
 
@@ -65,20 +68,18 @@ def check_product(names, ours, eager, exact, problem, g):
 
 def check_gradients(run_kernel, problem, weights, workspace_bytes, *, rows=True, cols=True):
     weights = torch.tensor(weights, device=problem.x.device)
-    row_lse, col_lse, _ = (t.float() for t in formulas.statistics(problem, torch.float64))
+    used = weights * torch.tensor([rows, cols], device=weights.device)
+    row_lse, col_lse, positives = formulas.gradient_inputs(problem, used)
     ours = run_kernel(
         "contrastive_backward", "contrastive_gradients", problem.x, problem.y, problem.scale,
-        row_lse if rows else None, col_lse if cols else None, weights,
+        row_lse if rows else None, col_lse if cols else None, positives, weights,
         offset=problem.offset, workspace_bytes=workspace_bytes,
     )  # fmt: skip
-    weights = weights * torch.tensor([rows, cols, True], device=weights.device)
-    g = formulas.softmax_gradient(problem, weights, torch.float64)
-    # |g| of a pair is a difference: its terms count for the rounding, not their difference.
-    spread = g + 2 * weights[2] * problem.is_pair()
-    eager = formulas.softmax_gradient(problem, weights, problem.x.dtype)
+    g = formulas.softmax_gradient(problem, used, torch.float64)
+    eager = formulas.softmax_gradient(problem, used, problem.x.dtype)
     check_product(
         ("dx", "dy"), ours, formulas.through_product(problem, eager),
-        formulas.through_product(problem, g), problem, spread,
+        formulas.through_product(problem, g), problem, g,
     )  # fmt: skip
     return ours
 
@@ -110,7 +111,7 @@ def test_statistics(run_kernel, device, **drawn):
 @settings(max_examples=60)
 @given(workspace=st.sampled_from([1 << 12, 1 << 14, 1 << 20]), **PROBLEMS)
 def test_gradients(run_kernel, device, workspace, **drawn):
-    check_gradients(run_kernel, draw(device=device, **drawn), [0.3, 0.2, 0.5], workspace)
+    check_gradients(run_kernel, draw(device=device, **drawn), [0.3, 0.2], workspace)
 
 
 @settings(max_examples=60)
@@ -128,9 +129,7 @@ def test_sigmoid(run_kernel, device, workspace, **drawn):
 def test_one_direction(run_kernel, device, dtype, rows, cols):
     problem = draw(70, 45, 40, dtype, device, offset=2)
     check_statistics(run_kernel, problem, rows=rows, cols=cols)
-    check_gradients(
-        run_kernel, problem, [0.5 * rows, 0.5 * cols, 0.5], 1 << 14, rows=rows, cols=cols
-    )
+    check_gradients(run_kernel, problem, [0.5, 0.5], 1 << 14, rows=rows, cols=cols)
 
 
 @pytest.mark.parametrize("cols", [True, False])
@@ -144,11 +143,33 @@ def test_statistics_in_several_chunks(run_kernel_with, device, cols):
 
 
 def test_one_feature_against_itself(run_kernel, device):
-    # A softmax over one column is 1: the loss vanishes exactly, the gradient but for rounding.
+    # A softmax over one column is 1: loss and gradient vanish exactly.
     problem = draw(1, 1, 8, torch.float32, device)
-    row_lse, col_lse, positive = check_statistics(run_kernel, problem)
-    assert torch.equal(row_lse, positive) and torch.equal(col_lse, positive)
-    check_gradients(run_kernel, problem, [0.5, 0.5, 1.0], 1 << 12)
+    rows, cols, _ = check_statistics(run_kernel, problem)
+    assert rows == cols == -torch.inf
+    dx, dy = check_gradients(run_kernel, problem, [0.5, 0.5], 1 << 12)
+    assert not dx.any() and not dy.any()
+
+
+def test_fitted_pairs_are_relatively_exact(run_kernel, device):
+    # The loss is 1e-7: what is left is the rounding of logits of 100.
+    x, y = (t.to(device) for t in well_fitted(70, 64, 100.0, 1.0, 1e-7))
+    problem = formulas.Problem(x, y, torch.tensor([100.0], device=device), None, 0)
+    args = problem.x, problem.y, problem.scale
+    found = run_kernel("contrastive", "contrastive_statistics", *args)
+    exact = formulas.statistics(problem, torch.float64)
+    for lse, true in zip(found[:2], exact[:2], strict=True):
+        loss, wanted = (torch.nn.functional.softplus(a - b) for a, b in
+                        ((lse, found[2]), (true, exact[2])))  # fmt: skip
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-4, atol=0)
+    weights = torch.tensor([0.5, 0.5], device=device)
+    ours = run_kernel(
+        "contrastive_backward", "contrastive_gradients", *args,
+        *formulas.gradient_inputs(problem, weights), weights, workspace_bytes=1 << 14,
+    )  # fmt: skip
+    g = formulas.softmax_gradient(problem, weights, torch.float64)
+    for got, true in zip(ours, formulas.through_product(problem, g), strict=True):
+        assert (got - true).norm() <= 2e-5 * true.norm()
 
 
 @pytest.mark.parametrize("m, n", [(0, 5), (5, 0)])
@@ -161,7 +182,7 @@ def test_empty(run_kernel, device, m, n):
     assert (row_lse == -torch.inf).all() and (col_lse == -torch.inf).all()
     dx, dy = run_kernel(
         "contrastive_backward", "contrastive_gradients", problem.x, problem.y, problem.scale,
-        row_lse, col_lse, torch.ones(3, device=device), workspace_bytes=1 << 12,
+        row_lse, col_lse, positive, torch.ones(2, device=device), workspace_bytes=1 << 12,
     )  # fmt: skip
     assert dx.shape == (m, 8) and dy.shape == (n, 8) and not dx.any() and not dy.any()
     result = run_kernel(
@@ -180,35 +201,37 @@ def test_far_rows_and_columns_do_not_underflow(run_kernel, device, dtype):
         side[:, 0] = 4
         side[index, 0] = -1
     check_statistics(run_kernel, problem)
-    check_gradients(run_kernel, problem, [0.5, 0.5, 1.0], 1 << 14)
+    check_gradients(run_kernel, problem, [0.5, 0.5], 1 << 14)
 
 
 def test_huge_logits(run_kernel, device):
     problem = draw(50, 60, 64, torch.float32, device, scale=400.0, norm=5.0)
     assert problem.logits(torch.float64).abs().max() > 4e3
     check_statistics(run_kernel, problem)
-    check_gradients(run_kernel, problem, [0.5, 0.5, 1.0], 1 << 14)
+    check_gradients(run_kernel, problem, [0.5, 0.5], 1 << 14)
     check_sigmoid(run_kernel, problem, 1 << 14)
 
 
 def test_integer_logits_of_ten_thousand_are_exact(run_kernel, device):
-    # With a gap of 10,000 to the runner-up the log-sum-exp is the largest logit itself.
+    # 10,000 for the positives, 0 for the negatives: no softmax keeps anything of these.
     n = 40
     problem = draw(n, n, n, torch.float32, device, scale=10_000.0)
     eye = torch.eye(n, device=device)
     problem.x.copy_(eye)
     problem.y.copy_(eye)
-    results = check_statistics(run_kernel, problem)
-    assert all((r == 10_000).all() for r in results)
-    dx, dy = check_gradients(run_kernel, problem, [0.5, 0.5, 1.0], 1 << 14)
+    rows, cols, positive = check_statistics(run_kernel, problem)
+    assert (positive == 10_000).all()
+    torch.testing.assert_close(rows, torch.full_like(rows, math.log(n - 1)))
+    torch.testing.assert_close(cols, rows)
+    dx, dy = check_gradients(run_kernel, problem, [0.5, 0.5], 1 << 14)
     assert not dx.any() and not dy.any()
 
 
 def test_tiny_probabilities_survive_half_precision(run_kernel, device):
     # Uniform softmax with an upstream gradient of 1e-6: g is 2e-9, nothing in float16.
     problem = draw(64, 64, 32, torch.float16, device, scale=1e-3)
-    check_gradients(run_kernel, problem, [5e-7, 5e-7, 1e-6], 1 << 14)
-    zero, also_zero = check_gradients(run_kernel, problem, [0.0, 0.0, 0.0], 1 << 14)
+    check_gradients(run_kernel, problem, [5e-7, 5e-7], 1 << 14)
+    zero, also_zero = check_gradients(run_kernel, problem, [0.0, 0.0], 1 << 14)
     assert not zero.any() and not also_zero.any()
 
 
@@ -235,17 +258,17 @@ def test_tiny_sigmoid_gradients_survive_half_precision(run_kernel, device):
 def test_nan_spreads_as_far_as_it_reaches(run_kernel, device, dtype):
     problem = draw(70, 50, 24, dtype, device)
     problem.x[33, 5] = torch.nan
-    row_lse, col_lse, positive = run_kernel(
+    rows, cols, positive = run_kernel(
         "contrastive", "contrastive_statistics", problem.x, problem.y, problem.scale
     )
     hit = torch.arange(70, device=device) == 33
-    assert torch.equal(row_lse.isnan(), hit)
+    assert torch.equal(rows.isnan(), hit)
     assert torch.equal(positive.isnan(), hit)
-    assert col_lse.isnan().all()
-    weights = torch.tensor([0.5, 0.0, 0.5], device=device)
+    assert torch.equal(cols.isnan(), ~hit[:50])  # the positive of column 33 is in none of its sums
+    weights = torch.tensor([0.5, 0.0], device=device)
     dx, dy = run_kernel(
         "contrastive_backward", "contrastive_gradients", problem.x, problem.y, problem.scale,
-        row_lse, None, weights, workspace_bytes=1 << 14,
+        rows, None, positive, weights, workspace_bytes=1 << 14,
     )  # fmt: skip
     assert torch.equal(dx.isnan().any(1), hit) and dy.isnan().all()
     result = run_kernel(
@@ -262,9 +285,9 @@ def test_same_bits_twice(run_kernel, device):
     def everything():
         args = (problem.x, problem.y, problem.scale)
         found = run_kernel("contrastive", "contrastive_statistics", *args)
-        weights = torch.tensor([0.5, 0.5, 1.0], device=device)
+        weights = torch.tensor([0.5, 0.5], device=device)
         found += run_kernel(
-            "contrastive_backward", "contrastive_gradients", *args, *found[:2], weights,
+            "contrastive_backward", "contrastive_gradients", *args, *found, weights,
             workspace_bytes=1 << 14,
         )  # fmt: skip
         return found + tuple(
@@ -281,12 +304,12 @@ def test_same_bits_twice(run_kernel, device):
 def test_only_what_is_needed(run_kernel, device):
     problem = draw(40, 30, 16, torch.float32, device)
     args = (problem.x, problem.y, problem.scale)
-    row_lse, col_lse, _ = run_kernel("contrastive", "contrastive_statistics", *args)
-    weights = torch.tensor([0.5, 0.5, 1.0], device=device)
+    found = run_kernel("contrastive", "contrastive_statistics", *args)
+    weights = torch.tensor([0.5, 0.5], device=device)
 
     def gradients(**needed):
         return run_kernel(
-            "contrastive_backward", "contrastive_gradients", *args, row_lse, col_lse, weights,
+            "contrastive_backward", "contrastive_gradients", *args, *found, weights,
             workspace_bytes=1 << 14, **needed,
         )  # fmt: skip
 
@@ -328,5 +351,6 @@ def test_unusable_arguments_say_why(run_kernel, device):
     with pytest.raises(ValueError, match="both None"):
         run_kernel(
             "contrastive_backward", "contrastive_gradients", problem.x, problem.y, problem.scale,
-            None, None, torch.ones(3, device=device), workspace_bytes=1 << 12,
+            None, None, torch.ones(4, device=device), torch.ones(2, device=device),
+            workspace_bytes=1 << 12,
         )  # fmt: skip

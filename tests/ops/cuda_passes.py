@@ -60,13 +60,13 @@ def compiled(folder: Path) -> SimpleNamespace:
         stride = t.stride(0) if t.dim() == 2 else 0
         return pointer(t), ctypes.c_int64(stride), ELEMENTS[t.dtype]
 
-    def statistics(products, scale, offset, row_lse, positive, col_pairs):
+    def statistics(products, scale, offset, row_negatives, positive, col_pairs):
         assert col_pairs.is_contiguous()
-        vectors = map(pointer, (scale, row_lse, positive, col_pairs))
+        vectors = map(pointer, (scale, row_negatives, positive, col_pairs))
         assert library.run_statistics(*matrix(products, offset), *vectors) is None
 
-    def gradient(products, scale, row_lse, col_lse, weights, offset, out):
-        vectors = map(pointer, (scale, row_lse, col_lse, weights))
+    def gradient(products, scale, row_lse, col_lse, positive_gradient, weights, offset, out):
+        vectors = map(pointer, (scale, row_lse, col_lse, positive_gradient, weights))
         assert library.run_gradient(*matrix(products, offset), *vectors, *output(out)) is None
 
     def sigmoid(products, scale, bias, factor, offset, sums, out):
@@ -86,25 +86,28 @@ def is_positive(products: torch.Tensor, offset: int) -> torch.Tensor:
     return cols[None, :] == rows[:, None] + offset
 
 
-def _statistics(products, scale, offset, row_lse, positive, col_pairs):
+def _statistics(products, scale, offset, row_negatives, positive, col_pairs):
     z = scale * products
-    if row_lse.numel():
-        row_lse.copy_(z.logsumexp(1))
-    positive.copy_(torch.where(is_positive(z, offset), z, 0).sum(1))
+    pairs = is_positive(z, offset)
+    positive.copy_(torch.where(pairs, z, 0).sum(1))
+    z = torch.where(pairs, -torch.inf, z)
+    if row_negatives.numel():
+        row_negatives.copy_(z.logsumexp(1))
     if col_pairs.numel():
         largest = torch.maximum(col_pairs[0], z.amax(0))
-        carried = col_pairs[1] * (col_pairs[0] - largest).exp()
-        col_pairs.copy_(torch.stack((largest, carried + (z - largest).exp().sum(0))))
+        reference = torch.where(largest == -torch.inf, 0, largest)
+        carried = col_pairs[1] * (col_pairs[0] - reference).exp()
+        col_pairs.copy_(torch.stack((largest, carried + (z - reference).exp().sum(0))))
 
 
-def _gradient(products, scale, row_lse, col_lse, weights, offset, out):
+def _gradient(products, scale, row_lse, col_lse, positive_gradient, weights, offset, out):
     z = scale * products
-    g = -weights[2] * is_positive(z, offset)
+    g = torch.zeros_like(z)
     if row_lse.numel():
         g = g + weights[0] * (z - row_lse[:, None]).exp()
     if col_lse.numel():
         g = g + weights[1] * (z - col_lse).exp()
-    out.copy_(g)
+    out.copy_(torch.where(is_positive(z, offset), positive_gradient[:, None], g))
 
 
 def _sigmoid(products, scale, bias, factor, offset, sums, out):

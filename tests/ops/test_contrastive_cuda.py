@@ -7,12 +7,13 @@ from unittest import mock
 import cuda_passes
 import pytest
 import torch
-from contrastive_cases import features
+from contrastive_cases import features, well_fitted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_accurate, epsilon
 
-from fastvlp.ops import _contrastive_cuda
+from fastvlp.ops import _contrastive_cuda, contrastive_reference
+from fastvlp.ops._contrastive_pairs import pair_losses
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SINGLE = epsilon(torch.float32)
@@ -65,7 +66,7 @@ def test_statistics_kernel(kernels, rows, cols, gap, offset, deviation, wanted, 
     products = matrix(rows, cols, gap, deviation=deviation)
     before = matrix(4, cols, 0, seed=1) if carried else torch.empty(0, cols)
     scale = floats(2.5)
-    row_lse = torch.empty(rows if wanted != "cols" else 0)
+    row_negatives = torch.empty(rows if wanted != "cols" else 0)
     positive = torch.empty(rows)
     col_pairs = empty_pairs(cols) if wanted != "rows" else torch.empty(2, 0)
     if carried:
@@ -73,42 +74,56 @@ def test_statistics_kernel(kernels, rows, cols, gap, offset, deviation, wanted, 
             before, scale, 0, torch.empty(0), torch.empty(4),
             col_pairs if wanted != "rows" else torch.empty(2, 0),
         )  # fmt: skip
-    kernels.statistics(products, scale, offset, row_lse, positive, col_pairs)
+    kernels.statistics(products, scale, offset, row_negatives, positive, col_pairs)
     z, exact = scale * products, 2.5 * products.double()
     pairs = cuda_passes.is_positive(products, offset)
     assert torch.equal(positive, torch.where(pairs, z, 0).sum(1))
     size = exact.abs().max().item() + math.log(rows + cols)
+    exact = without_positives(exact, offset)
     if wanted != "cols":
         floor = SINGLE * size * math.sqrt(rows)
-        assert_as_accurate("rows", row_lse, z.logsumexp(1), exact.logsumexp(1), floor)
+        eager = without_positives(z, offset).logsumexp(1)
+        assert_log_sum_exp("rows", row_negatives, eager, exact.logsumexp(1), floor)
     if wanted != "rows":
-        seen = torch.cat((2.5 * before.double(), exact))
+        seen = torch.cat((without_positives(2.5 * before.double(), 0), exact))
         ours = col_pairs[0] + col_pairs[1].log()
-        assert torch.equal(col_pairs[0], (2.5 * torch.cat((before, products))).amax(0))
-        floor = SINGLE * (size + seen.abs().max().item()) * math.sqrt(cols)
-        assert_as_accurate("cols", ours, seen.float().logsumexp(0), seen.logsumexp(0), floor)
+        assert torch.equal(col_pairs[0], seen.float().amax(0))
+        floor = SINGLE * (size + 2.5 * before.abs().sum().item()) * math.sqrt(cols)
+        assert_log_sum_exp("cols", ours, seen.float().logsumexp(0), seen.logsumexp(0), floor)
+
+
+def without_positives(z, offset):
+    return torch.where(cuda_passes.is_positive(z, offset), -INF, z)
+
+
+def assert_log_sum_exp(name, ours, eager, exact, floor):
+    """Of nothing it is -inf."""
+    assert torch.equal(ours == -INF, exact == -INF)
+    some = exact > -INF
+    assert_as_accurate(name, ours[some], eager[some], exact[some], floor)
 
 
 def statistics_of(kernels, products):
     rows, cols = products.shape
-    row_lse, pairs = torch.empty(rows), empty_pairs(cols)
-    kernels.statistics(products, floats(1.0), 0, row_lse, torch.empty(rows), pairs)
-    return row_lse, pairs[0] + pairs[1].log()
+    row_negatives, pairs = torch.empty(rows), empty_pairs(cols)
+    kernels.statistics(products, floats(1.0), 0, row_negatives, torch.empty(rows), pairs)
+    return row_negatives, pairs[0] + pairs[1].log()
 
 
 def test_statistics_kernel_keeps_infinities_and_nan(kernels):
     products = matrix(40, 300, 0)
     products[3] = -INF
     products[:, 7] = -INF
-    row_lse, col_lse = statistics_of(kernels, products)
-    assert row_lse[3] == -INF and col_lse[7] == -INF
-    assert row_lse.isfinite().sum() == 39 and col_lse.isfinite().sum() == 299
+    rows, cols = statistics_of(kernels, products)
+    assert rows[3] == -INF and cols[7] == -INF
+    assert rows.isfinite().sum() == 39 and cols.isfinite().sum() == 299
     products[5, 280] = NAN
     products[9, 20] = INF
-    row_lse, col_lse = statistics_of(kernels, products)
-    assert row_lse[5].isnan() and col_lse[280].isnan()
-    assert not row_lse[9].isfinite() and not col_lse[20].isfinite()
-    assert row_lse.isfinite().sum() == 37 and col_lse.isfinite().sum() == 297
+    products[11, 11] = NAN  # a positive
+    rows, cols = statistics_of(kernels, products)
+    assert rows[5].isnan() and cols[280].isnan()
+    assert not rows[9].isfinite() and not cols[20].isfinite()
+    assert rows.isfinite().sum() == 37 and cols.isfinite().sum() == 297
 
 
 @given(
@@ -120,24 +135,25 @@ def test_statistics_kernel_keeps_infinities_and_nan(kernels):
 @settings(max_examples=60)
 def test_gradient_kernel(kernels, rows, cols, gap, offset, deviation, dtype, out_gap, terms):
     products = matrix(rows, cols, gap, deviation=deviation)
-    scale, weights = floats(2.5), floats(0.5, 0.25, 0.75)
+    scale, weights = floats(2.5), floats(0.5, 0.25)
+    positives = -0.75 * torch.rand(rows, generator=torch.Generator().manual_seed(1))
     z = scale * products
     row_lse = z.logsumexp(1) if terms != "cols" else torch.empty(0)
     col_lse = z.logsumexp(0) if terms != "rows" else torch.empty(0)
     wide = torch.full((rows, cols + out_gap), NAN, dtype=dtype)
     out = wide[:, :cols]
-    kernels.gradient(products, scale, row_lse, col_lse, weights, offset, out)
+    kernels.gradient(products, scale, row_lse, col_lse, positives, weights, offset, out)
     assert wide[:, cols:].isnan().all()
     eager, exact = torch.empty_like(out), torch.empty(rows, cols, dtype=torch.float64)
-    cuda_passes.PLAIN.gradient(products, scale, row_lse, col_lse, weights, offset, eager)
+    others = row_lse, col_lse, positives, weights
+    cuda_passes.PLAIN.gradient(products, scale, *others, offset, eager)
     cuda_passes.PLAIN.gradient(
-        products.double(), scale, row_lse.double(), col_lse.double(), weights.double(), offset,
-        exact,
-    )  # fmt: skip
+        products.double(), scale, *(t.double() for t in others), offset, exact
+    )
     floor = (epsilon(dtype) + SINGLE * z.abs().max().item()) * exact.norm().item()
     assert_as_accurate("gradient", out, eager, exact, floor)
     if dtype == torch.float32:
-        kernels.gradient(products, scale, row_lse, col_lse, weights, offset, products)
+        kernels.gradient(products, scale, *others, offset, products)
         assert torch.equal(products, out)
 
 
@@ -186,18 +202,34 @@ NOTHING = torch.empty(0)  # logits kept between the passes: none on a GPU
 
 
 def softmax_case(x, y, scale, offset, weights, dtype):
-    """Log-sum-exps, positives and the gradients of sum_i w0 lse_i + sum_j w1 lse_j - w2 z_positive,
-    in plain PyTorch at `dtype`."""
+    """Log-sum-exps over negatives, positives and the gradients of the sum of w0 (lse_i - z) over
+    rows and of w1 (lse_j - z) over columns, z the positive's logit, in plain PyTorch at `dtype`."""
     x, y = (t.to(dtype, copy=True).requires_grad_() for t in (x, y))
     real = torch.float64 if dtype == torch.float64 else torch.float32
     scale = scale.to(real, copy=True).requires_grad_()
     z = (scale * (x @ y.T)).to(real)
-    row_lse, col_lse = z.logsumexp(1), z.logsumexp(0)
     positive = torch.where(cuda_passes.is_positive(z, offset), z, 0).sum(1)
     w = weights.to(real)
-    loss = w[0] * row_lse.sum() + w[1] * col_lse.sum() - w[2] * positive.sum()
+    loss = w[0] * z.logsumexp(1).sum() + w[1] * z.logsumexp(0).sum() - w.sum() * positive.sum()
     loss.backward()
-    return [t.detach() for t in (row_lse, col_lse, positive, x.grad, y.grad, scale.grad)]
+    negatives = without_positives(z.detach(), offset)
+    statistics = negatives.logsumexp(1), negatives.logsumexp(0), positive.detach()
+    return *statistics, x.grad, y.grad, scale.grad
+
+
+def from_statistics(found, n, offset, weights):
+    """What `gradients` takes of the statistics `found`: log-sum-exps over all logits, and the
+    gradients with respect to the positives' logits."""
+    row_negatives, col_negatives, positive = found
+    pairs = cuda_passes.is_positive(torch.empty(len(positive), n), offset)
+    logits, result, gradient = torch.where(pairs, positive[:, None], -INF), [], torch.zeros(())
+    for lse, axis, weight in ((row_negatives, 1, weights[0]), (col_negatives, 0, weights[1])):
+        own = logits.amax(axis)
+        result.append(torch.logaddexp(lse, own) if lse.numel() else lse)
+        if lse.numel():
+            missing = torch.sigmoid(lse - own).unsqueeze(axis)
+            gradient = gradient - weight * torch.where(pairs, missing, 0).sum(1)
+    return *result, gradient, weights
 
 
 def floors(z, x, y, exact_dx, exact_dy, scale, largest, dtype):
@@ -241,26 +273,28 @@ def test_softmax_composition(
 ):
     x, y = pair_of_features(m, n, dim, dtype, strided)
     scale = floats(scale)
-    weights = upstream * floats(0.5 / m, 0.5 / n, 1.0 / m)
-    used = weights * floats(*map(float, (*directions, True)))
+    weights = upstream * floats(0.5 / m, 0.5 / n)
+    used = weights * floats(*map(float, directions))
     eager = softmax_case(x, y, scale, offset, used, dtype)
     exact = softmax_case(x, y, scale, offset, used, torch.float64)
     with mock.patch.object(_contrastive_cuda, "_STATISTICS_BYTES", 4 * n * 10 * chunk[0]):
-        row_lse, col_lse, positive = _contrastive_cuda.statistics(
+        found = _contrastive_cuda.statistics(
             x, y, scale, NOTHING, offset, *directions, BLOCK, BLOCK, 0
         )
     z = scale.double() * x.double() @ y.double().T
     rounding = SINGLE * (z.abs().max().item() + math.log(m + n))
-    rows = (directions[0], "row_lse", row_lse, 0), (directions[1], "col_lse", col_lse, 1)
-    for wanted, name, ours, index in (*rows, (True, "positive", positive, 2)):
+    for index, (wanted, name) in enumerate(
+        zip((*directions, True), ("rows", "cols", "positive"), strict=True)
+    ):
         floor = rounding * math.sqrt(len(exact[index]))
         if wanted:
-            assert_as_accurate(name, ours, eager[index], exact[index], floor)
+            assert_log_sum_exp(name, found[index], eager[index], exact[index], floor)
         else:
-            assert ours.shape == (0,)
+            assert found[index].shape == (0,)
 
+    inputs = from_statistics(found, n, offset, weights)
     dx, dy, dscale = _contrastive_cuda.gradients(
-        x, y, scale, row_lse, col_lse, weights, NOTHING, offset, BLOCK, BLOCK, 0, *chunk
+        x, y, scale, *inputs, NOTHING, offset, BLOCK, BLOCK, 0, *chunk
     )
     assert (dx.dtype, dy.dtype, dscale.dtype) == (dtype, dtype, torch.float32)
     largest = weights.abs().max().item()
@@ -311,33 +345,50 @@ def test_float16_keeps_small_probabilities(passes):
     # At 1 / N^2 a stored float16 gradient without the factor would be zero.
     m = 64
     x, y = pair_of_features(m, m, 16, torch.float16, False)
-    scale, weights = floats(1.0), floats(1e-7, 1e-7, 2e-7)
-    row_lse, col_lse, _ = _contrastive_cuda.statistics(
-        x, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0
-    )
+    scale, weights = floats(1.0), floats(1e-7, 1e-7)
+    found = _contrastive_cuda.statistics(x, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0)
+    inputs = from_statistics(found, m, 0, weights)
     _, _, dscale = _contrastive_cuda.gradients(
-        x, y, scale, row_lse, col_lse, weights, NOTHING, 0, BLOCK, BLOCK, 0, 2, 2
+        x, y, scale, *inputs, NOTHING, 0, BLOCK, BLOCK, 0, 2, 2
     )
     exact = softmax_case(x, y, scale, 0, weights, torch.float64)[5]
     assert abs(dscale.item() - exact.item()) <= epsilon(torch.float16) * abs(exact.item())
 
 
+@pytest.mark.parametrize("target", [1e-8, 1e-5])
+def test_fitted_pairs_are_relatively_exact(passes, target):
+    # What is left is the rounding of logits of 100.
+    m = 70
+    (x, y), scale = well_fitted(m, 64, 100.0, 1.0, target), floats(100.0)
+    weights = floats(0.5 / m, 0.5 / m)
+    found = _contrastive_cuda.statistics(x, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0)
+    loss = sum(pair_losses(lse, found[2]).mean() / 2 for lse in found[:2])
+    inputs = from_statistics(found, m, 0, weights)
+    ours = _contrastive_cuda.gradients(x, y, scale, *inputs, NOTHING, 0, BLOCK, BLOCK, 0, 1, 2)
+    exact = softmax_case(x, y, scale, 0, weights, torch.float64)[3:]
+    assert loss.item() == pytest.approx(
+        contrastive_reference(x.double(), y.double(), 100.0).item(), rel=2e-5
+    )
+    for got, wanted in zip(ours, exact, strict=True):
+        assert (got - wanted).norm() <= 2e-5 * wanted.norm()
+
+
 def test_empty_sides(passes):
     x, y = torch.randn(3, 4), torch.randn(5, 4)
-    none, scale, weights = torch.empty(0, 4), floats(1.0), floats(1.0, 1.0, 1.0)
-    row_lse, col_lse, positive = _contrastive_cuda.statistics(
+    none, scale, weights = torch.empty(0, 4), floats(1.0), floats(1.0, 1.0)
+    rows, cols, positive = _contrastive_cuda.statistics(
         x, none, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0
     )
-    assert (row_lse == -INF).all() and (positive == 0).all() and col_lse.shape == (0,)
+    assert (rows == -INF).all() and (positive == 0).all() and cols.shape == (0,)
     dx, dy, dscale = _contrastive_cuda.gradients(
-        x, none, scale, row_lse, col_lse, weights, NOTHING, 0, BLOCK, BLOCK, 0, 1, 1
+        x, none, scale, rows, cols, positive, weights, NOTHING, 0, BLOCK, BLOCK, 0, 1, 1
     )
     assert (dx == 0).all() and dy.shape == (0, 4) and dscale == 0
-    row_lse, col_lse, positive = _contrastive_cuda.statistics(
+    rows, cols, positive = _contrastive_cuda.statistics(
         none, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0
     )
-    assert (col_lse == -INF).all() and row_lse.shape == positive.shape == (0,)
+    assert (cols == -INF).all() and rows.shape == positive.shape == (0,)
     dx, dy, dscale = _contrastive_cuda.gradients(
-        none, y, scale, row_lse, col_lse, weights, NOTHING, 0, BLOCK, BLOCK, 0, 1, 1
+        none, y, scale, rows, cols, positive, weights, NOTHING, 0, BLOCK, BLOCK, 0, 1, 1
     )
     assert dx.shape == (0, 4) and (dy == 0).all() and dscale == 0

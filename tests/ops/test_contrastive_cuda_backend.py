@@ -19,7 +19,7 @@ def test_fake_cuda_tensors(dtype, rows, cols):
     operators = torch.ops.fastvlp
     with FakeTensorMode():
         x, y = (torch.empty(size, 24, dtype=dtype, device="cuda") for size in (70, 100))
-        scale, weights = torch.ones((), device="cuda"), torch.ones(3, device="cuda")
+        scale, weights = torch.ones((), device="cuda"), torch.ones(2, device="cuda")
         nothing = torch.empty(0, device="cuda")
         arguments = x, y, scale, nothing, 3, rows, cols, 32, 32, 0
         ours = _contrastive_cuda.statistics(*arguments)
@@ -27,7 +27,7 @@ def test_fake_cuda_tensors(dtype, rows, cols):
         sizes = 70 * rows, 100 * cols, 70
         assert described(ours) == [((size,), torch.float32, "cuda") for size in sizes]
 
-        arguments = x, y, scale, *ours[:2], weights, nothing, 3, 32, 32, 0, 2, 2
+        arguments = x, y, scale, *ours, weights, nothing, 3, 32, 32, 0, 2, 2
         ours = _contrastive_cuda.gradients(*arguments)
         assert described(ours) == described(operators.contrastive_gradients(*arguments))
         assert described(ours)[:2] == [((70, 24), dtype, "cuda"), ((100, 24), dtype, "cuda")]

@@ -25,21 +25,23 @@ const LsePair kUnwritten = {NAN, NAN};
 }  // namespace
 
 extern "C" const char* run_statistics(const float* data, int64_t rows, int64_t cols, int64_t stride,
-                                      int64_t offset, const float* scale, float* row_lse,
+                                      int64_t offset, const float* scale, float* row_negatives,
                                       float* positive, float* col_pairs) {
   const Products p = products_of(data, rows, cols, stride, offset);
   std::vector<LsePair> row_scratch(row_pair_count(p), kUnwritten);
   std::vector<LsePair> col_scratch(col_pair_count(p), kUnwritten);
   return statistics({0, nullptr}, p, scale, row_scratch.data(), col_scratch.data(),
-                    {row_lse, positive, col_pairs, col_pairs ? col_pairs + cols : nullptr});
+                    {row_negatives, positive, col_pairs, col_pairs ? col_pairs + cols : nullptr});
 }
 
 extern "C" const char* run_gradient(const float* data, int64_t rows, int64_t cols, int64_t stride,
                                     int64_t offset, const float* scale, const float* row_lse,
-                                    const float* col_lse, const float* weights, void* out,
-                                    int64_t out_stride, int element) {
+                                    const float* col_lse, const float* positive_gradient,
+                                    const float* weights, void* out, int64_t out_stride,
+                                    int element) {
   return softmax_gradient({0, nullptr}, products_of(data, rows, cols, stride, offset), scale,
-                          row_lse, col_lse, weights, output_of(out, out_stride, element));
+                          row_lse, col_lse, positive_gradient, weights,
+                          output_of(out, out_stride, element));
 }
 
 extern "C" const char* run_sigmoid(const float* data, int64_t rows, int64_t cols, int64_t stride,
