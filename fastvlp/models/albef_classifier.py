@@ -189,10 +189,11 @@ class AlbefClassifier(WithTwin):
             with torch.no_grad():
                 taught = _wide(self.teacher(images, texts, self.reference)).softmax(-1)
         logits = _wide(self.student(images, texts, self.reference))
-        hard = F.cross_entropy(logits, labels)
+        hard = base.mean_cross_entropy(logits, labels)
         if taught is None:
             return hard
-        return (1 - alpha) * hard + alpha * F.cross_entropy(logits, taught.to(logits.dtype))
+        soft = base.mean_cross_entropy(logits, taught.to(logits.dtype))
+        return (1 - alpha) * hard + alpha * soft
 
     def _texts(self, images: Tensor, ids: Tensor, mask: Tensor | list[int]) -> Texts:
         two = self.config.images == 2

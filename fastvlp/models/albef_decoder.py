@@ -80,7 +80,7 @@ class TextDecoder(nn.Module):
 
 def predicting_rows(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Packed rows that are not the last of their text, and their texts."""
-    counts = torch.tensor(lengths)
+    counts = torch.tensor(lengths, dtype=torch.int64)
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
     last = torch.zeros(len(owner), dtype=torch.bool)
     last[counts.cumsum(0) - 1] = True

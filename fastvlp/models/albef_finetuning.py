@@ -107,7 +107,7 @@ class FusedTowers(Towers):
 
 
 def check_count(images: Tensor, texts: Texts) -> None:
-    if len(texts.ids) != len(images) or not len(images):
+    if len(texts.ids) != len(images):
         raise ValueError(
             f"text_ids: expected one text for each of {len(images)} images, got {len(texts.ids)}"
         )

@@ -83,7 +83,7 @@ def encode_texts(
         tokens.append(encoded.to(storage))
         lengths += texts.layout.lengths
         features.append(student.text_features(texts.layout.first(encoded)))
-    return TextSet(torch.cat(tokens), torch.tensor(lengths), torch.cat(features))
+    return TextSet(torch.cat(tokens), torch.tensor(lengths, dtype=torch.int64), torch.cat(features))
 
 
 @torch.no_grad()

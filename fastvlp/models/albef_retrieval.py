@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlp.models import albef_reference, base
@@ -127,7 +126,7 @@ def _step(model: AlbefRetrieval, batch: _Batch, seed) -> tuple[Tensor, Tensor, T
     matches = Matches.make(contrast.negative_texts, contrast.negative_images)
     pairs = PairLayout.make(layout, matches.text, matches.image, len(images))
     first = student.fuse(pairs.expand(texts), pairs, images, pairs.starts)
-    itm = F.cross_entropy(model.itm_head(first).float(), matches.labels)
+    itm = base.mean_cross_entropy(model.itm_head(first).float(), matches.labels)
     return contrast.loss, itm, Teacher(image, text, None)
 
 
@@ -147,7 +146,7 @@ def _plain_step(model: AlbefRetrieval, batch: _Batch, seed) -> tuple[Tensor, Ten
     )  # fmt: skip
     matches = Matches.make(contrast.negative_texts, contrast.negative_images)
     fused = student.fuse_padded(texts[matches.text], mask[matches.text], images[matches.image])
-    itm = F.cross_entropy(model.itm_head(fused[:, 0]).float(), matches.labels)
+    itm = base.mean_cross_entropy(model.itm_head(fused[:, 0]).float(), matches.labels)
     return contrast.loss, itm, teacher
 
 

@@ -159,7 +159,7 @@ class AlbefVqa(WithTwin):
             self, images, questions, answers, alpha
         )
         weights = weights.to(losses)[answers.owner]
-        return (weights * losses).sum() / len(images)
+        return (weights * losses).sum() / max(len(images), 1)
 
     @torch.no_grad()
     def rank_answers(

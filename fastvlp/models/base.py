@@ -80,7 +80,10 @@ def plain_attention(
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of logits [n, classes] and labels [n]; 0 where n is 0, with zero gradients."""
+    """Of logits [n, classes] and labels [n] or their probabilities [n, classes].
+
+    0 where n is 0, with zero gradients.
+    """
     return F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
 
 
