@@ -16,13 +16,43 @@ def plain_name(*parts: str) -> str:
     return ".".join(p for p in ".".join(parts).split(".") if p and p not in TRANSPARENT)
 
 
-def tensor_slots(module: nn.Module, kind: str) -> dict[str, tuple[dict, str]]:
-    """Where every tensor of `kind` ("_parameters", "_buffers") hangs, ties repeated, by name."""
+def matching_slots(modules: list[nn.Module], kind: str) -> list[dict[str, tuple[dict, str]]]:
+    """Where every tensor of `kind` ("_parameters", "_buffers") hangs in each module, by name.
+
+    Ties are repeated. Buffers that no state_dict has, which modules make when they need them, are
+    left out where not all modules have them.
+
+    Raises:
+        ValueError: the other modules, a momentum module and its copy, lack a name of the first.
+    """
+    slots = [_slots(module, kind) for module in modules]
+    if kind == "_buffers":
+        made = set().union(*map(_made_when_needed, modules))
+        lone = {name for name in made if not all(name in each for each in slots)}
+        slots = [{n: slot for n, slot in each.items() if n not in lone} for each in slots]
+    for where, other in zip(("module", "copy"), slots[1:], strict=False):
+        if other.keys() != slots[0].keys():
+            names = sorted(other.keys() ^ slots[0].keys())
+            raise ValueError(
+                f"{where}: expected the model's {kind[1:]}; they differ in {names[:5]}"
+            )
+    return slots
+
+
+def _slots(module: nn.Module, kind: str) -> dict[str, tuple[dict, str]]:
     return {
         plain_name(prefix, key): (getattr(owner, kind), key)
         for prefix, owner in module.named_modules(remove_duplicate=False)
         for key, value in getattr(owner, kind).items()
         if value is not None
+    }
+
+
+def _made_when_needed(module: nn.Module) -> set[str]:
+    return {
+        plain_name(prefix, key)
+        for prefix, owner in module.named_modules(remove_duplicate=False)
+        for key in owner._non_persistent_buffers_set
     }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ._module_structure import Snapshot, differences, tensor_slots
+from ._module_structure import Snapshot, differences, matching_slots
 from .ops import ema
 
 Decay = float | torch.Tensor | Callable[[int], float | torch.Tensor]
@@ -70,7 +70,8 @@ class EmaModel(nn.Module):
     Tensors of the model that were replaced are followed. Where its submodules were (another head,
     an adapter around a layer, a block more or less) updates raise ValueError from then on, because
     the momentum module computes what the model did before: make a new EmaModel of the changed
-    model, or change `ema.module` in the same way.
+    model, or change `ema.module` in the same way. Buffers that no state_dict has, such as the
+    tables that some modules make when they are first called, may be in one of the two alone.
 
     Tied parameters are updated once, frozen ones like all others. DTensor parameters are updated
     shard by shard. The state_dict holds the momentum module under `module.` and the number of
@@ -275,13 +276,7 @@ class _Correspondence:
             )
         found, parameters = [], 0
         for kind in ("_parameters", "_buffers"):
-            slots = [tensor_slots(module, kind) for module in self._modules]
-            for where, other in zip(("module", "copy"), slots[1:], strict=False):
-                if other.keys() != slots[0].keys():
-                    names = sorted(other.keys() ^ slots[0].keys())
-                    raise ValueError(
-                        f"{where}: expected the model's {kind[1:]}; they differ in {names[:5]}"
-                    )
+            slots = matching_slots(self._modules, kind)
             found += [(name, [each[name] for each in slots]) for name in slots[0]]
             if kind == "_parameters":
                 parameters = len(found)

@@ -99,6 +99,21 @@ def test_wrapped_submodules_are_the_same(wrap):
         torch.testing.assert_close(found, wanted)
 
 
+def test_tables_made_at_the_first_call_may_be_in_the_model_alone():
+    model = network()
+    ema = EmaModel(model, 0.5)
+    model[0].register_buffer("table", torch.ones(7), persistent=False)
+    expected = (ema.module[0].weight + model[0].weight) / 2
+    ema.update()
+    torch.testing.assert_close(ema.module[0].weight, expected)
+    ema.module[0].register_buffer("table", torch.zeros(7), persistent=False)
+    ema.update()
+    assert (ema.module[0].table == 1).all()
+    model[0].register_buffer("counts", torch.ones(2))
+    with pytest.raises(ValueError, match="the model's buffers; they differ in .*counts"):
+        ema.update()
+
+
 @pytest.mark.parametrize("buffers", ["copy", "average"])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_complex_values_are_averaged(buffers, dtype):
