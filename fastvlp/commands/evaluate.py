@@ -16,7 +16,7 @@ from fastvlp.data import class_folders
 from fastvlp.models import base
 from fastvlp.models.checkpoints import LoadReport, load_any
 from fastvlp.train import parallel, ranges, run_folder
-from fastvlp.train.config import Device, Verify, read_yaml
+from fastvlp.train.config import Convert, Device, Verify, read_yaml
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks import (
     albef_retrieval,
@@ -159,6 +159,13 @@ class _OfPairs(_Common):
     max_broken: float = 0.1
     """Of shards: the largest bearable share of broken samples, which are left out."""
 
+    convert: Convert = "range"
+    """Of shards: how images become 8-bit RGB, as in training. range: transparent pixels on a
+    background, 16-bit and float images by their range. pillow: Pillow's convert("RGB")."""
+
+    background: str = "white"
+    """Of shards: the colour under transparent pixels, by name or as #rrggbb."""
+
     def loader(self, model, tokenizer, ranks):
         """The pairs, not shuffled."""
         chosen = self.data or own_data(self.model)
@@ -184,7 +191,7 @@ class _OfPairs(_Common):
             self.batch_size,
             tokenize,
             ranks,
-            **data.broken_options(self),
+            **data.image_options(self),
         )
         self.name_data(ranks, data=chosen, pairs=loader.samples)
         return loader

@@ -15,6 +15,7 @@ from fastvlp.train.schedules import Kind
 
 Device = Literal["auto", "cpu", "cuda"]
 Verify = Literal["quick", "decode"]
+Convert = Literal["range", "pillow"]
 
 
 @dataclass
@@ -41,6 +42,13 @@ class TrainConfig:
 
     max_broken: float = 0.1
     """Largest bearable share of broken samples in shards; they are left out of their batches."""
+
+    convert: Convert = "range"
+    """How images of shards become 8-bit RGB. range: transparent pixels on a background, 16-bit and
+    float images by their range; see fastvlp.data.RgbConversion. pillow: Pillow's convert("RGB")."""
+
+    background: str = "white"
+    """Colour under transparent pixels, by name or as #rrggbb."""
 
     model: str = "tiny"
     """Name of the model's size."""

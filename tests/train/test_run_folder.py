@@ -50,6 +50,7 @@ MAY_NOT = {
     "data": "other", "model": "other", "tokenizer": "other", "batch_size": 7, "lr": 0.7,
     "betas": [0.5, 0.6], "eps": 0.7, "weight_decay": 0.7, "clip_norm": 0.7, "schedule": "linear",
     "warmup": 7, "warmup_lr": 0.7, "final_lr": 0.7, "ema": 0.7, "seed": 7, "verify": "decode",
+    "convert": "pillow", "background": "red",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.albef import AlbefTask
 from fastvlp.train.tasks.data import (
     HELD_OUT,
-    broken_options,
+    image_options,
     openmoji_captions,
     openmoji_data,
     openmoji_loader,
@@ -86,7 +86,7 @@ def _shards(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
         source = bert_from_shards(config, "albef_pretrain", ranks, clean_albef)
     tokenizer = albef_tokenizer(source)
     masking = MaskingTokenizer(tokenizer, rate=config.mask_rate)
-    sizes, options = {"size": size}, broken_options(config)
+    sizes, options = {"size": size}, image_options(config)
     loader = shard_loader(
         config.data, "albef_pretrain", sizes, rows, masking, ranks, seed=config.seed, **options
     )

@@ -19,7 +19,7 @@ from fastvlp.train.tasks.clip import (
 )
 from fastvlp.train.tasks.data import (
     HELD_OUT,
-    broken_options,
+    image_options,
     openmoji_captions,
     openmoji_data,
     openmoji_loader,
@@ -91,7 +91,7 @@ def _shards(config: TrainClip, tokenizer, ranks: Ranks, rows: int, size: int):
 
         file = learned(config, "clip_train", "tokenizer.json", learn, ranks)
         tokenizer = tokenizer_files.for_clip(file)
-    sizes, options = {"size": size}, broken_options(config)
+    sizes, options = {"size": size}, image_options(config)
     loader = shard_loader(
         config.data, "clip_train", sizes, rows, tokenizer, ranks, seed=config.seed, **options
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastvlp.data import openmoji
+from fastvlp.data import RgbConversion, openmoji
 from fastvlp.data.openmoji_batches import OpenMojiLoader
 from fastvlp.train.parallel import Ranks
 
@@ -90,9 +90,10 @@ def shard_loader(
     )
 
 
-def broken_options(config: Any) -> dict[str, Any]:
-    """What settings, of a run or of an evaluation, say to `shard_loader` of broken samples."""
-    return {"verify": config.verify, "max_broken": config.max_broken}
+def image_options(config: Any) -> dict[str, Any]:
+    """What settings, of a run or of an evaluation, say to `shard_loader` of images."""
+    convert = RgbConversion(config.background, config.convert)
+    return {"verify": config.verify, "max_broken": config.max_broken, "convert": convert}
 
 
 def split_pairs(batch: Any, rows: int, least: int = 1) -> Iterator[tuple[Any, float]]:

@@ -13,7 +13,7 @@ from fastvlp.train.config import TrainVilt
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.data import (
     HELD_OUT,
-    broken_options,
+    image_options,
     openmoji_captions,
     openmoji_data,
     openmoji_loader,
@@ -63,7 +63,7 @@ def _shards(config: TrainVilt, sizes: vilt.ViltConfig, ranks: Ranks, rows: int):
     tokenizer = vilt_tokenizer(source, context_length=sizes.context_length)
     masking = MaskingTokenizer(tokenizer, rate=config.mask_rate, whole_word=True, budget="padded")
     recipe = recipe_sizes(sizes)
-    options = broken_options(config)
+    options = image_options(config)
     loader = shard_loader(
         config.data, "vilt_train", recipe, rows, masking, ranks, seed=config.seed, **options
     )

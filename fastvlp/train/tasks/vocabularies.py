@@ -13,7 +13,7 @@ from fastvlp.data.text import train_wordpiece
 from fastvlp.train import parallel, run_folder
 from fastvlp.train.config import TrainConfig
 from fastvlp.train.parallel import Ranks
-from fastvlp.train.tasks.data import broken_options, shard_loader
+from fastvlp.train.tasks.data import image_options, shard_loader
 
 # Of what is learned from shards. Beyond these numbers more captions teach hardly any pieces.
 ENTRIES, _CAPTIONS = 1 << 14, 1 << 20
@@ -77,7 +77,7 @@ def learned(
 def _captions(config: TrainConfig, recipe: str, ranks: Ranks) -> list[str]:
     alone = Ranks(0, 1, ranks.device, None)
     with _progress(config.progress) as advance:
-        loader = shard_loader(config.data, recipe, {}, 1, None, alone, **broken_options(config))
+        loader = shard_loader(config.data, recipe, {}, 1, None, alone, **image_options(config))
         try:
             return list(advance(loader.captions(_CAPTIONS), min(loader.samples, _CAPTIONS)))
         finally:

@@ -1,0 +1,44 @@
+"""The options of `fastvlp train` and `fastvlp evaluate` that say how images become 8-bit RGB."""
+
+import photo_shards
+import pytest
+import torch
+from PIL import Image
+
+from fastvlp.commands import evaluate, train
+from fastvlp.data.shards import Sample, write_shard
+from fastvlp.train.parallel import Ranks
+from fastvlp.train.tasks.data import image_options, shard_loader
+
+COMMANDS = [
+    lambda options: train.parse(["clip", *options]).config,
+    lambda options: evaluate.parse(["retrieval", "runs/clip", *options]).options,
+]
+
+
+@pytest.mark.parametrize("parse", COMMANDS, ids=["train", "evaluate"])
+@pytest.mark.parametrize(
+    "options, colour",
+    [
+        ([], (255, 255, 255)),
+        (["--background", "#ff0000"], (255, 0, 0)),
+        (["--convert", "pillow"], (0, 0, 255)),  # what lies under the alpha
+    ],
+)
+def test_the_colour_of_transparent_pixels(tmp_path, monkeypatch, parse, options, colour):
+    monkeypatch.setenv("FASTVLP_CACHE", str(tmp_path / "cache"))
+    clear = photo_shards.encoded(Image.new("RGBA", (8, 8), (0, 0, 255, 0)), "PNG")
+    write_shard(tmp_path / "a.tar", [Sample("a", {"png": clear, "txt": b"a"})])
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    sizes = {"size": 8, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    loader = shard_loader(
+        str(tmp_path), "clip_eval", sizes, 1, None, ranks, **image_options(parse(options))
+    )
+    (batch,) = loader
+    loader.close()
+    assert (batch.images[0] * 255).round().amin((1, 2)).tolist() == list(colour)
+
+
+def test_an_unknown_colour_is_refused_by_its_name():
+    with pytest.raises(ValueError, match="background: expected a colour .*, got 'whitish'"):
+        image_options(COMMANDS[1](["--background", "whitish"]))
