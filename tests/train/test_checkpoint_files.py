@@ -16,6 +16,7 @@ from tiny_run import train, weights
 from fastvlp.train import checkpoint_files
 from fastvlp.train.checkpoint_files import RefusedError
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 CHANGES = {"steps": 4, "save_every": 2}
 
 
@@ -56,18 +57,9 @@ def test_every_flipped_bit_is_found(whole, data):
     assert checkpoint_files.damage(checkpoint(whole)) is None
 
 
-@pytest.mark.parametrize("fault", ["flipped", "no description"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
-    whole, run, fault, capsys, tmp_path
-):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(whole, run, capsys, tmp_path):
     file = checkpoint(run) / "__0_0.distcp"
-    if fault == "flipped":
-        flip(file, file.stat().st_size // 2)
-    else:
-        # As of a version that kept no checksums.
-        file = checkpoint(run) / ".metadata"
-        file.write_bytes(b"\x80\x04garbage")
-        (checkpoint(run) / "checksums.json").unlink()
+    flip(file, file.stat().st_size // 2)
     train(run, **CHANGES)
     shown = capsys.readouterr().out.replace("\n", " ")
     assert f"step-00000004 ({file.name}: " in shown
@@ -83,6 +75,13 @@ def last_state_of(path, tmp_path):
     kept = tmp_path / "kept" / "checkpoints"
     shutil.copytree(path, kept / path.name)
     return last_state(kept.parent, tmp_path)
+
+
+def test_a_description_that_cannot_be_read_is_damage_without_checksums_too(run):
+    (checkpoint(run) / ".metadata").write_bytes(b"\x80\x04garbage")
+    (checkpoint(run) / "checksums.json").unlink()
+    assert checkpoint_files.unreadable(checkpoint(run)).startswith(".metadata: ")
+    assert checkpoint_files.unreadable(checkpoint(run, 2)) is None
 
 
 def test_files_that_were_cut_or_are_gone_are_found(run):

@@ -13,6 +13,7 @@ from fastvlp.train.checkpointing import Checkpoints
 from fastvlp.train.interrupts import Interrupted, Interrupts
 from fastvlp.train.parallel import Ranks
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 STOP = 3
 
 
@@ -35,7 +36,7 @@ class Terminated(Signalled):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    train(folder)
+    train(folder, steps=4)
     return weights(folder)
 
 
@@ -44,24 +45,17 @@ def names(folder):
 
 
 @pytest.mark.parametrize("kind", [Signalled, Terminated])
-def test_a_signal_ends_the_run_after_its_step(tmp_path, kind, capfd):
+def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_later(tmp_path, kind, whole, capfd):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="interrupted at step 3 of 8; the checkpoint is") as found:
-        train(tmp_path, kind, save_every=100)
+    with pytest.raises(Interrupted, match="interrupted at step 3 of 4; the checkpoint is") as found:
+        train(tmp_path, kind, steps=4, save_every=100)
     assert found.value.signum == kind.signum and isinstance(found.value, KeyboardInterrupt)
     assert names(tmp_path) == ["step-00000003"]
     assert "saving a checkpoint after this step" in capfd.readouterr().err
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
-
-
-def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path, capsys):
-    with pytest.raises(Interrupted):
-        train(tmp_path / "stopped", Signalled, steps=4, save_every=100)
-    for name in ("stopped", "whole"):
-        train(tmp_path / name, steps=4, save_every=100)
-    assert "resuming at step 3 of 4" in capsys.readouterr().out
-    ours, whole = weights(tmp_path / "stopped"), weights(tmp_path / "whole")
-    assert all(torch.equal(ours[name], value) for name, value in whole.items())
+    train(tmp_path, steps=4, save_every=100)
+    assert "resuming at step 3 of 4" in capfd.readouterr().out
+    assert all(torch.equal(weights(tmp_path)[name], value) for name, value in whole.items())
 
 
 def test_a_signal_while_the_last_checkpoint_is_written_is_heeded(tmp_path, monkeypatch):

@@ -8,17 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastvlp.train import logging
 from fastvlp.train.logging import Log, read_log
 from fastvlp.train.loop import Report
 from fastvlp.train.parallel import Ranks
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
 def loop(step=0, steps=4):
     return SimpleNamespace(
-        step=step, steps=steps, skipped=0, scale=SimpleNamespace(enabled=False),
+        step=step, steps=steps, skipped=0, empty=0, scale=SimpleNamespace(enabled=False),
         task=SimpleNamespace(metrics=lambda: {"temperature": 0.0}),
     )  # fmt: skip
 
@@ -38,11 +38,6 @@ def steps(folder, ranks=ALONE, progress=True):
             if run.step % 2 == 0:
                 log.evaluation(run.step, {"eval/R@1": 0.0, "held_out/R@5": 0.25})
     return run
-
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    monkeypatch.setattr(logging, "draw_curve", lambda folder: None)
 
 
 @pytest.mark.parametrize("progress", [True, False])

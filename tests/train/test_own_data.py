@@ -18,6 +18,8 @@ from fastvlp.train.config import TrainAlbef, TrainClip
 from fastvlp.train.tasks import albef_setup, clip_setup
 from fastvlp.train.tasks.clip import ClipTask
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):

@@ -14,6 +14,8 @@ from fastvlp.commands.train import SYSTEMS
 from fastvlp.train import parallel, run_folder
 from fastvlp.train.config import TrainVilt
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -1,0 +1,17 @@
+"""What makes tests of many tiny runs quick."""
+
+import pytest
+import torch
+
+from fastvlp.train import logging
+
+
+@pytest.fixture(scope="module")
+def quick_runs():
+    """One thread, which for so little work is the fastest number, and no images of the curve."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging, "draw_curve", lambda folder: None)
+        yield
+    torch.set_num_threads(threads)
