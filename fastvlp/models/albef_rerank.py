@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastvlp.distributed import group_device
+from fastvlp.distributed import agree, group_device, reporting, spans_ranks
 from fastvlp.models.albef import Albef
 from fastvlp.models.albef_finetuning import Texts, check_evaluating, fuse_first, runs
 from fastvlp.ops.packing import PairLayout, TextLayout
@@ -115,18 +116,20 @@ def rerank(
 
     Raises:
         ValueError: an argument is not as described.
-        RuntimeError: the model is in training mode.
+        RuntimeError: the model is in training mode; with a group, on every rank, when one rank
+            fails or its sets are others.
     """
-    check_evaluating(model)
-    _check(images, texts, k)
-    own = _own(images, own, group)
-    text_of_image = _best(images.features, texts.features, k, workspace_bytes)
-    image_of_text = _best(texts.features, images.features, k, workspace_bytes)
-    # A pair's number is image * texts + text: sorted, the pairs of an image lie together.
-    count = len(texts.lengths)
-    here = torch.arange(len(images.features))[:, None] * count + text_of_image
-    there = image_of_text * count + torch.arange(count)[:, None]
-    pairs, back = torch.cat([here.flatten(), there.flatten()]).unique(return_inverse=True)
+    with reporting(group, "rerank"):
+        check_evaluating(model)
+        _check(images, texts, k)
+        own = _own(images, own, group)
+        text_of_image = _best(images.features, texts.features, k, workspace_bytes)
+        image_of_text = _best(texts.features, images.features, k, workspace_bytes)
+        # A pair's number is image * texts + text: sorted, the pairs of an image lie together.
+        count = len(texts.lengths)
+        here = torch.arange(len(images.features))[:, None] * count + text_of_image
+        there = image_of_text * count + torch.arange(count)[:, None]
+        pairs, back = torch.cat([here.flatten(), there.flatten()]).unique(return_inverse=True)
     scores = _match_sharded(
         model, images, texts, pairs // count, pairs % count, own, group, workspace_bytes
     )
@@ -162,7 +165,7 @@ def _check(images: ImageSet, texts: TextSet, k: int) -> None:
 def _own(images: ImageSet, own: Tensor | None, group) -> tuple[Tensor, Tensor]:
     """The images that this rank scores, and where among `images.tokens` they are."""
     count, given = len(images.features), len(images.tokens)
-    alone = group is None or group.size() == 1
+    alone = not spans_ranks(group)
     if own is None or alone:
         if given != count:
             raise ValueError(
@@ -190,12 +193,17 @@ def _best(queries: Tensor, keys: Tensor, k: int, workspace_bytes: int) -> Tensor
 
 def _match_sharded(model, images, texts, image, text, own, group, workspace_bytes) -> Tensor:
     """The score of each pair; over ranks each one's own pairs, added up."""
-    row = torch.full((len(images.features),), -1)
-    row[own[0]] = own[1]
-    mine = (row[image] >= 0).nonzero()[:, 0]
-    found = _match(model, images.tokens, texts, row[image[mine]], text[mine], workspace_bytes)
-    if group is None or group.size() == 1:
+    with reporting(group, "rerank"):
+        row = torch.full((len(images.features),), -1)
+        row[own[0]] = own[1]
+        mine = (row[image] >= 0).nonzero()[:, 0]
+        found = _match(model, images.tokens, texts, row[image[mine]], text[mine], workspace_bytes)
+    if not spans_ranks(group):
         return found
+    facts = {"images": len(images.features), "texts": len(texts.lengths), "pairs": len(image)}
+    chosen = {"image": image, "text": text}
+    facts |= {f"checksum of each pair's {n}": crc32(t.numpy().tobytes()) for n, t in chosen.items()}
+    agree(group, "rerank", facts=facts)
     scores = torch.zeros(len(image), device=group_device(group))
     scores[mine.to(scores.device)] = found.to(scores.device)
     dist.all_reduce(scores, group=group)

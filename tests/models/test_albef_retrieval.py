@@ -1,5 +1,7 @@
 """ALBEF's retrieval: the fine-tuning loss, and two-round evaluation against scoring every pair."""
 
+import re
+
 import pytest
 import torch
 from albef_head_cases import (
@@ -11,7 +13,7 @@ from albef_head_cases import (
     pictures,
     sentences,
 )
-from gloo_ranks import run
+from gloo_ranks import run, several
 
 from fastvlp.evaluate.retrieval import retrieval_from_scores
 from fastvlp.models import albef_rerank, albef_retrieval
@@ -212,10 +214,45 @@ def scores_on(rank, k):
     return [t.tolist() for t in scores], sum(done)
 
 
-def test_ranks_share_the_pairs():
+def unlike(rank, k=3, turned=False):
+    """Rank 1 calls with another k, or with the texts of other features."""
+    import torch.distributed as dist
+
+    model = make(pretraining=False).eval()
+    images, texts = sets(model)
+    if turned and rank == 1:
+        texts = texts._replace(features=texts.features.flip(0))
+    albef_rerank.rerank(model, images, texts, k=k if rank else 3, group=dist.group.WORLD)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    jobs = {
+        "scores": (scores_on, 3),
+        "bad k": (unlike, 0),
+        "other k": (unlike, 2),
+        "other texts": (unlike, 3, True),
+    }
+    return run(2, several, jobs)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("bad k", "RuntimeError: rank 1 of the group: ValueError: k: expected a whole number"),
+        ("other k", "RuntimeError: pairs: expected the same on every rank"),
+        ("other texts", "RuntimeError: .*expected the same on every rank"),
+    ],
+)
+def test_what_differs_between_ranks_is_raised_by_all(ranks, name, message):
+    for results in ranks:
+        assert re.match(message, results[name]), results[name]
+
+
+def test_ranks_share_the_pairs(ranks):
     model = make(pretraining=False).eval()
     alone = albef_rerank.rerank(model, *sets(model), k=3)
-    (first, done), (second, others) = run(2, scores_on, 3)
+    (first, done), (second, others) = (results["scores"] for results in ranks)
     assert first == second and done > 0 and others > 0
     assert (
         done + others == (alone.image_to_text > -100).logical_or(alone.text_to_image.T > -100).sum()
