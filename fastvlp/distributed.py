@@ -203,7 +203,8 @@ def _compare(ranks: list[_Head], facts: Iterable[str], values: Iterable[str]) ->
                 if not math.isclose(a, b, rel_tol=_ROUNDING)
             ),
         ]
-        for name, expected, value in unlike:
+        if unlike:
+            name, expected, value = unlike[0]
             raise RuntimeError(
                 f"{name}: expected the same on every rank, got {expected} on rank 0 of the group "
                 f"and {value} on rank {rank}"
