@@ -3,16 +3,16 @@
 
 STABLE_TORCH_LIBRARY(fastvlp, m) {
   // x [M, D], y [N, D], scale [] fp32; the positive of row i is column i + offset. Returns the
-  // log-sum-exps of the rows' and of the columns' logits, the positives' left out, [M] and [N] (each
-  // [0] where not asked for), and the positives' logits [M] (0 where they have no column here);
+  // log-sum-exps of the rows' and of the columns' logits, the positives' left out, [M] and [N] fp64
+  // (each [0] where not asked for), and the positives' logits [M] (0 where they have no column here);
   // writes the tiles of the first keep_blocks row blocks to `kept` (opaque, fp32, [0] where nothing
   // is kept).
   m.def(
       "contrastive_statistics(Tensor x, Tensor y, Tensor scale, Tensor(a!) kept, int offset, "
       "bool rows, bool cols, int block_rows, int block_cols, int keep_blocks) -> "
       "(Tensor, Tensor, Tensor)");
-  // row_lse [M] and col_lse [N] of all logits ([0]: a direction without a loss), weights [2] fp32 of
-  // the row softmax and of the column softmax, positive_gradient [M] fp32 of the positives' logits.
+  // row_lse [M] and col_lse [N] fp64 of all logits ([0]: a direction without a loss), weights [2] fp32
+  // of the row softmax and of the column softmax, positive_gradient [M] fp32 of the positives' logits.
   // Returns dx [M, D] and dy [N, D] in the features' dtype, and the derivative by the scale, [] fp32.
   m.def(
       "contrastive_gradients(Tensor x, Tensor y, Tensor scale, Tensor row_lse, Tensor col_lse, "

@@ -27,7 +27,10 @@ FASTVLP_HD LsePair merge(LsePair a, LsePair b) {
 // seen, because exp(-inf - -inf) is NaN and exp(-inf - 0) the 0 that is meant.
 FASTVLP_HD float exponent_reference(float max) { return max == -INFINITY ? 0.0f : max; }
 
-FASTVLP_HD float log_sum_exp(LsePair p) { return p.max + logf(p.sum); }
+// In double: beside a large maximum the logarithm would lose what the sum is exact to.
+FASTVLP_HD double log_sum_exp(LsePair p) {
+  return static_cast<double>(p.max) + log(static_cast<double>(p.sum));
+}
 
 // Derivative of the weighted softmax losses by a negative's logit z: the share of the row softmax
 // plus the share of the column softmax. That of a positive would be a difference from 1: the caller

@@ -38,11 +38,18 @@ void check_kept(const ContrastiveProblem& p, const Tensor& kept, int64_t keep_bl
                   "kept: expected contiguous float32 tiles of keep_blocks row blocks");
 }
 
-// Log-sum-exps and, past the last one, infinity: padding has no share in any softmax.
-Buffer padded(const Tensor& lse, int64_t size) {
-  Buffer out = allocate_floats(size);
-  const int64_t n = lse.numel();
-  for (int64_t i = 0; i < size; ++i) out.get()[i] = i < n ? floats_of(lse)[i] : INFINITY;
+// Log-sum-exps as floats and, past the last one, infinity: padding has no share in any softmax. Then
+// what each float lacks; nothing where it is not finite.
+Buffer padded(const Tensor& lse, const char* name, int64_t size) {
+  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Double && lse.is_contiguous(), name,
+                  ": expected contiguous float64");
+  const double* values = static_cast<const double*>(lse.const_data_ptr());
+  Buffer out = allocate_floats(2 * size);
+  for (int64_t i = 0; i < size; ++i) {
+    const double value = i < lse.numel() ? values[i] : INFINITY;
+    const float rounded = out.get()[i] = static_cast<float>(value);
+    out.get()[size + i] = std::isfinite(rounded) ? static_cast<float>(value - rounded) : 0.0f;
+  }
   return out;
 }
 
@@ -56,13 +63,17 @@ std::tuple<Tensor, Tensor, Tensor> statistics(const Tensor& x, const Tensor& y, 
   STD_TORCH_CHECK(keep_blocks >= 0 && keep_blocks <= p.row_blocks(),
                   "keep_blocks: expected 0 to the number of row blocks, got ", keep_blocks);
   check_kept(p, kept, keep_blocks);
-  auto empty = [&](int64_t n) { return torch::stable::new_empty(scale, {n}, ScalarType::Float); };
-  Tensor row_negatives = empty(rows ? p.x.rows : 0);
-  Tensor col_negatives = empty(cols ? p.y.rows : 0);
-  Tensor positive = empty(p.x.rows);
+  auto empty = [&](int64_t n, ScalarType type) {
+    return torch::stable::new_empty(scale, {n}, type);
+  };
+  Tensor row_negatives = empty(rows ? p.x.rows : 0, ScalarType::Double);
+  Tensor col_negatives = empty(cols ? p.y.rows : 0, ScalarType::Double);
+  Tensor positive = empty(p.x.rows, ScalarType::Float);
   contrastive_statistics(p, contrastive_kernels(), run_parallel, torch::stable::get_num_threads(),
-                         mutable_floats_of(kept), keep_blocks, mutable_floats_of(row_negatives),
-                         mutable_floats_of(col_negatives), mutable_floats_of(positive));
+                         mutable_floats_of(kept), keep_blocks,
+                         static_cast<double*>(row_negatives.mutable_data_ptr()),
+                         static_cast<double*>(col_negatives.mutable_data_ptr()),
+                         mutable_floats_of(positive));
   return {row_negatives, col_negatives, positive};
 }
 
@@ -83,10 +94,13 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& y, c
   STD_TORCH_CHECK(weights.numel() == 2, "weights: expected 2 values");
   check_kept(p, kept, keep_blocks);
   STD_TORCH_CHECK(chunk_rows > 0 && chunk_cols > 0, "chunk_rows, chunk_cols: expected at least 1");
-  const Buffer padded_rows = padded(row_lse, p.row_blocks() * block_rows);
-  const Buffer padded_cols = padded(col_lse, p.col_blocks() * block_cols);
+  const int64_t row_count = p.row_blocks() * block_rows, col_count = p.col_blocks() * block_cols;
+  const Buffer padded_rows = padded(row_lse, "row_lse", row_count);
+  const Buffer padded_cols = padded(col_lse, "col_lse", col_count);
   p.row_lse = padded_rows.get();
+  p.row_rest = p.row_lse + row_count;
   p.col_lse = padded_cols.get();
+  p.col_rest = p.col_lse + col_count;
   p.row_weight = floats_of(weights)[0];
   p.col_weight = floats_of(weights)[1];
   p.positive_gradient = floats_of(positive_gradient);

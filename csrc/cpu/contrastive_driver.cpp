@@ -115,7 +115,7 @@ std::vector<Chunk> cut(const ContrastiveProblem& p, const GradientPlan& plan) {
 
 void contrastive_statistics(const ContrastiveProblem& p, const ContrastiveKernels& kernels,
                             const Parallel& parallel, int64_t threads, float* kept,
-                            int64_t kept_row_blocks, float* row_negatives, float* col_negatives,
+                            int64_t kept_row_blocks, double* row_negatives, double* col_negatives,
                             float* positive) {
   const int64_t blocks = p.row_blocks(), slots = std::max<int64_t>(1, std::min(threads, blocks));
   const int64_t padded_cols = p.use_cols ? p.col_blocks() * p.block_cols : 0;

@@ -32,7 +32,7 @@ struct GradientPlan {
 // receives the tiles of the first kept_row_blocks rows of blocks.
 void contrastive_statistics(const ContrastiveProblem& p, const ContrastiveKernels& kernels,
                             const Parallel& parallel, int64_t threads, float* kept,
-                            int64_t kept_row_blocks, float* row_negatives, float* col_negatives,
+                            int64_t kept_row_blocks, double* row_negatives, double* col_negatives,
                             float* positive);
 
 // dx = scale * G y and dy = scale * G^T x; returns the derivative by the scale, <G, y x^T>. With

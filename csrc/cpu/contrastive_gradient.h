@@ -49,7 +49,8 @@ class TileGradient {
         row_factor_(row_factor) {
     if (shift_ != shift_) return;
     for (int64_t i = 0; i < n_; i += kLanes)
-      store(row_factor + i, p.use_rows ? exp(shift_ - load(p.row_lse + first_row_ + i)) *
+      store(row_factor + i, p.use_rows ? exp((shift_ - load(p.row_lse + first_row_ + i)) -
+                                             load(p.row_rest + first_row_ + i)) *
                                              row_weight_
                                        : Vec{});
   }
@@ -61,19 +62,23 @@ class TileGradient {
     const float* column = tile_ + j * fastvlp::tile_stride(p_);
     const float* z = column + first;
     const float* row_lse = p_.row_lse + first_row_ + first;
+    const float* row_rest = p_.row_rest + first_row_ + first;
     const int64_t col = first_col_ + j;
+    // A column's rest goes into its weight: exp(-rest) is 1 - rest, so small is that.
+    const float col_weight = p_.use_cols ? col_weight_ - col_weight_ * p_.col_rest[col] : 0.0f;
     if (p_.loss == Loss::kSigmoid)
       sigmoid_gradient(z, n, p_.bias, row_weight_, g);
     else if (shift_ == shift_)
       shifted_softmax_gradient(
           z, n, row_factor_ + first,
-          p_.use_cols ? col_weight_ * std::exp(shift_ - p_.col_lse[col]) : 0.0f, g);
+          p_.use_cols ? col_weight * std::exp(shift_ - p_.col_lse[col]) : 0.0f, g);
     else if (p_.use_rows && p_.use_cols)
-      softmax_gradient<true, true>(z, n, row_lse, p_.col_lse[col], row_weight_, col_weight_, g);
+      softmax_gradient<true, true>(z, n, row_lse, row_rest, p_.col_lse[col], row_weight_,
+                                   col_weight, g);
     else if (p_.use_rows)
-      softmax_gradient<true, false>(z, n, row_lse, 0.0f, row_weight_, 0.0f, g);
+      softmax_gradient<true, false>(z, n, row_lse, row_rest, 0.0f, row_weight_, 0.0f, g);
     else
-      softmax_gradient<false, true>(z, n, row_lse, p_.col_lse[col], 0.0f, col_weight_, g);
+      softmax_gradient<false, true>(z, n, row_lse, row_rest, p_.col_lse[col], 0.0f, col_weight, g);
     const int64_t positive = col - p_.offset - first_row_;
     if (positive < first || positive >= first + n || positive >= rows_) return;
     g[positive - first] = p_.loss == Loss::kSigmoid

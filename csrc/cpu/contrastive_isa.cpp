@@ -159,7 +159,7 @@ void take_positives(const ContrastiveProblem& p, int64_t row_block, int64_t col_
 
 template <class Units>
 void statistics_with(const ContrastiveProblem& p, int64_t block, void* scratch, float* tiles,
-                     float* row_negatives, float* positive, float* col_max, float* col_sum) {
+                     double* row_negatives, float* positive, float* col_max, float* col_sum) {
   [[maybe_unused]] const typename Units::State state;
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
@@ -331,7 +331,7 @@ void col_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin
 #endif
 
 void statistics(const ContrastiveProblem& p, int64_t block, void* scratch, float* tiles,
-                float* row_negatives, float* positive, float* col_max, float* col_sum) {
+                double* row_negatives, float* positive, float* col_max, float* col_sum) {
   FASTVLP_WITH_UNITS(statistics_with)
   (p, block, scratch, tiles, row_negatives, positive, col_max, col_sum);
 }

@@ -25,9 +25,11 @@ struct ContrastiveProblem {
   int64_t block_rows;  // both multiples of 32
   int64_t block_cols;
   // For gradients only. The log-sum-exps, over all logits, are padded to whole blocks with infinity:
-  // exp(z - lse) is 0 there whatever z.
+  // exp(z - lse) is 0 there whatever z. The rest is what each has lost to its rounding.
   const float* row_lse;
+  const float* row_rest;
   const float* col_lse;
+  const float* col_rest;
   float row_weight;  // of exp(z - row_lse); for the sigmoid loss, of every element
   float col_weight;
   const float* positive_gradient;  // [x.rows], with respect to the positives' logits; softmax only
@@ -70,7 +72,7 @@ struct ContrastiveKernels {
   // Positives are left out of the log-sum-exps, and of the tiles. Row results are for this block
   // alone; col_max and col_sum (padded to whole blocks) are merged into in place.
   void (*statistics)(const ContrastiveProblem&, int64_t block, void* scratch, float* tiles,
-                     float* row_negatives, float* positive, float* col_max, float* col_sum);
+                     double* row_negatives, float* positive, float* col_max, float* col_sum);
   // accumulator[block_rows][padded_dim] += (logit gradient) * y over column blocks [begin, end),
   // whose tiles and packed features lie one after another at `tiles`, computed first when `fresh`,
   // and `packed`. A null accumulator only computes; `sums` is added to for the sigmoid loss when

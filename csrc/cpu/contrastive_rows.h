@@ -53,12 +53,13 @@ float add_shifted_exponentials(float* z, int64_t n, float shift, float* row_sum)
 }
 
 template <bool rows, bool cols>
-void softmax_gradient(const float* z, int64_t n, const float* row_lse, float col_lse,
-                      float row_weight, float col_weight, float* g) {
+void softmax_gradient(const float* z, int64_t n, const float* row_lse, const float* row_rest,
+                      float col_lse, float row_weight, float col_weight, float* g) {
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec v = load(z + i);
     Vec sum = {};
-    if constexpr (rows) sum = sum + exp(v - load(row_lse + i)) * row_weight;
+    if constexpr (rows)
+      sum = sum + exp((v - load(row_lse + i)) - load(row_rest + i)) * row_weight;
     if constexpr (cols) sum = sum + exp(v - col_lse) * col_weight;
     store(g + i, sum);
   }

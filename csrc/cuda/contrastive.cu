@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int mask = kLanes / 2; mask > 0; mask /= 2)
     total = merge(total, {__shfl_down_sync(0xffffffffu, total.max, mask),
                           __shfl_down_sync(0xffffffffu, total.sum, mask)});
-  if (lane == 0) row_negatives[row] = log_sum_exp(total);
+  if (lane == 0) row_negatives[row] = static_cast<float>(log_sum_exp(total));
 }
 
 // A thread for each column: merges its pairs into the running one, in the order of the rows.

@@ -55,7 +55,8 @@ def statistics(x, y, scale, kept, offset, rows, cols, *_):
         torch.ops.fastvlp.contrastive_cuda_statistics(
             products, scale, offset + chunk.start, row_negatives[chunk], positive[chunk], col_pairs
         )
-    return row_negatives, col_pairs[0] + col_pairs[1].log(), positive
+    reference, total = col_pairs.double()
+    return row_negatives.double(), reference + total.log(), positive
 
 
 def gradients(
@@ -63,6 +64,7 @@ def gradients(
     block_rows, block_cols, keep_blocks, chunk_rows, chunk_cols,
 ):  # fmt: skip
     """fastvlp::contrastive_gradients, in chunks of the plan's size."""
+    row_lse, col_lse = row_lse.float(), col_lse.float()
     largest = weights.abs().amax()
     stored = storage_factor(x.dtype)
     # All weights 0 means gradients of 0, not 0 / 0.

@@ -13,10 +13,11 @@ from ._saved_gradients import SECOND_DERIVATIVE
 
 
 def _statistics_fake(x, y, scale, kept, offset, rows, cols, *_):
-    def empty(n):
-        return scale.new_empty(n, dtype=torch.float32)
+    def lse(n):
+        return scale.new_empty(n, dtype=torch.float64)
 
-    return empty(x.shape[0] if rows else 0), empty(y.shape[0] if cols else 0), empty(x.shape[0])
+    positive = scale.new_empty(x.shape[0], dtype=torch.float32)
+    return lse(x.shape[0] if rows else 0), lse(y.shape[0] if cols else 0), positive
 
 
 def _gradients_fake(x, y, scale, *_):
@@ -41,7 +42,7 @@ def _statistics_triton(x, y, scale, kept, offset, rows, cols, *_):
     )
     row_negatives = row_negatives if rows else scale.new_empty(0)
     col_negatives = col_negatives if cols else scale.new_empty(0)
-    return row_negatives, col_negatives, positive
+    return row_negatives.double(), col_negatives.double(), positive
 
 
 def _gradients_triton(
@@ -54,8 +55,8 @@ def _gradients_triton(
         x,
         y,
         scale,
-        row_lse if row_lse.numel() else None,
-        col_lse if col_lse.numel() else None,
+        row_lse.float() if row_lse.numel() else None,
+        col_lse.float() if col_lse.numel() else None,
         positive_gradient,
         weights,
         offset=offset,

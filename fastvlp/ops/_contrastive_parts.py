@@ -62,7 +62,7 @@ class Part:
         Log-sum-exps are empty where not wanted, positives 0 where they are not here.
         """
         if not self._has_logits():
-            lse = [self.x.new_full((len(t) * on,), -torch.inf, dtype=torch.float32)
+            lse = [self.x.new_full((len(t) * on,), -torch.inf, dtype=torch.float64)
                    for t, on in ((self.x, rows), (self.y, cols))]  # fmt: skip
             return *lse, self.x.new_zeros(len(self.x), dtype=torch.float32)
         plan = self.plan

@@ -220,7 +220,7 @@ def softmax_case(x, y, scale, offset, weights, dtype):
 def from_statistics(found, n, offset, weights):
     """What `gradients` takes of the statistics `found`: log-sum-exps over all logits, and the
     gradients with respect to the positives' logits."""
-    row_negatives, col_negatives, positive = found
+    row_negatives, col_negatives, positive = (t.float() for t in found)
     pairs = cuda_passes.is_positive(torch.empty(len(positive), n), offset)
     logits, result, gradient = torch.where(pairs, positive[:, None], -INF), [], torch.zeros(())
     for lse, axis, weight in ((row_negatives, 1, weights[0]), (col_negatives, 0, weights[1])):

@@ -24,8 +24,8 @@ def test_fake_cuda_tensors(dtype, rows, cols):
         arguments = x, y, scale, nothing, 3, rows, cols, 32, 32, 0
         ours = _contrastive_cuda.statistics(*arguments)
         assert described(ours) == described(operators.contrastive_statistics(*arguments))
-        sizes = 70 * rows, 100 * cols, 70
-        assert described(ours) == [((size,), torch.float32, "cuda") for size in sizes]
+        kinds = (70 * rows, torch.float64), (100 * cols, torch.float64), (70, torch.float32)
+        assert described(ours) == [((size,), kind, "cuda") for size, kind in kinds]
 
         arguments = x, y, scale, *ours, weights, nothing, 3, 32, 32, 0, 2, 2
         ours = _contrastive_cuda.gradients(*arguments)
