@@ -84,12 +84,15 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
 
   // hidden [M, D], weight [V, D], bias [V] fp32, labels [M] int64, alpha [] fp32, and the same
   // three of the teacher or none of them. Returns the rows' losses [M] fp32, 0 where the label is
-  // ignore_index. The derivatives by the logits of the first group_rows rows go to `kept` (opaque,
-  // fp32 storage, [0] where nothing is kept). chunk_rows rows of logits exist at a time.
+  // ignore_index. With has_gradient the derivatives of the first group_rows rows with respect to
+  // their logits stay in `kept` (opaque, fp32 storage); without, it has the room for the logits of
+  // one group after another, of the first only unless is_uniform: the products are then those that
+  // are made with gradients. chunk_rows rows of logits exist at a time outside of it ([0]: all).
   m.def(
       "soft_cross_entropy_losses(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
       "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor alpha, "
-      "int ignore_index, Tensor(a!) kept, int group_rows, int chunk_rows) -> Tensor");
+      "int ignore_index, Tensor(a!) kept, int group_rows, int chunk_rows, bool has_gradient, "
+      "bool is_uniform) -> Tensor");
   // Gradients by hidden, weight and bias (each [0] where not needed) of the sum of row_weights [M]
   // fp32 times the losses. `kept` as the losses left it where is_kept; it is overwritten where
   // there are more than group_rows rows.

@@ -67,7 +67,7 @@ class Head:
         return self.weight.to(self.hidden.dtype) if self.hidden.is_cuda else self.weight
 
     def logits_dtype(self) -> torch.dtype:
-        return _SINGLE if self.hidden.is_cuda else products.products_dtype(self.hidden)
+        return products.logits_dtype(self.hidden)
 
 
 @dataclass(frozen=True)
@@ -80,28 +80,34 @@ class Problem:
     chunk_rows: int
 
     def write_losses(
-        self, rows: slice, losses: torch.Tensor, gradient: torch.Tensor | None
+        self,
+        rows: slice,
+        losses: torch.Tensor,
+        storage: torch.Tensor | None = None,
+        has_gradient: bool = False,
     ) -> None:
-        """Writes the losses [M] of some rows and, where wanted, their derivatives by the logits.
+        """Writes the losses [M] of some rows and, with `has_gradient`, their derivatives.
 
-        `gradient` [rows, V] is in the products' dtype.
+        `storage` [rows, V] is in the products' dtype and takes the derivatives by the logits. Where
+        logits have that dtype they are made in it, all rows in one product; else, and without
+        storage, chunk after chunk beside it. The bits of a product depend on its size.
         """
         cols = len(self.student.weight)
         chunk = min(self.chunk_rows, _len(rows))
-        in_place = gradient is not None and gradient.dtype == self.student.logits_dtype()
+        in_place = storage is not None and storage.dtype == self.student.logits_dtype()
         own = None if in_place else _scratch(self.student, chunk, cols)
         other = None if self.teacher is None else _scratch(self.teacher, chunk, cols)
         if in_place:
-            products.logits(self.student.hidden[rows], self.student.weight_in_products, gradient)
+            products.logits(self.student.hidden[rows], self.student.weight_in_products, storage)
         for start in range(rows.start, rows.stop, self.chunk_rows):
             part = slice(start, min(rows.stop, start + self.chunk_rows))
-            out = None if gradient is None else gradient[start - rows.start :][: _len(part)]
+            stored = None if storage is None else storage[start - rows.start :][: _len(part)]
             if in_place:
-                logits = out
+                logits = stored
             else:
                 logits = own[: _len(part)]
                 products.logits(self.student.hidden[part], self.student.weight_in_products, logits)
-            self._pass(part, logits, other, losses[part], out)
+            self._pass(part, logits, other, losses[part], stored if has_gradient else None)
 
     def _pass(self, part, logits, teacher_logits, losses, gradient):
         none = logits.new_empty(0, 0)
@@ -181,17 +187,23 @@ def _without_autocast(function):
 
 @_without_autocast
 def _losses(*arguments):
-    *inputs, kept, group_rows, chunk_rows = arguments
+    *inputs, kept, group_rows, chunk_rows, has_gradient, is_uniform = arguments
     problem = _problem(*inputs, chunk_rows)
     hidden = problem.student.hidden
-    rows, group = len(hidden), 0
-    losses = hidden.new_empty(rows, dtype=_SINGLE)
-    if kept.numel() > 0:
-        group = min(rows, group_rows)
-        problem.write_losses(slice(0, group), losses, _kept_gradient(problem, kept, group))
-    if group < rows:
-        problem.write_losses(slice(group, rows), losses, None)
+    losses = hidden.new_empty(len(hidden), dtype=_SINGLE)
+    for part in _groups(len(hidden), group_rows):
+        # The same products with and without gradients, so that the losses are the same bits.
+        is_kept = kept.numel() > 0 and (is_uniform or part.start == 0)
+        storage = _kept_gradient(problem, kept, _len(part)) if is_kept else None
+        problem.write_losses(part, losses, storage, has_gradient)
     return losses
+
+
+def kept_floats(hidden: torch.Tensor, plan: Plan, has_gradient: bool) -> int:
+    """The storage that the losses of one plan need: a group's derivatives, or only its logits."""
+    if has_gradient or products.logits_dtype(hidden) == products.products_dtype(hidden):
+        return plan.group_floats
+    return 0
 
 
 def _kept_gradient(problem: Problem, kept: torch.Tensor, rows: int) -> torch.Tensor:
@@ -211,7 +223,7 @@ def _gradients(hidden, weight, *arguments):
     for part in _groups(rows, group_rows):
         gradient = _kept_gradient(problem, kept, _len(part))
         if part.start > 0 or not is_kept:
-            problem.write_losses(part, hidden.new_empty(rows, dtype=_SINGLE), gradient)
+            problem.write_losses(part, hidden.new_empty(rows, dtype=_SINGLE), gradient, True)
         sums.add(part, gradient, row_weights[part])
     by_hidden, by_weight, by_bias = sums.gradients()
     return by_hidden, by_weight.to(weight.dtype), by_bias
@@ -232,7 +244,7 @@ def _losses_and_gradients(hidden, weight, *arguments):
     storage = losses.new_empty(floats) if lease is None else lease.floats
     for part in _groups(rows, group_rows):
         gradient = _kept_gradient(problem, storage, _len(part))
-        problem.write_losses(part, losses, gradient)
+        problem.write_losses(part, losses, gradient, True)
         sums.add(part, gradient, losses.new_ones(_len(part)))
     return losses, *sums.gradients()
 

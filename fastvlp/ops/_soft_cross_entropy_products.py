@@ -29,6 +29,11 @@ def products_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype if x.dtype == torch.bfloat16 and _multiplies_bf16() else torch.float32
 
 
+def logits_dtype(x: torch.Tensor) -> torch.dtype:
+    """In which dtype logits of x are made: on a GPU they are wider than their gradients."""
+    return torch.float32 if x.is_cuda else products_dtype(x)
+
+
 @torch.compiler.assume_constant_result
 def _multiplies_bf16() -> bool:
     return torch.ops.fastvlp.cpu_instruction_set() in ("avx512_bf16", "amx")

@@ -18,7 +18,8 @@ of the products, where they fit into `workspace_bytes`; beside them at most 64 M
 logits exist at a time. For a larger M, logits and derivatives of a group of rows share the
 workspace, and "mean" and "sum" compute the gradients in the forward pass, as float32, so that the
 backward pass has but a multiplication left. "none" cannot, not knowing the weight of each row: it
-makes the logits of all groups but the first again, one or two products more for them.
+makes the logits of all groups but the first again, one or two products more for them. Without
+gradients the logits of a group take the same room, and the losses are the same bits.
 
 Precision: softmax, sums and losses are float32 or better. float32 inputs have float32 products.
 On a CPU bfloat16 inputs have bfloat16 products with float32 sums where the processor has them, and
@@ -259,7 +260,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 *inputs, ignore_index, plan.group_rows, plan.chunk_rows, list(needed)
             )
         else:
-            floats = plan.group_floats if any(needed) else 0
+            has_gradient = any(needed)
+            floats = library.kept_floats(hidden, plan, has_gradient)
             # The compiler plans memory itself, and on a GPU torch's allocator keeps it.
             if compiling or hidden.device.type != "cpu":
                 made = [hidden.new_empty(floats, dtype=torch.float32)]
@@ -267,8 +269,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 ctx.lease = Lease(floats)
                 made = [ctx.lease.floats]
             losses = torch.ops.fastvlp.soft_cross_entropy_losses(
-                *inputs, ignore_index, *made, plan.group_rows, plan.chunk_rows
-            )
+                *inputs, ignore_index, *made, plan.group_rows, plan.chunk_rows, has_gradient,
+                is_uniform,
+            )  # fmt: skip
         # The first backward pass overwrites it; compiled code works on copies.
         ctx.made = None if compiling else made
         ctx.save_for_backward(*inputs, *(made if compiling else ()))

@@ -121,7 +121,7 @@ def test_opcheck(device, dtype, teacher):
     other = (case.teacher_hidden, case.teacher_weight, case.teacher_bias)
     common = (*head, *other, torch.tensor(0.4, device=device), -100)
     ops = torch.ops.fastvlp
-    losses = (*common, kept, plan.group_rows, plan.chunk_rows)
+    losses = (*common, kept, plan.group_rows, plan.chunk_rows, True, False)
     weights = torch.full((9,), 0.25, device=device)
     plans = (True, plan.group_rows, plan.chunk_rows, [True, True, False])
     torch.library.opcheck(ops.soft_cross_entropy_losses, losses)
@@ -153,7 +153,7 @@ def test_fake_tensors_on_a_device_that_is_not_here():
         labels = torch.empty(9, device="cuda", dtype=torch.int64)
         scalar, kept = torch.empty((), device="cuda"), torch.empty(0, device="cuda")
         common = (hidden, weight, None, labels, None, None, None, scalar, -100)
-        losses = torch.ops.fastvlp.soft_cross_entropy_losses(*common, kept, 9, 9)
+        losses = torch.ops.fastvlp.soft_cross_entropy_losses(*common, kept, 9, 9, True, True)
         assert losses.shape == (9,) and losses.device.type == "cuda"
         by_hidden, by_weight, by_bias = torch.ops.fastvlp.soft_cross_entropy_gradients(
             *common, losses, kept, False, 9, 9, [True, True, False]
@@ -187,7 +187,7 @@ def test_the_products_on_a_gpu_fit_together(monkeypatch, dtype):
         common = (hidden, weight, empty(70), labels, hidden, weight, None, empty(), -100)
         plan = make_plan(9, 70, dtype, 4 << 10)
         kept = empty(plan.group_floats)
-        losses = library._losses(*common, kept, plan.group_rows, plan.chunk_rows)
+        losses = library._losses(*common, kept, plan.group_rows, plan.chunk_rows, True, False)
         gradients = library._gradients(
             *common, losses, kept, True, plan.group_rows, plan.chunk_rows, [True] * 3
         )
