@@ -8,10 +8,12 @@ From these follow, with E' of the teacher's row and C the mean of the row's posi
     dloss_i / df_i = (E_i - alpha E'_i - (1 - alpha) C_i) / t
 
 because sum_j y_ij s_ij is linear in the keys. So one pass over the keys gives both, in slices that
-leave mergeable (reference, sum, weighted keys), which a second kernel merges in a fixed order. A
-row's own pair is left out of the slices and added there from its logit in fp32, so that a
-saturated softmax keeps its small difference to the target. `momentum_negatives` draws the
-negatives.
+leave mergeable (reference, sum, weighted keys), which a second kernel merges in a fixed order.
+
+A row's own pair is left out of the slices. With o its logit and u = log sum_{j != i} exp(s_ij) - o,
+lse_i - o = softplus(u), and 1 less the own pair's probability is sigmoid(u): a row that is fitted
+well keeps its small loss and gradient, where lse_i - o and p_ii - 1 would cancel.
+`momentum_negatives` draws the negatives.
 
 Memory: for each of `SLICES` slices two fp32 copies of the features. Nothing of size B x Q.
 """
@@ -23,15 +25,16 @@ import triton.language as tl
 from . import aot
 from ._launch import INTERPRETED, launch_options, on_device
 from ._momentum_tiles import AOT_TILED, aot_kinds, load_rows, tile_constants, tile_of
-from ._tiles import exp_difference
+from ._tiles import LOG2E, exp_difference
+from .contrastive_sigmoid import log1p_unit
 from .momentum_negatives import draw_negatives
 
 # Blocks of keys in flight fill a GPU: one slice for the batch, the others for the queue.
 SLICES = 4 if INTERPRETED else 33
 
 # Stands for the logit of what is not a key. Finite, so that no difference of two is NaN.
-EXCLUDED = tl.constexpr(-1e30)
-NOTHING_SEEN = tl.constexpr(-0.5e30)
+EXCLUDED = tl.constexpr(-2e38)
+NOTHING_SEEN = tl.constexpr(-1e38)
 # Widest block of the sums of keys; wider features take several programs, each with the logits.
 WIDEST = 256
 
@@ -124,21 +127,25 @@ def merge_slices(
     reference_ptr, sum_ptr, keys_ptr, own, own_key, row, column, B, D,
     SLICES: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """(lse, weighted mean of the keys less the own pair's share, that share) of one row."""
+    """(lse - own, weighted mean of the keys other than the own pair's, their weight) of one row."""
     slices = tl.arange(0, triton.next_power_of_2(SLICES))
     at = slices.to(tl.int64) * B + row
     sums = tl.load(sum_ptr + at, mask=slices < SLICES, other=0.0)
     references = tl.load(reference_ptr + at, mask=slices < SLICES, other=NOTHING_SEEN)
-    highest = tl.maximum(tl.max(references, 0), own)
-    lse = highest + tl.log(
-        tl.sum(sums * exp_difference(references, highest), 0) + exp_difference(own, highest)
-    )
+    highest = tl.max(references, 0)
+    total = tl.sum(sums * exp_difference(references, highest), 0)
+    u = highest - own + tl.log(total)  # -inf where there is no other key
+    e = tl.exp2(-tl.abs(u) * LOG2E)
+    # A comparison and a selection, where a maximum could drop a NaN.
+    excess = tl.where(u < 0, 0.0, u) + log1p_unit(e)
+    other_share = tl.where(u < 0, e, 1.0) / (1.0 + e)
+    weight = tl.where(total == 0, 0.0, other_share / total) / FACTOR
     mean = tl.zeros_like(own_key)
     for slice_ in range(SLICES):
         place = tl.cast(slice_, tl.int64) * B + row
-        share = exp_difference(tl.load(reference_ptr + place), lse) / FACTOR
+        share = exp_difference(tl.load(reference_ptr + place), highest) * weight
         mean += share * tl.load(keys_ptr + place * D + column, mask=column < D, other=0.0)
-    return lse, mean, exp_difference(own, lse)
+    return excess, mean, other_share
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -161,24 +168,24 @@ def finish_kernel(
     student, own_key = student.to(tl.float32), own_key.to(tl.float32)
     inverse = 1.0 / tl.load(temperature_ptr)
     own = tl.sum(student * own_key, 0) * inverse
-    lse, mean, own_share = merge_slices(
+    excess, mean, other_share = merge_slices(
         student_reference_ptr, student_sum_ptr, student_keys_ptr, own, own_key, row, column, B, D,
         SLICES, FACTOR,
     )  # fmt: skip
     alpha = 0.0
     taught = tl.zeros_like(own_key)
-    taught_own = 0.0
+    taught_share = 0.0
     if TEACHER:
         alpha = tl.load(alpha_ptr)
         teacher = tl.load(teacher_ptr + wide * stride_teacher + column, mask=inside, other=0.0)
         teacher_own = tl.sum(teacher.to(tl.float32) * own_key, 0) * inverse
-        _, taught, taught_own = merge_slices(
+        _, taught, taught_share = merge_slices(
             teacher_reference_ptr, teacher_sum_ptr, teacher_keys_ptr, teacher_own, own_key, row,
             column, B, D, SLICES, FACTOR,
         )  # fmt: skip
         # Not 0 * NaN: at alpha 0 the teacher has no say, whatever it says.
         taught = tl.where(alpha == 0, 0.0, alpha * taught)
-        taught_own = tl.where(alpha == 0, 0.0, alpha * taught_own)
+        taught_share = tl.where(alpha == 0, 0.0, alpha * taught_share)
     count = 1.0
     others = tl.zeros_like(own_key)
     if POSITIVES:
@@ -188,8 +195,9 @@ def finish_kernel(
             others += tl.load(positive_keys_ptr + place * D + column, mask=inside, other=0.0)
     hard = (1.0 - alpha) / count
     target = taught + hard * others
-    loss = lse - (tl.sum(student * target, 0) * inverse + (taught_own + hard) * own)
-    gradient = mean - target + (own_share - taught_own - hard) * own_key
+    target_share = taught_share + hard * (count - 1.0)
+    loss = excess - (tl.sum(student * target, 0) * inverse - target_share * own)
+    gradient = mean - target + (target_share - other_share) * own_key
     gradient = gradient * (inverse * share)
     tl.store(loss_ptr + row, loss)
     tl.store(temperature_gradient_ptr + row, -tl.sum(student * gradient, 0) * inverse)

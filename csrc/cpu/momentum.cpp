@@ -44,6 +44,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum(
                   "queue_length: expected 0 to the queue's rows, ", image_queue.size(0), ", got ",
                   length);
   const float tau = scalar_of(temperature, "temperature"), mix = scalar_of(alpha, "alpha");
+  // Beyond, no finite product stands for an excluded key; NaN passes and reaches the loss.
+  STD_TORCH_CHECK(!(tau < 1e-36f || tau > 1e36f),
+                  "temperature: expected a value from 1e-36 to 1e36, got ", tau);
   MomentumProblem p = {};
   p.ids = ids_of(ids, batch, "ids");
   p.queue_ids = ids_of(queue_ids, image_queue.size(0), "queue_ids");

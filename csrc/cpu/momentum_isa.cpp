@@ -252,15 +252,16 @@ void draw_negatives(const MomentumProblem& p, const Keys& k, int64_t first_row, 
 void set_apart(const MomentumProblem& p, const Keys& k, int64_t first_row, int64_t rows,
                int64_t group, float* tile, const MomentumPartial& out) {
   const int64_t stride = tile_stride(p), stacked = group * (p.use_teacher ? 2 : 1);
+  const float excluded = excluded_product(p.inverse_temperature);
   for (int64_t j = k.count; j < k.padded; ++j)
-    for (int64_t i = 0; i < stacked; ++i) tile[j * stride + i] = kExcluded;
+    for (int64_t i = 0; i < stacked; ++i) tile[j * stride + i] = excluded;
   if (!k.batch) return;
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t j = first_row + i - k.first;
     if (j < 0 || j >= k.count) continue;
     for (int64_t at = i; at < stacked; at += group) {
       out.own[at] = tile[j * stride + at] * p.inverse_temperature;
-      tile[j * stride + at] = kExcluded;
+      tile[j * stride + at] = excluded;
     }
   }
 }
@@ -268,13 +269,17 @@ void set_apart(const MomentumProblem& p, const Keys& k, int64_t first_row, int64
 template <class Dot>
 void add_tile(const MomentumProblem& p, const Keys& k, int64_t group, float* base, const Scratch& s,
               const MomentumPartial& out) {
-  const float scale = p.inverse_temperature;
+  float scale = p.inverse_temperature;
   const int64_t stacked = group * (p.use_teacher ? 2 : 1), stride = tile_stride(p);
   float* tile = base + s.tile;
   uint32_t* pairs = reinterpret_cast<uint32_t*>(base + s.pairs);
   raise_references(tile, stride, k.padded, stacked, scale, out.reference, base + s.factor);
   rescale(base + s.factor, stacked, group, padded_dim(p), out.sum, out.cross,
           p.gradients ? out.keys : nullptr);
+  if (beyond_fused_products(out.reference, stacked)) {
+    scale_tile(tile, stride, k.padded, stacked, scale);
+    scale = 1.0f;
+  }
   auto add = p.use_teacher
                  ? (p.gradients ? add_exponentials<Dot, true, true>
                                 : add_exponentials<Dot, true, false>)

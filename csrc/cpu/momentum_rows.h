@@ -7,11 +7,12 @@
 
 namespace {
 
-// What stands for "not a key of this row". Finite, because it also gets multiplied by zero.
-constexpr float kExcluded = -1e30f;
+// The product that stands for "not a key of this row". Times `scale` it is far below any logit, and
+// still finite, because it also gets multiplied by zero.
+inline float excluded_product(float scale) { return scale > 1.0f ? -2e38f / scale : -2e38f; }
 
 // The reference of a row that has seen nothing: above any excluded logit, below any other.
-inline float lowest_reference(float scale) { return 0.5f * kExcluded * scale; }
+inline float lowest_reference(float scale) { return 0.5f * excluded_product(scale) * scale; }
 
 // Raises the references to this tile's maxima. factor[i] = exp(old - new reference).
 inline void raise_references(const float* tile, int64_t stride, int64_t keys, int64_t n,
@@ -28,6 +29,21 @@ inline void raise_references(const float* tile, int64_t stride, int64_t keys, in
       store(reference + v, raised);
     }
   }
+}
+
+// Whether a logit may exceed what it is compared with: a multiplication that is fused with the
+// subtraction of a reference is not rounded, as the reference was.
+inline bool beyond_fused_products(const float* reference, int64_t n) {
+  constexpr float kLargest = 1 << 20;  // a difference of at most 2^-4
+  for (int64_t i = 0; i < n; ++i)
+    if (reference[i] > kLargest || reference[i] < -kLargest) return true;
+  return false;
+}
+
+inline void scale_tile(float* tile, int64_t stride, int64_t keys, int64_t n, float scale) {
+  for (int64_t j = 0; j < keys; ++j)
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(tile + j * stride + i, load(tile + j * stride + i) * scale);
 }
 
 // Two keys' weights of one vector of rows as the left operand of the product: in place of the

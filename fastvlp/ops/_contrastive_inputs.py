@@ -103,6 +103,22 @@ def as_scalar(name: str, value, like: torch.Tensor, finite: bool = True) -> torc
     return value.reshape(()).to(dtype)
 
 
+def readable(t: torch.Tensor) -> bool:
+    """Whether looking at a value costs nothing: it would stall a GPU's stream, and a tracer has
+    no values."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_share(name: str, value: torch.Tensor | float) -> None:
+    """Raises ValueError unless a number, or the one value of a readable tensor, is from 0 to 1."""
+    if isinstance(value, torch.Tensor):
+        if not readable(value):
+            return
+        value = value.item()
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a value from 0 to 1, got {value}")
+
+
 def _as_float(name: str, value: Real) -> float:
     try:
         return float(value)
@@ -164,4 +180,5 @@ def unit_stride(features: torch.Tensor) -> torch.Tensor:
     """`features`, copied only where its last axis is not contiguous."""
     if features.shape[-1] == 1 or features.stride(-1) == 1:
         return features
-    return features.contiguous()
+    # Not contiguous(), to which every tensor without elements is so already.
+    return features.clone(memory_format=torch.contiguous_format)

@@ -8,7 +8,9 @@ import torch
 from ._contrastive_inputs import (
     as_scalar,
     check_features,
+    check_share,
     native_reasons,
+    readable,
     reference_reasons,
     triton_reasons,
     unit_stride,
@@ -20,6 +22,9 @@ def _native_reasons(image_features: torch.Tensor, *args, **kwargs) -> list[str]:
         return ["the compiled kernels run on CPU devices only"]
     return native_reasons(image_features, *args, **kwargs)
 
+
+# float32: what stands for an excluded key has to stay below any logit and above -infinity.
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-36, 1e36
 
 CANDIDATES = {
     "triton": triton_reasons,
@@ -127,23 +132,24 @@ def _check_ids(ids, queue_ids, queue: torch.Tensor, like: torch.Tensor) -> None:
             )
 
 
-def _readable(t: torch.Tensor) -> bool:
-    # A look at a GPU's memory would stall its stream; a tracer has no values.
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _temperature(value, like: torch.Tensor) -> torch.Tensor:
     t = as_scalar("temperature", value, like)
-    if _readable(t) and t.item() <= 0:
+    if not readable(t):
+        return t
+    if t.item() <= 0:
         raise ValueError(f"temperature: expected a value above 0, got {t.item()}; clamp it")
+    if t.dtype == torch.float32 and not LOWEST_TEMPERATURE <= t.item() <= HIGHEST_TEMPERATURE:
+        raise ValueError(
+            f"temperature: expected {LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE}, beyond which "
+            f"logits leave the range of float32, got {t.item()}; clamp it"
+        )
     return t
 
 
 def _alpha(value, like: torch.Tensor) -> torch.Tensor:
     alpha = as_scalar("alpha", value, like)
     _check_no_gradient("alpha", alpha)
-    if _readable(alpha) and not 0 <= alpha.item() <= 1:
-        raise ValueError(f"alpha: expected a value from 0 to 1, got {alpha.item()}")
+    check_share("alpha", alpha)
     return alpha
 
 
@@ -165,7 +171,7 @@ def _integer(name: str, value, like: torch.Tensor) -> torch.Tensor:
 
 def _queue_length(value, queue: torch.Tensor) -> torch.Tensor:
     length = _integer("queue_length", len(queue) if value is None else value, queue)
-    if value is not None and _readable(length) and not 0 <= length.item() <= len(queue):
+    if value is not None and readable(length) and not 0 <= length.item() <= len(queue):
         raise ValueError(
             f"queue_length: expected 0 to the queue's {len(queue)} rows, got {length.item()}"
         )

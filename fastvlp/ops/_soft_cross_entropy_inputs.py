@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import _native
 from ..kernels.support import device_reasons
+from ._contrastive_inputs import check_share
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIXED = "its dtype, or float32 beside a half precision one"
@@ -82,13 +83,14 @@ def check_teacher(hidden, teacher_hidden, teacher_weight, teacher_bias, alpha, v
     if not isinstance(alpha, torch.Tensor):
         if not isinstance(alpha, Real):
             raise TypeError(f"alpha: expected a number or a tensor, got {type(alpha).__name__}")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha: expected 0 to 1, got {alpha}")
     elif alpha.numel() != 1 or alpha.device != hidden.device:
         raise ValueError(
             f"alpha: expected one value on {hidden.device}, got shape {tuple(alpha.shape)} on "
             f"{alpha.device}"
         )
+    elif alpha.dtype == torch.bool or alpha.is_complex():
+        raise TypeError(f"alpha: expected a floating-point dtype, got {alpha.dtype}")
+    check_share("alpha", alpha)
     if teacher_hidden is None:
         if teacher_weight is not None or teacher_bias is not None:
             raise ValueError("teacher_hidden: expected a tensor beside teacher_weight, got None")

@@ -74,7 +74,8 @@ def momentum_contrastive(
         image_momentum, text_momentum: [B, D], the teacher's, without gradient, same dtype.
         image_queue, text_queue: [Q, D], the teacher's features of earlier batches (row k of both
             from one pair), same dtype; Q may be 0. `fastvlp.FeatureQueue` keeps one.
-        temperature: t > 0, which divides the logits: a number or a tensor of one element.
+        temperature: t > 0, which divides the logits: a number or a tensor of one element; for
+            float32 logits 1e-36 to 1e36.
         alpha: weight of the teacher's softmax in the targets, 0 to 1: a number or a tensor of one
             element. At 0 the teacher's features serve as keys only, at 1 ids have no effect on the
             loss.
@@ -145,7 +146,14 @@ def momentum_contrastive_reference(
             target = (1 - alpha) * positive / positive.sum(1, keepdim=True)
             # Not 0 * NaN: at alpha 0 the teacher has no say, whatever it says.
             target = target + torch.where(torch.as_tensor(alpha != 0), alpha * taught.softmax(1), 0)
-        loss = logits.masked_fill(~valid, -torch.inf).logsumexp(1) - (target * logits).sum(1)
+            target = target.masked_fill(column == row, 0)
+        # Relative to the own pair's logit, whose target is 1 less the others': of a row that is
+        # fitted well, lse - own and p - 1 would keep nothing but rounding. Not filled with
+        # -infinity, since there may be nothing else in the row.
+        own = logits.diagonal()[:, None]
+        others = logits.masked_fill(~valid | (column == row), torch.finfo(low).min)
+        excess = torch.logaddexp(others.logsumexp(1) - own[:, 0], logits.new_zeros(()))
+        loss = excess - (target * (logits - own)).sum(1)
         loss = loss.sum() / max(batch, 1)
         if not hard_negatives or not batch:
             return loss, column[:0] if hard_negatives else None

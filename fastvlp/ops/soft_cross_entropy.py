@@ -40,6 +40,7 @@ from ._soft_cross_entropy_inputs import (
     check_teacher,
 )
 from ._soft_cross_entropy_products import products_dtype
+from ._tensor_checks import check_tensor
 from ._workspace import Lease
 from .autocast import as_autocast
 
@@ -74,7 +75,8 @@ def soft_cross_entropy(
         teacher_hidden: [.., D'], of its own dtype and width if need be; None: no teacher.
         teacher_weight: [V, D'], as weight.
         teacher_bias: [V] or None.
-        alpha: weight of the teacher, 0 to 1: a number, or a tensor of one element on the device.
+        alpha: weight of the teacher, 0 to 1: a number, or a tensor of one element on the device
+            (a GPU's is not looked at).
         ignore_index: the label of rows to leave out.
         max_rows: an upper bound of the number of labelled rows, see `select_rows`. Without it
             they are counted, which on a GPU waits for the device; and torch.compile, which cannot
@@ -173,7 +175,19 @@ def select_rows(
     all labels are made invalid, so that the loss is NaN rather than silently that of fewer rows.
     Without `max_rows` K is counted, on a GPU by waiting for it. Does nothing where all rows are
     labelled.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
     """
+    check_tensor("labels", labels, floating=False)
+    for i, t in enumerate(hidden):
+        check_tensor(f"hidden[{i}]", t)
+        if t.shape[:-1] != labels.shape or t.dim() == 0:
+            raise ValueError(
+                f"hidden[{i}]: expected [.., D] with the rows {tuple(labels.shape)} of labels, got "
+                f"shape {tuple(t.shape)}"
+            )
+    _check_options(ignore_index, max_rows, "none")
     rows = _labelled_rows(labels, ignore_index, max_rows)
     if rows is None:
         return labels.reshape(-1), *(_take(t, None) for t in hidden)

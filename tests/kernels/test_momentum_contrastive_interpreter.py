@@ -6,13 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from momentum_cases import draw
+from momentum_cases import NAMES, check_fitted, draw
 from tolerance import assert_as_accurate, epsilon
 
 from fastvlp.ops import momentum_contrastive
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = ("loss", "image", "text", "temperature")
 
 
 def check(run_kernel, step, teacher=True):
@@ -69,6 +68,25 @@ def test_wider_than_one_block(run_kernel, device, dtype):
 
 def test_without_a_teacher(run_kernel, device):
     check(run_kernel, draw(9, 50, 32, torch.float32, device, alpha=0.0), teacher=False)
+
+
+def test_well_fitted_rows_keep_their_loss(run_kernel):
+    def run(step):
+        return run_kernel(
+            "momentum_contrastive", "momentum_contrastive", *step.arguments(), True, True, False
+        )
+
+    check_fitted(run)
+
+
+@pytest.mark.parametrize("temperature", [1e-36, 1e-12, 1e12, 1e36])
+def test_extreme_temperatures(run_kernel, device, temperature):
+    step = draw(5, 9, 3, torch.float32, device, temperature=temperature)
+    loss = run_kernel(
+        "momentum_contrastive", "momentum_contrastive", *step.arguments(), True, True, False
+    )[0]
+    exact = step.run(momentum_contrastive, torch.float64)[0]
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
 
 
 def test_slices_of_several_blocks(run_kernel_with, device):

@@ -1,9 +1,15 @@
 """Drawn steps of the momentum-contrastive loss, and its results three ways."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from tolerance import assert_as_accurate, epsilon
+
+from fastvlp.ops import MomentumContrastive
+
+NAMES = ("loss", "image", "text", "temperature")
 
 
 @dataclass(frozen=True)
@@ -77,3 +83,63 @@ def draw(
     ids = [torch.randint(kinds, (n,), generator=g).to(device) for n in (batch, queue)] if kinds \
         else [None, None]  # fmt: skip
     return Step(tuple(features), temperature, alpha, *ids, length, seed)
+
+
+def fitted(batch, queue, dim, scale, cosine, alpha, seed=0):
+    """float32 pairs whose logits are `scale` times `cosine`, far above those of the negatives."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(rows):
+        return F.normalize(torch.randn(rows, dim, generator=g, dtype=torch.float64), dim=1)
+
+    def near(x):
+        other = normal(len(x))
+        other = F.normalize(other - (other * x).sum(1, keepdim=True) * x, dim=1)
+        return cosine * x + (1 - cosine**2) ** 0.5 * other
+
+    image = normal(batch)
+    features = (image, *(near(image) for _ in range(3)), normal(queue), normal(queue))
+    return Step(tuple(t.float() for t in features), 1 / scale, alpha, None, None, None, seed)
+
+
+def plain(
+    image, text, image_momentum, text_momentum, image_queue, text_queue, temperature, alpha,
+    *, ids=None, queue_ids=None, queue_length=None, seed=None,
+):  # fmt: skip
+    """The loss as one would write it: lse - sum of targets times logits. No hard negatives."""
+
+    def direction(student, teacher, keys, queue):
+        keys = torch.cat([keys, queue])
+        logits, own = student @ keys.T / temperature, torch.arange(len(student))
+        target = alpha * (teacher @ keys.T / temperature.detach()).softmax(1)
+        target[own, own] += 1 - alpha
+        return (logits.logsumexp(1) - (target * logits).sum(1)).mean()
+
+    forth = direction(image, image_momentum, text_momentum, text_queue)
+    back = direction(text, text_momentum, image_momentum, image_queue)
+    return MomentumContrastive((forth + back) / 2, None, None)
+
+
+def check_fitted(run):
+    """`run(step)` gives (loss, its three gradients) of steps from badly to very well fitted."""
+    small = 0
+    for scale, cosine, alpha in itertools.product(
+        (1.0, 3.0, 10.0, 30.0, 100.0), (1.0, 0.9, 0.65, 0.0), (0.0, 0.4)
+    ):
+        step = fitted(8, 24, 32, scale, cosine, alpha)
+        exact = step.run(plain, torch.float64)[:4]
+        if exact[0] < 1e-8:
+            continue
+        eager = step.run(plain)[:4]
+        # The logits themselves are rounded: by this, relatively, their exponentials.
+        rounding = 2 * epsilon(torch.float32) * (scale + 1)
+        is_small = exact[0] < 1e-4
+        small += is_small
+        for name, our, near, true in zip(NAMES, run(step), eager, exact, strict=False):
+            floor = rounding * true.norm().item()
+            at = f"{name} at scale {scale}, cosine {cosine}, alpha {alpha}"
+            assert_as_accurate(at, our, near, true, floor)
+            if is_small:
+                error, plain_error = ((t.double() - true).norm().item() for t in (our, near))
+                assert error <= plain_error / 10, f"{at}: {error:.1e} beside {plain_error:.1e}"
+    assert small >= 2

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from momentum_cases import draw
+from momentum_cases import NAMES, check_fitted, draw
 from tolerance import assert_as_accurate, epsilon
 
 from fastvlp.ops import _momentum_library, momentum_contrastive, momentum_contrastive_reference
@@ -15,7 +15,6 @@ from fastvlp.ops._momentum_inputs import prepare
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = torch.ops.fastvlp.cpu_instruction_sets().split(",")
-NAMES = ("loss", "image", "text", "temperature")
 
 
 def reference(*args, ids, queue_ids, queue_length, seed):
@@ -191,6 +190,27 @@ def test_a_saturated_softmax_keeps_its_small_gradient(device):
     ours = step.run(momentum_contrastive)
     exact = step.run(reference, torch.float64)
     assert (ours[1].double() - exact[1]).norm() <= 0.02 * exact[1].norm()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_well_fitted_rows_keep_their_loss(monkeypatch, isa):
+    monkeypatch.setenv("FASTVLP_CPU_ISA", isa)
+    check_fitted(lambda step: step.run(momentum_contrastive))
+
+
+def test_the_reference_keeps_the_loss_of_well_fitted_rows():
+    check_fitted(lambda step: step.run(reference))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("temperature", [1e-36, 1e-30, 1e-12, 1e12, 1e30, 1e36])
+def test_extreme_temperatures(monkeypatch, isa, temperature):
+    monkeypatch.setenv("FASTVLP_CPU_ISA", isa)
+    # 33 rows and 3 columns: padded lanes and keys, which must not be seen.
+    step = draw(33, 70, 3, torch.float32, "cpu", temperature=temperature)
+    loss = step.run(momentum_contrastive)[0]
+    exact = step.run(reference, torch.float64)[0]
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
 
 
 def test_nan_reaches_the_loss(device):

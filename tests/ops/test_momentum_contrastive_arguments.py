@@ -34,6 +34,8 @@ def call(temperature=0.1, alpha=0.4, **kwargs):
         ({"temperature": 0.0}, ValueError, "temperature: expected a value above 0, got 0.0"),
         ({"temperature": -1.0}, ValueError, "temperature: expected a value above 0"),
         ({"temperature": float("nan")}, ValueError, "temperature: expected a finite value"),
+        ({"temperature": 1e-37}, ValueError, "temperature: expected 1e-36 to 1e.36, .*e-38"),
+        ({"temperature": 1e37}, ValueError, "temperature: expected 1e-36 to 1e.36, .*got 9.9"),
         ({"alpha": 1.5}, ValueError, "alpha: expected a value from 0 to 1, got 1.5"),
         ({"alpha": torch.zeros(2)}, ValueError, "alpha: expected one value"),
         ({"alpha": torch.zeros((), requires_grad=True)}, ValueError, "alpha: .*no gradient"),

@@ -53,7 +53,7 @@ def test_bad_head(args, error, message):
         (
             {"teacher_hidden": H, "teacher_weight": E, "alpha": 1.5},
             ValueError,
-            "alpha: expected 0 to 1, got 1.5",
+            "alpha: expected a value from 0 to 1, got 1.5",
         ),
         (
             {"teacher_hidden": H, "teacher_weight": E, "alpha": "x"},
