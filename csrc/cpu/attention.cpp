@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -139,6 +140,9 @@ AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, c
   p.heads = q.size(1);
   p.dim = q.size(2);
   p.total_queries = q.size(0);
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  STD_TORCH_CHECK(scale >= -kLargest && scale <= kLargest,
+                  "scale: expected a finite number of float32, got ", scale);
   p.scale = static_cast<float>(scale);
   p.causal = causal;
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p: expected in [0, 1), got ",

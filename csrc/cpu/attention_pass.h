@@ -214,9 +214,11 @@ void clear_padding(const Products& x, const WeightBlock& b, float* weights) {
   std::memset(weights + b.n * b.m, 0, (x.padded_keys(b.n) - b.n) * b.m * 4);
 }
 
-// WeightBlock's factor.
+// WeightBlock's factor. Never 0: the product of an unseen key is -infinity and has to stay so. What
+// stands for 0 makes nothing of any other product.
 inline float logit_factor(const AttentionProblem& p) {
-  return (p.scale < 0 ? -p.scale : p.scale) * kLog2E;
+  const float factor = (p.scale < 0 ? -p.scale : p.scale) * kLog2E;
+  return factor < kSmallestNormal ? kSmallestNormal : factor;
 }
 
 template <class Products>

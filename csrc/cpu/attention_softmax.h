@@ -12,6 +12,7 @@ using fastvlp::AttentionTask;
 
 constexpr float kNegativeInfinity = -__builtin_inff();
 constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kSmallestNormal = 1.17549435e-38f;
 
 // One block: query rows [first, first + queries) of a task, padded to m, against n seen keys.
 struct WeightBlock {

@@ -164,7 +164,7 @@ float align(const AlignmentProblem& p, const AlignmentPair& pair, float* base) {
   int32_t* y_index = reinterpret_cast<int32_t*>(base + s.y_index);
   Transport t = {base + s.a,     base + s.q,     0, gather_valid(pair.x, x_index),
                  gather_valid(pair.y, y_index), base + s.delta, base + s.sigma, base + s.partial};
-  std::memset(pair.plan, 0, p.x_rows * p.y_rows * 4);
+  if (const int64_t n = p.x_rows * p.y_rows) std::memset(pair.plan, 0, n * 4);  // else it is null
   if (t.rows == 0 || t.cols == 0) return 0.0f;
   t.stride = round_up(t.cols, kLanes);
   // Products are made in whole tiles, so their matrix is a little wider than a row of vectors.

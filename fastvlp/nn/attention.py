@@ -30,6 +30,7 @@ from torch import Tensor
 from ..ops import cross_attention
 from ..ops._cross_attention_inputs import native_reasons
 from ..ops._dispatch import choose, forced_backend, register
+from ..ops._tensor_checks import check_tensor
 
 HALF = (torch.bfloat16, torch.float16)
 # The compute capabilities on which a package is preferred to torch's own kernels.
@@ -101,6 +102,7 @@ def _zeroed(x: Tensor, key_mask: Tensor) -> Tensor:
 
 def _check(q, k, v, key_mask, causal):
     for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x, floating=None)
         if x.dim() != 4:
             raise ValueError(
                 f"{name}: expected [batch, length, heads, head_dim], got shape {tuple(x.shape)}"
@@ -119,6 +121,7 @@ def _check(q, k, v, key_mask, causal):
         )
     if key_mask is None:
         return
+    check_tensor("key_mask", key_mask, floating=None)
     if key_mask.dtype != torch.bool:
         raise TypeError(f"key_mask: expected torch.bool, got {key_mask.dtype}")
     if tuple(key_mask.shape) != expected[:2]:
@@ -147,6 +150,8 @@ def _by_sdpa(q, k, v, key_mask, causal, scale):
             past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
             allowed, causal = allowed & past, False
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if scale == 0:  # by which torch's kernels also multiply the -infinity of keys that are not seen
+        q, scale = q * 0, 1.0
     out = F.scaled_dot_product_attention(q, k, v, allowed, is_causal=causal, scale=scale)
     return out.transpose(1, 2)
 

@@ -1,6 +1,5 @@
 """What `cross_attention` accepts, and which implementation can take it."""
 
-import math
 from numbers import Real
 
 import torch
@@ -11,28 +10,76 @@ from ..kernels import attention_supported
 from ._dispatch import forced_backend
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_STARTS_DTYPES = (torch.int32, torch.int64)
+# Beyond, float32 logits have no digits left that could tell weights apart.
+_LARGEST_SCALE = 1e6
 NO_SEED = torch.zeros((), dtype=torch.int64, device="cpu")
 
 
-def operator_checks(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale, dropout_p) -> bool:
-    """Whether the CPU operator may be called at once: it checks all that is not looked at here.
+def operator_takes(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale, dropout_p, max_seqlen_q, max_seqlen_k
+) -> bool:  # fmt: skip
+    """Whether the CPU operator takes the arguments as they are: nothing to refuse or to convert.
 
-    Between large products of other operators the caches hold nothing of this module, and all the
-    checks in Python take a millisecond.
+    A short form of all the other checks, which take a millisecond where the caches hold nothing of
+    this module, as between large products of other operators.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and type(q) is type(k) is type(v) is torch.Tensor
+    # Without loops and calls in Python, which would take longer than all that is looked at.
+    if torch.compiler.is_compiling() or not (
+        type(q) is type(k) is type(v) is type(cu_seqlens_q) is torch.Tensor
         and q.is_cpu
         and k.is_cpu
         and v.is_cpu
-        and cu_seqlens_q.is_cpu
-        and (cu_seqlens_k is None or cu_seqlens_k.is_cpu)
-        and (key_mask is None or (key_mask.is_cpu and key_mask.shape == k.shape[:-2]))
-        and (scale is None or (type(scale) is float and math.isfinite(scale)))
         and type(dropout_p) is float
+        and 0 <= dropout_p < 1
+        and (scale is None or (type(scale) is float and abs(scale) <= _LARGEST_SCALE))
+        and (max_seqlen_q is None or type(max_seqlen_q) is int)
+        and (max_seqlen_k is None or type(max_seqlen_k) is int)
+    ):
+        return False
+    queries, keys = q.shape, k.shape
+    if cu_seqlens_k is None:
+        packed, segments = 0, keys[0] if keys else 0
+    elif type(cu_seqlens_k) is torch.Tensor and keys and _are_starts(cu_seqlens_k, keys[0]):
+        packed, segments = 1, len(cu_seqlens_k) - 1
+    else:
+        return False
+    return (
+        len(queries) == 3
+        and len(keys) == 4 - packed
+        and q.dtype in _NATIVE_DTYPES
+        and q.dtype == k.dtype == v.dtype
+        and 0 not in queries[1:]
+        and queries[1:] == keys[-2:]
+        and keys == v.shape
+        and q.stride(2) == k.stride(-1) == v.stride(-1) == 1
+        and _are_starts(cu_seqlens_q, queries[0])
+        and len(cu_seqlens_q) == segments + 1
+        and (key_mask is None or _is_mask(key_mask, keys[:-2]))
         and forced_backend("cross_attention") in (None, "native")
         and not _native.load()
+    )
+
+
+def _are_starts(starts: torch.Tensor, rows: int) -> bool:
+    if not (
+        starts.is_cpu
+        and starts.dtype in _STARTS_DTYPES
+        and starts.dim() == 1
+        and starts.is_contiguous()
+    ):
+        return False
+    values = starts.tolist()
+    return bool(values) and values[0] == 0 and values[-1] == rows and values == sorted(values)
+
+
+def _is_mask(mask: torch.Tensor, shape: torch.Size) -> bool:
+    return (
+        type(mask) is torch.Tensor
+        and mask.is_cpu
+        and mask.dtype == torch.bool
+        and mask.shape == shape
+        and mask.is_contiguous()
     )
 
 
@@ -63,8 +110,11 @@ def check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale, dropout_p
         )
     if key_mask is not None:
         _check_mask(key_mask, k)
-    if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
-        raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
+    largest = torch.finfo(q.dtype).max if q.dtype == torch.float64 else _LARGEST_SCALE
+    if scale is not None and not (isinstance(scale, Real) and abs(scale) <= largest):
+        raise ValueError(
+            f"scale: expected None or a number of magnitude up to {largest:g}, got {scale!r}"
+        )
     if not isinstance(dropout_p, Real) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p!r}")
 
@@ -83,7 +133,7 @@ def _check_rows(name: str, t: torch.Tensor, q: torch.Tensor) -> None:
 
 
 def _check_starts(name: str, starts: torch.Tensor, rows: int, device: torch.device) -> None:
-    if not isinstance(starts, torch.Tensor) or starts.dtype not in (torch.int32, torch.int64):
+    if not isinstance(starts, torch.Tensor) or starts.dtype not in _STARTS_DTYPES:
         got = starts.dtype if isinstance(starts, torch.Tensor) else type(starts).__name__
         raise TypeError(f"{name}: expected an int32 or int64 tensor, got {got}")
     if starts.dim() != 1 or len(starts) == 0:
@@ -139,9 +189,13 @@ def seed_tensor(seed, dropout_p: float, device: torch.device) -> torch.Tensor:
     return torch.full((), seed or 0, dtype=torch.int64, device=device)
 
 
-def longest(starts: torch.Tensor, bound: int | None, device: torch.device, rows: int) -> int:
+def longest(
+    name: str, starts: torch.Tensor, bound: int | None, device: torch.device, rows: int
+) -> int:
     """An upper bound on the rows of a segment; waits for a GPU where none is given."""
     if bound is not None:
+        if not isinstance(bound, (int, torch.SymInt)) or bound < 0:
+            raise ValueError(f"{name}: expected a number of rows or None, got {bound!r}")
         return bound
     if device.type == "cpu":
         return rows  # the CPU kernels look for themselves

@@ -29,7 +29,7 @@ from ._cross_attention_inputs import (
     check_inputs,
     distinct,
     longest,
-    operator_checks,
+    operator_takes,
     seed_tensor,
     unit_stride,
 )
@@ -67,7 +67,7 @@ def cross_attention(
         key_mask: [n, L], or [total_k], bool, True where a key is seen; any pattern. What unseen
             keys and values hold, NaN included, has no effect; their gradients are zero.
         causal: a query row sees no later key; rows and keys are aligned at the segment's end.
-        scale: factor of the products, default d^-1/2.
+        scale: factor of the products, default d^-1/2; of magnitude up to 1e6 unless in float64.
         dropout_p: probability with which a weight is dropped; the others are divided by 1 - p.
         dropout_seed: the mask is a function of it and of positions (`fastvlp.ops._dropout`). By
             default drawn from torch's generator.
@@ -88,21 +88,18 @@ def cross_attention(
         RuntimeError: FASTVLP_BACKEND forces an implementation that cannot run, or a second
             derivative is asked for.
     """
-    seed = None
-    try:
-        tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask
-        if not return_probs and operator_checks(*tensors, scale, dropout_p):
-            draws = dropout_p or dropout_seed is not None
-            seed = seed_tensor(dropout_seed, dropout_p, q.device) if draws else NO_SEED
-            factor = q.shape[-1] ** -0.5 if scale is None else scale
-            longest_rows = max_seqlen_q or 0, max_seqlen_k or 0
-            return _CrossAttention.apply(*tensors, seed, factor, dropout_p, causal, *longest_rows)
-    except (ArithmeticError, AttributeError, RuntimeError, TypeError):
-        pass  # what follows says what is wrong, or can do it
-    check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale, dropout_p)
+    tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask
+    bounds = max_seqlen_q, max_seqlen_k
+    if not return_probs and operator_takes(*tensors, scale, dropout_p, *bounds):
+        draws = dropout_p or dropout_seed is not None
+        seed = seed_tensor(dropout_seed, dropout_p, q.device) if draws else NO_SEED
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        rows = (bound or 0 for bound in bounds)
+        return _CrossAttention.apply(*tensors, seed, factor, dropout_p, bool(causal), *rows)
+    check_inputs(*tensors, scale, dropout_p)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if seed is None:
-        seed = seed_tensor(dropout_seed, dropout_p, q.device)
+    seed = seed_tensor(dropout_seed, dropout_p, q.device)
+    causal = bool(causal)
     options = {"causal": causal, "scale": scale, "dropout_p": dropout_p}
     if return_probs:
         return attend_with_probs(
@@ -113,8 +110,12 @@ def cross_attention(
             q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask=key_mask, dropout_seed=seed.item(),
             **options,
         )  # fmt: skip
-    max_q = longest(cu_seqlens_q, max_seqlen_q, q.device, len(q))
-    max_k = k.shape[1] if k.dim() == 4 else longest(cu_seqlens_k, max_seqlen_k, q.device, len(k))
+    max_q = longest("max_seqlen_q", cu_seqlens_q, max_seqlen_q, q.device, len(q))
+    max_k = (
+        k.shape[1]
+        if k.dim() == 4
+        else longest("max_seqlen_k", cu_seqlens_k, max_seqlen_k, q.device, len(k))
+    )
     key_mask = None if key_mask is None else key_mask.contiguous()
     rows = (unit_stride(t) for t in (q, k, v))
     return _CrossAttention.apply(

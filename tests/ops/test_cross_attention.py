@@ -333,3 +333,13 @@ def test_float64_runs_the_reference_and_passes_gradcheck(device, causal):
         )
 
     assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-30, -1.0])
+def test_unusual_scales(monkeypatch, isa, dtype, scale):
+    monkeypatch.setenv("FASTVLP_CPU_ISA", isa)
+    for mask in (None, "holes"):
+        case = draw([17, 3], 40, dim=64, dtype=dtype, mask=mask)
+        check(case, causal=True, scale=scale)

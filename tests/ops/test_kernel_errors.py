@@ -1,0 +1,62 @@
+"""What a kernel raises reaches the caller at once: nothing swallows it or runs the kernel again."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvlp import ops
+
+OPERATORS = set(ops.__all__) - {"explain", "release_workspace"}
+ROOT = Path(__file__).parents[2]
+X, IDS = torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64)
+ROWS, KEYS, STARTS = torch.zeros(4, 2, 8), torch.zeros(2, 3, 2, 8), torch.tensor([0, 2, 4])
+WORDS, PADDING = torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.bool)
+CALLS = {
+    "cross_attention_forward": lambda: ops.cross_attention(ROWS, KEYS, KEYS, STARTS),
+    "momentum_contrastive": lambda: ops.momentum_contrastive(X, X, X, X, X, X, 0.1),
+    "soft_cross_entropy_losses": lambda: ops.soft_cross_entropy(X, X, None, IDS),
+    "word_patch_alignment": lambda: ops.word_patch_alignment(WORDS, WORDS, PADDING, PADDING),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "kind", [torch.OutOfMemoryError, RuntimeError, TypeError, AttributeError, ArithmeticError]
+)
+def test_an_error_of_a_kernel_reaches_the_caller(monkeypatch, name, kind):
+    calls = []
+
+    def kernel(*arguments):
+        calls.append(arguments)
+        raise kind("from the kernel")
+
+    monkeypatch.setattr(torch.ops.fastvlp, name, kernel)
+    with pytest.raises(kind, match="from the kernel"):
+        CALLS[name]()
+    assert len(calls) == 1
+
+
+def runs_a_kernel(call: ast.Call) -> bool:
+    """An operator, an autograd function, a launch of a Triton kernel, or a public function."""
+    if isinstance(call.func, ast.Subscript):
+        return True
+    name = ast.unparse(call.func)
+    return name.startswith("torch.ops.") or name.endswith(".apply") or name in OPERATORS
+
+
+@pytest.mark.parametrize("folder", ["fastvlp/ops", "fastvlp/nn", "kernels"])
+def test_no_try_encloses_a_kernel(folder):
+    files = sorted((ROOT / folder).glob("*.py"))
+    assert files
+    found = [
+        f"{path.name}:{node.lineno}: {ast.unparse(call)}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Try)
+        for statement in node.body
+        for call in ast.walk(statement)
+        if isinstance(call, ast.Call) and runs_a_kernel(call)
+    ]
+    assert not found
