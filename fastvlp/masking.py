@@ -28,6 +28,7 @@ for each token of the budget of a row without padding. Never waits for a GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -96,7 +97,8 @@ def mask_tokens(
         budget: for whole words, the length that the rate refers to.
 
     Raises:
-        TypeError, ValueError: an argument has another shape, dtype, device or value.
+        TypeError, ValueError: an argument has another shape, dtype, device or value. (Ids on a
+            GPU are not looked at.)
     """
     _check(ids, vocabulary, keys, rate, budget)
     positions = torch.arange(ids.shape[1], device=ids.device)
@@ -178,6 +180,12 @@ def _signed(number: int) -> int:
 
 
 def _check(ids, vocabulary, keys, rate, budget):
+    for name, value in (("ids", ids), ("keys", keys)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if not isinstance(vocabulary, MaskingVocabulary):
+        got = type(vocabulary).__name__
+        raise TypeError(f"vocabulary: expected a MaskingVocabulary, got {got}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids: expected int32 or int64, got {ids.dtype}")
     if ids.ndim != 2:
@@ -200,7 +208,14 @@ def _check(ids, vocabulary, keys, rate, budget):
             f"vocabulary.continuation: expected shape ({vocabulary.size},), "
             f"got {tuple(vocabulary.continuation.shape)}"
         )
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate: expected 0 to 1, got {rate}")
+    if not isinstance(rate, Real) or not 0 <= rate <= 1:
+        raise ValueError(f"rate: expected 0 to 1, got {rate!r}")
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        lowest, highest = ids.aminmax()
+        if lowest < 0 or highest >= vocabulary.size:
+            raise ValueError(
+                f"ids: expected 0 to {vocabulary.size - 1}, the vocabulary's, got "
+                f"{lowest.item()} to {highest.item()}"
+            )
     if budget not in ("real", "padded"):
         raise ValueError(f"budget: expected 'real' or 'padded', got {budget!r}")

@@ -15,6 +15,7 @@ one more norm and activation, about 1 % of the block's time. Of dropout one byte
 """
 
 from contextlib import nullcontext
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.nn.dropout import apply_mask, draw_dropout
+from fastvlp.ops._tensor_checks import check_tensor
 from fastvlp.ops.autocast import as_autocast, autocasts
 from fastvlp.ops.matmul import product
 
@@ -70,7 +72,13 @@ def norm_linear(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor) -> Tensor:
 
     Returns:
         [.., out] in the dtype of the weight; under autocast in autocast's. Differentiable once.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
     """
+    _check_input(x)
+    _check_norm(norm, x)
+    _check_linear("weight", weight, "bias", bias, x.shape[-1])
     weight, bias = as_autocast(weight, bias)
     return _NormLinear.apply(x, norm.weight, norm.bias, weight, bias, norm.eps)
 
@@ -99,17 +107,49 @@ def feed_forward(
         [.., out] in the dtype of the weights; under autocast in autocast's. Differentiable once.
 
     Raises:
-        ValueError: no such activation, or no such probability.
+        TypeError, ValueError: an argument is not as described; the message names it.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p: expected a probability, got {dropout_p}")
+    if not isinstance(dropout_p, Real) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected a probability, got {dropout_p!r}")
+    _check_input(x)
+    if norm is not None:
+        _check_norm(norm, x)
+    _check_linear("weight1", weight1, "bias1", bias1, x.shape[-1])
+    _check_linear("weight2", weight2, "bias2", bias2, len(weight1))
     weight1, bias1, weight2, bias2 = as_autocast(weight1, bias1, weight2, bias2)
     gain, shift, eps = (None, None, 0.0) if norm is None else norm
     return _FeedForward.apply(
         x, gain, shift, weight1, bias1, weight2, bias2, eps, activation, dropout_p
     )
+
+
+def _check_input(x) -> None:
+    check_tensor("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: expected [.., width], got shape ()")
+
+
+def _check_norm(norm, x: Tensor) -> None:
+    if not isinstance(norm, Norm):
+        raise TypeError(f"norm: expected a Norm, as Norm.of makes it, got {type(norm).__name__}")
+    for name, t in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
+        check_tensor(name, t)
+        if t.shape != x.shape[-1:]:
+            raise ValueError(f"{name}: expected {tuple(x.shape[-1:])}, got {tuple(t.shape)}")
+
+
+def _check_linear(weight_name: str, weight, bias_name: str, bias, width: int) -> None:
+    check_tensor(weight_name, weight, dims=2)
+    if bias is not None:
+        check_tensor(bias_name, bias)
+    if weight.shape[1] != width:
+        raise ValueError(f"{weight_name}: expected [out, {width}], got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{bias_name}: expected {tuple(weight.shape[:1])}, got {tuple(bias.shape)}"
+        )
 
 
 def _normed(x, gain, shift, eps, dtype):

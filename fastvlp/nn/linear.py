@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp.ops._tensor_checks import check_tensor
 from fastvlp.ops.matmul import product, runs_natively
 
 
@@ -16,7 +17,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: [.., width] → [.., out], with weight [out, width], bias [out].
 
     Differentiable any number of times.
+
+    Raises:
+        TypeError: an argument is no tensor; the message names it.
     """
+    check_tensor("x", x, floating=None)
+    check_tensor("weight", weight, floating=None)
+    if bias is not None:
+        check_tensor("bias", bias, floating=None)
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])

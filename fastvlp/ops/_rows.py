@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ._tensor_checks import check_tensor
+
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy from host memory that no stream waits for."""
@@ -39,7 +41,8 @@ class RowMap:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[inputs, ...] -> [outputs, ...]"""
-        if rows.shape[0] != self.back.shape[0]:
+        check_tensor("rows", rows, floating=None)
+        if rows.dim() == 0 or rows.shape[0] != self.back.shape[0]:
             raise ValueError(
                 f"rows: expected {self.back.shape[0]} of them, the number this layout was made "
                 f"for, got shape {tuple(rows.shape)}"

@@ -24,12 +24,15 @@ which waits for the device once for each tensor. Using a layout never waits.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
 from ._rows import RowMap, row_map, to_device
+from ._tensor_checks import check_count, check_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +77,7 @@ class TextLayout:
         Raises:
             ValueError: a length is out of range.
         """
+        check_count("padded_length", padded_length)
         lengths, device = _on_host("lengths", lengths, device)
         if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= padded_length:
             raise ValueError(
@@ -89,6 +93,7 @@ class TextLayout:
         Waits for the device once if the mask is on a GPU. `device` is where the texts are; None
         for the device of the mask.
         """
+        check_tensor("mask", mask, floating=None)
         if mask.dim() != 2:
             raise ValueError(f"mask: expected [texts, length], got shape {tuple(mask.shape)}")
         device = mask.device if device is None else torch.device(device)
@@ -121,6 +126,7 @@ class _Pack:
     shape: tuple[int, int]
 
     def __call__(self, padded: torch.Tensor) -> torch.Tensor:
+        check_tensor("padded", padded, floating=None)
         if padded.dim() < 2 or tuple(padded.shape[:2]) != self.shape:
             raise ValueError(
                 f"padded: expected [{self.shape[0]}, {self.shape[1]}, ...], the texts and length "
@@ -199,6 +205,9 @@ class PairLayout:
         Raises:
             ValueError: the two differ in length, or an index is out of range.
         """
+        if not isinstance(texts, TextLayout):
+            raise TypeError(f"texts: expected a TextLayout, got {type(texts).__name__}")
+        check_count("images", images)
         device = texts.cu_seqlens.device
         text, _ = _on_host("text_index", text_index, device)
         image, _ = _on_host("image_index", image_index, device)
@@ -237,14 +246,24 @@ class PairLayout:
         _check_index("pairs", numbers, len(self.starts), "pairs")
         return _ranges(self.starts[numbers], self._lengths[numbers])
 
-    def keep(self, rows: torch.Tensor) -> KeptRows:
-        """Some of the rows (int64 on the host, none twice), for a layer whose others nobody reads.
+    def keep(self, rows: Sequence[int] | torch.Tensor) -> KeptRows:
+        """Some of the rows (whole numbers, none twice), for a layer whose others nobody reads.
 
         A layer gives them in the order of the layout; `KeptRows.restore` puts them into that of
         `rows`.
+
+        Raises:
+            TypeError, ValueError: a row is out of range or occurs twice.
         """
         device = self.cu_seqlens_pairs.device
+        rows, _ = _on_host("rows", rows, device)
+        _check_index("rows", rows, self.total, "rows")
         ordered, places = rows.sort()
+        repeated = (ordered[1:] == ordered[:-1]).nonzero()[:1]
+        if len(repeated):
+            raise ValueError(
+                f"rows: expected each row once, got {ordered[repeated].item()} more than once"
+            )
         kept = row_map(ordered, self.total, device)
         back = torch.empty_like(places)
         back[places] = torch.arange(len(rows))
@@ -264,9 +283,19 @@ class PairLayout:
 
 def _on_host(name, values, device):
     """The whole numbers as int64 on the host, and the device meant: their own where None."""
-    tensor = torch.as_tensor(values)
-    if not isinstance(values, torch.Tensor) and not len(values):
-        tensor = tensor.long()  # torch takes an empty list for floating-point numbers
+    if isinstance(values, torch.Tensor):
+        tensor = values
+    elif hasattr(values, "__array__"):
+        tensor = torch.as_tensor(values)
+    elif isinstance(values, Sequence) and all(map(_is_index, values)):
+        tensor = torch.tensor(values, dtype=torch.int64)
+    else:
+        kind = ValueError if isinstance(values, (list, tuple)) else TypeError
+        wrong = next((v for v in values if not _is_index(v)), 0) if kind is ValueError else values
+        raise kind(
+            f"{name}: expected a list of whole numbers or a tensor of them, got "
+            f"{reprlib.repr(wrong)} of type {type(wrong).__name__}"
+        )
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise ValueError(
             f"{name}: expected a list of whole numbers, got {tensor.dtype} of shape "
@@ -274,6 +303,11 @@ def _on_host(name, values, device):
         )
     device = tensor.device if device is None else torch.device(device)
     return tensor.detach().cpu().long(), device
+
+
+def _is_index(value) -> bool:
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return is_whole and -(2**63) <= value < 2**63
 
 
 def _check_index(name, index, count, what):

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from . import _word_patch_alignment_library
 from ._contrastive_inputs import unit_stride
 from ._dispatch import choose, register
+from ._tensor_checks import check_count, check_tensor
 from ._word_patch_alignment_inputs import CANDIDATES, check_inputs
 
 SMALLEST_NORM = 1e-5
@@ -138,6 +139,7 @@ def word_patch_alignment_loss(
         is_positive: [B] bool, True where text and image belong together.
         weight: ViLT's 0.1.
     """
+    check_tensor("distance", distance)
     if not isinstance(is_positive, torch.Tensor) or is_positive.dtype != torch.bool:
         got = getattr(is_positive, "dtype", type(is_positive).__name__)
         raise TypeError(f"is_positive: expected a bool tensor, got {got}; compare labels == 1")
@@ -158,10 +160,16 @@ def alignment_padding(
         text_lengths: [B] tokens of each text, CLS and SEP included; both are left out.
         image_lengths: [B] positions of each image, CLS included, which is left out.
         text_size, image_size: Lx and Ly of the features, CLS included.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
     """
     for name, t in (("text_lengths", text_lengths), ("image_lengths", image_lengths)):
+        check_tensor(name, t, floating=None)
         if t.dim() != 1 or t.is_floating_point() or t.dtype == torch.bool:
             raise ValueError(f"{name}: expected whole numbers [B], got {t.dtype} {tuple(t.shape)}")
+    for name, size in (("text_size", text_size), ("image_size", image_size)):
+        check_count(name, size)
     words = torch.arange(text_size, device=text_lengths.device)
     patches = torch.arange(image_size, device=image_lengths.device)
     inner = (words >= 1) & (words < text_lengths[:, None] - 1)
