@@ -2,6 +2,7 @@
 
 import math
 
+import instruction_sets
 import pytest
 import torch
 from contrastive_cases import features, run
@@ -71,9 +72,7 @@ def test_several_blocks(device, dtype, n, dim, workspace):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set(monkeypatch, dtype, isa):
-    if isa not in torch.ops.fastvlp.cpu_instruction_sets().split(","):
-        pytest.skip(f"this processor does not run {isa}")
-    monkeypatch.setenv("FASTVLP_CPU_ISA", isa)
+    instruction_sets.force(monkeypatch, isa)
     for n, dim in ((1, 1), (130, 67), (600, 520)):
         image, text = features(n, dim, dtype, "cpu")
         check(image, text, 30.0, workspace_bytes=3 << 20)

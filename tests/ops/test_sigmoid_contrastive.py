@@ -2,6 +2,7 @@
 
 import math
 
+import instruction_sets
 import pytest
 import torch
 from contrastive_cases import features, run
@@ -67,9 +68,7 @@ def test_several_blocks(device, dtype, workspace):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set(monkeypatch, isa):
-    if isa not in torch.ops.fastvlp.cpu_instruction_sets().split(","):
-        pytest.skip(f"this processor does not run {isa}")
-    monkeypatch.setenv("FASTVLP_CPU_ISA", isa)
+    instruction_sets.force(monkeypatch, isa)
     for dtype in DTYPES:
         image, text = features(130, 67, dtype, "cpu")
         check(image, text, 10.0, -10.0)

@@ -2,6 +2,7 @@
 
 import math
 
+import instruction_sets
 import pytest
 import torch
 from alignment_cases import (
@@ -95,9 +96,7 @@ def test_the_shape_of_vilt(device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(monkeypatch, dtype, isa):
-    if isa not in torch.ops.fastvlp.cpu_instruction_sets().split(","):
-        pytest.skip(f"this processor does not run {isa}")
-    monkeypatch.setenv("FASTVLP_CPU_ISA", isa)
+    instruction_sets.force(monkeypatch, isa)
     for shape in ((1, 1, 1, 1), (3, 7, 50, 19), (2, 33, 130, 96)):
         for kind in ("drawn", "matching"):
             check(pairs(*shape, dtype, kind=kind))
