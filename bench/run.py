@@ -130,4 +130,5 @@ class Run:
     def _interruption(self) -> str:
         kept = [str(path) for path in (self._json, self._plot) if path and self.rows]
         where = f", kept in {' and '.join(kept)}" if kept else ""
-        return f"Interrupted after {len(report.groups(self.rows))} comparisons{where}."
+        count = len(report.groups(self.rows))
+        return f"Interrupted after {count} comparison{'s' * (count != 1)}{where}."

@@ -256,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.add(found, failed)
             if table["parts"]:
                 print_parts(table)
+                run.print("")
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:

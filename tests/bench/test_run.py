@@ -70,7 +70,7 @@ def test_ctrl_c_keeps_what_was_measured(waiting):
         ("fastvlp", {"n": 8}),
         ("floor", {"n": 8}),
     ]
-    assert f"Interrupted after 1 comparisons, kept in {waiting.target}" in out
+    assert f"Interrupted after 1 comparison, kept in {waiting.target}" in out
     assert list(waiting.target.parent.iterdir()) == [waiting.target]
 
 
