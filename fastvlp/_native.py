@@ -68,7 +68,7 @@ def instruction_set_fault() -> str | None:
     if forced in usable:
         return None
     return (
-        f"FASTVLP_CPU_ISA: expected one of {', '.join(usable)}, which this processor runs, got "
+        f"FASTVLP_CPU_ISA: expected one of {', '.join(usable)}, which this CPU runs, got "
         f"{forced!r}; unset it to use the fastest"
     )
 

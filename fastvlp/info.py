@@ -45,7 +45,7 @@ def _build() -> list[str]:
         fault = _native.instruction_set_fault()
         forced = os.environ.get("FASTVLP_CPU_ISA")
         used = "none, see below" if fault else forced or usable[0]
-        lines.append(f"this processor runs: {', '.join(usable)}; in use: {used}")
+        lines.append(f"this CPU runs: {', '.join(usable)}; in use: {used}")
         lines += [fault] if fault else []
     lines.append(f"CUDA kernels: {facts['cuda']}")
     if "not built" not in facts["cuda"]:

@@ -1,4 +1,4 @@
-"""Zero-shot classification: pictures are given the class whose prompts they are nearest to.
+"""Zero-shot classification: images are given the class whose prompts they are nearest to.
 
 Radford et al. 2021, section 3.1: each class is described by several prompts; its weight vector is
 the mean of their normalised features, normalised again.
@@ -100,23 +100,23 @@ def accuracy(
     chunk: int = 4096,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
-    """Share of pictures whose class is among the k of the highest product.
+    """Share of images whose class is among the k of the highest product.
 
     A wrong class with the same product as the right one counts as higher.
 
     Args:
-        image_features: [n, dim] of this rank's pictures.
+        image_features: [n, dim] of this rank's images.
         weights: [classes, dim], see `classifier`.
         labels: int64 [n], rows of `weights`.
-        chunk: pictures whose products are held at once.
-        group: ranks that have other pictures; all get the result over everybody's.
+        chunk: images whose products are held at once.
+        group: ranks that have other images; all get the result over everybody's.
 
     Returns:
         "top-k" and "chance top-k" for each k, and "mean per class", the mean over the classes that
-        occur of the share of their pictures whose class came first.
+        occur of the share of their images whose class came first.
 
     Raises:
-        ValueError: there is no picture, or labels are not as described.
+        ValueError: there is no image, or labels are not as described.
         RuntimeError: with a group, on every rank, when one rank fails or its classes or ks differ.
     """
     with reporting(group, "accuracy"):
@@ -127,10 +127,10 @@ def accuracy(
         for total in totals:
             dist.all_reduce(total, group=group)
     hits, seen, first = totals
-    pictures = seen.sum().item()
-    if not pictures:
-        raise ValueError("image_features: expected at least one picture")
-    result = {f"top-{k}": hit / pictures for k, hit in zip(ks, hits.tolist(), strict=True)}
+    images = seen.sum().item()
+    if not images:
+        raise ValueError("image_features: expected at least one image")
+    result = {f"top-{k}": hit / images for k, hit in zip(ks, hits.tolist(), strict=True)}
     result |= {f"chance top-{k}": min(1.0, k / len(weights)) for k in ks}
     occur = seen > 0
     result["mean per class"] = (first[occur] / seen[occur]).mean().item()

@@ -105,7 +105,7 @@ def test_wrong_labels_are_named(labels, message):
 def test_a_class_without_prompts_is_refused():
     with pytest.raises(ValueError, match="at least one prompt"):
         classifier([["a"], []], letters, encode)
-    with pytest.raises(ValueError, match="expected at least one picture"):
+    with pytest.raises(ValueError, match="expected at least one image"):
         accuracy(torch.ones(0, 5), torch.ones(2, 5), torch.zeros(0, dtype=torch.int64))
 
 

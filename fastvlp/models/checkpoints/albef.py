@@ -145,7 +145,7 @@ def load_vit(model: Albef, source: Source, *, strict: bool = True) -> LoadReport
     """timm's ViT or DeiT into the image transformer.
 
     The classifier is left out, and so are a distilled DeiT's second token and its position;
-    positions are resized bicubic. The twin takes the model's weights.
+    positions are resized bicubic. The momentum encoder takes the model's weights.
 
     Raises:
         ValueError: it is no plain ViT, or does not fit; the model is as it was.
@@ -167,7 +167,7 @@ def load_bert(model: Albef, source: Source, *, strict: bool = True) -> LoadRepor
     """transformers' BertModel, BertForMaskedLM or BertForPreTraining into text and fusion layers.
 
     Layers take their place in order. Cross-attention, which BERT does not have, keeps its fresh
-    values and is reported missing. The twin takes the model's weights.
+    values and is reported missing. The momentum encoder takes the model's weights.
 
     Raises:
         ValueError: the weights do not fit, or config.json beside them describes a BERT that

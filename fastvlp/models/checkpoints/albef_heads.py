@@ -44,7 +44,7 @@ def start_from(
 
     Image positions are resized bicubic. Where the model has each fusion layer twice both take the
     pretrained one. An answer decoder takes the embeddings, the fusion layers and the vocabulary
-    head. Classes keep fresh values. The twin takes the model's weights.
+    head. Classes keep fresh values. The momentum encoder takes the model's weights.
 
     Raises:
         ValueError: the two do not fit; the model is as it was.
