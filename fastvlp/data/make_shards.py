@@ -30,7 +30,7 @@ import torch
 
 from fastvlp.data import image_check
 from fastvlp.data.optional import require
-from fastvlp.data.pair_images import ImageReader, image_reader
+from fastvlp.data.pair_images import ImageReader, image_reader, look_for
 from fastvlp.data.pairs import Broken, Pair
 from fastvlp.data.shards import (
     Sample,
@@ -135,6 +135,8 @@ def make_shards(
         # Where images may lie is no part of the result, but rows broken for that must not be kept.
         where = f"{images.resolve()}{' and outside' if allow_outside else ''}"
         journal = _Journal.open(folder, {**recipe, "images": where}, retry_broken)
+        if not journal.finished:  # else the folder is the right one, whatever is left
+            look_for(pairs, images, allow_outside)
         order = sample_keys(seed, torch.arange(len(pairs))).argsort(stable=True).tolist()
         parts = {
             f"shard-{number:06d}.tar": range(len(pairs))[start : start + per_shard]
@@ -240,7 +242,7 @@ def _load(pair: Pair, reader: ImageReader, check: bool) -> tuple[str, bytes] | B
 def _check_broken(broken: list[Broken], allowed: float) -> None:
     if len(broken) > allowed:
         raise TooManyBrokenError(
-            f"max_broken: expected at most {allowed:.0f} broken rows; got {len(broken)} so far"
+            f"max_broken: expected at most {int(allowed)} broken rows; got {len(broken)} so far"
             f"{_first(broken)}\n"
             f"Mend them and retry broken rows (--retry-broken), or allow more (--max-broken)"
         )

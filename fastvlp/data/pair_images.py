@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastvlp.data.optional import require
+from fastvlp.data.pair_tables import naming_damage
 from fastvlp.data.pairs import Broken, Embedded, Pair
 from fastvlp.data.shards import temporary_file
 
@@ -50,9 +51,8 @@ def image_reader(
             ``allow_outside``.
 
     Raises:
-        ValueError: none of some images that were looked for is there.
+        ValueError: a parquet file is damaged.
     """
-    _look_for(pairs, images, allow_outside)
     embedded = {pair.embedded for pair in pairs if pair.embedded}
     if not embedded:
         yield ImageReader(images, allow_outside, None)
@@ -78,7 +78,12 @@ def _file(images: Path, image: str, allow_outside: bool) -> Path:
     return Path(path)
 
 
-def _look_for(pairs: Sequence[Pair], images: Path, allow_outside: bool) -> None:
+def look_for(pairs: Sequence[Pair], images: Path, allow_outside: bool) -> None:
+    """Tells early that ``images`` is not the folder that the images of ``pairs`` lie in.
+
+    Raises:
+        ValueError: none of some images that were looked for is there.
+    """
     named = [pair.image for pair in pairs if not pair.embedded]
     some = named[:: max(1, len(named) // _LOOKED_FOR)][:_LOOKED_FOR]
     missing, outside = [], []
@@ -120,9 +125,10 @@ class _Copies:
             rows[each.file, each.column].add(each.row)
         with open(path, "wb") as file:
             for (source, column), numbers in sorted(rows.items()):
-                for number, content in _contents(source, column, numbers):
-                    self._ranges[Embedded(source, column, number)] = file.tell(), len(content)
-                    file.write(content)
+                with naming_damage(source):
+                    for number, content in _contents(source, column, numbers):
+                        self._ranges[Embedded(source, column, number)] = file.tell(), len(content)
+                        file.write(content)
 
     def read(self, image: Embedded) -> bytes | None:
         """The bytes of an image; None or b"" where its row holds none."""

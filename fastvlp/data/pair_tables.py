@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,9 +130,28 @@ def read_parquet(paths: Sequence[Path], columns: Columns) -> Rows:
     """The pairs of parquet files, whose images are paths, or lie in the files themselves.
 
     A column of images is of bytes, or of ``{bytes, path}`` as Hugging Face's data sets have it.
+
+    Raises:
+        ValueError: a file is damaged, or has no column of images or captions.
     """
     for path in paths:
-        yield from _read_parquet(path, columns)
+        with naming_damage(path):
+            yield from _read_parquet(path, columns)
+
+
+@contextmanager
+def naming_damage(path: str | Path) -> Iterator[None]:
+    """What pyarrow finds wrong inside a parquet file becomes a ValueError that names the file."""
+    try:
+        yield
+    except (require("pyarrow", "parquet").ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system
+            raise
+        reason = str(error).partition("\n")[0][:160]
+        raise ValueError(
+            f"source: {path} is no parquet file, is damaged, or is cut short ({reason}); fetch or "
+            "write it again"
+        ) from error
 
 
 def _read_parquet(path: Path, columns: Columns) -> Rows:

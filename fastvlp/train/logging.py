@@ -53,12 +53,10 @@ class Log:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         _keep_until(self.folder / _LOG, loop.step)
-        self._file = open(self.folder / _LOG, "a", encoding="utf-8")
-        tensorboard = require("torch.utils.tensorboard")
+        progress, tensorboard = require("rich.progress"), require("torch.utils.tensorboard")
         self._board = tensorboard.SummaryWriter(
             str(self.folder / "tensorboard"), purge_step=loop.step + 1
         )
-        progress = require("rich.progress")
         self._bar = progress.Progress(
             progress.TextColumn("step {task.completed}/{task.total}"),
             progress.BarColumn(),
@@ -67,6 +65,8 @@ class Log:
         )
         # Without a terminal lines are printed at once in its place.
         self._bar.disable = not (self.progress and self._bar.console.is_terminal)
+        # Last: what is open is closed at the end with all of the above.
+        self._file = open(self.folder / _LOG, "a", encoding="utf-8")
         for line in (*_standing(loop, self.folder), *changes):
             self.say(line)
         self._bar.start()

@@ -219,12 +219,9 @@ def _best(ranks: Ranks) -> str:
 
 
 def _resume(config: TrainConfig, loop: Loop, checkpoints: Checkpoints, ranks: Ranks) -> None:
+    if config.resume == "never":
+        parallel.from_first(lambda: _refuse_checkpoints(config.folder), ranks)
     last = checkpoints.latest()
-    if last is not None and config.resume == "never":
-        raise ValueError(
-            f"folder: {config.folder} holds the checkpoint {last.name}; choose another folder, or "
-            "resume=auto to go on from it"
-        )
     if last is not None:
         checkpoints.load(loop, last)
     if loop.step > loop.steps:
@@ -238,6 +235,15 @@ def _resume(config: TrainConfig, loop: Loop, checkpoints: Checkpoints, ranks: Ra
         loop.task.save_tokenizer(config.folder)
 
     parallel.from_first(begin, ranks)
+
+
+def _refuse_checkpoints(folder: Path) -> None:
+    """Before any is examined, which renames damaged ones."""
+    if found := run_folder.checkpoints(folder):
+        raise ValueError(
+            f"folder: {folder} holds the checkpoint {found[-1].name}; choose another folder, or "
+            "resume=auto to go on from it"
+        )
 
 
 def _save(task: Task, kind: type, model: nn.Module, folder: Path, step: int, ranks: Ranks) -> None:

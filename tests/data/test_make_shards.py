@@ -170,6 +170,9 @@ def test_too_many_broken_rows_stop_it_and_mended_ones_are_taken_in(damaged, tmp_
     error = capsys.readouterr().err
     assert "expected at most 3 broken rows; got 6 so far" in error and "pairs.tsv, line" in error
     assert not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(SystemExit, match="2"):
+        run(damaged / "pairs.tsv", tmp_path / "less", "--max-broken", "0.09")  # 2.7 rows
+    assert "expected at most 2 broken rows" in capsys.readouterr().err
     healed = tmp_path / "healed"
     healed.mkdir()
     for i in range(30):
@@ -308,3 +311,19 @@ def test_the_progress_bar_counts_rows_and_broken_ones(damaged, tmp_path, capsys)
     cli.main(["shards", *options])
     output = capsys.readouterr().out
     assert "29/29 rows" in output and "6 broken" in output
+
+
+def test_a_resumed_run_whose_images_left_are_missing_does_what_the_whole_one_does(tmp_path):
+    rows = ["path,caption"] + [f"{i}.png,caption {i}" for i in range(8)]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(image(i, "PNG"))
+    run(tmp_path / "pairs.csv", tmp_path / "out")
+    second = tmp_path / "out" / "shard-000001.tar"
+    for sample in read_shard(second):
+        (tmp_path / f"{sample.members['txt'].decode()[-1]}.png").unlink()
+    second.unlink()
+    for name in ("out", "whole"):
+        run(tmp_path / "pairs.csv", tmp_path / name, "--max-broken", "0.5")
+    assert len(samples(tmp_path / "out")) == 4
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

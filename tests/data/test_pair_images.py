@@ -26,7 +26,7 @@ def run(source, output, *options):
 
 
 def fails(capsys, *arguments) -> str:
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="^2$"):
         run(*arguments)
     return capsys.readouterr().err
 

@@ -82,6 +82,24 @@ def test_parquet(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("damage", ["footer", "row group", "none"])
+def test_a_damaged_parquet_file_is_named(tmp_path, damage):
+    path = tmp_path / "t.parquet"
+    table = pyarrow.table({"image": [f"{i}.jpg" for i in range(99)], "text": ["a"] * 99})
+    pyarrow.parquet.write_table(table, path, row_group_size=50)
+    content = bytearray(path.read_bytes())
+    if damage == "none":
+        assert len(read_pairs(path)[0]) == 99
+        return
+    if damage == "footer":
+        content = content[:-40]
+    else:
+        content[4:200] = b"\xff" * 196
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^source: .*t.parquet is no parquet file, is damaged"):
+        read_pairs(path)
+
+
 def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path, monkeypatch):
     path = write(tmp_path / "t.parquet", b"")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

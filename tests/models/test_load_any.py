@@ -24,6 +24,14 @@ def test_what_the_library_saved(tmp_path, name):
         load_any(tmp_path / name, activation="gelu")
 
 
+@pytest.mark.parametrize("name", ["model", "model.safetensors", ""])
+def test_a_damaged_description_of_what_the_library_saved_is_named(tmp_path, name):
+    base.save(clip.create("tiny", vocab_size=40, context_length=6), tmp_path / "model")
+    (tmp_path / "model.json").write_text('{"kind": "cl')
+    with pytest.raises(ValueError, match=r"model\.json is of another format, or is damaged"):
+        load_any(tmp_path / name)
+
+
 def test_a_clip_of_open_clip(tmp_path):
     torch.save(tiny_open_clip().state_dict(), tmp_path / "clip.pt")
     with pytest.raises(ValueError, match="activation"):

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +50,12 @@ def test_lines_take_the_bars_place_without_a_terminal(tmp_path, progress, capsys
     assert lines[2] == "step 2/4  eval/R@1 0  held_out/R@5 0.25"
     assert lines[5:] == [f"{'eval/R@1':40} 0.0000", f"{'held_out/R@5':40} 0.2500"]
     assert all(len(line) < 160 and "\x1b" not in line for line in lines)
+
+
+def test_a_missing_library_is_the_error_that_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    with pytest.raises(ImportError, match="rich"), Log(tmp_path, ALONE) as log:
+        log.start(loop())
 
 
 def test_each_line_is_out_before_the_next_step(tmp_path, monkeypatch):

@@ -61,6 +61,16 @@ def test_resume_never_refuses_a_folder_with_a_checkpoint(tmp_path):
         train(tmp_path, resume="never")
 
 
+def test_resume_never_leaves_damaged_checkpoints_as_they_are(tmp_path):
+    train(tmp_path, steps=2, save_every=1)
+    last = tmp_path / "checkpoints" / "step-00000002"
+    for file in last.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="holds the checkpoint step-00000002"):
+        train(tmp_path, steps=2, save_every=1, resume="never")
+    assert last.is_dir() and len(list(last.parent.iterdir())) == 2
+
+
 def test_recomputing_changes_nothing_and_compiling_little(tmp_path):
     for name, changes in {
         "plain": {}, "recomputed": {"recompute": True}, "compiled": {"compile": "aot_eager"},

@@ -80,16 +80,16 @@ def load_any(
 
 
 def _saved(path: Path) -> Path | None:
-    """What `base.load` takes for a path, if it holds that."""
+    """What `base.load` takes for a path, if it holds that.
+
+    Raises:
+        ValueError: the description beside the weights is damaged.
+    """
     places = [path / "model"] if path.is_dir() else [path, path.with_suffix("")]
     for place in places:
         described = Path(f"{place}.json")
         if described.is_file() and Path(f"{place}.safetensors").is_file():
-            try:
-                kind = read_json(described).get("kind")
-            except ValueError:  # not ours: it lies there for another reason
-                continue
-            if kind in base.KINDS:
+            if read_json(described).get("kind") in base.KINDS:
                 return place
     return None
 
