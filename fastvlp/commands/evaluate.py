@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 import tyro
 
-from fastvlp.data import class_folders
+from fastvlp.data import RgbConversion, class_folders
 from fastvlp.models import base
 from fastvlp.models.checkpoints import LoadReport, load_any
 from fastvlp.train import parallel, ranges, run_folder
@@ -46,10 +46,19 @@ class _Common:
     """Of weights from open_clip, which do not tell it: gelu or quick_gelu."""
 
     batch_size: int = 128
-    """Pictures and captions that are encoded at a time, on each rank."""
+    """Images and captions that are encoded at a time, on each rank."""
 
     device: Device = "auto"
     """Where to compute."""
+
+    convert: Convert | None = None
+    """Of shards and folders: how images become 8-bit RGB. range: transparent pixels on a
+    background, 16-bit and float images by their range. pillow: Pillow's convert("RGB"). By default
+    as the run was trained; range for other models."""
+
+    background: str | None = None
+    """Of shards and folders: the colour under transparent pixels, by name or as #rrggbb. By default
+    as the run was trained; white for other models."""
 
     output: Path | None = None
     """JSON file for the scores, with the data they are of."""
@@ -72,6 +81,7 @@ class _Common:
                 print(report)
             tokenizer = saved_tokenizer(self.model, model, self.tokenizer)
             scores = score(model.to(ranks.device), tokenizer, ranks)
+            self.count_left_out(ranks)
             if ranks.is_first:
                 for name, value in scores.items():
                     print(f"{name:30} {value:.4f}")
@@ -89,6 +99,17 @@ class _Common:
         self._about = about
         if ranks.is_first:
             print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+
+    def count_left_out(self, ranks: Ranks) -> None:
+        """Once the data have been read: says what of them was not evaluated."""
+
+    def conversion(self) -> RgbConversion:
+        """How images become 8-bit RGB: as is asked for, else as the model's own run had it."""
+        own = _settings(self.model)
+        return RgbConversion(
+            background=self.background or own.get("background", "white"),
+            method=self.convert or own.get("convert", "range"),
+        )
 
 
 def saved_tokenizer(path: Path, model, given: Path | None = None):
@@ -121,8 +142,8 @@ _RECIPES = {
 }
 
 
-def picture_values(path: Path) -> tuple[tuple[float, ...], ...]:
-    """Mean and deviation that the pictures of a model were normalised by in its training."""
+def image_values(path: Path) -> tuple[tuple[float, ...], ...]:
+    """Mean and deviation that the images of a model were normalised by in its training."""
     if _settings(path).get("data") == _BUILT_IN:
         return (0.5,) * 3, (0.5,) * 3
     return class_folders.MEAN, class_folders.STD
@@ -146,25 +167,24 @@ def _folder(path: Path) -> Path:
 @dataclass
 class _OfPairs(_Common):
     data: str | None = None
-    """"openmoji", or shards; captions of equal id are captions of one picture. By default the data
-    that the model's own run evaluates on. Pictures of shards are normalised as in the system's
+    """"openmoji", or shards; captions of equal id are captions of one image. By default the data
+    that the model's own run evaluates on. Images of shards are normalised as in the system's
     paper, those of OpenMoji as `fastvlp train` has them."""
 
     split: str = "composition"
     """Of OpenMoji: train, composition or concept."""
 
-    verify: Verify = "quick"
-    """Of shards: how images are examined beforehand. decode: decode each, which takes one pass."""
+    verify: Verify | None = None
+    """Of shards: how images are examined beforehand. decode: decode each, which takes one pass. By
+    default that of the run on its own data, and quick on others."""
 
-    max_broken: float = 0.1
-    """Of shards: the largest bearable share of broken samples, which are left out."""
+    max_broken: float | None = None
+    """Of shards: the largest bearable share of broken samples, which are left out. By default that
+    of the run on its own data, and 0.1 on others."""
 
-    convert: Convert = "range"
-    """Of shards: how images become 8-bit RGB, as in training. range: transparent pixels on a
-    background, 16-bit and float images by their range. pillow: Pillow's convert("RGB")."""
-
-    background: str = "white"
-    """Of shards: the colour under transparent pixels, by name or as #rrggbb."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._loader: Any = None
 
     def loader(self, model, tokenizer, ranks):
         """The pairs, not shuffled."""
@@ -177,9 +197,9 @@ class _OfPairs(_Common):
         # ViLT and ALBEF want a mask besides, CLIP finds the end of a text by itself.
         tokenize = tokenizer if model.kind == "clip" else tokenizer.padded
         if chosen == _BUILT_IN:
-            pictures = data.openmoji_data(model.config.image_size, ranks)
+            images = data.openmoji_data(model.config.image_size, ranks)
             loader = data.openmoji_loader(
-                pictures, self.split, self.batch_size, tokenize, ranks, training=False
+                images, self.split, self.batch_size, tokenize, ranks, training=False
             )
             self.name_data(ranks, data=chosen, split=self.split, pairs=loader.samples)
             return loader
@@ -191,22 +211,39 @@ class _OfPairs(_Common):
             self.batch_size,
             tokenize,
             ranks,
-            **data.image_options(self),
+            **self.image_options(),
         )
         self.name_data(ranks, data=chosen, pairs=loader.samples)
+        self._loader, self._known = loader, len(data.left_out(loader, ranks))
         return loader
+
+    def image_options(self) -> dict[str, Any]:
+        own = _settings(self.model) if self.data is None else {}
+        broken = own.get("max_broken", 0.1) if self.max_broken is None else self.max_broken
+        verify = self.verify or own.get("verify", "quick")
+        return {"verify": verify, "max_broken": broken, "convert": self.conversion()}
+
+    def count_left_out(self, ranks: Ranks) -> None:
+        if self._loader is None:
+            return
+        faults = data.left_out(self._loader, ranks)
+        # The pairs that were named before are without what the index tells to be broken.
+        self._about["pairs"] -= len(faults) - self._known
+        self._about["left_out"] = len(faults)
+        if faults and ranks.is_first:
+            print(f"{data.about_left_out(faults, 'data')}; {self._about['pairs']} pairs evaluated")
 
 
 @dataclass
 class Retrieval(_OfPairs):
-    """Recall of captions by picture and of pictures by caption, by CLIP or ALBEF.
+    """Recall of captions by image and of images by caption, by CLIP or ALBEF.
 
-    A picture with several captions is as good as the best-ranked of them. ALBEF's contrastive
+    An image with several captions is as good as the best-ranked of them. ALBEF's contrastive
     features choose candidates, which its matching head then ranks again.
     """
 
     candidates: int = 32
-    """Of re-ranking, for each caption and each picture. ALBEF's paper takes 128 and 256."""
+    """Of re-ranking, for each caption and each image. ALBEF's paper takes 128 and 256."""
 
     kinds: ClassVar[tuple[str, ...]] = ("clip", "albef")
 
@@ -223,14 +260,14 @@ class Retrieval(_OfPairs):
             )
             return {name.replace("/", " "): value for name, value in found.items()}
         found = clip.features(model, loader, ranks)
-        pictures, of_text = found.pictures()
-        ways = retrieval(pictures, found.texts, of_text, group=ranks.group)
+        images, of_text = found.pictures()
+        ways = retrieval(images, found.texts, of_text, group=ranks.group)
         return {f"{way} {k}": v for way, result in ways.items() for k, v in result.items()}
 
 
 @dataclass
 class Matching(_OfPairs):
-    """Accuracy of ViLT's matching head: each picture with its caption and with a wrong one."""
+    """Accuracy of ViLT's matching head: each image with its caption and with a wrong one."""
 
     kinds: ClassVar[tuple[str, ...]] = ("vilt",)
 
@@ -244,10 +281,10 @@ class Matching(_OfPairs):
 
 @dataclass
 class ZeroShot(_Common):
-    """Accuracy of giving pictures the class whose prompts are nearest."""
+    """Accuracy of giving images the class whose prompts are nearest."""
 
     images: Path | None = None
-    """Folder with one folder of pictures for each class, or "openmoji" for the built-in pictures
+    """Folder with one folder of images for each class, or "openmoji" for the built-in images
     of the composition split, by base emoji; the default for a model that was trained on those."""
 
     classes: Path | None = None
@@ -292,15 +329,18 @@ class ZeroShot(_Common):
             lambda tokens: model.encode_text(tokens.to(ranks.device)),
             batch_size=self.batch_size,
         )
-        pictures = class_folders.share(folders, ranks.rank, ranks.world_size)
+        labelled = class_folders.share(folders, ranks.rank, ranks.world_size)
         features, labels = class_folders.encode(
-            pictures,
+            labelled,
             model.encode_image,
             model.config.image_size,
             self.batch_size,
             ranks.device,
-            *picture_values(self.model),
+            *image_values(self.model),
+            self.conversion(),
         )
+        encoded = sum(parallel.sizes(len(labels), ranks.group))
+        self._about |= {"images": encoded, "left_out": count - encoded}
         return zero_shot.accuracy(features, weights, labels, group=ranks.group)
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from fastvlp.data.folder_walk import Unread, walk
 from fastvlp.data.image_backends import BrokenImages, plans_of
 from fastvlp.data.image_check import ImageFault, open_rgb
+from fastvlp.data.image_conversion import RgbConversion
 from fastvlp.data.image_transforms import into_batch_by_pillow, value_table
+from fastvlp.data.pairs import IMAGE_SUFFIXES
 from fastvlp.data.recipes import CLIP_MEAN as MEAN
 from fastvlp.data.recipes import CLIP_STD as STD
 from fastvlp.data.recipes import CentreCrop
 from fastvlp.data.stray_files import is_hidden
-
-_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def find(folder: Path) -> dict[str, list[Path]]:
@@ -46,7 +46,7 @@ def _images(folder: Path) -> list[Path]:
         if not isinstance(each, Unread):
             root, files = each
             names = (name for name in files if not is_hidden(name))
-            images += [root / name for name in names if Path(name).suffix.lower() in _EXTENSIONS]
+            images += [root / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
         elif each.fault == "unreadable folder":
             raise OSError(f"images: {each.path} cannot be read: {each.detail}")
     return sorted(images)
@@ -67,17 +67,18 @@ def encode(
     device: torch.device,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
+    convert: RgbConversion = RgbConversion(),
 ) -> tuple[Tensor, Tensor]:
     """Features [n, dim] with rows of norm 1, and labels int64 [n].
 
-    Images that cannot be decoded are left out and named in a warning.
+    Images that cannot be read or decoded are left out and named in a warning.
     """
     parts, labels, faults = [], [], []
     for at in range(0, max(1, len(labelled)), batch_size):
         rows = []
         for path, label in labelled[at : at + batch_size]:
             try:
-                rows.append(read(path, size, mean, std))
+                rows.append(read(path, size, mean, std, convert))
                 labels.append(label)
             except ImageFault as fault:
                 faults.append(str(fault))
@@ -93,16 +94,25 @@ def encode(
     return torch.cat(parts), torch.tensor(labels, dtype=torch.int64, device=device)
 
 
-def read(path: Path, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def read(
+    path: Path,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    convert: RgbConversion = RgbConversion(),
+) -> Tensor:
     """An image as CLIP is evaluated on it: shorter side resized, centre cropped, normalised.
 
     Raises:
-        ImageFault: the file cannot be decoded, or its sides differ too much; names the file.
+        ImageFault: the file cannot be read or decoded, or its sides differ too much; names the
+            file.
     """
     recipe = CentreCrop(size=size, mean=tuple(mean), std=tuple(std))
     try:
-        image = open_rgb(path.read_bytes())
+        image = open_rgb(path.read_bytes(), convert)
         plans = plans_of([image.size], lambda _, width, height: recipe.plan(width, height, ()))
+    except OSError as error:  # a link to nothing, or a file that may not be read
+        raise ImageFault(f"{path}: {error.strerror or error}") from error
     except BrokenImages as broken:
         raise ImageFault(f"{path}: {broken.faults[0]}") from broken
     except ImageFault as fault:

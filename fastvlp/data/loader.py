@@ -8,8 +8,9 @@ Order and augmentation are functions of seed, epoch and sample: the same whateve
 backend and, sample by sample, the number of ranks. A step takes ``batch_size`` samples for each
 rank from one common order, so a state taken after any step resumes at the very next sample on any
 number of ranks. Samples that an index can tell to be broken are never part of the order. One that
-turns out broken only when it is decoded makes its batch one smaller; where every batch must be
-whole, ``verify="decode"`` finds these beforehand for one pass of decoding.
+turns out broken only when it is decoded makes its batch one smaller; ``verify="decode"`` finds
+these beforehand for one pass of decoding. An image with extremely unequal sides, which a recipe
+cannot resize, is left out of its batch in any case.
 """
 
 from __future__ import annotations

@@ -31,14 +31,15 @@ class TrainConfig:
     """Folder of the run: settings, checkpoints, logs, and in the end the model."""
 
     data: str = "openmoji"
-    """"openmoji" for the built-in pictures, else a path, folder or pattern of WebDataset shards."""
+    """"openmoji" for the built-in images, else a path, folder or pattern of WebDataset shards."""
 
     eval_data: str | None = None
     """Shards to evaluate on, where the data are shards."""
 
     verify: Verify = "quick"
-    """How the images of shards are examined before the run. decode: decode each, so that every
-    batch is whole; it takes one pass over the data, once."""
+    """How the images of shards are examined before the run. decode: decode each, so that
+    none turns out undecodable later; it takes one pass over the data, once. An image with extremely
+    unequal sides may still be left out of its batch."""
 
     max_broken: float = 0.1
     """Largest bearable share of broken samples in shards; they are left out of their batches."""
@@ -68,7 +69,8 @@ class TrainConfig:
     """Pairs in a step, over all ranks."""
 
     chunk_size: int | None = None
-    """Pairs that go through the model at a time on each rank; the gradients stay exact."""
+    """Pairs that go through the model at a time on each rank. CLIP's gradients stay exact; ViLT
+    draws what does not match, and ALBEF contrasts, within a chunk."""
 
     lr: float = 1e-3
     """Highest learning rate."""
@@ -150,7 +152,7 @@ class TrainConfig:
 
 @dataclass
 class TrainClip(TrainConfig):
-    """CLIP on the built-in OpenMoji pictures: a few minutes on two processor cores."""
+    """CLIP on the built-in OpenMoji images: a few minutes on two processor cores."""
 
     system: ClassVar[str] = "clip"
 
@@ -165,9 +167,11 @@ class TrainClip(TrainConfig):
 
 @dataclass
 class TrainVilt(TrainConfig):
-    """ViLT on the built-in OpenMoji pictures."""
+    """ViLT on the built-in OpenMoji images."""
 
     system: ClassVar[str] = "vilt"
+    # Images that do not match are drawn within a chunk.
+    learns_by: ClassVar[frozenset[str]] = frozenset({"chunk_size"})
 
     folder: Path = Path("runs/vilt")
     model: str = "mini"
@@ -184,7 +188,7 @@ class TrainVilt(TrainConfig):
 
 @dataclass
 class TrainAlbef(TrainConfig):
-    """ALBEF on the built-in OpenMoji pictures."""
+    """ALBEF on the built-in OpenMoji images."""
 
     system: ClassVar[str] = "albef"
     # Each chunk contrasts with its own pairs and the queue.

@@ -22,6 +22,7 @@ from fastvlp.train.loop import Loop, Report
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.schedules import Schedule
 from fastvlp.train.tasks.base import Task
+from fastvlp.train.tasks.data import about_left_out, left_out
 
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,6 +90,8 @@ def _fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str
     evaluated = unwrap(model) if average is None else average.module
     with Log(config.folder, ranks, every=config.log_every, progress=config.progress) as log:
         log.start(loop, changes)
+        omissions = _Omissions(task, loader, log, ranks)
+        omissions.say()
         evaluation = Evaluation(evaluated, config.evaluate_every, log, checkpoints)
         with Interrupts(checkpoints, ranks) as interrupts:
             # An evaluation that fails must cost neither steps nor the model: it comes after these
@@ -99,7 +102,26 @@ def _fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str
             interrupts.heed(loop)
         _save(task, kind, evaluated, config.folder, loop.step, ranks)
         log.say(f"the model is saved in {config.folder}")
-        return evaluation.scores(loop)
+        scores = evaluation.scores(loop)
+        omissions.say()
+        return scores
+
+
+class _Omissions:
+    """Says what the loaders of a run leave out, where more is than was said."""
+
+    def __init__(self, task: Task, loader: Any, log: Log, ranks: Ranks) -> None:
+        self.loaders = {"data": loader, **getattr(task, "held_out", {})}
+        self.log, self.ranks = log, ranks
+        self._said = dict.fromkeys(self.loaders, 0)
+
+    def say(self) -> None:
+        """Called on all ranks together."""
+        for name, loader in self.loaders.items():
+            faults = left_out(loader, self.ranks)
+            if len(faults) > self._said[name]:
+                self.log.say(about_left_out(faults, name))
+                self._said[name] = len(faults)
 
 
 class Evaluation:

@@ -6,13 +6,14 @@ import torch
 from PIL import Image
 
 from fastvlp.commands import evaluate, train
+from fastvlp.data import RgbConversion
 from fastvlp.data.shards import Sample, write_shard
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.data import image_options, shard_loader
 
 COMMANDS = [
-    lambda options: train.parse(["clip", *options]).config,
-    lambda options: evaluate.parse(["retrieval", "runs/clip", *options]).options,
+    lambda options: image_options(train.parse(["clip", *options]).config),
+    lambda options: evaluate.parse(["retrieval", "nowhere", *options]).options.image_options(),
 ]
 
 
@@ -31,9 +32,7 @@ def test_the_colour_of_transparent_pixels(tmp_path, monkeypatch, parse, options,
     write_shard(tmp_path / "a.tar", [Sample("a", {"png": clear, "txt": b"a"})])
     ranks = Ranks(0, 1, torch.device("cpu"), None)
     sizes = {"size": 8, "mean": (0.0,) * 3, "std": (1.0,) * 3}
-    loader = shard_loader(
-        str(tmp_path), "clip_eval", sizes, 1, None, ranks, **image_options(parse(options))
-    )
+    loader = shard_loader(str(tmp_path), "clip_eval", sizes, 1, None, ranks, **parse(options))
     (batch,) = loader
     loader.close()
     assert (batch.images[0] * 255).round().amin((1, 2)).tolist() == list(colour)
@@ -41,4 +40,22 @@ def test_the_colour_of_transparent_pixels(tmp_path, monkeypatch, parse, options,
 
 def test_an_unknown_colour_is_refused_by_its_name():
     with pytest.raises(ValueError, match="background: expected a colour .*, got 'whitish'"):
-        image_options(COMMANDS[1](["--background", "whitish"]))
+        COMMANDS[1](["--background", "whitish"])
+
+
+@pytest.mark.parametrize("command", ["retrieval", "zero-shot"])
+def test_a_run_is_evaluated_with_its_own_conversion_unless_another_is_asked_for(tmp_path, command):
+    settings = "convert: pillow\nbackground: red\nmax_broken: 0.5\nverify: decode\n"
+    (tmp_path / "config.yaml").write_text(settings)
+
+    def parsed(*options):
+        return evaluate.parse([command, str(tmp_path), *options]).options
+
+    assert parsed().conversion() == RgbConversion("red", "pillow")
+    other = parsed("--convert", "range", "--background", "blue").conversion()
+    assert other == RgbConversion("blue", "range")
+    if command == "retrieval":
+        own, others = parsed().image_options(), parsed("--data", "x.tar").image_options()
+        assert (own["verify"], own["max_broken"]) == ("decode", 0.5)
+        assert (others["verify"], others["max_broken"]) == ("quick", 0.1)
+        assert parsed("--max-broken", "0.0").image_options()["max_broken"] == 0.0

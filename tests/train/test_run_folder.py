@@ -88,8 +88,9 @@ def test_a_word_is_said_of_length_precision_and_chunks(run):
     assert compared(settings(run, steps=4, log_every=7, device="auto", keep=9)) == []
 
 
-def test_chunks_of_albef_change_what_it_learns(tmp_path):
-    config = pretraining(tmp_path, "albef")
+@pytest.mark.parametrize("system", ["vilt", "albef"])
+def test_chunks_change_what_is_learned_where_pairs_meet_within_them(tmp_path, system):
+    config = pretraining(tmp_path, system)
     assert "chunk_size" in config.learns_by
     (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"epochs": 1.0, "chunk_size": 4}))

@@ -1,13 +1,16 @@
-"""The data of a run: built-in pictures or shards, and each rank's share of them."""
+"""The data of a run: built-in images or shards, and each rank's share of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastvlp.data import RgbConversion, openmoji
 from fastvlp.data.openmoji_batches import OpenMojiLoader
+from fastvlp.data.shard_index import Fault
+from fastvlp.train import parallel
 from fastvlp.train.parallel import Ranks
 
 HELD_OUT = ("composition", "concept")
@@ -30,15 +33,17 @@ def rows_of_a_rank(batch_size: int, ranks: Ranks) -> int:
 
 
 def openmoji_data(size: int, ranks: Ranks, progress: bool = True) -> openmoji.OpenMoji:
-    """The built-in pictures, `size` pixels wide; rendered once, by one rank."""
-    if ranks.is_first:
-        openmoji.build(size=size, progress=progress)
-    ranks.barrier()
+    """The built-in images, `size` pixels wide; rendered once, by one rank."""
+    parallel.from_first(lambda: _render(size, progress), ranks)
     return openmoji.build(size=size, progress=False)
 
 
+def _render(size: int, progress: bool) -> None:
+    openmoji.build(size=size, progress=progress)
+
+
 def openmoji_captions(data: openmoji.OpenMoji) -> list[str]:
-    """Captions of the built-in pictures for training."""
+    """Captions of the built-in images for training."""
     return [sample.members["txt"].decode() for sample in data.samples("train")]
 
 
@@ -50,7 +55,7 @@ def openmoji_loader(
     ranks: Ranks,
     **options: Any,
 ) -> OpenMojiLoader:
-    """A split of the built-in pictures; `options` are the loader's."""
+    """A split of the built-in images; `options` are the loader's."""
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "device": ranks.device}
     return OpenMojiLoader(data, split, rows, tokenizer, **place, **options)
 
@@ -91,9 +96,28 @@ def shard_loader(
 
 
 def image_options(config: Any) -> dict[str, Any]:
-    """What settings, of a run or of an evaluation, say to `shard_loader` of images."""
+    """What the settings of a run say to `shard_loader` of images."""
     convert = RgbConversion(config.background, config.convert)
     return {"verify": config.verify, "max_broken": config.max_broken, "convert": convert}
+
+
+def left_out(loader: Any, ranks: Ranks) -> list[Fault]:
+    """What all ranks have left out of a loader's data so far; every rank calls it.
+
+    Loaders without `faults`, such as those of the built-in images, leave nothing out.
+    """
+    own = {ranks.rank: list(getattr(loader, "faults", ()))}
+    everyone = parallel.gathered(own, ranks).values()
+    # What the index tells is the same on all ranks.
+    return list(dict.fromkeys(fault for faults in everyone for fault in faults))
+
+
+def about_left_out(faults: Sequence[Fault], where: str) -> str:
+    """One line: how many things were left out, of which kinds, and the first three."""
+    kinds = Counter(fault.kind for fault in faults).most_common()
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    first = "; ".join(map(str, faults[:3]))
+    return f"{where}: {len(faults)} left out ({counts}); the first: {first}"
 
 
 def split_pairs(batch: Any, rows: int, least: int = 1) -> Iterator[tuple[Any, float]]:

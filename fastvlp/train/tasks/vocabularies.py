@@ -53,35 +53,40 @@ def learned(
 ) -> Path:
     """The file in the run's folder with the tokenizer that `learn` makes of the shards' captions.
 
-    The first rank learns it when the run begins, from at most a million captions that are spread
-    evenly over the data; all ranks, and the run when it goes on, read the file.
+    All ranks index the shards together. The first one then learns it when the run begins, from at
+    most a million captions that are spread evenly over the data; all ranks, and the run when it
+    goes on, read the file.
     """
     file = config.folder / name
 
-    def make() -> None:
-        if not (file.is_file() and run_folder.checkpoints(config.folder)):
-            captions = _captions(config, recipe, ranks)
-            print(f"tokenizer: learning from {len(captions)} captions", flush=True)
-            tokenizer = learn(captions)
-            tokenizer.save(file)
-            print(
-                f"tokenizer: {tokenizer.vocab_size} entries, saved in {file}; another one can be "
-                f"given by --tokenizer",
-                flush=True,
-            )
+    def is_there() -> bool:
+        return file.is_file() and bool(run_folder.checkpoints(config.folder))
 
-    parallel.from_first(make, ranks)
+    if parallel.from_first(is_there, ranks):
+        return file
+    loader = shard_loader(config.data, recipe, {}, 1, None, ranks, **image_options(config))
+
+    def make() -> None:
+        captions = _captions(loader, config.progress)
+        print(f"tokenizer: learning from {len(captions)} captions", flush=True)
+        tokenizer = learn(captions)
+        tokenizer.save(file)
+        print(
+            f"tokenizer: {tokenizer.vocab_size} entries, saved in {file}; another one can be "
+            f"given by --tokenizer",
+            flush=True,
+        )
+
+    try:
+        parallel.from_first(make, ranks)
+    finally:
+        loader.close()
     return file
 
 
-def _captions(config: TrainConfig, recipe: str, ranks: Ranks) -> list[str]:
-    alone = Ranks(0, 1, ranks.device, None)
-    with _progress(config.progress) as advance:
-        loader = shard_loader(config.data, recipe, {}, 1, None, alone, **image_options(config))
-        try:
-            return list(advance(loader.captions(_CAPTIONS), min(loader.samples, _CAPTIONS)))
-        finally:
-            loader.close()
+def _captions(loader: Any, progress: bool) -> list[str]:
+    with _progress(progress) as advance:
+        return list(advance(loader.captions(_CAPTIONS), min(loader.samples, _CAPTIONS)))
 
 
 @contextmanager
