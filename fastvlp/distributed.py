@@ -89,14 +89,15 @@ def agree(
         call: what the rank is doing, the same on all ranks.
         rows: of this rank's shard; they may differ.
         facts: integers that must be equal on all ranks, at most 12.
-        values: one-element tensors that must be finite and, up to rounding, equal on all ranks, at
-            most 4.
+        values: one-element tensors that must be finite and equal on all ranks, whole numbers
+            exactly and others up to rounding, at most 4.
         error: why this rank cannot take part; None where it is ready.
         device: where the exchange takes place; by default where the group's collectives do.
 
     Raises:
         RuntimeError: on every rank, naming the first rank that failed or differs from rank 0, so
-            that no rank waits for one that has given up.
+            that no rank waits for one that has given up. Its `agreed` is the name of the group,
+            whose ranks need no report of it any more.
     """
     text = (call if error is None else f"{type(error).__name__}: {error}").encode()[:_MESSAGE_BYTES]
     numbers = [rows, error is not None, len(text), *facts.values()]
@@ -112,7 +113,11 @@ def agree(
     gathered = header.new_empty(dist.get_world_size(group) * header.numel())
     all_gather_rows(gathered, header, group=group)
     ranks = [_Head.read(each) for each in gathered.cpu().view(-1, header.numel())]
-    _compare(ranks, facts, values)
+    try:
+        _compare(ranks, facts, values)
+    except RuntimeError as error:
+        error.agreed = group.group_name
+        raise
     return Shards(group, dist.get_rank(group), tuple(each.rows for each in ranks))
 
 
@@ -126,7 +131,7 @@ def reporting(group: dist.ProcessGroup | None, call: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if spans_ranks(group):
+        if spans_ranks(group) and not _is_known(error, group):
             agree(group, call, error=error)
         raise
 
@@ -144,6 +149,8 @@ def together(groups: Iterable[dist.ProcessGroup], call: str) -> Iterator[None]:
         own = error
     found = own
     for group in groups:
+        if _is_known(own, group):
+            continue
         try:
             agree(group, call, error=found)
         except RuntimeError as error:
@@ -152,6 +159,11 @@ def together(groups: Iterable[dist.ProcessGroup], call: str) -> Iterator[None]:
         raise own
     if found is not None:
         raise found from own
+
+
+def _is_known(error: Exception | None, group: dist.ProcessGroup) -> bool:
+    # The other ranks of the exchange that raised it are not in another one.
+    return getattr(error, "agreed", None) == group.group_name
 
 
 @dataclass(frozen=True)
@@ -173,7 +185,7 @@ class _Head:
         return cls(rows, bool(failed), facts, text, values.view(torch.float64).tolist())
 
 
-def _compare(ranks: list[_Head], facts: Iterable[str], values: Iterable[str]) -> None:
+def _compare(ranks: list[_Head], facts: Iterable[str], values: Mapping[str, torch.Tensor]) -> None:
     first = ranks[0]
     for rank, found in enumerate(ranks):
         if found.failed:
@@ -200,7 +212,9 @@ def _compare(ranks: list[_Head], facts: Iterable[str], values: Iterable[str]) ->
             *(
                 (n, a, b)
                 for n, a, b in zip(values, first.values, found.values, strict=False)
-                if not math.isclose(a, b, rel_tol=_ROUNDING)
+                if not math.isclose(
+                    a, b, rel_tol=_ROUNDING if values[n].is_floating_point() else 0.0
+                )
             ),
         ]
         if unlike:

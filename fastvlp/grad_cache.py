@@ -110,7 +110,9 @@ class GradCache:
             TypeError, ValueError: inputs, outputs or the loss are not as described.
             RuntimeError: the loss gave no output a gradient; over ranks (a model in
                 DistributedDataParallel or FSDP2, a loss with a `group`), on every rank, whatever
-                one rank raises.
+                one rank raises. An error inside of a model whose forward pass has collectives
+                (FSDP2's gathers, DDP's broadcasts of buffers) does not reach all ranks: the
+                others wait in those collectives until the group's timeout.
 
         An error in phase 1 or 2, thus every error above, leaves each `.grad` as it was, except
         those of the loss's own parameters. An error raised by the model in phase 3 leaves the

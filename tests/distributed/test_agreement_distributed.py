@@ -16,6 +16,7 @@ from fastvlp.evaluate.features import encode
 from fastvlp.evaluate.retrieval import retrieval
 from fastvlp.evaluate.zero_shot import accuracy
 from fastvlp.losses import ClipLoss, SigLipLoss
+from fastvlp.ops import contrastive
 
 
 def loss(rank, fault, kind=ClipLoss, **options):
@@ -37,9 +38,9 @@ def unlike_losses(rank):
     return loss(rank, {"logit_bias": 0.0}, (ClipLoss, SigLipLoss)[rank])
 
 
-def queue(rank, with_ids=False, ahead=0):
-    made = FeatureQueue(7, 4, with_ids=with_ids and rank == 1, group=dist.group.WORLD)
-    made.position += ahead * rank
+def queue(rank, with_ids=False, ahead=0, start=0):
+    made = FeatureQueue(start + 7, 4, with_ids=with_ids and rank == 1, group=dist.group.WORLD)
+    made.position += start + ahead * rank
     ids = torch.arange(2) if made.queue_ids is not None else None
     made.enqueue(torch.ones(2, 4), torch.ones(2, 4), ids)
 
@@ -56,6 +57,11 @@ def grad_cache(rank, fails, wrapped=True):
             return self.image(images), self.text(texts), torch.tensor(5.0)
 
     def own_loss(x, y, scale):
+        if fails == "pairs" and rank == 0:
+            raise KeyError("no such pair")
+        if fails in ("pairs", "scale"):
+            scale = scale + (rank if fails == "scale" else 0)
+            return contrastive(x, y, scale, group=dist.group.WORLD)
         return "no tensor" if fails == "loss" and rank == 1 else (x - y).square().sum()
 
     images, texts = torch.randn(4, 6), torch.randn(4, 6)
@@ -121,6 +127,10 @@ CASES = {
     ),
     "ids on one rank": ((queue, True), f"with_ids: {SAME}0 on rank 0 .*1 on rank 1"),
     "queue ahead": ((queue, False, 3), f"position: {SAME}0.0 on rank 0 .*3.0 on rank 1"),
+    "long queue ahead": (
+        (queue, False, 1, 200_000),
+        f"position: {SAME}200000.0 on rank 0 .*200001.0 on rank 1",
+    ),
     "GradCache inputs": ((grad_cache, "inputs"), "rank 1 .*ValueError: inputs: expected the same"),
     "GradCache inputs, no wrapper": (
         (grad_cache, "inputs", False),
@@ -128,6 +138,14 @@ CASES = {
     ),
     "GradCache model": ((grad_cache, "model"), "rank 1 of the group: KeyError: 'no such tower'"),
     "GradCache loss": ((grad_cache, "loss"), "rank 1 .*TypeError: loss: expected a tensor"),
+    "GradCache before its loss's exchange": (
+        (grad_cache, "pairs"),
+        "rank 0 of the group: KeyError: 'no such pair'",
+    ),
+    "GradCache in its loss's exchange": (
+        (grad_cache, "scale"),
+        f"logit_scale: {SAME}5.0 on rank 0 .*6.0 on rank 1",
+    ),
     "retrieval sizes": (
         (ranking, {"image_features": torch.eye(6).repeat(2, 1)[:7], "image_of_text": None}),
         "rank 1 of the group: ValueError: image_of_text must be given",
