@@ -56,15 +56,18 @@ def _made_when_needed(module: nn.Module) -> set[str]:
     }
 
 
-def differences(model: nn.Module, copy: nn.Module) -> dict[str, str]:
-    """For the name of each submodule that is not of the same type in both, what it is in each."""
+def differences(model: nn.Module, other: nn.Module, where: str) -> set[str]:
+    """What each submodule that is not of the same type in both is in each of them.
+
+    `where` says what the other module is to the model, for people.
+    """
     types = [
         {plain_name(name): type(each).__name__ for name, each in m.named_modules()}
-        for m in (model, copy)
+        for m in (model, other)
     ]
     return {
-        name: f"{name or 'the model'} is {types[0].get(name, 'absent')} in the model and "
-        f"{types[1].get(name, 'absent')} in its momentum"
+        f"{name or 'the model'} is {types[0].get(name, 'absent')} in the model and "
+        f"{types[1].get(name, 'absent')} in its {where}"
         for name in dict.fromkeys(chain(*types))
         if types[0].get(name) != types[1].get(name)
     }

@@ -70,8 +70,9 @@ class EmaModel(nn.Module):
     Tensors of the model that were replaced are followed. Where its submodules were (another head,
     an adapter around a layer, a block more or less) updates raise ValueError from then on, because
     the momentum module computes what the model did before: make a new EmaModel of the changed
-    model, or change `ema.module` in the same way. Buffers that no state_dict has, such as the
-    tables that some modules make when they are first called, may be in one of the two alone.
+    model, or change `ema.module`, and `ema.copy` if there is one, in the same way. Buffers that no
+    state_dict has, such as the tables that some modules make when they are first called, may be in
+    one of them alone.
 
     Tied parameters are updated once, frozen ones like all others. DTensor parameters are updated
     shard by shard. The state_dict holds the momentum module under `module.` and the number of
@@ -261,18 +262,25 @@ class _Correspondence:
 
     def __init__(self, model: nn.Module, momentum: nn.Module, copy: nn.Module | None):
         self._modules = [module for module in (model, momentum, copy) if module is not None]
-        # A momentum module that the caller made may be of other types.
-        self._different = differences(model, momentum)
+        # Modules that the caller made may be of other types.
+        self._different = self._differences()
         self._find()
+
+    def _differences(self) -> set[str]:
+        model, *others = self._modules
+        return {
+            difference
+            for other, where in zip(others, ("momentum", "copy"), strict=False)
+            for difference in differences(model, other, where)
+        }
 
     def _find(self) -> None:
         # Kept only when all of it is found: after a refusal the next call must look again.
-        changed = differences(*self._modules[:2]).items() - self._different.items()
-        if changed:
+        if changed := self._differences() - self._different:
             raise ValueError(
                 f"model: its submodules changed since the EmaModel was made: "
-                f"{'; '.join(sorted(text for _, text in changed)[:3])}. Make a new EmaModel of the "
-                "model as it is now, or change the EmaModel's `module` alike; nothing was written"
+                f"{'; '.join(sorted(changed)[:3])}. Make a new EmaModel of the model as it is now, "
+                "or change the EmaModel's `module` and `copy` alike; nothing was written"
             )
         found, parameters = [], 0
         for kind in ("_parameters", "_buffers"):

@@ -25,6 +25,7 @@ from . import ops
 from .distributed import Shards, agree, gather_rows, reporting, spans_ranks
 from .ops._contrastive_inputs import as_scalar, check_features
 from .ops._contrastive_plan import DEFAULT_WORKSPACE_BYTES
+from .ops._tensor_checks import check_count
 from .ops.autocast import as_autocast
 
 
@@ -39,8 +40,8 @@ class _ContrastiveLoss(nn.Module):
         if group is None and world_size <= 1 and rank != 0:
             raise ValueError(f"rank: expected 0 with world_size {world_size}, got {rank}")
         self.rank, self.world_size = rank, world_size
+        self.group = group
         self._default_group = group is None and world_size > 1
-        self._group = group if spans_ranks(group) else None
         if self._default_group and dist.is_initialized():
             self._resolve_group()
         self._check_overrides()
@@ -50,13 +51,18 @@ class _ContrastiveLoss(nn.Module):
         """The process group to compute over; None for a single process.
 
         Without one at construction, and with `world_size` above 1, it is torch.distributed's
-        default group from the first call on.
+        default group from the first call on. Assigning one replaces it.
         """
         if self._default_group:
             world = dist.group.WORLD if dist.is_initialized() else None
             with reporting(world, type(self).__name__):
                 self._resolve_group()
         return self._group
+
+    @group.setter
+    def group(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group if spans_ranks(group) else None
+        self._default_group = False
 
     def _resolve_group(self) -> None:
         if not dist.is_initialized():
@@ -256,8 +262,7 @@ class SigLipLoss(_ContrastiveLoss):
                 "dist_impl: expected 'bidir', 'shift', 'reduce', 'gather' or None, got "
                 f"{dist_impl!r}"
             )
-        if not isinstance(chunk_size, int) or chunk_size < 0:
-            raise ValueError(f"chunk_size: expected a number of rows, or 0, got {chunk_size!r}")
+        check_count("chunk_size", chunk_size)
         self.cache_labels = cache_labels
         self.chunk_size = chunk_size
         self.dist_impl = dist_impl or "bidir"
@@ -331,4 +336,4 @@ class SigLipLoss(_ContrastiveLoss):
             logits = self.get_logits(rows, text_features, logit_scale, logit_bias)
             logits = logits if logits.dtype == torch.float64 else logits.float()
             total = total - F.logsigmoid(-logits).sum()
-        return total / len(image_features)
+        return total / max(len(image_features), 1)

@@ -83,6 +83,20 @@ def test_the_same_change_of_both_is_followed():
     torch.testing.assert_close(ema.module[4].weight, expected)
 
 
+def test_the_copy_has_to_change_as_well():
+    model = network()
+    ema = EmaModel(model, 0.5, copy_dtype=torch.bfloat16)
+    for each in (model, ema.module):
+        each[1] = nn.GELU()
+    before = values(ema.copy)
+    with pytest.raises(ValueError, match="1 is GELU in the model and ReLU in its copy. Make"):
+        ema.update()
+    assert all(map(torch.equal, before, values(ema.copy)))
+    ema.copy[1] = nn.GELU()
+    ema.update()
+    assert ema.num_updates == 1
+
+
 @pytest.mark.parametrize("wrap", [
     checkpoint_wrapper, lambda layer: torch.compile(layer, backend="eager"),
 ], ids=["activation checkpointing", "torch.compile"])  # fmt: skip
