@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from contrastive_cases import features, run
 from tolerance import assert_as_accurate, epsilon
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPConfig, CLIPModel
 
 from fastvlp import losses, ops
@@ -42,6 +43,22 @@ def test_same_value_and_gradients(device, ours, peer, dtype):
         floor = 4 * epsilon(kind) * max(wanted.norm().item(), 1e-2)
         assert_as_accurate(name, getattr(mine, name), getattr(theirs, name), wanted, floor)
     torch.testing.assert_close(mine.bias, exact.bias.float(), atol=2e-6, rtol=2e-2)
+
+
+def test_negatives_of_no_images_lose_nothing():
+    none, texts = torch.ones(0, 4, requires_grad=True), torch.ones(3, 4)
+    loss = losses.SigLipLoss()._loss(none, texts, 1.0, 0.0, negative_only=True)
+    assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize("loss", [losses.ClipLoss, losses.SigLipLoss])
+def test_the_group_may_be_assigned(loss):
+    late = loss(rank=1, world_size=4)
+    late.group = None
+    assert late.group is None
+    assert late(*features(4, 8, torch.float32, "cpu"), 2.0).isfinite()
+    with pytest.raises(TypeError, match="group: expected a process group"):
+        late.group = "world"
 
 
 def test_clip_loss_of_transformers():
@@ -102,7 +119,7 @@ def test_arguments_that_would_be_wrong_are_refused():
         losses.ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match="dist_impl: expected .*got 'tree'"):
         losses.SigLipLoss(dist_impl="tree")
-    with pytest.raises(ValueError, match="chunk_size: expected a number of rows, or 0, got -1"):
+    with pytest.raises(ValueError, match="chunk_size: expected at least 0, got -1"):
         losses.SigLipLoss(chunk_size=-1)
 
 
@@ -205,3 +222,26 @@ def test_gradients_by_torch_func(name):
         assert torch.equal(ours, wanted)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.func.grad(lambda x: torch.func.grad(loss)(x, *inputs[1:]).sum())(inputs[0])
+
+
+class Zeros(TorchDispatchMode):
+    """The sizes of all zeros made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        if "zero" in str(function):
+            self.sizes.append(made.numel())
+        return made
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_backward_makes_no_zeros_for_what_has_no_gradient(name):
+    inputs = (*features(20, 24, torch.float32, "cpu"), torch.tensor(5.0))
+    value = TRANSFORMED[name](*(t.clone().requires_grad_() for t in inputs))
+    with Zeros() as zeros:
+        value.backward()
+    assert all(size <= 20 for size in zeros.sizes)

@@ -113,10 +113,14 @@ class Distributed(torch.autograd.Function):
         _, count, *inputs = inputs
         _, *gradients = outputs
         ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)  # of the other outputs: zeros as large as they are
         ctx.save_for_backward(*inputs[:count], *gradients)
+        ctx.arguments = len(inputs) + 2
         ctx.options = len(inputs) - count
 
     @staticmethod
     def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * ctx.arguments
         gradients = scaled_gradients(grad, *ctx.saved_tensors)
         return None, None, *gradients, *[None] * ctx.options

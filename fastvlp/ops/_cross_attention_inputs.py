@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from .. import _native
 from ..kernels import attention_supported
 from ._dispatch import forced_backend
+from ._tensor_checks import check_count
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STARTS_DTYPES = (torch.int32, torch.int64)
@@ -33,8 +34,8 @@ def operator_takes(
         and type(dropout_p) is float
         and 0 <= dropout_p < 1
         and (scale is None or (type(scale) is float and abs(scale) <= _LARGEST_SCALE))
-        and (max_seqlen_q is None or type(max_seqlen_q) is int)
-        and (max_seqlen_k is None or type(max_seqlen_k) is int)
+        and (max_seqlen_q is None or (type(max_seqlen_q) is int and max_seqlen_q >= 0))
+        and (max_seqlen_k is None or (type(max_seqlen_k) is int and max_seqlen_k >= 0))
     ):
         return False
     queries, keys = q.shape, k.shape
@@ -83,7 +84,9 @@ def _is_mask(mask: torch.Tensor, shape: torch.Size) -> bool:
     )
 
 
-def check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale, dropout_p) -> None:
+def check_inputs(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale, dropout_p, max_seqlen_q, max_seqlen_k
+) -> None:  # fmt: skip
     """Raises TypeError or ValueError, naming the argument, unless all fit together."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         _check_rows(name, t, q)
@@ -117,6 +120,9 @@ def check_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, scale, dropout_p
         )
     if not isinstance(dropout_p, Real) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p!r}")
+    for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if bound is not None:
+            check_count(name, bound)
 
 
 def _check_rows(name: str, t: torch.Tensor, q: torch.Tensor) -> None:
@@ -189,13 +195,9 @@ def seed_tensor(seed, dropout_p: float, device: torch.device) -> torch.Tensor:
     return torch.full((), seed or 0, dtype=torch.int64, device=device)
 
 
-def longest(
-    name: str, starts: torch.Tensor, bound: int | None, device: torch.device, rows: int
-) -> int:
+def longest(starts: torch.Tensor, bound: int | None, device: torch.device, rows: int) -> int:
     """An upper bound on the rows of a segment; waits for a GPU where none is given."""
     if bound is not None:
-        if not isinstance(bound, (int, torch.SymInt)) or bound < 0:
-            raise ValueError(f"{name}: expected a number of rows or None, got {bound!r}")
         return bound
     if device.type == "cpu":
         return rows  # the CPU kernels look for themselves

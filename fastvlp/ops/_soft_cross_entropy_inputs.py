@@ -89,7 +89,7 @@ def check_teacher(hidden, teacher_hidden, teacher_weight, teacher_bias, alpha, v
             f"{alpha.device}"
         )
     elif alpha.dtype == torch.bool or alpha.is_complex():
-        raise TypeError(f"alpha: expected a floating-point dtype, got {alpha.dtype}")
+        raise TypeError(f"alpha: expected a floating-point or integer dtype, got {alpha.dtype}")
     check_share("alpha", alpha)
     if teacher_hidden is None:
         if teacher_weight is not None or teacher_bias is not None:

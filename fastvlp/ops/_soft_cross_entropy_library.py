@@ -1,11 +1,11 @@
 """The operators of soft cross entropy: the order of products and passes within a workspace.
 
 Rows are independent, so the logits of a chunk of rows are made whole, and one pass turns them into
-losses and into derivatives by the logits in place. Where the derivatives of all rows fit, they stay
-in the workspace for the backward pass. Where they do not, rows are taken in groups: if all losses
-will have the same weight upstream, each group's part of the gradients is computed at once, to be
-multiplied by that weight; else the first group's derivatives stay, and the backward pass makes
-those of the other groups again, one after another.
+losses and into derivatives with respect to the logits in place. Where the derivatives of all rows
+fit, they stay in the workspace for the backward pass. Where they do not, rows are taken in groups:
+if all losses will have the same weight upstream, each group's part of the gradients is computed at
+once, to be multiplied by that weight; else the first group's derivatives stay, and the backward
+pass makes those of the other groups again, one after another.
 """
 
 from collections.abc import Callable, Iterator
@@ -88,9 +88,9 @@ class Problem:
     ) -> None:
         """Writes the losses [M] of some rows and, with `has_gradient`, their derivatives.
 
-        `storage` [rows, V] is in the products' dtype and takes the derivatives by the logits. Where
-        logits have that dtype they are made in it, all rows in one product; else, and without
-        storage, chunk after chunk beside it. The bits of a product depend on its size.
+        `storage` [rows, V] is in the products' dtype and takes the derivatives with respect to the
+        logits. Where logits have that dtype they are made in it, all rows in one product; else, and
+        without storage, chunk after chunk beside it. The bits of a product depend on its size.
         """
         cols = len(self.student.weight)
         chunk = min(self.chunk_rows, _len(rows))
@@ -192,8 +192,9 @@ def _losses(*arguments):
     hidden = problem.student.hidden
     losses = hidden.new_empty(len(hidden), dtype=_SINGLE)
     for part in _groups(len(hidden), group_rows):
-        # The same products with and without gradients, so that the losses are the same bits.
-        is_kept = kept.numel() > 0 and (is_uniform or part.start == 0)
+        # The same products with and without gradients, so that the losses are the same bits. The
+        # first group's derivatives stay for the backward pass: no later group takes their place.
+        is_kept = kept.numel() > 0 and (part.start == 0 or (is_uniform and not has_gradient))
         storage = _kept_gradient(problem, kept, _len(part)) if is_kept else None
         problem.write_losses(part, losses, storage, has_gradient)
     return losses
@@ -255,7 +256,7 @@ def _groups(rows: int, group_rows: int) -> Iterator[slice]:
 
 
 class _Sums:
-    """The gradients by hidden, weight and bias, from one group of rows after another."""
+    """Gradients with respect to hidden, weight and bias, from one group of rows after another."""
 
     def __init__(self, problem: Problem, needed, hidden_dtype, weight_dtype):
         self._problem, self._needed = problem, needed
@@ -263,7 +264,7 @@ class _Sums:
         self._by_hidden, self._by_weight, self._by_bias = [], None, None
 
     def add(self, part: slice, gradient: torch.Tensor, row_weights: torch.Tensor) -> None:
-        """The rows `part`, given the derivatives by their logits and their weights upstream."""
+        """The rows `part`, given the derivatives of their logits and their weights upstream."""
         student = self._problem.student
         stored = storage_factor(gradient.dtype)
         factor, relative = _split(row_weights, stored)

@@ -14,17 +14,17 @@ statistics finish image-to-text, its column statistics text-to-image. Backward t
 and a third one for those logits that did not fit into `workspace_bytes`. Memory beyond the
 gradients: at most about `workspace_bytes` plus a few MB for each thread.
 
-The gradient by s costs N D operations, the one by b is exactly zero: the softmax does not see a
-constant. Products of float32 features have float32 accuracy: where the processor multiplies
-matrices of bfloat16, each float goes in as three of these. Products of bfloat16 features use
-bfloat16 multiplications with float32 sums where the processor has them, else float32; softmax and
-sums are always float32.
+The gradient with respect to s costs N D operations, that with respect to b is exactly zero: the
+softmax does not see a constant. Products of float32 features have float32 accuracy: where the
+processor multiplies matrices of bfloat16, each float goes in as three of these. Products of
+bfloat16 features use bfloat16 multiplications with float32 sums where the processor has them, else
+float32; softmax and sums are always float32.
 """
 
 import torch
 import torch.distributed as dist
 
-from ..distributed import agree, spans_ranks
+from ..distributed import reporting, spans_ranks
 from . import _contrastive_library
 from ._contrastive_distributed import COMM_DTYPES, SCHEDULES
 from ._contrastive_group import DIRECTIONS, Distributed
@@ -81,9 +81,9 @@ def contrastive(
 
     Returns:
         The loss, a zero-dimensional float32 tensor (float64 for float64 features), differentiable
-        once by the features, the scale and the bias. With `group` it is W/N times this rank's
-        share of the sum over all N pairs (for equal shards the mean over its own pairs, as
-        open_clip's local loss), so that the mean over the W ranks is the loss of the global
+        once with respect to the features, the scale and the bias. With `group` it is W/N times
+        this rank's share of the sum over all N pairs (for equal shards the mean over its own pairs,
+        as open_clip's local loss), so that the mean over the W ranks is the loss of the global
         batch and averaging gradients over ranks, as DDP does, gives its exact gradient.
 
     Raises:
@@ -93,7 +93,7 @@ def contrastive(
             bad, or its options or its scale differ from the others'.
     """
     distributed = spans_ranks(group)
-    try:
+    with reporting(group, "contrastive"):
         image_features = local("image_features", image_features)
         text_features = local("text_features", text_features)
         check_features(image_features, text_features)
@@ -107,10 +107,6 @@ def contrastive(
                 f"{explain('contrastive', image_features, text_features)}"
             )
         features = unit_stride(image_features), unit_stride(text_features)
-    except Exception as error:
-        if distributed:
-            agree(group, "contrastive", error=error)
-        raise
     if distributed:
         loss = Distributed.apply(
             torch.ops.fastvlp.contrastive_distributed, 3, *features, scale, group.group_name,
@@ -195,10 +191,13 @@ class _Contrastive(torch.autograd.Function):
         x, y, scale, _, ctx.plan, ctx.lease = inputs
         _, *saved = outputs
         ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # of the other outputs: zeros as large as they are
         ctx.save_for_backward(x, y, scale, *saved)
 
     @staticmethod
     def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 6
         x, y, scale, row_negatives, col_negatives, positive, *kept = ctx.saved_tensors
         n, plan = x.shape[0], ctx.plan
         keep_blocks = plan.keep_blocks

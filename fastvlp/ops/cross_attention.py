@@ -77,10 +77,10 @@ def cross_attention(
             and at their gradients (GradCAM), not for training at speed.
 
     Returns:
-        [total_q, H, d] in the dtype of q, differentiable once by q, k and v. Rows that see no key
-        are 0 and have zero gradients. With `return_probs` also the weights before dropout,
-        [total_q, H, largest number of keys], 0 where a row sees no key: the output is computed
-        from them, so that gradients by them exist.
+        [total_q, H, d] in the dtype of q, differentiable once with respect to q, k and v. Rows that
+        see no key are 0 and have zero gradients. With `return_probs` also the weights before
+        dropout, [total_q, H, largest number of keys], 0 where a row sees no key: the output is
+        computed from them, so that they have gradients.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it. On a GPU the
@@ -96,7 +96,7 @@ def cross_attention(
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         rows = (bound or 0 for bound in bounds)
         return _CrossAttention.apply(*tensors, seed, factor, dropout_p, bool(causal), *rows)
-    check_inputs(*tensors, scale, dropout_p)
+    check_inputs(*tensors, scale, dropout_p, *bounds)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     seed = seed_tensor(dropout_seed, dropout_p, q.device)
     causal = bool(causal)
@@ -110,12 +110,8 @@ def cross_attention(
             q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask=key_mask, dropout_seed=seed.item(),
             **options,
         )  # fmt: skip
-    max_q = longest("max_seqlen_q", cu_seqlens_q, max_seqlen_q, q.device, len(q))
-    max_k = (
-        k.shape[1]
-        if k.dim() == 4
-        else longest("max_seqlen_k", cu_seqlens_k, max_seqlen_k, q.device, len(k))
-    )
+    max_q = longest(cu_seqlens_q, max_seqlen_q, q.device, len(q))
+    max_k = k.shape[1] if k.dim() == 4 else longest(cu_seqlens_k, max_seqlen_k, q.device, len(k))
     key_mask = None if key_mask is None else key_mask.contiguous()
     rows = (unit_stride(t) for t in (q, k, v))
     return _CrossAttention.apply(

@@ -90,8 +90,8 @@ def momentum_contrastive(
 
     Returns:
         MomentumContrastive: the loss, a zero-dimensional float32 tensor (float64 for float64
-        features), differentiable once by the student's features and the temperature, and the
-        hard negatives. Nothing here waits for a GPU.
+        features), differentiable once with respect to the student's features and the temperature,
+        and the hard negatives. Nothing here waits for a GPU.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -184,10 +184,13 @@ class _Momentum(torch.autograd.Function):
         image, text, temperature = inputs[3], inputs[4], inputs[9]
         _, *others = outputs
         ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)  # of the other outputs: zeros as large as they are
         ctx.save_for_backward(image, text, temperature, *others[2:])
 
     @staticmethod
     def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 15
         d_image, d_text, d_temperature = scaled_gradients(grad, *ctx.saved_tensors)
         return None, None, None, d_image, d_text, *(None,) * 4, d_temperature, *(None,) * 5
 

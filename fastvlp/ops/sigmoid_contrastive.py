@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ..distributed import agree, spans_ranks
+from ..distributed import reporting, spans_ranks
 from ._contrastive_distributed import COMM_DTYPES
 from ._contrastive_group import Distributed
 from ._contrastive_inputs import (
@@ -43,11 +43,11 @@ def sigmoid_contrastive(
     """Sigmoid loss over all N^2 pairs, (image_features[i], text_features[i]) the positive ones.
 
     Arguments, result and errors are as for `fastvlp.ops.contrastive`, with a bias that matters:
-    the loss is differentiable once by the features, the scale and the bias. With `group` the text
-    features travel round a ring.
+    the loss is differentiable once with respect to the features, the scale and the bias. With
+    `group` the text features travel round a ring.
     """
     distributed = spans_ranks(group)
-    try:
+    with reporting(group, "sigmoid_contrastive"):
         image_features = local("image_features", image_features)
         text_features = local("text_features", text_features)
         check_features(image_features, text_features)
@@ -63,10 +63,6 @@ def sigmoid_contrastive(
                 f"{explain('sigmoid_contrastive', image_features, text_features)}"
             )
         features = unit_stride(image_features), unit_stride(text_features)
-    except Exception as error:
-        if distributed:
-            agree(group, "sigmoid_contrastive", error=error)
-        raise
     gradients = wants_gradients(*features, scale, bias)
     if distributed:
         return Distributed.apply(
@@ -108,10 +104,13 @@ class _SigmoidContrastive(torch.autograd.Function):
     def setup_context(ctx, inputs, outputs):
         _, *gradients = outputs
         ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)  # of the other outputs: zeros as large as they are
         ctx.save_for_backward(*inputs[:4], *gradients)
 
     @staticmethod
     def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 6
         return *scaled_gradients(grad, *ctx.saved_tensors), None, None
 
 
