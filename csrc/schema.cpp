@@ -13,13 +13,14 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "(Tensor, Tensor, Tensor)");
   // row_lse [M] and col_lse [N] fp64 of all logits ([0]: a direction without a loss), weights [2] fp32
   // of the row softmax and of the column softmax, positive_gradient [M] fp32 of the positives' logits.
-  // Returns dx [M, D] and dy [N, D] in the features' dtype, and the derivative by the scale, [] fp32.
+  // Returns dx [M, D] and dy [N, D] in the features' dtype, and the derivative with respect to the
+  // scale, [] fp32.
   m.def(
       "contrastive_gradients(Tensor x, Tensor y, Tensor scale, Tensor row_lse, Tensor col_lse, "
       "Tensor positive_gradient, Tensor weights, Tensor kept, int offset, int block_rows, "
       "int block_cols, int keep_blocks, int chunk_rows, int chunk_cols) -> (Tensor, Tensor, Tensor)");
   // Sigmoid loss times `weight` and, where wanted, its gradients (else empty): loss [], dx [M, D],
-  // dy [N, D], derivative by the scale [], by the bias [].
+  // dy [N, D], derivatives with respect to the scale [] and the bias [].
   m.def(
       "contrastive_sigmoid(Tensor x, Tensor y, Tensor scale, Tensor bias, float weight, "
       "int offset, bool gradients, int block_rows, int block_cols, int chunk_rows, "
@@ -38,8 +39,8 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   m.def(
       "contrastive_cuda_gradient(Tensor products, Tensor scale, Tensor row_lse, Tensor col_lse, "
       "Tensor positive_gradient, Tensor weights, int offset, Tensor(a!) out) -> ()");
-  // Adds to sums [2] fp64 the sum of -log sigmoid(+-z) and of its derivative by z, and writes
-  // factor * derivative to out [M, N] (as above; [0] where not wanted).
+  // Adds to sums [2] fp64 the sum of -log sigmoid(+-z) and of its derivative with respect to z, and
+  // writes factor * derivative to out [M, N] (as above; [0] where not wanted).
   m.def(
       "contrastive_cuda_sigmoid(Tensor products, Tensor scale, Tensor bias, float factor, "
       "int offset, Tensor(a!) sums, Tensor(b!) out) -> ()");
@@ -51,7 +52,7 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "cross_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
       "Tensor? cu_seqlens_k, Tensor? key_mask, Tensor seed, float scale, float dropout_p, "
       "bool causal, int max_seqlen_q, int max_seqlen_k) -> (Tensor, Tensor)");
-  // The gradients by q, k and v, contiguous.
+  // The gradients with respect to q, k and v, contiguous.
   m.def(
       "cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, "
       "Tensor statistics, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_mask, "
@@ -109,8 +110,9 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "Tensor alpha, int ignore_index, int group_rows, int chunk_rows, bool[3] needed) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
   // The pass over rows of logits [M, V] (fp32 or bf16, bias [V] not yet added, [0] where there is
-  // none; the teacher's [0, 0] where there is none): losses [M], and the derivatives by the logits
-  // in `gradient` (the logits' dtype; may be the logits themselves; [0, 0] where not wanted).
+  // none; the teacher's [0, 0] where there is none): losses [M], and the derivatives with respect
+  // to the logits in `gradient` (the logits' dtype; may be the logits themselves; [0, 0] where not
+  // wanted).
   m.def(
       "soft_cross_entropy_rows(Tensor logits, Tensor bias, Tensor teacher, Tensor teacher_bias, "
       "Tensor labels, Tensor alpha, int ignore_index, Tensor(a!) losses, Tensor(b!) gradient) -> "
@@ -131,9 +133,9 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   // Both directions of the loss of student rows image, text [B, D] against the other modality's
   // momentum rows and the first queue_length rows of its queue [Q, D]. ids [B] and queue_ids [Q]
   // int64, or [0] where only a row's own pair is positive; temperature and alpha [] fp32; seed []
-  // int64. `teacher` false says that alpha is 0. Returns the loss [] fp32, the gradients by image,
-  // text [B, D] (or [0, D]) and temperature, and per image a text and per text an image that is a
-  // hard negative, int64 [B] (or [0]), -1 where there is none.
+  // int64. `teacher` false says that alpha is 0. Returns the loss [] fp32, the gradients with
+  // respect to image, text [B, D] (or [0, D]) and temperature, and per image a text and per text an
+  // image that is a hard negative, int64 [B] (or [0]), -1 where there is none.
   m.def(
       "momentum_contrastive(Tensor image, Tensor text, Tensor image_momentum, "
       "Tensor text_momentum, Tensor image_queue, Tensor text_queue, Tensor ids, Tensor queue_ids, "

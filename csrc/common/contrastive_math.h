@@ -56,8 +56,8 @@ FASTVLP_HD float sigmoid(float z) {
 // -log sigmoid(t z) with t = 1 for a positive pair and -1 for a negative one.
 FASTVLP_HD float sigmoid_loss(float z, bool positive) { return softplus(positive ? -z : z); }
 
-// Its derivative by z. That of a positive pair keeps the small differences of sigmoid(z) from 1,
-// which sigmoid(z) - 1 would lose to cancellation.
+// Its derivative with respect to z. That of a positive pair keeps the small differences of
+// sigmoid(z) from 1, which sigmoid(z) - 1 would lose to cancellation.
 FASTVLP_HD float sigmoid_logit_gradient(float z, bool positive) {
   return positive ? -sigmoid(-z) : sigmoid(z);
 }

@@ -194,12 +194,12 @@ inline void check_apart(const std::vector<TensorList>& given,
       if (entry.data[l] == nullptr) continue;
       const auto begin = reinterpret_cast<uintptr_t>(entry.data[l]);
       const uintptr_t end = begin + entry.numel * bytes_of(entry.element[l]);
-      auto twin = std::find_if(ranges.begin() + own, ranges.end(), [&](const Range& r) {
+      auto same = std::find_if(ranges.begin() + own, ranges.end(), [&](const Range& r) {
         return r.begin == begin && r.end == end && entry.element[r.list] == entry.element[l] &&
                !(r.written && given[l].written);
       });
-      if (twin != ranges.end())
-        twin->written = twin->written || given[l].written;
+      if (same != ranges.end())
+        same->written = same->written || given[l].written;
       else
         ranges.push_back({begin, end, l, entry.index, given[l].written});
     }

@@ -150,7 +150,7 @@ def _by_sdpa(q, k, v, key_mask, causal, scale):
             past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
             allowed, causal = allowed & past, False
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if scale == 0:  # by which torch's kernels also multiply the -infinity of keys that are not seen
+    if scale == 0:  # torch's kernels multiply the -infinity of masked keys by the scale too
         q, scale = q * 0, 1.0
     out = F.scaled_dot_product_attention(q, k, v, allowed, is_causal=causal, scale=scale)
     return out.transpose(1, 2)
