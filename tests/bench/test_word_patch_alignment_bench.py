@@ -34,14 +34,12 @@ def test_captions_leave_out_the_special_tokens():
 
 
 def test_the_summary_names_ratios_and_shares():
-    def row(impl, ms):
+    def row(impl, ms, phase="fwd+bwd"):
         shape = {"longest": 40}
-        return {"op": "o", "impl": impl, "dtype": "fp32", "shape": shape, "ms": ms,
-                "phase": "fwd+bwd"}  # fmt: skip
+        return {"op": "o", "impl": impl, "dtype": "fp32", "shape": shape, "ms": ms, "phase": phase}
 
-    text = bench.summary(
-        [row("fastvlp", 10.0), row("floor", 8.0), row("batched loop", 90.0)], row("t", 990.0), 12
-    )
+    rows = [row("fastvlp", 10.0), row("floor", 8.0), row("batched loop", 90.0)]
+    text = bench.summary([*rows, row("layers", 990.0, bench.LAYERS)], layers=12)
     for part in ("10.0 ms", "9.0x as fast as batched loop", "12 layers (990 ms): fastvlp 1.00%"):
         assert part in text
     assert "floor" not in text
