@@ -29,6 +29,17 @@ def outcome(dtype, momentum, copies, sources):
     return None, m, c
 
 
+def depends_on_order(momentum, copies, sources):
+    """Whether rows that differ write one element. Views with gaps are not compared, so such rows
+    pass, and what is left there is of the row that happened to be last."""
+    rows = set(zip(momentum, copies, sources, strict=True))
+    written = [
+        (which, a + i * step) for row in rows for which in (0, 1) for a, n, step in [row[which]]
+        for i in range(n)
+    ]  # fmt: skip
+    return len(set(written)) < len(written)
+
+
 PLACES = st.sampled_from([(0, 4, 1), (2, 4, 1), (4, 4, 1), (8, 4, 1), (20, 4, 2), (12, 4, 1)])
 
 
@@ -45,7 +56,8 @@ def test_shared_memory_is_treated_as_by_the_kernel(momentum, copies, sources):
         for dtype in (torch.float64, torch.float32)
     ]
     assert (results[0][0] is None) == (results[1][0] is None)
-    if results[0][0] is None:
+    rows = momentum, copies[:count], sources[:count]
+    if results[0][0] is None and not depends_on_order(*rows):
         for wide, narrow in zip(results[0][1:], results[1][1:], strict=True):
             torch.testing.assert_close(wide.float(), narrow)
 
