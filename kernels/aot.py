@@ -89,6 +89,12 @@ HEADER = (
 
 def compile_case(case: Case) -> Compiled:
     """Compile one case. Raises ValueError when arguments are missing from the signature."""
+    compiled = binary_of(case)
+    return inspect_cubin(case, compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def binary_of(case: Case) -> Any:
+    """What `triton.compile` makes of a case, every stage of it in `asm`."""
     names = case.kernel.arg_names
     missing = [n for n in names if n not in case.signature and n not in case.constants]
     if missing:
@@ -99,9 +105,8 @@ def compile_case(case: Case) -> Compiled:
         for i, n in enumerate(names)
         if signature[n].startswith("*") or n in case.aligned
     }
-    source = ASTSource(case.kernel, signature, dict(case.constants), attributes)
-    compiled = triton.compile(
-        source,
+    return triton.compile(
+        ASTSource(case.kernel, signature, dict(case.constants), attributes),
         target=GPUTarget("cuda", case.capability, 32),
         options={
             "num_warps": case.warps,
@@ -109,7 +114,6 @@ def compile_case(case: Case) -> Compiled:
             "enable_fp_fusion": True,
         },
     )
-    return inspect_cubin(case, compiled.asm["cubin"], compiled.metadata.shared)
 
 
 def inspect_cubin(case: Case, cubin: bytes, shared_bytes: int) -> Compiled:

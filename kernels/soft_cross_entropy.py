@@ -88,6 +88,8 @@ def rows_kernel(
         tl.store(loss_ptr + row, loss)
 
         if STORE:
+            # Derivatives may replace the logits: every warp has read the label's logit by now.
+            tl.debug_barrier()
             own = tl.where(valid, 1.0 / s_z, float("nan"))
             for start in range(0, V, BLOCK):
                 col = start + lane

@@ -51,3 +51,11 @@ def compile_by_index(index: int):
     from fastvlp.kernels import aot
 
     return aot.compile_case(aot.all_cases()[index])
+
+
+def ptx_of(name: str, capability: int) -> str:
+    """The PTX of the ahead-of-time case of this name."""
+    from fastvlp.kernels import aot
+
+    (case,) = (c for c in aot.all_cases() if (c.name, c.capability) == (name, capability))
+    return aot.binary_of(case).asm["ptx"]
