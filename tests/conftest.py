@@ -3,6 +3,7 @@
 import inspect
 from contextlib import ExitStack
 
+import kernel_counts as counts
 import pytest
 import seeds
 import tolerance
@@ -59,6 +60,18 @@ def device(request) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
     return torch.device(name)
+
+
+@pytest.fixture
+def kernel_counts(request) -> counts.Recorder:
+    """Where a test says which kernels it interpreted, executed or compiled."""
+    return counts.Recorder(request.node.user_properties)
+
+
+def pytest_terminal_summary(terminalreporter):
+    line = counts.summary(terminalreporter.getreports("passed"))
+    if line:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -18,26 +18,26 @@ def interpreter():
 
 
 @pytest.fixture
-def run_kernel(request, device):
+def run_kernel(request, device, kernel_counts):
     """run_kernel(module, function, *args, **kwargs): where and how the device option says."""
-    if device.type == "cuda":
-        return triton_process.call
-    pool = request.getfixturevalue("interpreter")
-
-    def submit(*args, **kwargs):
-        return pool.submit(triton_process.call, *args, **kwargs).result()
-
-    return submit
+    return _runner(triton_process.call, request, device, kernel_counts)
 
 
 @pytest.fixture
-def run_kernel_with(request, device):
+def run_kernel_with(request, device, kernel_counts):
     """run_kernel_with({attribute: value}, module, function, ...): a module with other settings."""
+    return _runner(triton_process.call_with, request, device, kernel_counts)
+
+
+def _runner(call, request, device, kernel_counts):
+    """`call` here on the GPU, or in the interpreter's process; the test counts as one case."""
     if device.type == "cuda":
-        return triton_process.call_with
+        kernel_counts.launched()
+        return call
+    kernel_counts.interpreted()
     pool = request.getfixturevalue("interpreter")
 
     def submit(*args, **kwargs):
-        return pool.submit(triton_process.call_with, *args, **kwargs).result()
+        return pool.submit(call, *args, **kwargs).result()
 
     return submit
