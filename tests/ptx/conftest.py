@@ -1,0 +1,45 @@
+"""Kernels run on the PTX machine, in a child process for each compute capability."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# The helpers of the kernels' own tests; child processes inherit the path and find them too.
+sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
+
+import triton_process  # noqa: E402
+from ptx_machine import virtual_process  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def virtual_gpus():
+    """Child processes by compute capability, started when first asked for."""
+    pools = {}
+
+    def pool(capability: int):
+        if capability not in pools:
+            pools[capability] = triton_process.start(interpret=False, workers=1)
+        return pools[capability]
+
+    yield pool
+    for started in pools.values():
+        started.shutdown()
+
+
+@pytest.fixture
+def run_on_ptx(virtual_gpus):
+    """run_on_ptx(capability, **options)(module, function, *args, **kwargs).
+
+    Calls fastvlp.kernels.<module>.<function> with its launches on the PTX machine; the options are
+    those of `ptx_machine.virtual_gpu.VirtualGPU`. Fails where the machine finds a hazard.
+    """
+
+    def on(capability: int, **options):
+        def call(*args, **kwargs):
+            pool = virtual_gpus(capability)
+            return pool.submit(virtual_process.run, capability, options, *args, **kwargs).result()
+
+        return call
+
+    return on

@@ -1,0 +1,263 @@
+"""Runs the threads of a batch: divergence, reconvergence, barriers, and who runs next.
+
+Threads at one instruction form a group. Of the groups of a strand the one furthest behind in the
+text runs, until it catches up with the next, which it joins; so the two sides of a branch meet
+again where they come together. Threads that must wait for others are parked.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from .control import Barrier, Branch, Exit, WarpBarrier
+from .errors import ProgramError
+from .lanes import WARP, Lanes
+from .program import Step
+
+
+@dataclass
+class Group:
+    at: int
+    lanes: Lanes
+
+
+class Execution:
+    """One batch from its first instruction to the last."""
+
+    def __init__(self, batch, steps: list[Step], apart: bool):
+        self.batch, self.steps, self.apart = batch, steps, apart
+        self.strands: dict[int, list[Group]] = defaultdict(list)
+        self.parked: dict[int, list[Lanes]] = defaultdict(list)
+        self.barriers = Barriers(batch.layout)
+        self.ended = np.zeros(batch.layout.size, bool)
+
+    def run(self) -> None:
+        self.resume(Lanes(self.batch, slice(0, self.batch.layout.size)), 0)
+        while True:
+            ready = [strand for strand, groups in self.strands.items() if groups]
+            if ready:
+                self.run_strand(self.strands[min(ready)])
+            elif self.ended.all():
+                return
+            else:
+                self.raise_deadlock()
+
+    def resume(self, lanes: Lanes, at: int) -> None:
+        """Let lanes go on at an instruction, each in its strand."""
+        if not self.apart:
+            self._join(self.strands[0], Group(at, lanes))
+            return
+        strand = self.batch.layout.strand[lanes.slots]
+        for number in np.unique(strand):
+            part = Lanes(self.batch, lanes.slots[strand == number])
+            self._join(self.strands[int(number)], Group(at, part))
+
+    @staticmethod
+    def _join(groups: list[Group], new: Group) -> None:
+        for group in groups:
+            if group.at == new.at:
+                group.lanes = group.lanes.union(new.lanes)
+                return
+        groups.append(new)
+        groups.sort(key=lambda group: group.at)
+
+    def run_strand(self, groups: list[Group]) -> None:
+        """Run the group that is furthest behind until it meets another, waits or ends."""
+        group = groups.pop(0)
+        meets = groups[0].at if groups else len(self.steps)
+        at, lanes, steps = group.at, group.lanes, self.steps
+        while at < meets:
+            step = steps[at]
+            if step.scope != "lane":
+                self.meet(at, step, lanes)
+                return
+            active = lanes if step.guard is None else self.guarded(step, lanes)
+            if step.control is not None:
+                self.decide(at, step, lanes, active)
+                return
+            if active is not None:
+                self.batch.execute(step, active)
+            at += 1
+        if at >= len(steps):
+            self.end(lanes)
+        else:
+            self._join(groups, Group(at, lanes))
+
+    def guarded(self, step: Step, lanes: Lanes) -> Lanes | None:
+        """The lanes whose guard holds; None if there are none."""
+        register = lanes.registers[step.guard]
+        if register is None:
+            line, text = step.instruction.line, step.instruction.text
+            raise ProgramError(f"line {line}: the guard of {text!r} is read before it is written")
+        holds = register[lanes.index]
+        if step.instruction.guard.negated:
+            holds = ~holds
+        if not holds.any():
+            return None
+        return lanes.where(holds)
+
+    def decide(self, at: int, step: Step, lanes: Lanes, active: Lanes | None) -> None:
+        """A branch or an exit of the lanes whose guard holds."""
+        if active is not None:
+            self.batch.observe(step, active)
+            if isinstance(step.control, Exit):
+                self.end(active)
+            else:
+                assert isinstance(step.control, Branch)
+                self.resume(active, step.control.target)
+        if active is None:
+            self.resume(lanes, at + 1)
+        elif active is not lanes:
+            rest = np.setdiff1d(lanes.slots, active.slots, assume_unique=True)
+            self.resume(Lanes(self.batch, rest), at + 1)
+
+    def end(self, lanes: Lanes) -> None:
+        self.ended[lanes.index] = True
+        self.batch.ends(lanes)
+        self.release(self.barriers.end(lanes))
+
+    # Instructions at which threads meet.
+
+    def meet(self, at: int, step: Step, lanes: Lanes) -> None:
+        """Park lanes at an instruction until their warp, or warpgroup, is there as a whole."""
+        self.parked[at].append(lanes)
+        together = self.parked[at][0]
+        for other in self.parked[at][1:]:
+            together = together.union(other)
+        size = WARP if step.scope == "warp" else 4 * WARP
+        whole = self.batch.layout.complete(together, size)
+        self.parked[at] = []
+        if whole is not together:
+            missing = np.setdiff1d(together.slots, whole.slots, assume_unique=True)
+            self.parked[at] = [Lanes(self.batch, missing)]
+        if whole.count:
+            self.act_together(at, step, whole)
+
+    def act_together(self, at: int, step: Step, lanes: Lanes) -> None:
+        active = lanes if step.guard is None else self.guarded(step, lanes)
+        if active is not None:
+            size = WARP if step.scope == "warp" else 4 * WARP
+            if self.batch.layout.complete(active, size) is not active:
+                raise ProgramError(
+                    f"{self.batch.where(step)}: the guard holds for a part of the lanes only "
+                    f"({active.name(0)})"
+                )
+            self.batch.observe(step, active)
+            if isinstance(step.control, Barrier):
+                rest = np.setdiff1d(lanes.slots, active.slots, assume_unique=True)
+                if len(rest):
+                    self.resume(Lanes(self.batch, rest), at + 1)
+                self.arrive(at, step, active)
+                return
+            if isinstance(step.control, WarpBarrier):
+                self.batch.synchronized(step, active)
+            else:
+                step.operation(active)
+        self.resume(lanes, at + 1)
+
+    def arrive(self, at: int, step: Step, lanes: Lanes) -> None:
+        if not step.control.waits:
+            self.resume(lanes, at + 1)
+        self.release(self.barriers.arrive(at, step, lanes))
+
+    def release(self, released: list[tuple[Step, Lanes, list[tuple[int, Lanes]]]]) -> None:
+        """Of each barrier that is complete: all who came, and those who waited and where."""
+        for step, came, waiting in released:
+            self.batch.synchronized(step, came)
+            for at, lanes in waiting:
+                self.resume(lanes, at + 1)
+
+    def raise_deadlock(self) -> None:
+        lines = []
+        for at, parked in self.parked.items():
+            for lanes in parked:
+                lines.append(
+                    f"{lanes.count} threads ({lanes.name(0)}, ...) wait for the rest of their "
+                    f"warp at {self.batch.where(self.steps[at])}"
+                )
+        lines += self.barriers.describe(self.batch)
+        raise ProgramError("divergent threads wait for ever: " + "; ".join(lines))
+
+
+class Barriers:
+    """Who has come to which barrier of which block."""
+
+    def __init__(self, layout):
+        self.layout = layout
+        self.alive = np.full(layout.block_count, layout.warps_per_block * WARP)
+        # By (block, barrier): arrivals as (step, position of the step, lanes, expected count).
+        self.waiting: dict[tuple[int, int], list[tuple[Step, int, Lanes, int | None]]] = {}
+
+    def arrive(self, at: int, step: Step, lanes: Lanes) -> list:
+        barrier = step.control
+        number = np.broadcast_to(barrier.number(lanes), lanes.count)
+        count = None
+        if barrier.count is not None:
+            count = np.broadcast_to(barrier.count(lanes), lanes.count)
+        if whole := self._all_at_once(step, lanes, number, count):
+            return [(step, lanes, [(at, lanes)])] if whole else []
+        block = lanes.block
+        for b in np.unique(block):
+            for n in np.unique(number[block == b]):
+                chosen = (block == b) & (number == n)
+                expected = None if count is None else int(count[chosen][0])
+                self.waiting.setdefault((int(b), int(n)), []).append(
+                    (step, at, lanes.where(chosen), expected)
+                )
+        return self._complete(np.unique(block))
+
+    def _all_at_once(self, step, lanes, number, count) -> bool:
+        """The usual case: all threads of their blocks come together and nobody else waits."""
+        if self.waiting or count is not None or not step.control.waits:
+            return False
+        if (number != number[0]).any():
+            return False
+        return bool((np.bincount(lanes.block, minlength=len(self.alive))[lanes.block]
+                     == self.alive[lanes.block]).all())  # fmt: skip
+
+    def end(self, lanes: Lanes) -> list:
+        np.subtract.at(self.alive, lanes.block, 1)
+        return self._complete(np.unique(lanes.block)) if self.waiting else []
+
+    def _complete(self, blocks) -> list:
+        chosen = set(int(b) for b in blocks)
+        released: dict[Step, list[tuple[int, Lanes]]] = {}
+        for key in [key for key in self.waiting if key[0] in chosen]:
+            arrivals = self.waiting[key]
+            expected = {self.alive[key[0]] if e is None else e for *_, e in arrivals}
+            if len(expected) > 1:
+                raise ProgramError(
+                    f"barrier {key[1]} of a block is told to expect {sorted(expected)} threads "
+                    f"({arrivals[0][2].name(0)})"
+                )
+            present = sum(lanes.count for _, _, lanes, _ in arrivals)
+            if present > next(iter(expected)):
+                raise ProgramError(
+                    f"barrier {key[1]} expects {expected} threads, {present} came "
+                    f"({arrivals[0][2].name(0)})"
+                )
+            if present == next(iter(expected)):
+                del self.waiting[key]
+                released.setdefault(arrivals[0][0], []).append(arrivals)
+        return [self._merged(step, lists) for step, lists in released.items()]
+
+    @staticmethod
+    def _merged(step: Step, lists: list) -> tuple:
+        """Blocks that leave the same barrier, put together again."""
+        waiting: dict[int, Lanes] = {}
+        came = None
+        for arrivals in lists:
+            for own, at, lanes, _ in arrivals:
+                came = lanes if came is None else came.union(lanes)
+                if own.control.waits:
+                    waiting[at] = waiting[at].union(lanes) if at in waiting else lanes
+        return step, came, list(waiting.items())
+
+    def describe(self, batch) -> list[str]:
+        return [
+            f"{lanes.count} threads ({lanes.name(0)}, ...) wait at barrier {number} "
+            f"({batch.where(step)})"
+            for (_, number), arrivals in self.waiting.items()
+            for step, _, lanes, _ in arrivals
+        ]

@@ -1,0 +1,15 @@
+"""The calls that a test hands to a child process in which Triton compiles.
+
+This module is imported by the test process too, so Triton is only imported once a call arrives.
+"""
+
+import importlib
+
+
+def run(capability: int, options: dict, module: str, function: str, *args, **kwargs):
+    """fastvlp.kernels.<module>.<function>(*args, **kwargs) on a virtual GPU."""
+    from .virtual_gpu import VirtualGPU
+
+    with VirtualGPU(capability, **options):
+        target = importlib.import_module(f"fastvlp.kernels.{module}")
+        return getattr(target, function)(*args, **kwargs)
