@@ -8,7 +8,15 @@
 //
 // Matrices lie as [rows of x][columns of y], y across the vector lanes; A is 0 in the lanes past
 // the last column. delta belongs to the columns, sigma to the rows.
+//
+// An entry of T may fall below the smallest float and come back later: where the words and patches
+// that match hold different shares of the mass, the rest has to take a route whose entries die out
+// first and return once delta and sigma have grown. A float that became 0 stays 0. So the products
+// of all deltas and of all sigmas are followed as logarithms, which tell at the end what each entry
+// would be; where one that is 0 would not be tiny, the pair is solved again in double.
 #pragma once
+
+#include <cmath>
 
 #include "simd.h"
 
@@ -44,7 +52,24 @@ struct Transport {
   float* delta;    // [stride]
   float* sigma;    // [rows]
   float* partial;  // [rows][kLanes]: products with delta, not yet summed over the lanes
+  float* delta_log;  // [stride]: log2 of the product of all deltas so far
+  float* sigma_log;  // [rows, rounded up to vectors]: the same of the sigmas
 };
+
+// log2(x) within 0.01 for x > 0. Infinite for 0 and NaN: such a delta or sigma has left the range.
+inline Vec rough_log2(Vec x) {
+  const Vec linear = __builtin_convertvector(bits(x) - 0x3f800000, Vec) * 0x1p-23f;
+  const Vec fraction = (Vec)((bits(x) & 0x007fffff) | 0x3f800000) - 1.0f;
+  return x > 0.0f ? linear + 0.346f * fraction * (1.0f - fraction) : splat(__builtin_inff());
+}
+
+// Takes the deltas and sigmas of the last iteration into the logarithms of all.
+inline void follow(const Transport& t) {
+  for (int64_t j = 0; j < t.stride; j += kLanes)
+    store(t.delta_log + j, load(t.delta_log + j) + rough_log2(load(t.delta + j)));
+  for (int64_t i = 0; i < t.rows; i += kLanes)
+    store(t.sigma_log + i, load(t.sigma_log + i) + rough_log2(load(t.sigma + i)));
+}
 
 // 1 / (count * sum), and 0 for a sum of nothing.
 inline Vec balance(Vec sum, float count) {
@@ -107,17 +132,92 @@ void iterate_once(const Transport& t) {
 
 // Leaves Q, delta and sigma whose product is the plan. A common factor of T cancels in delta, so
 // the first Q is made from ones and the first sigma.
-inline void solve_transport(const Transport& t, int64_t iterations, int64_t inner) {
+inline void iterate(const Transport& t, int64_t iterations, int64_t inner) {
   const FlushSubnormals flush;
   for (int64_t i = 0; i < t.rows; ++i) {
     t.sigma[i] = 1.0f / static_cast<float>(t.rows);
     for (int64_t j = 0; j < t.stride; j += kLanes) store(t.q + i * t.stride + j, splat(1.0f));
   }
-  for (int64_t j = 0; j < t.stride; j += kLanes) store(t.delta + j, splat(1.0f));
+  for (int64_t i = 0; i < t.rows; i += kLanes) store(t.sigma_log + i, Vec{});
+  for (int64_t j = 0; j < t.stride; j += kLanes) {
+    store(t.delta + j, splat(1.0f));
+    store(t.delta_log + j, Vec{});
+  }
   for (int64_t n = 0; n < iterations; ++n) {
+    follow(t);
     iterate_once<true>(t);
     for (int64_t k = 1; k < inner; ++k) iterate_once<false>(t);
   }
+  follow(t);
+}
+
+// Whether an entry of the plan is 0 that would be above 2^-70, or one of delta and sigma has left
+// the range of float.
+inline bool left_range(const Transport& t, const float* cosine, float beta, int64_t iterations) {
+  constexpr float kTiny = -70.0f;
+  const float rate = 1.44269504f * static_cast<float>(iterations) / beta;
+  for (int64_t j = t.cols; j < t.stride; ++j) t.delta_log[j] = -__builtin_inff();
+  VecI left = {};
+  for (int64_t i = 0; i < t.rows; ++i) {
+    if (!(t.sigma_log[i] < __builtin_inff())) return true;
+    for (int64_t j = 0; j < t.stride; j += kLanes) {
+      const int64_t at = i * t.stride + j;
+      const Vec expected =
+          (load(cosine + at) - 1.0f) * rate + t.sigma_log[i] + load(t.delta_log + j);
+      const Vec plan = load(t.q + at) * load(t.delta + j) * t.sigma[i];
+      left |= ~((plan > 0.0f) | (expected < kTiny));
+    }
+  }
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (left[lane] != 0) return true;
+  return false;
+}
+
+// The same iterations in double, in the order of the reference. `wide` has room for two matrices
+// [rows][cols] and for delta and sigma. Leaves the plan in Q, and ones in delta and sigma.
+inline void solve_in_double(const Transport& t, const float* cosine, float beta,
+                            int64_t iterations, int64_t inner, double* wide) {
+  double *a = wide, *q = a + t.rows * t.cols, *delta = q + t.rows * t.cols;
+  double* sigma = delta + t.cols;
+  for (int64_t i = 0; i < t.rows; ++i) {
+    sigma[i] = 1.0 / static_cast<double>(t.rows);
+    for (int64_t j = 0; j < t.cols; ++j) {
+      a[i * t.cols + j] = std::exp((cosine[i * t.stride + j] - 1.0) / beta);
+      q[i * t.cols + j] = 1.0;
+    }
+  }
+  for (int64_t n = 0; n < iterations; ++n) {
+    for (int64_t k = 0; k < t.rows * t.cols; ++k) q[k] *= a[k];
+    for (int64_t k = 0; k < inner; ++k) {
+      for (int64_t j = 0; j < t.cols; ++j) delta[j] = 0.0;
+      for (int64_t i = 0; i < t.rows; ++i)
+        for (int64_t j = 0; j < t.cols; ++j) delta[j] += q[i * t.cols + j] * sigma[i];
+      for (int64_t j = 0; j < t.cols; ++j) delta[j] = 1.0 / (static_cast<double>(t.cols) * delta[j]);
+      for (int64_t i = 0; i < t.rows; ++i) {
+        double sum = 0.0;
+        for (int64_t j = 0; j < t.cols; ++j) sum += q[i * t.cols + j] * delta[j];
+        sigma[i] = 1.0 / (static_cast<double>(t.rows) * sum);
+      }
+    }
+    for (int64_t i = 0; i < t.rows; ++i)
+      for (int64_t j = 0; j < t.cols; ++j) q[i * t.cols + j] *= sigma[i] * delta[j];
+  }
+  for (int64_t i = 0; i < t.rows; ++i) {
+    t.sigma[i] = 1.0f;
+    for (int64_t j = 0; j < t.stride; ++j)
+      t.q[i * t.stride + j] = j < t.cols ? static_cast<float>(q[i * t.cols + j]) : 0.0f;
+  }
+  for (int64_t j = 0; j < t.stride; ++j) t.delta[j] = 1.0f;
+}
+
+inline int64_t wide_doubles(int64_t rows, int64_t cols) { return 2 * rows * cols + rows + cols; }
+
+// Leaves Q, delta and sigma whose product is the plan for the costs 1 - cosine.
+inline void solve_transport(const Transport& t, const float* cosine, float beta,
+                            int64_t iterations, int64_t inner, double* wide) {
+  iterate(t, iterations, inner);
+  if (left_range(t, cosine, beta, iterations))
+    solve_in_double(t, cosine, beta, iterations, inner, wide);
 }
 
 }  // namespace

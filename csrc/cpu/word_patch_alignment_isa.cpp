@@ -39,6 +39,9 @@ struct Scratch {
     y_share = take(matrix_stride(p.y_rows));
     sigma = take(p.x_rows);
     partial = take(p.x_rows * kLanes);
+    delta_log = take(matrix_stride(p.y_rows));
+    sigma_log = take(p.x_rows);
+    wide = take(2 * wide_doubles(p.x_rows, p.y_rows));
     row = take(padded_dim(p));
     x_index = take(p.x_rows);
     y_index = take(p.y_rows);
@@ -51,7 +54,8 @@ struct Scratch {
     return at;
   }
   int64_t total = 0;
-  int64_t x, y, cosine, a, q, delta, y_share, sigma, partial, row, x_index, y_index, sums;
+  int64_t x, y, cosine, a, q, delta, y_share, sigma, partial, delta_log, sigma_log, wide, row,
+      x_index, y_index, sums;
 };
 
 int64_t scratch_floats(const AlignmentProblem& p) { return Scratch(p).total; }
@@ -162,8 +166,16 @@ float align(const AlignmentProblem& p, const AlignmentPair& pair, float* base) {
   const Scratch s(p);
   int32_t* x_index = reinterpret_cast<int32_t*>(base + s.x_index);
   int32_t* y_index = reinterpret_cast<int32_t*>(base + s.y_index);
-  Transport t = {base + s.a,     base + s.q,     0, gather_valid(pair.x, x_index),
-                 gather_valid(pair.y, y_index), base + s.delta, base + s.sigma, base + s.partial};
+  Transport t = {base + s.a,
+                 base + s.q,
+                 0,
+                 gather_valid(pair.x, x_index),
+                 gather_valid(pair.y, y_index),
+                 base + s.delta,
+                 base + s.sigma,
+                 base + s.partial,
+                 base + s.delta_log,
+                 base + s.sigma_log};
   if (const int64_t n = p.x_rows * p.y_rows) std::memset(pair.plan, 0, n * 4);  // else it is null
   if (t.rows == 0 || t.cols == 0) return 0.0f;
   t.stride = round_up(t.cols, kLanes);
@@ -178,7 +190,8 @@ float align(const AlignmentProblem& p, const AlignmentPair& pair, float* base) {
   for (int64_t i = 0; i < t.rows; ++i)
     for (int64_t j = t.cols; j < t.stride; ++j) base[s.cosine + i * t.stride + j] = 0.0f;
   make_kernel(base + s.cosine, t, p.beta, base + s.a);
-  solve_transport(t, p.iterations, p.inner);
+  solve_transport(t, base + s.cosine, p.beta, p.iterations, p.inner,
+                  reinterpret_cast<double*>(base + s.wide));
   return finish(p, pair, t, base + s.cosine, x_index, y_index, base + s.y_share);
 }
 

@@ -10,7 +10,8 @@ from ..kernels import alignment_supported
 from ._contrastive_inputs import check_same_kind, reference_reasons, unit_stride
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SMALLEST_BETA = 0.04
+# Room for exp(-C / beta), C at most 2, several times over in the range of the dtype that it is in.
+SMALLEST_BETA = {torch.float32: 0.04, torch.float64: 0.005}
 
 
 def check_inputs(text, image, text_padding, image_padding, beta, iterations, inner) -> None:
@@ -57,11 +58,12 @@ def _check_numbers(beta, iterations, inner, dtype: torch.dtype) -> None:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
     if not isinstance(beta, Real):
         raise TypeError(f"beta: expected a number, got {type(beta).__name__}")
-    lowest = 0.0 if dtype == torch.float64 else SMALLEST_BETA
-    if not (beta > 0 and lowest <= beta < math.inf):
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    if not SMALLEST_BETA[computed] <= beta < math.inf:
         raise ValueError(
-            f"beta: expected a finite number of at least {SMALLEST_BETA} (float64 features: above "
-            f"0), got {beta!r}; a small beta leaves the range of float32"
+            f"beta: expected a finite number of at least {SMALLEST_BETA[torch.float32]} (float64 "
+            f"features: {SMALLEST_BETA[torch.float64]}), got {beta!r}; with a smaller one "
+            f"exp(-C / beta) leaves the range of {str(computed).removeprefix('torch.')}"
         )
 
 

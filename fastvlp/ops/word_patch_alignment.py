@@ -13,7 +13,9 @@ Distance", arXiv 1802.04307, algorithm 1.
 
 The distance is differentiable by the features once, through the costs with the plan held fixed, as
 ViLT trains it (at the optimum that is the derivative of the whole); the plan itself carries no
-gradient. Costs and plans are float32 whatever the features are.
+gradient. Costs and plans are float32 whatever the features are. Entries of a plan may leave the
+range of float32 and come back (many iterations, small beta, words and patches of few directions):
+on a CPU such a pair is solved again in float64.
 
 Cost of a pair with n words, m patches, width D: 2 n m D FLOP forward, 4 n m D backward and about
 5 n m a iteration, on the valid rows only. Memory beyond results and gradients: the plans,
@@ -54,7 +56,7 @@ def word_patch_alignment(
             well; `alignment_padding` makes its masks from lengths.
         image_padding: [B, Ly] bool, the same for patches.
         beta: strength of the proximal term; smaller converges in fewer iterations. At least 0.04,
-            below which exp(-C / beta) leaves the range of float32 (any positive one in float64).
+            below which exp(-C / beta) leaves the range of float32 (0.005 for float64 features).
         iterations: proximal point steps.
         inner_iterations: scalings of delta and sigma in each step.
         return_plan: also return the plans, to look at.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from alignment_cases import (
     KINDS,
+    Pairs,
     distance_rounding,
     entry_by_entry,
     exact,
@@ -106,6 +107,26 @@ def test_every_instruction_set(monkeypatch, dtype, isa):
 def test_extreme_features(device, scale):
     # From below the smallest norm to squares that leave the range of float32.
     check(pairs(3, 9, 30, 40, torch.float32, device, scale=scale))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("counts", [(39, 1, 1, 64), (1, 8, 8, 1), (4, 1, 1, 4)])
+def test_entries_that_leave_the_range_of_float32_come_back(monkeypatch, isa, counts):
+    # Words and patches in two opposite directions. Where the shares of the directions differ, some
+    # mass has to go across, at cost 2, through entries that start at exp(-50 k).
+    instruction_sets.force(monkeypatch, isa)
+    words, opposite_words, patches, opposite_patches = counts
+    text = torch.tensor([1.0] * words + [-1.0] * opposite_words)[None, :, None]
+    image = torch.tensor([1.0] * patches + [-1.0] * opposite_patches)[None, :, None]
+    nothing = [torch.zeros(side.shape[:2], dtype=torch.bool) for side in (text, image)]
+    case, chosen = Pairs(text, image, *nothing, torch.ones(1)), {"beta": 0.04, "iterations": 300}
+    ours, true = run(word_patch_alignment, case, **chosen), exact(case, **chosen)
+    error = (ours.plan - true.plan).norm()
+    assert error <= sharpness(**chosen) * true.plan.norm()
+    # All mass on the same side but what does not fit there.
+    share = words / (words + opposite_words) - patches / (patches + opposite_patches)
+    assert true.distance.item() == pytest.approx(2 * abs(share), abs=1e-6)
+    assert ours.distance.item() == pytest.approx(2 * abs(share), abs=1e-6)
 
 
 @pytest.mark.parametrize("masks", ["none", "lengths", "holes"])

@@ -11,6 +11,7 @@ from fastvlp.ops import (
     word_patch_alignment_loss,
     word_patch_alignment_reference,
 )
+from fastvlp.ops._word_patch_alignment_inputs import SMALLEST_BETA
 
 X, Y = torch.zeros(2, 4, 8), torch.zeros(2, 6, 8)
 XP, YP = torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool)
@@ -57,6 +58,20 @@ def test_bad_settings(settings, error, message):
 
 def test_a_small_beta_is_for_float64():
     assert word_patch_alignment(X.double(), Y.double(), XP, YP, beta=0.01).isfinite().all()
+    for beta in (1e-3, 1e-9, 1e-300):
+        with pytest.raises(ValueError, match="beta: .*0.005.*range of float64"):
+            word_patch_alignment(X.double(), Y.double(), XP, YP, beta=beta)
+
+
+def test_the_smallest_betas_give_the_plan_of_the_definition():
+    # Two words and two patches that match crosswise: all mass goes to the matches.
+    text, nothing = torch.eye(2, 8)[None], torch.zeros(1, 2, dtype=torch.bool)
+    for dtype, beta in SMALLEST_BETA.items():
+        distance, plan = word_patch_alignment(
+            text.to(dtype), -text.flip(1).to(dtype), nothing, nothing, beta=beta, return_plan=True
+        )
+        assert torch.equal(plan, torch.eye(2, dtype=dtype)[None] / 2)
+        assert distance.item() == 1
 
 
 def test_bad_loss_arguments():
