@@ -8,18 +8,20 @@ from pathlib import Path
 
 import torch
 
+from ._tracing import constant_result
+
 # The operators that came last: a library without them was built from older sources.
 _NEWEST = ("transform_images", "matmul", "add_matmul")
 
 
 # Tracing must see the answers of the two loaders as constants, not trace into the loading.
-@torch.compiler.assume_constant_result
+@constant_result
 def load() -> tuple[str, ...]:
     """Registers the compiled operators with torch; returns the reasons why not (empty: done)."""
     return _load()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def load_cuda() -> tuple[str, ...]:
     """The same for the CUDA library, which needs a CUDA build of torch besides."""
     return _load_cuda()
@@ -58,7 +60,7 @@ def _load_cuda() -> tuple[str, ...]:
     return ()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def instruction_set_fault() -> str | None:
     """What is wrong with the environment's FASTVLP_CPU_ISA; None where nothing is."""
     forced = os.environ.get("FASTVLP_CPU_ISA")

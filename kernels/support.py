@@ -4,11 +4,14 @@ import importlib.util
 
 import torch
 
+from .._tracing import constant_result
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The widest head of the attention kernels: their tiles span a head.
 LARGEST_HEAD = 128
 
 
+@constant_result
 def interpreting() -> bool:
     """Whether Triton is installed and runs kernels in its interpreter (TRITON_INTERPRET=1)."""
     if importlib.util.find_spec("triton") is None:
@@ -18,20 +21,21 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def device_reasons(device: torch.device) -> list[str]:
+@constant_result
+def device_reasons(device: torch.device) -> tuple[str, ...]:
     """Reasons why no Triton kernel can run on this device; empty where they can."""
     if importlib.util.find_spec("triton") is None:
-        return ["Triton is not installed"]
+        return ("Triton is not installed",)
     if interpreting():
-        return []
+        return ()
     if device.type != "cuda":
-        return [f"Triton kernels run on CUDA devices, the inputs are on {device}"]
+        return (f"Triton kernels run on CUDA devices, the inputs are on {device}",)
     if torch.version.cuda is None:
-        return ["this PyTorch build has no CUDA; the Triton kernels are written for NVIDIA GPUs"]
+        return ("this PyTorch build has no CUDA; the Triton kernels are written for NVIDIA GPUs",)
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return [f"compute capability 8.0 or newer is needed, {device} has {major}.{minor}"]
-    return []
+        return (f"compute capability 8.0 or newer is needed, {device} has {major}.{minor}",)
+    return ()
 
 
 def supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
@@ -39,7 +43,7 @@ def supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
 
     An empty list means they can. Every reason is one sentence for a person.
     """
-    reasons = device_reasons(x.device)
+    reasons = [*device_reasons(x.device)]
     if x.device != y.device:
         reasons.append(f"x is on {x.device} and y on {y.device}; both must be on one device")
     if x.dtype not in DTYPES:
@@ -60,7 +64,7 @@ def supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
 
 def attention_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
     """Reasons why the attention kernels cannot take q [total_q, H, d] and k, v [..., H, d]."""
-    reasons = device_reasons(q.device)
+    reasons = [*device_reasons(q.device)]
     if not q.device == k.device == v.device:
         reasons.append(
             f"q is on {q.device}, k on {k.device}, v on {v.device}; one device is needed"
@@ -87,7 +91,7 @@ LARGEST_ALIGNMENT = 64 * 256
 
 def alignment_supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
     """Reasons why the alignment kernels cannot take `x` [B, Lx, D] and `y` [B, Ly, D]."""
-    reasons = device_reasons(x.device)
+    reasons = [*device_reasons(x.device)]
     if x.dtype not in DTYPES or x.dtype != y.dtype:
         reasons.append(f"x is {x.dtype}, y {y.dtype}; one of float32, bfloat16, float16 is taken")
     if x.dim() == 3 and y.dim() == 3:

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._tracing import constant_result
 from ..ops import cross_attention
 from ..ops._cross_attention_inputs import native_reasons
 from ..ops._dispatch import choose, forced_backend, register
@@ -222,13 +223,13 @@ def _sdpa_reasons(*_, **__):
     return []
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
 # A package that is there but does not load (built against another torch) must not end the run.
-@torch.compiler.assume_constant_result
+@constant_result
 def _import_error(package: str) -> tuple[str, ...]:
     return _import(package)
 

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 
 from .. import _native
+from .._tracing import constant_result
 
 # Products that the statistics make at once: the pass over them finds them in the second-level
 # cache, 40 MB on the smallest GPU the default build is for.
@@ -26,7 +27,7 @@ _ALIGNMENT = 16
 _TILE = 128  # rows of a matrix unit's tile: a chunk of so many leaves none of it idle
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def unavailable(device: int) -> tuple[str, ...]:
     """Why the compiled CUDA passes do not run on the CUDA device of this index (empty: they do)."""
     return _unavailable(device)

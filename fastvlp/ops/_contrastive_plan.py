@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .._tracing import constant_result
+
 # Keeps every logit of 8192 x 8192 pairs, so that such a batch costs three products, not four.
 DEFAULT_WORKSPACE_BYTES = 288 << 20
 
@@ -81,6 +83,6 @@ def _tile_bytes(block_rows: int, block_cols: int) -> int:
     return 4 * block_cols * (block_rows + _PADDING)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _threads() -> int:
     return torch.get_num_threads()

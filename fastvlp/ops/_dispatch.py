@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import _native
+from .._tracing import constant_result
 
 BACKENDS = ("native", "triton", "reference")
 
@@ -147,7 +148,7 @@ def _device(values: Iterable) -> str:
     return "cpu"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def forced_backend(op: str) -> str | None:
     """The backend that the operator's environment variable asks for, if any."""
     variable = _OPERATORS[op].variable

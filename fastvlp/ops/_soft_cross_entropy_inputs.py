@@ -127,7 +127,7 @@ def triton_reasons(hidden: torch.Tensor, weight: torch.Tensor, *_, **__) -> list
     if hidden.device.type != "cuda":
         reasons.append(f"the Triton kernels run on CUDA devices, hidden is on {hidden.device}")
         return reasons
-    return reasons + device_reasons(hidden.device) + _dtype_reasons(hidden)
+    return [*reasons, *device_reasons(hidden.device), *_dtype_reasons(hidden)]
 
 
 def reference_reasons(*_, **__) -> list[str]:

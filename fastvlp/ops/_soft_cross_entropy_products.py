@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .._tracing import constant_result
 from .matmul import one_unit_stride, runs_natively
 
 # Rows of the vocabulary in one product, and in one whose weights or result are converted.
@@ -34,7 +35,7 @@ def logits_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float32 if x.is_cuda else products_dtype(x)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _multiplies_bf16() -> bool:
     return torch.ops.fastvlp.cpu_instruction_set() in ("avx512_bf16", "amx")
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from .._tracing import constant_result
+
 
 def as_autocast(*tensors):
     """Each as torch.autocast would hand it to a matmul: cast to its dtype, inside of one.
@@ -14,7 +16,12 @@ def as_autocast(*tensors):
 
 def autocasts(device_type: str) -> bool:
     """Whether torch.autocast is on for this type of device."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _cast(t):

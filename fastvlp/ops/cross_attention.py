@@ -72,7 +72,8 @@ def cross_attention(
         dropout_seed: the mask is a function of it and of positions (`fastvlp.ops._dropout`). By
             default drawn from torch's generator.
         max_seqlen_q, max_seqlen_k: bounds on the segments' rows. On a GPU, leaving them out costs
-            a wait for the device wherever they cannot be read off a shape.
+            a wait for the device wherever they cannot be read off a shape; compiled code does not
+            wait, but launches programs for a segment of all rows.
         return_probs: also return the weights. This path stores them, and is for looking at them
             and at their gradients (GradCAM), not for training at speed.
 

@@ -19,6 +19,7 @@ Parts below 2^-126 count as zero: values below 2^-110 lose their last bits.
 import torch
 
 from .. import _native
+from .._tracing import constant_result
 from ._contrastive_inputs import check_same_kind, reference_reasons
 from ._dispatch import choose, forced_backend, register
 
@@ -75,12 +76,12 @@ def _is_large(a: torch.Tensor, b: torch.Tensor) -> bool:
     return m >= LEAST_SIDE and n >= LEAST_SIDE and m * n * k >= LEAST_WORK
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _tiles_wanted() -> bool:
     return not _processor_reasons() and forced_backend("matmul") in (None, "native")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _processor_reasons() -> list[str]:
     reasons = list(_native.load())
     if not reasons and not torch.ops.fastvlp.matmul_available():

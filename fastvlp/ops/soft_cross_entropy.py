@@ -294,16 +294,18 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         saved = ctx.saved_tensors
-        inputs, made = saved[:_INPUTS], saved[_INPUTS:] or ctx.made
+        inputs, made = saved[:_INPUTS], ctx.made
+        if len(saved) > _INPUTS:
+            made = saved[_INPUTS:]
         ctx.made = None
         needed = ctx.needs_input_grad[:3]
-        if ctx.is_early and made:
+        if ctx.is_early and made is not None:
             gradients = _ScaledGradients.apply(grad, *inputs[:3], made)
         else:
             # In a second backward pass derivatives are made again: they went with the first one.
-            kept = made[0] if made else grad.new_empty(ctx.plan.group_floats)
+            kept = grad.new_empty(ctx.plan.group_floats) if made is None else made[0]
             gradients = _Gradients.apply(
-                grad, *inputs, ctx.ignore_index, kept, bool(made), ctx.plan, needed
+                grad, *inputs, ctx.ignore_index, kept, made is not None, ctx.plan, needed
             )
         if ctx.lease is not None:
             ctx.lease.give_back()
