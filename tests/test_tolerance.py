@@ -1,5 +1,8 @@
 """tests/tolerance.py and tests/seeds.py: how errors are judged, and other draws of inputs."""
 
+import os
+
+import gloo_ranks
 import numpy as np
 import pytest
 import seeds
@@ -70,6 +73,35 @@ def test_an_offset_shifts_every_seed():
     for ours, theirs, plain in zip(found, wanted, before, strict=True):
         assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
     assert all(map(torch.equal, draws(7), before))
+
+
+def drawn():
+    return torch.rand(3, generator=torch.Generator().manual_seed(1)).tolist()
+
+
+DRAWN_AT_IMPORT = drawn()
+
+
+def drawn_on_a_rank(rank):
+    return DRAWN_AT_IMPORT, drawn(), os.environ.get(seeds.VARIABLE)
+
+
+def test_ranks_draw_what_the_test_draws():
+    with seeds.shifted(2), seeds.shifted(3):
+        wanted, total = drawn(), os.environ[seeds.VARIABLE]
+        found = gloo_ranks.run(2, drawn_on_a_rank)
+    assert found == [(wanted, wanted, total)] * 2
+    assert drawn() != wanted
+
+
+def test_a_process_without_an_offset_inherits_none(monkeypatch):
+    monkeypatch.delenv(seeds.VARIABLE, raising=False)
+    before = drawn()
+    seeds.inherit()
+    assert drawn() == before
+    with seeds.shifted(4):
+        assert os.environ[seeds.VARIABLE] == "4"
+    assert seeds.VARIABLE not in os.environ
 
 
 def test_terms_of_a_bias_are_added_over_rows_and_uses():

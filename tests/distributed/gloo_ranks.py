@@ -6,6 +6,7 @@ import socket
 import time
 import traceback
 
+import seeds
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -22,8 +23,10 @@ def run(world_size, function, *args, limit=60):
         port = s.getsockname()[1]
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
+    # Bytes, so that a rank imports the test module of `function` once its seeds are shifted.
+    job = pickle.dumps((function, args))
     processes = [
-        context.Process(target=_rank, args=(results, rank, world_size, port, function, args))
+        context.Process(target=_rank, args=(results, rank, world_size, port, job))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -45,7 +48,9 @@ def run(world_size, function, *args, limit=60):
     return [found[rank] for rank in range(world_size)]
 
 
-def _rank(results, rank, world_size, port, function, args):
+def _rank(results, rank, world_size, port, job):
+    seeds.inherit()
+    function, args = pickle.loads(job)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)

@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import seeds
 import torch
 
 
@@ -22,6 +23,7 @@ def start(interpret: bool, workers: int) -> ProcessPoolExecutor:
 def _prepare(interpret: bool) -> None:
     if "triton" in sys.modules:
         raise RuntimeError("triton was imported before the mode of this process was set")
+    seeds.inherit()
     os.environ["TRITON_INTERPRET"] = "1" if interpret else "0"
     torch.set_num_threads(1)
     torch.utils.deterministic.fill_uninitialized_memory = True

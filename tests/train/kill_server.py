@@ -17,7 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import seeds  # noqa: E402
+
+seeds.inherit()
 
 import matplotlib.backends.backend_agg  # noqa: E402, F401
 import safetensors.torch  # noqa: E402, F401
