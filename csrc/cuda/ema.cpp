@@ -95,9 +95,11 @@ const int64_t* flag_of(const std::optional<Tensor>& nonfinite, const Tensor& lik
   return static_cast<const int64_t*>(nonfinite->const_data_ptr());
 }
 
-void ema_update(const Tensors& momentum, const Tensors& source, const Tensors& copies,
-                const std::optional<Tensor>& decay_tensor, double decay,
-                const std::optional<Tensor>& nonfinite) {
+// Operators have names of their own: a qualified name that the namespace itself declares, as ema.h
+// does, is never looked up in its unnamed namespace.
+void cuda_ema_update(const Tensors& momentum, const Tensors& source, const Tensors& copies,
+                     const std::optional<Tensor>& decay_tensor, double decay,
+                     const std::optional<Tensor>& nonfinite) {
   const Tensor& like = momentum.at(0);
   const DeviceGuard guard(like.get_device_index());
   const Queue queue = queue_of(like);
@@ -106,12 +108,12 @@ void ema_update(const Tensors& momentum, const Tensors& source, const Tensors& c
                              flag_of(nonfinite, like)));
 }
 
-void adamw_ema(const Tensors& weights, const Tensors& gradients, const Tensors& first,
-               const Tensors& second, const Tensors& momentum, const Tensors& weight_copies,
-               const Tensors& momentum_copies, double lr, double beta1, double beta2, double eps,
-               double weight_decay, double step, bool maximize,
-               const std::optional<Tensor>& decay_tensor, double decay,
-               const std::optional<Tensor>& nonfinite) {
+void cuda_adamw_ema(const Tensors& weights, const Tensors& gradients, const Tensors& first,
+                    const Tensors& second, const Tensors& momentum, const Tensors& weight_copies,
+                    const Tensors& momentum_copies, double lr, double beta1, double beta2,
+                    double eps, double weight_decay, double step, bool maximize,
+                    const std::optional<Tensor>& decay_tensor, double decay,
+                    const std::optional<Tensor>& nonfinite) {
   const Tensor& like = weights.at(0);
   const DeviceGuard guard(like.get_device_index());
   const Queue queue = queue_of(like);
@@ -124,7 +126,7 @@ void adamw_ema(const Tensors& weights, const Tensors& gradients, const Tensors& 
                             flag_of(nonfinite, like)));
 }
 
-Tensor last_exceeding(const Tensors& tensors, double limit) {
+Tensor cuda_last_exceeding(const Tensors& tensors, double limit) {
   const Tensor& like = tensors.at(0);
   const DeviceGuard guard(like.get_device_index());
   const Queue queue = queue_of(like);
@@ -139,7 +141,7 @@ Tensor last_exceeding(const Tensors& tensors, double limit) {
 }  // namespace fastvlp::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fastvlp, CUDA, m) {
-  m.impl("ema_update", TORCH_BOX(&fastvlp::cuda::ema_update));
-  m.impl("adamw_ema", TORCH_BOX(&fastvlp::cuda::adamw_ema));
-  m.impl("last_exceeding", TORCH_BOX(&fastvlp::cuda::last_exceeding));
+  m.impl("ema_update", TORCH_BOX(&fastvlp::cuda::cuda_ema_update));
+  m.impl("adamw_ema", TORCH_BOX(&fastvlp::cuda::cuda_adamw_ema));
+  m.impl("last_exceeding", TORCH_BOX(&fastvlp::cuda::cuda_last_exceeding));
 }
