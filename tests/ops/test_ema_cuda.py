@@ -11,6 +11,8 @@ from ema_cases import DTYPES, LAYOUTS, SHAPES, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastvlp.ops  # noqa: F401  (loads the operators)
+
 OURS = torch.ops.fastvlp
 
 
