@@ -7,7 +7,7 @@ any grouping, a second kernel merges them in a fixed order, and so the result is
 bit on every run.
 
 Memory: the pairs, about `PAIR_BYTES` at most; taller inputs are walked in chunks of rows.
-Work: 2*M*N*D FLOP and, in all but rare tiles, one exponential per logit.
+Work: 2*M*N*D FLOP and an exponential per logit and direction.
 """
 
 import torch
@@ -40,9 +40,6 @@ __all__ = [
 
 PAIR_BYTES = 64 << 20
 MERGE_LENGTH, MERGE_PARTS, MERGE_WARPS = 64, 32, 4
-# Below this sum a row or column is too far under its tile's maximum to share it as reference.
-# 1e-12 leaves 26 decades above the smallest normal number to the terms of the sum.
-SMALLEST_SHARED_SUM = tl.constexpr(1e-12)
 # The reference where there is nothing to sum: -inf is infinitely far below it, not NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
@@ -99,8 +96,8 @@ def negatives_only(z, row, col, offset):
 
 
 @triton.jit
-def store_own_pairs(ref_ptr, sum_ptr, z, at, inside, AXIS: tl.constexpr):
-    """Pairs along AXIS, each with its own maximum as reference."""
+def store_pairs(ref_ptr, sum_ptr, z, at, inside, AXIS: tl.constexpr):
+    """Pairs of the rows (AXIS 1) or columns (AXIS 0), each with its own maximum as reference."""
     ref = tl.maximum(tl.max(z, AXIS), LOWEST)
     total = tl.sum(exp_difference(z, tl.expand_dims(ref, AXIS)), AXIS)
     tl.store(ref_ptr + at, ref, mask=inside)
@@ -117,9 +114,8 @@ def statistics_kernel(
 ):  # fmt: skip
     """One tile: row pairs to [column block, M], column pairs to [row block, N], positives to [M].
 
-    One exponential per logit, relative to the tile's maximum, serves rows and columns. Where a
-    row or column lies so far below it that its sum loses accuracy, the tile starts again with
-    a reference for each: recomputing the product is rare and keeps its registers free here.
+    An exponential per logit and direction: one relative to the tile's maximum would serve both,
+    but not where a row or column lies far below it, which of features in clusters most do.
     """
     block_m, block_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -134,33 +130,10 @@ def statistics_kernel(
     row_in, col_in = row < M, col < N
     row_at = block_n.to(tl.int64) * M + row
     col_at = block_m.to(tl.int64) * N + col
-    if ROWS and COLS:
-        peak = tl.maximum(tl.max(tl.expand_dims(tl.max(z, 1), 1), 0), LOWEST)
-        e = exp_difference(z, peak[None, :])
-        row_sum, col_sum = tl.sum(e, 1), tl.sum(e, 0)
-        tl.store(row_ref_ptr + row_at, tl.broadcast_to(peak, (BLOCK_M,)), mask=row_in)
-        tl.store(row_sum_ptr + row_at, row_sum, mask=row_in)
-        tl.store(col_ref_ptr + col_at, tl.broadcast_to(peak, (BLOCK_N,)), mask=col_in)
-        tl.store(col_sum_ptr + col_at, col_sum, mask=col_in)
-        # Read back after the barrier rather than reduced where they are: Triton before 3.8 fails
-        # to compile a scalar that is reduced from a product on compute capability 10.
-        tl.debug_barrier()
-        row_sum = tl.load(row_sum_ptr + row_at, mask=row_in, other=1.0)
-        col_sum = tl.load(col_sum_ptr + col_at, mask=col_in, other=1.0)
-        smallest = tl.minimum(tl.min(row_sum, 0), tl.min(col_sum, 0))
-        if smallest < SMALLEST_SHARED_SUM:
-            tl.debug_barrier()
-            z = logits_tile(
-                x_ptr, y_ptr, scale_ptr, row, col, M, N, D, stride_x, stride_y,
-                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
-            )  # fmt: skip
-            z = negatives_only(z, row, col, offset)
-            store_own_pairs(row_ref_ptr, row_sum_ptr, z, row_at, row_in, 1)
-            store_own_pairs(col_ref_ptr, col_sum_ptr, z, col_at, col_in, 0)
-    elif ROWS:
-        store_own_pairs(row_ref_ptr, row_sum_ptr, z, row_at, row_in, 1)
-    else:
-        store_own_pairs(col_ref_ptr, col_sum_ptr, z, col_at, col_in, 0)
+    if ROWS:
+        store_pairs(row_ref_ptr, row_sum_ptr, z, row_at, row_in, 1)
+    if COLS:
+        store_pairs(col_ref_ptr, col_sum_ptr, z, col_at, col_in, 0)
 
 
 @triton.jit(do_not_specialize=["parts", "length"])

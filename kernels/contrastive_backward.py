@@ -73,9 +73,8 @@ def gradient_kernel(
         x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
     )  # fmt: skip
-    # An exponential for each direction: one with a common reference would serve both, but the
-    # check that it may, and its fallback, take the registers of the second program that now
-    # shares the multiprocessor and hides the exponentials behind its product.
+    # An exponential for each direction, as in the statistics: no reference serves both wherever
+    # the features lie, and the programs that share a multiprocessor hide them behind a product.
     if ROWS and COLS:
         row_lse = tl.load(row_lse_ptr + tl.minimum(row, M - 1))
         col_lse = tl.load(col_lse_ptr + tl.minimum(col, N - 1))

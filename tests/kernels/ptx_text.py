@@ -11,11 +11,6 @@ _PREDICATE = re.compile(r"^@!?%p\d+\s+")
 _REGISTER = re.compile(r"%\w+")
 
 
-def count(ptx: str, instruction: str) -> int:
-    """How often an instruction stands in the text, its modifiers included or not."""
-    return len(re.findall(rf"^\s*(?:@!?%p\d+\s+)?{re.escape(instruction)}\b", ptx, re.MULTILINE))
-
-
 def blocks_of(ptx: str) -> tuple[list[list[str]], list[list[int]]]:
     """The basic blocks of the one kernel in `ptx`, and the blocks that may follow each of them."""
     body = ptx[ptx.index("{", ptx.index(".entry")) : ptx.rindex("}")]
@@ -37,6 +32,22 @@ def blocks_of(ptx: str) -> tuple[list[list[str]], list[list[int]]]:
         if goes_on:
             following[-1].append(index + 1)
     return blocks, following
+
+
+def loops_of(ptx: str) -> str:
+    """The text of the blocks that a thread may come to again."""
+    blocks, following = blocks_of(ptx)
+
+    def comes_back(start):
+        waiting, seen = list(following[start]), set()
+        while waiting:
+            index = waiting.pop()
+            if index not in seen:
+                seen.add(index)
+                waiting += following[index]
+        return start in seen
+
+    return "\n".join(line for i, block in enumerate(blocks) if comes_back(i) for line in block)
 
 
 def registers_from(blocks: list[list[str]], parameter: int) -> set[str]:

@@ -204,6 +204,31 @@ def test_far_rows_and_columns_do_not_underflow(run_kernel, device, dtype):
     check_gradients(run_kernel, problem, [0.5, 0.5], 1 << 14)
 
 
+def in_classes(rows, width, cosine, dtype, device):
+    """Unit rows of four classes in turn, of which those of one class have about this cosine."""
+    g = torch.Generator().manual_seed(5)
+    centres, noise = (
+        torch.nn.functional.normalize(
+            torch.randn(n, width, generator=g, dtype=torch.float64), dim=1
+        )
+        for n in (4, rows)
+    )
+    mixed = cosine**0.5 * centres[torch.arange(rows) % 4] + (1 - cosine) ** 0.5 * noise
+    return torch.nn.functional.normalize(mixed, dim=1).to(dtype).to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cosine", [0.0, 0.5, 0.9, 1.0])
+def test_features_in_classes(run_kernel, device, dtype, cosine):
+    # At scale 100 logits of one class and of two lie up to 100 apart within every tile; at cosine 1
+    # all features of a class are equal.
+    problem = draw(70, 70, 64, dtype, device, scale=100.0)
+    problem.x.copy_(in_classes(70, 64, cosine, dtype, device))
+    problem.y.copy_(in_classes(70, 64, cosine, dtype, device).roll(4, 0))
+    check_statistics(run_kernel, problem)
+    check_gradients(run_kernel, problem, [0.5, 0.5], 1 << 14)
+
+
 def test_huge_logits(run_kernel, device):
     problem = draw(50, 60, 64, torch.float32, device, scale=400.0, norm=5.0)
     assert problem.logits(torch.float64).abs().max() > 4e3
