@@ -64,10 +64,10 @@ def keys_kernel(
     column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     depth = tl.arange(0, BLOCK_K)
     if slice_ == 0:
-        key_ptr, key_ids_ptr, stride_key = batch_ptr, ids_ptr, stride_batch.to(tl.int64)
+        key_ptr, key_ids_ptr, stride_key = batch_ptr, ids_ptr, tl.cast(stride_batch, tl.int64)
         begin, end = B * 0, B
     else:
-        key_ptr, key_ids_ptr, stride_key = queue_ptr, queue_ids_ptr, stride_queue.to(tl.int64)
+        key_ptr, key_ids_ptr, stride_key = queue_ptr, queue_ids_ptr, tl.cast(stride_queue, tl.int64)
         length = tl.load(length_ptr).to(tl.int32)
         step = tl.cdiv(tl.cdiv(length, SLICES - 1), BLOCK_N) * BLOCK_N
         begin = tl.minimum((slice_ - 1) * step, length)

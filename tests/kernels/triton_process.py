@@ -61,3 +61,10 @@ def ptx_of(name: str, capability: int) -> str:
 
     (case,) = (c for c in aot.all_cases() if (c.name, c.capability) == (name, capability))
     return aot.binary_of(case).asm["ptx"]
+
+
+def compile_launches(call: str, sizes: str):
+    """See `specialised_launches`, which only a child process that compiles can import in full."""
+    import specialised_launches
+
+    return specialised_launches.compile_launches(call, sizes)
