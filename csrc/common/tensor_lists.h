@@ -10,9 +10,11 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
+#include "shared_bytes.h"
 #include "tensor_table.h"
 
 namespace fastvlp {
@@ -143,7 +145,7 @@ inline TableEntry entry_of(const std::vector<TensorList>& given, size_t i, Geome
 }
 
 // Two entries may share what they write only by being the same in every list (tied parameters):
-// the second one is dropped. Entries with gaps are compared by their first address alone.
+// the second one is dropped.
 inline void drop_tied(const std::vector<TensorList>& given, std::vector<TableEntry>& entries,
                       const std::vector<Geometry>& geometries) {
   std::unordered_map<void*, const TableEntry*> seen;
@@ -174,46 +176,78 @@ inline void drop_tied(const std::vector<TensorList>& given, std::vector<TableEnt
   entries = std::move(kept);
 }
 
-struct Range {
-  uintptr_t begin, end;
-  size_t list;
+// A tensor of an entry, and its place in the lists.
+struct Place {
+  View view;
+  uintptr_t end;
+  Element element;
   int32_t index;
+  size_t list;
   bool written;
 };
 
-// Nothing written may overlap anything else: chunks run in any order. A tensor that stands twice in
-// one entry (a source that is its own momentum) is read and written element by element, which is
-// safe. Views with gaps are not compared: their ranges interleave.
-inline void check_apart(const std::vector<TensorList>& given,
-                        const std::vector<TableEntry>& entries) {
-  std::vector<Range> ranges;
+inline View view_of(const TableEntry& entry, const std::vector<Geometry>& geometries, size_t list) {
+  const int64_t bytes = bytes_of(entry.element[list]);
+  View view = {reinterpret_cast<uintptr_t>(entry.data[list]), bytes, 1, {entry.numel}, {bytes}};
+  if (entry.geometry < 0) return view;
+  const Geometry& geometry = geometries[entry.geometry];
+  view.dims = geometry.dims;
+  for (int d = 0; d < view.dims; ++d) {
+    view.sizes[d] = geometry.sizes[d];
+    view.strides[d] = geometry.strides[list][d] * bytes;
+  }
+  return view;
+}
+
+inline bool same_view(const View& a, const View& b) {
+  return a.first == b.first && a.element == b.element && a.dims == b.dims &&
+         std::equal(a.sizes, a.sizes + a.dims, b.sizes) &&
+         std::equal(a.strides, a.strides + a.dims, b.strides);
+}
+
+// The tensors of all entries by address. One that stands twice in its entry and is written once (a
+// source that is its own momentum) is read and written element by element, which is safe: it is one.
+inline std::vector<Place> places_of(const std::vector<TensorList>& given,
+                                    const std::vector<TableEntry>& entries,
+                                    const std::vector<Geometry>& geometries) {
+  std::vector<Place> places;
   for (const TableEntry& entry : entries) {
-    if (entry.geometry >= 0) continue;
-    const size_t own = ranges.size();
+    const size_t own = places.size();
     for (size_t l = 0; l < given.size(); ++l) {
       if (entry.data[l] == nullptr) continue;
-      const auto begin = reinterpret_cast<uintptr_t>(entry.data[l]);
-      const uintptr_t end = begin + entry.numel * bytes_of(entry.element[l]);
-      auto same = std::find_if(ranges.begin() + own, ranges.end(), [&](const Range& r) {
-        return r.begin == begin && r.end == end && entry.element[r.list] == entry.element[l] &&
-               !(r.written && given[l].written);
+      const View view = view_of(entry, geometries, l);
+      auto same = std::find_if(places.begin() + own, places.end(), [&](const Place& p) {
+        return same_view(p.view, view) && p.element == entry.element[l] &&
+               !(p.written && given[l].written);
       });
-      if (same != ranges.end())
+      if (same != places.end())
         same->written = same->written || given[l].written;
       else
-        ranges.push_back({begin, end, l, entry.index, given[l].written});
+        places.push_back(
+            {view, view.end(), entry.element[l], entry.index, l, given[l].written});
     }
   }
-  std::sort(ranges.begin(), ranges.end(),
-            [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  const Range *any = nullptr, *written = nullptr;  // of those before, the one that ends last
-  for (const Range& r : ranges) {
-    const Range* other = r.written ? any : written;
-    STD_TORCH_CHECK(other == nullptr || r.begin >= other->end, given[r.list].name, "[", r.index,
-                    "]: overlaps ", given[other ? other->list : 0].name, "[",
-                    other ? other->index : 0, "], and one of them is written");
-    if (any == nullptr || r.end > any->end) any = &r;
-    if (r.written && (written == nullptr || r.end > written->end)) written = &r;
+  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) {
+    return std::tie(a.view.first, a.end, a.index, a.list) <
+           std::tie(b.view.first, b.end, b.index, b.list);
+  });
+  return places;
+}
+
+// Nothing written may share a byte with anything else: chunks run in any order.
+inline void check_apart(const std::vector<TensorList>& given,
+                        const std::vector<TableEntry>& entries,
+                        const std::vector<Geometry>& geometries) {
+  std::vector<Place> before;  // that reach to the present place
+  for (const Place& place : places_of(given, entries, geometries)) {
+    before.erase(std::remove_if(before.begin(), before.end(),
+                                [&](const Place& p) { return p.end <= place.view.first; }),
+                 before.end());
+    for (const Place& other : before)
+      STD_TORCH_CHECK(!(place.written || other.written) || !share_bytes(place.view, other.view),
+                      given[place.list].name, "[", place.index, "]: overlaps ",
+                      given[other.list].name, "[", other.index, "], and one of them is written");
+    before.push_back(place);
   }
 }
 
@@ -237,7 +271,7 @@ inline HostTable build(const std::vector<TensorList>& given, int64_t chunk_eleme
   }
   if (std::any_of(given.begin(), given.end(), [](const TensorList& l) { return l.written; })) {
     drop_tied(given, table.entries, table.geometries);
-    check_apart(given, table.entries);
+    check_apart(given, table.entries, table.geometries);
   }
   for (size_t e = 0; e < table.entries.size(); ++e) {
     TableEntry& entry = table.entries[e];

@@ -4,7 +4,9 @@ Two places of the lists may share what they write only by being the same tensor 
 parameters); they are updated once. Nothing else that is written may overlap anything.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -50,10 +52,6 @@ def _sorted_strides(t: torch.Tensor) -> list[tuple[int, int]]:
     return sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
 
 
-def _extent(t: torch.Tensor) -> int:
-    return 1 + sum(stride * (size - 1) for stride, size in _sorted_strides(t))
-
-
 def _lies_on_itself(t: torch.Tensor) -> bool:
     extent = 1
     for stride, size in _sorted_strides(t):
@@ -63,32 +61,97 @@ def _lies_on_itself(t: torch.Tensor) -> bool:
     return False
 
 
-def _ranges(given: Lists, read: Sequence[str], kept: list[int]) -> Iterator[tuple]:
-    """(begin, end, written, name) of each piece of memory; none of places with gaps or of unlike
-    strides, as in the kernels, because the ranges of such views may interleave."""
+def _lie_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are the same elements in the same order."""
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return (
+        a.data_ptr() == b.data_ptr()
+        and a.dtype == b.dtype
+        and all(ours == theirs for size, ours, theirs in pairs if size > 1)
+    )
+
+
+class _Place(NamedTuple):
+    """A tensor of a row and where it lies: from address `begin` up to `end`."""
+
+    begin: int
+    end: int
+    row: int
+    column: int
+    written: bool
+    tensor: torch.Tensor
+
+
+def _places(given: Lists, read: Sequence[str], kept: list[int]) -> Iterator[_Place]:
+    """The tensors of each row. One that stands twice in its row and is written once (a tensor and
+    its own source) is read and written element by element, which is safe: it is one."""
     for at in kept:
-        row = {name: tensors[at] for name, tensors in given.items()}
-        unlike = len({tuple(_sorted_strides(t)) for t in row.values()}) > 1
-        if unlike or any(_extent(t) != t.numel() for t in row.values()):
-            continue
-        own: dict[tuple, tuple[bool, str]] = {}
-        for name, t in row.items():
-            written = name not in read
-            key = t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), t.dtype
-            if key in own and not (own[key][0] and written):  # a tensor and its own source
-                written = written or own[key][0]
-            elif key in own:
-                yield (*key[:2], written, f"{name}[{at}]")
-            own[key] = written, f"{name}[{at}]"
-        yield from ((*key[:2], *found) for key, found in own.items())
+        own: list[_Place] = []
+        for column, (name, tensors) in enumerate(given.items()):
+            t, written = tensors[at], name not in read
+            twice = [
+                i for i, other in enumerate(own)
+                if _lie_alike(other.tensor, t) and not (other.written and written)
+            ]  # fmt: skip
+            if twice:
+                i = twice[0]
+                own[i] = own[i]._replace(written=own[i].written or written)
+                continue
+            reach = 1 + sum(stride * (size - 1) for stride, size in _sorted_strides(t))
+            end = t.data_ptr() + reach * t.element_size()
+            own.append(_Place(t.data_ptr(), end, at, column, written, t))
+        yield from own
 
 
 def _check_apart(given: Lists, read: Sequence[str], kept: list[int]) -> None:
-    last = last_written = (0, "")
-    for begin, end, written, name in sorted(_ranges(given, read, kept)):
-        other = last if written else last_written
-        if begin < other[0]:
-            raise RuntimeError(f"{name}: overlaps {other[1]}, and one of them is written")
-        last = max(last, (end, name))
-        if written:
-            last_written = max(last_written, (end, name))
+    names = list(given)
+    before: list[_Place] = []  # that reach to the present place
+    for place in sorted(_places(given, read, kept), key=lambda place: place[:4]):
+        before = [other for other in before if other.end > place.begin]
+        for other in before:
+            if (place.written or other.written) and share_bytes(place.tensor, other.tensor):
+                raise RuntimeError(
+                    f"{names[place.column]}[{place.row}]: overlaps "
+                    f"{names[other.column]}[{other.row}], and one of them is written"
+                )
+        before.append(place)
+
+
+def share_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether an element of `a` and one of `b` share a byte, exactly: views may interleave.
+
+    The distances from elements of `a` to elements of `b` are the distance of the first ones plus a
+    sum of stride * x with whole x between bounds; equal strides of both are one term.
+    """
+    bounds: dict[int, tuple[int, int]] = {}
+    for t, backwards in ((a, True), (b, False)):
+        for stride, size in _sorted_strides(t):
+            least, most = bounds.get(stride * t.element_size(), (0, 0))
+            bounds[stride * t.element_size()] = (
+                (least - size + 1, most) if backwards else (least, most + size - 1)
+            )
+    terms = [(stride, *bounds[stride]) for stride in sorted(bounds, reverse=True) if stride]
+    # Of the sum of terms k and after: its bounds, and what divides it.
+    rest = [(0, 0, 0)]
+    for stride, least, most in reversed(terms):
+        low, high, divisor = rest[0]
+        rest.insert(0, (low + stride * least, high + stride * most, math.gcd(divisor, stride)))
+
+    def reaches(k: int, distance: int) -> bool:
+        least, most = 1 - b.element_size() - distance, a.element_size() - 1 - distance
+        low, high, divisor = rest[k]
+        if high < least or low > most:
+            return False
+        if k == len(terms):
+            return True
+        if most // divisor * divisor < least:
+            return False
+        stride, fewest, greatest = terms[k]
+        low, high, _ = rest[k + 1]
+        first, last = -((high - least) // stride), (most - low) // stride
+        return any(
+            reaches(k + 1, distance + x * stride)
+            for x in range(max(first, fewest), min(last, greatest) + 1)
+        )
+
+    return reaches(0, b.data_ptr() - a.data_ptr())
