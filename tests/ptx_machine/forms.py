@@ -94,6 +94,9 @@ class Decoder:
     # Addresses of the kernel's variables by name, as (space, address).
     symbols: dict[str, tuple[str, int]]
     used: set[int] = field(default_factory=set)
+    # Slots of the registers that the instruction reads and writes.
+    reads: set[int] = field(default_factory=set)
+    writes: set[int] = field(default_factory=set)
 
     def error(self, reason: str) -> UnknownForm:
         line, text = self.instruction.line, self.instruction.text
@@ -147,6 +150,29 @@ class Decoder:
             raise self.error(f"operand {i + 1} must be a vector of {counts} elements")
         return vector.elements
 
+    def fragment(self, i: int, counts: tuple[int, ...]) -> Source:
+        """A function that reads a vector of 32-bit registers as values [lanes, registers]."""
+        elements = self.elements(i, counts)
+        readers = [self.reader(element, "b32") for element in elements]
+
+        def read(lanes):
+            values = np.empty((lanes.count, len(readers)), np.uint32)
+            for j, reader in enumerate(readers):
+                values[:, j] = reader(lanes)
+            return values
+
+        return read
+
+    def fragment_writer(self, i: int, counts: tuple[int, ...]) -> Destination:
+        """The same for writing; a vector that is read too is read first."""
+        writers = [self.writer(element, "b32") for element in self.elements(i, counts)]
+
+        def write(lanes, values):
+            for j, writer in enumerate(writers):
+                writer(lanes, values[:, j])
+
+        return write
+
     def constant(self, i: int, choices=None) -> int:
         """An integer constant, one of `choices` if those are given."""
         found = self.operand(i)
@@ -180,6 +206,7 @@ class Decoder:
         slot, name, dtype = operand.slot, operand.name, dtype_of(kind)
         plain = dtype is UNSIGNED[BITS[kind]]
         line = self.instruction.line
+        self.reads.add(slot)
 
         def read(lanes):
             register = lanes.registers[slot]
@@ -221,6 +248,7 @@ class Decoder:
         if BITS[operand.type] != BITS[kind]:
             raise self.error(f"{operand.name} is {operand.type}, written as {kind}")
         slot, dtype = operand.slot, UNSIGNED[BITS[kind]]
+        self.writes.add(slot)
 
         def write(lanes, values):
             if values.dtype != dtype:

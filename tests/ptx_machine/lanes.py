@@ -97,6 +97,13 @@ class Lanes:
         return bool(((first % WARP == 0) & (self.index[WARP - 1 :: WARP] == first + 31)).all())
 
     @cached_property
+    def warpgroups(self) -> np.ndarray:
+        """[G, 128]: the positions (not slots) of the lanes of each warpgroup in their order."""
+        layout, slots = self.batch.layout, self.slots
+        order = np.lexsort((layout.thread[slots], layout.block[slots]))
+        return order.reshape(-1, 4 * WARP)
+
+    @cached_property
     def warp_starts(self) -> np.ndarray:
         """Positions (not slots) at which a new warp begins."""
         number = self.slots // WARP

@@ -7,6 +7,7 @@ from .errors import ProgramError
 from .lanes import WARP, Lanes, Layout
 from .memory import WINDOWS, GlobalMemory, ParameterMemory, SharedMemory
 from .observer import Access, Observer
+from .pending import Pending
 from .program import Program, Step
 from .schedule import Schedule
 
@@ -74,6 +75,7 @@ class Batch:
             "shared": self.shared,
             "param": ParameterMemory(parameters),
         }
+        self.pending = {kind: Pending(self, kind) for kind in ("cp.async", "wgmma", "bulk")}
         self.observers: tuple[Observer, ...] = ()
         self._special: dict[str, np.ndarray] = {}
 
@@ -105,8 +107,19 @@ class Batch:
         for observer in self.observers:
             observer.synchronizes(step, lanes)
 
+    def completed(self, access: Access, done: np.ndarray) -> None:
+        for observer in self.observers:
+            observer.completes(access, done)
+
+    def fenced(self, fence: str, lanes: Lanes) -> None:
+        for observer in self.observers:
+            observer.fences(fence, lanes)
+
     def ends(self, lanes: Lanes) -> None:
-        """`lanes` have ended."""
+        """`lanes` have ended: what they never waited for takes effect."""
+        for pending in self.pending.values():
+            pending.commit(lanes)
+            pending.wait(lanes, 0)
 
     def where(self, step: Step) -> str:
         instruction = step.instruction

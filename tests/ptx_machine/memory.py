@@ -53,6 +53,13 @@ class Places:
             values[rows] = table[offsets // (dtype.itemsize * count)]
         return values
 
+    def load_bytes(self, size: int) -> np.ndarray:
+        """[n, size] bytes, for accesses that are not aligned to their size."""
+        values = np.empty((len(self.positions), size), np.uint8)
+        for rows, allocation, offsets in self.pieces:
+            values[rows] = allocation.bytes[offsets[:, None] + np.arange(size)]
+        return values
+
     def store(self, values: np.ndarray) -> None:
         """Write values [n, count]; of lanes that write one place the last one wins."""
         count = values.shape[1]
@@ -102,8 +109,11 @@ class GlobalMemory:
         found = self.allocations[at] if at >= 0 else None
         return found if found and address < found.end else None
 
-    def locate(self, lanes, addresses: np.ndarray, size: int, what: str) -> Places:
-        _check_alignment(lanes, addresses, size, what)
+    def locate(
+        self, lanes, addresses: np.ndarray, size: int, what: str, align: int | None = None
+    ) -> Places:
+        """Where `size` bytes at each address lie, which must be multiples of `align` (or size)."""
+        _check_alignment(lanes, addresses, align or size, what)
         low, high = int(addresses.min()), int(addresses.max())
         allocation = self.find(low)
         if allocation is not None and high + size <= allocation.end:
@@ -149,15 +159,15 @@ class SharedMemory:
     def locate(self, lanes, addresses: np.ndarray, size: int, what: str) -> Places:
         return self.locate_in(lanes, lanes.block, addresses, size, what)
 
-    def locate_in(self, lanes, block, addresses, size: int, what: str) -> Places:
-        """Places for addresses [n] within the blocks [n]."""
-        _check_alignment(lanes, addresses, size, what)
+    def locate_in(self, lanes, block, addresses, size: int, what: str, rows=None) -> Places:
+        """Places for addresses [n] within the blocks [n]; rows [n] are the lanes they belong to."""
+        _check_alignment(lanes, addresses, size, what, rows)
         offsets = addresses.astype(np.int64) - SHARED_BASE
         if offsets.min() < 0 or offsets.max() + size > self.size:
             at = int(np.flatnonzero((offsets < 0) | (offsets + size > self.size))[0])
             raise ProgramError(
                 f"{what}: {size} bytes at {offsets[at]} lie outside the {self.size} bytes of "
-                f"shared memory ({lanes.name(at)})"
+                f"shared memory ({lanes.name(at if rows is None else int(rows[at]))})"
             )
         positions = offsets + block * self.stride
         return Places(positions, [(slice(None), self.buffer, positions)])
@@ -178,11 +188,11 @@ class ParameterMemory:
         return Places(offsets, [(slice(None), Allocation("parameters", 0, self.data), offsets)])
 
 
-def _check_alignment(lanes, addresses: np.ndarray, size: int, what: str) -> None:
+def _check_alignment(lanes, addresses, size: int, what: str, rows=None) -> None:
     stray = addresses & addresses.dtype.type(size - 1)
     if stray.any():
         at = int(np.flatnonzero(stray)[0])
         raise ProgramError(
             f"{what}: address {int(addresses[at]):#x} is no multiple of {size} bytes "
-            f"({lanes.name(at)})"
+            f"({lanes.name(at if rows is None else int(rows[at]))})"
         )

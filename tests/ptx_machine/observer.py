@@ -20,10 +20,13 @@ class Access:
     """One memory access of an instruction, by the lanes that make it.
 
     space: "global", "shared" or "param". kind: "read", "write" or "atomic". positions [n] are
-    flat in the space (see `memory`), addresses [n] as the program computed them, width is bytes a
-    lane, values [n, ...] what a write stores. An asynchronous access has not happened when its
-    instruction ends: `asynchronous` names how it runs ("cp.async", "wgmma", "bulk"), and
-    `proxy` says through which proxy it goes ("generic" or "async").
+    flat in the space (see `memory`), addresses [n] as the program computed them, width is bytes
+    each, values [n, ...] what a write stores, where that is known. rows [n] says which of the
+    lanes makes each of them; None where it is one for each lane, in their order.
+
+    An asynchronous access has not happened when its instruction ends: `asynchronous` names what
+    it is waited for with ("cp.async", "wgmma", "bulk", "mbarrier"). `proxy`: through which proxy
+    it goes ("generic" or "async").
     """
 
     instruction: Instruction
@@ -34,6 +37,7 @@ class Access:
     addresses: np.ndarray
     width: int
     values: np.ndarray | None = None
+    rows: np.ndarray | None = None
     asynchronous: str | None = None
     proxy: str = "generic"
 
@@ -53,11 +57,11 @@ class Observer:
     def accesses(self, access: Access) -> None:
         """An access to memory, before it takes effect."""
 
-    def completes(self, access: Access, lanes: Lanes, rows: np.ndarray) -> None:
-        """`lanes` waited for an asynchronous access: its rows [m] among its lanes are done."""
+    def completes(self, access: Access, done: np.ndarray) -> None:
+        """Those of the access's lanes for which done [lanes] is true have waited for it."""
 
     def synchronizes(self, step: "Step", lanes: Lanes) -> None:
         """`lanes` leave a barrier of their block (or warp) together."""
 
-    def fences(self, step: "Step", lanes: Lanes) -> None:
-        """`lanes` execute a fence between proxies."""
+    def fences(self, fence: str, lanes: Lanes) -> None:
+        """`lanes` execute a fence: "proxy.async" or "wgmma"."""

@@ -7,8 +7,10 @@ import numpy as np
 
 from . import (  # noqa: F401  (each registers its instruction forms)
     conversions,
+    copy_instructions,
     floats,
     integers,
+    matrix_instructions,
     memory_instructions,
     moves,
     warp_instructions,
@@ -29,6 +31,9 @@ class Step:
     pipe: str
     operation: Operation | None
     control: Control | None
+    # Slots of registers.
+    reads: frozenset[int]
+    writes: frozenset[int]
 
 
 class Program:
@@ -82,7 +87,10 @@ class Program:
         control = made if isinstance(made, Branch | Exit | Barrier | WarpBarrier) else None
         guard = instruction.guard.slot if instruction.guard else None
         operation = None if control else made
-        return Step(instruction, guard, form.scope, form.pipe, operation, control)
+        reads, writes = frozenset(decoder.reads), frozenset(decoder.writes)
+        return Step(
+            instruction, guard, form.scope, form.pipe, operation, control, reads, writes
+        )  # fmt: skip
 
     def pack(self, values: list) -> np.ndarray:
         """The parameter block for Python values: ints, floats, or bytes for structures."""

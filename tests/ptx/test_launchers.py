@@ -1,0 +1,70 @@
+"""Each op through its launchers, compiled for two GPUs and executed as PTX, against float64.
+
+The checks are those of the interpreted kernels. Sizes cross a tile in every direction.
+"""
+
+import pytest
+import test_contrastive_interpreter as contrastive
+import test_cross_attention_interpreter as attention
+import test_momentum_contrastive_interpreter as momentum
+import test_soft_cross_entropy_interpreter as soft_cross_entropy
+import test_word_patch_alignment_interpreter as alignment
+import torch
+from momentum_cases import draw as draw_step
+
+CPU = torch.device("cpu")
+pytestmark = [
+    pytest.mark.parametrize("capability", [80, 90]),
+    pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str),
+]
+# Rows, columns, width: ragged, and aligned with more than one step along the width.
+SIZES = pytest.mark.parametrize("m, n, width", [(150, 170, 40), (140, 130, 128)])
+
+
+def with_overrides(run):
+    """The form in which the attention tests call a kernel."""
+
+    def call(overrides, *args, **kwargs):
+        assert not overrides
+        return run(*args, **kwargs)
+
+    return call
+
+
+@SIZES
+def test_contrastive(run_on_ptx, capability, dtype, m, n, width):
+    run = run_on_ptx(capability)
+    problem = contrastive.draw(m, n, width, dtype, CPU, offset=3)
+    contrastive.check_statistics(run, problem)
+    contrastive.check_gradients(run, problem, [0.3, 0.2], 1 << 16)
+
+
+@SIZES
+def test_sigmoid(run_on_ptx, capability, dtype, m, n, width):
+    problem = contrastive.draw(m, n, width, dtype, CPU, offset=3, bias=-10.0)
+    contrastive.check_sigmoid(run_on_ptx(capability), problem, 1 << 16, weight=0.25)
+
+
+def test_momentum(run_on_ptx, capability, dtype):
+    step = draw_step(33, 100, 72, dtype, CPU, kinds=7)
+    momentum.check(run_on_ptx(capability), step)
+
+
+@pytest.mark.parametrize("queries", [[20, 0, 31], [150, 7]], ids=["fused", "general"])
+def test_attention(run_on_ptx, capability, dtype, queries):
+    problem = attention.draw(
+        queries, [70, 33, 90][: len(queries)], CPU, heads=2, dim=64, dtype=dtype, packed=True,
+        masked=True, causal=True, dropout_p=0.1,
+    )  # fmt: skip
+    attention.check(with_overrides(run_on_ptx(capability)), problem, {})
+
+
+def test_soft_cross_entropy(run_on_ptx, capability, dtype):
+    # Two blocks of 2,048 tokens and a part of a third.
+    drawn = soft_cross_entropy.draw(5, 5001, CPU)
+    soft_cross_entropy.check(run_on_ptx(capability), drawn, dtype)
+
+
+def test_word_patch_alignment(run_on_ptx, capability, dtype):
+    case = alignment.pairs(3, 21, 70, 64, dtype, CPU, masks="holes")
+    alignment.check(run_on_ptx(capability), case, iterations=10)
