@@ -12,7 +12,7 @@ import numpy as np
 
 from .control import Barrier, Branch, Exit, WarpBarrier
 from .errors import ProgramError
-from .lanes import WARP, Lanes
+from .lanes import WARP, Lanes, require_whole_warps
 from .program import Step
 
 
@@ -30,10 +30,11 @@ class Execution:
         self.strands: dict[int, list[Group]] = defaultdict(list)
         self.parked: dict[int, list[Lanes]] = defaultdict(list)
         self.barriers = Barriers(batch.layout)
-        self.ended = np.zeros(batch.layout.size, bool)
+        self.ended = ~batch.layout.exists
 
     def run(self) -> None:
-        self.resume(Lanes(self.batch, slice(0, self.batch.layout.size)), 0)
+        everyone = Lanes(self.batch, slice(0, self.batch.layout.size))
+        self.resume(everyone.where(self.batch.layout.exists), 0)
         while True:
             ready = [strand for strand, groups in self.strands.items() if groups]
             if ready:
@@ -153,6 +154,7 @@ class Execution:
             if isinstance(step.control, WarpBarrier):
                 self.batch.synchronized(step, active)
             else:
+                require_whole_warps(active, self.batch.where(step))
                 step.operation(active)
         self.resume(lanes, at + 1)
 
@@ -185,7 +187,7 @@ class Barriers:
 
     def __init__(self, layout):
         self.layout = layout
-        self.alive = np.full(layout.block_count, layout.warps_per_block * WARP)
+        self.alive = np.full(layout.block_count, layout.threads_per_block)
         # By (block, barrier): arrivals as (step, position of the step, lanes, expected count).
         self.waiting: dict[tuple[int, int], list[tuple[Step, int, Lanes, int | None]]] = {}
 

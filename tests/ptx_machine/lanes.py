@@ -34,6 +34,9 @@ class Layout:
         self.thread = (order.T[:, :, None] * WARP + lane).reshape(-1)
         self.lane = np.broadcast_to(lane, shape).reshape(-1)
         self.strand = np.repeat(np.arange(warps), count * WARP)
+        # The last warp of a block may have fewer threads than lanes.
+        self.threads_per_block = int(np.prod(block_size))
+        self.exists = self.thread < self.threads_per_block
         # [B, W]: the first slot of a warp of a block.
         self.first_slot = np.empty((count, warps), np.int64)
         where = np.arange(count)[:, None]
@@ -51,7 +54,8 @@ class Layout:
         slots = lanes.slots
         part = self.warp[slots] * WARP // size
         key = self.block[slots] * self.warps_per_block + part
-        whole = np.bincount(key)[key] == size
+        threads = np.minimum(size, self.threads_per_block - part * size)
+        whole = np.bincount(key)[key] == threads
         return lanes.where(whole) if whole.any() else Lanes(lanes.batch, slots[:0])
 
     def name(self, slot: int) -> str:

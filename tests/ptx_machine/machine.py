@@ -38,8 +38,6 @@ def launch(
     if block is None or (stated is not None and tuple(block) != stated):
         raise ValueError(f"{program.kernel.name} needs blocks of {stated}, got {block}")
     threads = int(np.prod(block))
-    if threads % WARP:
-        raise ValueError(f"blocks must be whole warps, got {block}")
     for name, array in program.constants.items():
         memory.register_array(name, array)
     shared = program.static_shared + dynamic_shared
@@ -65,7 +63,7 @@ class Batch:
         coordinates = np.stack(
             [numbers % grid[0], numbers // grid[0] % grid[1], numbers // (grid[0] * grid[1])], 1
         )
-        warps = int(np.prod(block)) // WARP
+        warps = -(-int(np.prod(block)) // WARP)
         self.numbers = numbers
         self.layout = Layout(coordinates, schedule.warp_order(numbers, warps), block)
         self.registers: list[np.ndarray | None] = [None] * len(program.kernel.register_types)
