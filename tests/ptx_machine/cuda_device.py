@@ -1,0 +1,133 @@
+"""A GPU for the operators of csrc/cuda that is not there: their launches run as PTX.
+
+`CudaDevice` calls the operators of `cuda_library` and runs what they launch on the machine, with
+the launch's own grid, block, shared memory and arguments. The kernels may touch the tensors of the
+call and the memory that the host code makes; of the latter only what has been written is read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from . import cuda_library, machine, parser
+from .memory import GlobalMemory
+from .observer import Observer
+from .program import Program
+from .schedule import Schedule
+
+
+@dataclass
+class _Storage:
+    """The memory of a tensor. written [bytes] marks what has a value; None: all of it."""
+
+    name: str
+    alive: StorageWeakRef
+    start: int
+    size: int
+    written: np.ndarray | None
+
+
+@dataclass
+class CudaDevice:
+    """`CudaDevice(90).call("ema_update", ...)`: an operator on CPU tensors, its kernels as PTX.
+
+    observers: called once for each launch, gives the observers of its execution. launches: the
+    kernels so far, by name, grid and observers.
+    """
+
+    target: int
+    schedule: Schedule = field(default_factory=Schedule)
+    observers: Callable[[], tuple[Observer, ...]] = tuple
+    launches: list[tuple[str, tuple[int, int, int], tuple[Observer, ...]]] = field(
+        default_factory=list
+    )
+
+    def call(self, name: str, *arguments):
+        """torch.ops.fastvlp_ptx.<name>(*arguments)."""
+        given = [
+            _storage(f"argument {i}", tensor)
+            for i, argument in enumerate(arguments)
+            for tensor in _tensors(argument)
+        ]
+
+        def run(launch: cuda_library.Launch) -> None:
+            self._run(launch, given)
+
+        return cuda_library.load().call(name, arguments, run, _host_memory.filled)
+
+    def _run(self, launch: cuda_library.Launch, given: Iterable[_Storage]) -> None:
+        program = _program(self.target, launch.kernel)
+        values = [
+            ctypes.string_at(at, parameter.bytes)
+            for at, parameter in zip(launch.arguments, program.kernel.parameters, strict=False)
+        ]
+        memory = GlobalMemory()
+        for storage in (*given, *_host_memory.live()):
+            if storage.size:
+                found = memory.register(storage.name, storage.start, storage.size)
+                found.written = storage.written
+        observers = self.observers()
+        self.launches.append((launch.kernel, launch.grid, observers))
+        machine.launch(
+            program, launch.grid, program.pack(values), memory, block=launch.block,
+            dynamic_shared=launch.shared_bytes, schedule=self.schedule, observers=observers,
+        )  # fmt: skip
+
+
+class _HostMemory:
+    """What the host code of the operators has made and not freed. Some of it, the tables of
+    tensors, outlives a call, and is the same for every device."""
+
+    def __init__(self) -> None:
+        self._storages: list[_Storage] = []
+
+    def filled(self, tensor: torch.Tensor, written: bool) -> None:
+        storage = _storage("scratch memory", tensor)
+        if not written:
+            storage.written = np.zeros(storage.size, bool)
+            self._storages.append(storage)
+        for known in self._storages:
+            if written and known.start == storage.start and not known.alive.expired():
+                known.written = None
+
+    def live(self) -> list[_Storage]:
+        self._storages = [storage for storage in self._storages if not storage.alive.expired()]
+        return self._storages
+
+
+_host_memory = _HostMemory()
+
+
+def _tensors(argument) -> list[torch.Tensor]:
+    if isinstance(argument, torch.Tensor):
+        return [argument]
+    return [t for t in argument if isinstance(t, torch.Tensor)] if _is_list(argument) else []
+
+
+def _is_list(argument) -> bool:
+    return isinstance(argument, list | tuple)
+
+
+def _storage(name: str, tensor: torch.Tensor) -> _Storage:
+    held = tensor.untyped_storage()
+    return _Storage(name, StorageWeakRef(held), held.data_ptr(), held.nbytes(), None)
+
+
+@cache
+def _kernels(target: int) -> dict[str, parser.Kernel]:
+    kernels = {}
+    for text in cuda_library.load().ptx[target]:
+        kernels |= parser.parse(text).kernels
+    return kernels
+
+
+@cache
+def _program(target: int, kernel: str) -> Program:
+    return Program(_kernels(target)[kernel])
