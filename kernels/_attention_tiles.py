@@ -39,7 +39,7 @@ def key_base(
 @triton.jit
 def tile_pointers(base, start, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """64 bits for the start of a tile, 32 within it: half the registers."""
-    first = base + tl.to_tensor(start).to(tl.int64) * stride
+    first = base + tl.cast(start, tl.int64) * stride
     return first + (tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, WIDTH)[None, :])
 
 

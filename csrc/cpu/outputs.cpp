@@ -1,20 +1,12 @@
 #include "outputs.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <algorithm>
 #include <functional>
 #include <numeric>
 #include <vector>
 
+#include "../common/stable_abi.h"
 #include "buffers.h"
-
-// In libtorch from 2.11 on; weak, so that the library loads with 2.10 as well.
-extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
-    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
-    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* out, int32_t layout,
-    const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
-    void (*deleter)(void* data, void* context), void* context);
 
 namespace fastvlp {
 namespace {

@@ -1,7 +1,6 @@
 // The CUDA passes of the contrastive losses as operators: argument checks, scratch memory, the
 // current stream.
 #define USE_CUDA  // for aoti_torch_get_current_cuda_stream
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,6 +8,7 @@
 
 #include <string>
 
+#include "../common/stable_abi.h"
 #include "contrastive.h"
 
 namespace fastvlp::cuda {

@@ -1,6 +1,5 @@
 // The multi-tensor operators on CUDA tensors: tables kept in device memory, the current stream.
 #define USE_CUDA  // for aoti_torch_get_current_cuda_stream
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "../common/ema_lists.h"
+#include "../common/stable_abi.h"
 #include "ema.h"
 
 namespace fastvlp::cuda {

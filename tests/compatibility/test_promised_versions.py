@@ -1,0 +1,63 @@
+"""The sources keep to what torch 2.10 and Triton 3.6 have, whatever version is installed.
+
+`python tests/compatibility/check_versions.py` compiles everything with the versions themselves.
+"""
+
+import shutil
+import subprocess
+
+import promised_names as names
+import pytest
+
+from fastvlp import _native
+
+CSRC = [p for p in (names.ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu"}]
+KERNELS = sorted((names.ROOT / "kernels").glob("*.py"))
+# Symbols of torch's C++ classes and functions, which change from one version to the next.
+CPP_OF_TORCH = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "_ZNK5torch")
+
+
+def newer(used, has):
+    return {name: sorted(places) for name, places in used.items() if name not in has}
+
+
+def test_native_code_names_what_the_oldest_torch_has():
+    has = names.read_list(names.TORCH_LIST) | names.shim_names()
+    used = names.torch_names_used(p for p in CSRC if p != names.SHIM)
+    assert newer(used, has) == {}, "torch 2.10 lacks these; define them in common/stable_abi.h"
+    assert {"::Tensor", "STD_TORCH_CHECK", "torch/csrc/stable/library.h"} <= used.keys()
+
+
+def test_what_the_shim_defines_is_used_through_it():
+    for path in CSRC:
+        if path != names.SHIM and names.torch_names_used([path]).keys() & names.shim_names():
+            assert names.SHIM.name in path.read_text(), f"{path} must include {names.SHIM.name}"
+
+
+def test_the_shim_defines_only_what_the_oldest_torch_lacks():
+    has = names.read_list(names.TORCH_LIST)
+    assert not names.shim_names() & has
+    assert newer(names.torch_names_used([names.SHIM]), has).keys() == names.shim_names()
+
+
+@pytest.mark.parametrize("name", ["_C", *(["_C_cuda"] if _native._library("_C_cuda") else [])])
+def test_the_libraries_need_only_what_the_oldest_torch_exports(name):
+    """What headers newer than 2.10 call must not depend on the version they belong to."""
+    listed = subprocess.run(
+        [shutil.which("nm"), "-D", "--undefined-only", _native._library(name)],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    needed = [line.split()[-2:] for line in listed.splitlines()]
+    of_torch = {
+        symbol for kind, symbol in needed
+        if kind == "U" and symbol.startswith(("aoti_torch_", "torch_", *CPP_OF_TORCH))
+    }  # fmt: skip
+    assert of_torch - names.read_list(names.TORCH_LIST) == set()
+    assert "torch_call_dispatcher" in of_torch
+
+
+def test_kernels_name_what_the_oldest_triton_has():
+    has = names.read_list(names.TRITON_LIST)
+    used = names.triton_names_used(KERNELS)
+    assert newer(used, has) == {}, "Triton 3.6 lacks these"
+    assert {"tl.dot", "triton.cdiv", ".to"} <= used.keys()
