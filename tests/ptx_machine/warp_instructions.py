@@ -105,10 +105,11 @@ def _reduce(d: Decoder):
     return operation
 
 
-@form("match.sync", pipe="alu", scope="warp")
+@form("match", pipe="alu", scope="warp")
 def _match(d: Decoder):
     """The lanes that hold the same value (.any), or all lanes if all do (.all)."""
     mode = d.need("any", "all")
+    d.need("sync")
     kind = d.need("b32", "b64")
     write, write_all = d.pair(0, "b32")
     a = d.source(1, kind)
