@@ -73,7 +73,9 @@ def sample_keys(seed: int, indices: torch.Tensor) -> torch.Tensor:
         seed: any integer; of a run, or of a run and an epoch.
         indices: integers, any shape: numbers that tell the samples apart.
     """
-    mixed_seed = _mix(torch.tensor(_signed(seed), device=indices.device) + _GOLDEN)
+    # Filled on the device: a copy from the host would wait for it.
+    number = torch.full((), _signed(seed), dtype=torch.int64, device=indices.device)
+    mixed_seed = _mix(number + _GOLDEN)
     return _mix(mixed_seed + _GOLDEN * (indices.long() + 1))
 
 

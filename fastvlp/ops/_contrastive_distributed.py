@@ -84,7 +84,7 @@ def _gather(x, y, scale, shards, rows, cols, comm_dtype, gradients, workspace_by
     weight = direction_weight(shards, rows, cols)
     row_lse = log_sum_exp(row_negatives, positive)
     col_lse = log_sum_exp(col_negatives, positives.rows(slice(None))) if cols else col_negatives
-    common = positive_gradient(*own_negatives, positive, weight), scale.new_tensor([weight, weight])
+    common = positive_gradient(*own_negatives, positive, weight), scale.new_full((2,), weight)
     dx, dscale = Sum(), Sum()
     outgoing = [y.new_empty(0, y.shape[1]) for _ in shards.sizes]
     for other, (begin, which) in zip(others, groups, strict=True):

@@ -30,9 +30,9 @@ class KeptLogits:
                 {n: make_plan(len(x), n, x.shape[1], x.dtype, share, keep) for n in columns}
             )
         sizes = [max(p.kept_floats(n) for n, p in plans.items()) for plans in self._plans]
-        self._lease = Lease(sum(sizes))
-        # On a GPU nothing is kept: no floats move.
-        self._pieces = self._lease.floats.to(x.device).split(sizes)
+        self._lease = Lease(sum(sizes)) if x.device.type == "cpu" else None  # a GPU keeps nothing
+        floats = x.new_empty(0, dtype=torch.float32) if self._lease is None else self._lease.floats
+        self._pieces = floats.split(sizes)
 
     def slot(self, index: int, columns: int) -> tuple[Plan, torch.Tensor]:
         """How to cut a part with so many columns, and where its logits stay."""
@@ -42,7 +42,8 @@ class KeptLogits:
     def give_back(self) -> None:
         """Lets the next step have the workspace."""
         self._pieces = ()
-        self._lease.give_back()
+        if self._lease is not None:
+            self._lease.give_back()
 
 
 class Part:

@@ -76,7 +76,7 @@ class _SoftmaxRing:
         weight = direction_weight(self.shards, self.rows, self.cols)
         common = (
             positive_gradient(self.row_negatives, self.col_negatives, self.positive, weight),
-            self.scale.new_tensor([weight, weight]),
+            self.scale.new_full((2,), weight),
         )
         row_lse = log_sum_exp(self.row_negatives, self.positive)
         own_col_lse = log_sum_exp(self.col_negatives, self.positive)
