@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ..distributed import Shards, agree, group_device, resolve
 from ._contrastive_distributed import COMM_DTYPES, SCHEDULES, softmax_shares
 from ._contrastive_ring import sigmoid_shares
+from ._implement import without_autocast
 from ._saved_gradients import scaled_gradients
 
 DIRECTIONS = ("both", "image_to_text", "text_to_image")
@@ -31,6 +32,7 @@ def _shards(call, x, values, group, comm_dtype, gradients, workspace_bytes, **op
 
 
 @torch.library.custom_op("fastvlp::contrastive_distributed", mutates_args=())
+@without_autocast
 def contrastive_distributed(
     x: torch.Tensor,
     y: torch.Tensor,
@@ -67,6 +69,7 @@ def _(x, y, scale, group_name, direction, schedule, comm_dtype, gradients, *_):
 
 
 @torch.library.custom_op("fastvlp::sigmoid_contrastive_distributed", mutates_args=())
+@without_autocast
 def sigmoid_contrastive_distributed(
     x: torch.Tensor,
     y: torch.Tensor,

@@ -9,6 +9,7 @@ import torch
 from .. import _native
 from . import _contrastive_cuda
 from ._dispatch import choose
+from ._implement import implement
 from ._saved_gradients import SECOND_DERIVATIVE
 
 
@@ -143,7 +144,7 @@ def register() -> None:
         ),
     ):
         torch.library.register_fake(f"fastvlp::{name}", fake)
-        torch.library.impl(f"fastvlp::{name}", "CUDA", _on_cuda(op, triton, native))
+        implement(name, _on_cuda(op, triton, native), "CUDA")
         if name != "contrastive_statistics":  # called by autograd functions only, never through
             torch.library.register_autograd(f"fastvlp::{name}", _no_second_derivative)
     # The compiled passes only write into arguments.

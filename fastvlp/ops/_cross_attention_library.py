@@ -6,6 +6,7 @@ The schemas and the CPU kernels come with the compiled library (csrc/schema.cpp)
 import torch
 
 from .. import _native
+from ._implement import implement
 
 _SECOND_DERIVATIVE = (
     "cross_attention has no second derivative; for one, call cross_attention_reference, which "
@@ -63,5 +64,5 @@ def register() -> None:
         ("cross_attention_backward", _backward_fake, _backward_triton),
     ):
         torch.library.register_fake(f"fastvlp::{name}", fake)
-        torch.library.impl(f"fastvlp::{name}", "CUDA", triton)
+        implement(name, triton, "CUDA")
     torch.library.register_autograd("fastvlp::cross_attention_backward", _no_second_derivative)

@@ -7,6 +7,7 @@ the Triton kernels run.
 import torch
 
 from .. import _native
+from ._implement import implement
 from ._saved_gradients import SECOND_DERIVATIVE
 
 # Student rows whose logits, and their teachers', are computed together: 128 rows fill the
@@ -69,5 +70,5 @@ def register() -> None:
     if _native.load():
         return
     torch.library.register_fake("fastvlp::momentum_contrastive", _fake)
-    torch.library.impl("fastvlp::momentum_contrastive", "CUDA", _triton)
+    implement("momentum_contrastive", _triton, "CUDA")
     torch.library.register_autograd("fastvlp::momentum_contrastive", _no_second_derivative)

@@ -17,6 +17,7 @@ import torch
 from .. import _native
 from . import _soft_cross_entropy_products as products
 from ._contrastive_cuda import storage_factor
+from ._implement import implement
 from ._workspace import Lease
 
 # Logits that exist at once beside the kept ones: fewer rows multiply slower (bench/NOTES.md).
@@ -176,16 +177,6 @@ def check_labels(labels: torch.Tensor, cols: int, ignore_index: int) -> None:
         )
 
 
-def _without_autocast(function):
-    # The products' dtype is decided here; autocast would round float32 operands once more.
-    def run(hidden, *arguments):
-        with torch.autocast(hidden.device.type, enabled=False):
-            return function(hidden, *arguments)
-
-    return run
-
-
-@_without_autocast
 def _losses(*arguments):
     *inputs, kept, group_rows, chunk_rows, has_gradient, is_uniform = arguments
     problem = _problem(*inputs, chunk_rows)
@@ -213,7 +204,6 @@ def _kept_gradient(problem: Problem, kept: torch.Tensor, rows: int) -> torch.Ten
     return products.matrix(kept, rows, len(student.weight), dtype)
 
 
-@_without_autocast
 def _gradients(hidden, weight, *arguments):
     *inputs, row_weights, kept, is_kept, group_rows, chunk_rows, needed = arguments
     rows = len(hidden)
@@ -230,7 +220,6 @@ def _gradients(hidden, weight, *arguments):
     return by_hidden, by_weight.to(weight.dtype), by_bias
 
 
-@_without_autocast
 def _losses_and_gradients(hidden, weight, *arguments):
     *inputs, group_rows, chunk_rows, needed = arguments
     rows = len(hidden)
@@ -341,7 +330,7 @@ def register() -> None:
         ),
     ):
         torch.library.register_fake(f"fastvlp::{name}", fake)
-        torch.library.impl(f"fastvlp::{name}", ("CPU", "CUDA"), implementation)
+        implement(name, implementation, "CPU", "CUDA")
     torch.library.register_fake("fastvlp::soft_cross_entropy_rows", lambda *_: None)
     torch.library.register_fake(
         "fastvlp::soft_cross_entropy_column_sums", lambda m, w: w.new_empty(m.shape[1])

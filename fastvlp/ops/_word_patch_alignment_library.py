@@ -6,6 +6,7 @@ The schemas and the CPU kernels come with the compiled library (csrc/schema.cpp)
 import torch
 
 from .. import _native
+from ._implement import implement
 
 SECOND_DERIVATIVE = (
     "word_patch_alignment has no second derivative; for one, call word_patch_alignment_reference, "
@@ -50,9 +51,9 @@ def register() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
     if _native.load():
         return
-    name = "fastvlp::word_patch_alignment"
-    torch.library.register_fake(name, _fake)
-    torch.library.register_fake(f"{name}_gradients", _gradients_fake)
-    torch.library.impl(name, "CUDA", _triton)
-    torch.library.impl(f"{name}_gradients", "CUDA", _gradients_triton)
-    torch.library.register_autograd(f"{name}_gradients", _no_second_derivative)
+    name = "word_patch_alignment"
+    torch.library.register_fake(f"fastvlp::{name}", _fake)
+    torch.library.register_fake(f"fastvlp::{name}_gradients", _gradients_fake)
+    implement(name, _triton, "CUDA")
+    implement(f"{name}_gradients", _gradients_triton, "CUDA")
+    torch.library.register_autograd(f"fastvlp::{name}_gradients", _no_second_derivative)

@@ -39,6 +39,7 @@ from ._contrastive_inputs import (
 from ._contrastive_pairs import log_sum_exp, pair_losses, positive_gradient
 from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, make_plan
 from ._dispatch import choose, explain, register
+from ._implement import without_autocast
 from ._saved_gradients import once_differentiable, wants_gradients
 from ._workspace import Lease
 
@@ -114,7 +115,7 @@ def contrastive(
             global_value,
         )[0]  # fmt: skip
     elif backend == "reference" or not len(image_features):
-        return contrastive_reference(
+        return without_autocast(contrastive_reference)(
             image_features, text_features, scale, bias, direction=direction
         )
     else:
@@ -159,9 +160,9 @@ def contrastive_reference(
 def _contrastive(x, y, scale, direction, workspace_bytes) -> torch.Tensor:
     keep = x.device.type == "cpu" and wants_gradients(x, y, scale)
     plan = make_plan(len(x), len(x), x.shape[1], x.dtype, workspace_bytes, keep)
-    # The compiler plans memory itself.
-    compiling = torch.compiler.is_compiling()
-    lease = None if compiling else Lease(plan.kept_floats(len(x)))
+    # The compiler plans memory itself, and on a GPU nothing is kept.
+    has_lease = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    lease = Lease(plan.kept_floats(len(x))) if has_lease else None
     return _Contrastive.apply(x, y, scale, direction, plan, lease)[0]
 
 
@@ -174,7 +175,7 @@ class _Contrastive(torch.autograd.Function):
         if lease is None:
             kept = scale.new_empty(plan.kept_floats(x.shape[0]))
         else:
-            kept = lease.floats.to(x.device)  # on a GPU nothing is kept: no floats move
+            kept = lease.floats
         *negatives, positive = torch.ops.fastvlp.contrastive_statistics(
             x, y, scale, kept, 0, rows, cols, plan.block_rows, plan.block_cols, plan.keep_blocks
         )
@@ -210,7 +211,7 @@ class _Contrastive(torch.autograd.Function):
             torch.ops.fastvlp.contrastive_gradients, x, y, scale,
             log_sum_exp(row_negatives, positive), log_sum_exp(col_negatives, positive),
             positive_gradient(row_negatives, col_negatives, positive, share),
-            torch.stack((share, share)), kept[0].to(x.device), 0, plan.block_rows,
+            torch.stack((share, share)), kept[0], 0, plan.block_rows,
             plan.block_cols, keep_blocks, plan.chunk_rows, plan.chunk_cols,
         )  # fmt: skip
         if ctx.lease is not None:

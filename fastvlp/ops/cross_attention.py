@@ -35,6 +35,7 @@ from ._cross_attention_inputs import (
 )
 from ._cross_attention_probs import attend_with_probs
 from ._dispatch import choose, register
+from ._implement import without_autocast
 
 
 def cross_attention(
@@ -103,11 +104,11 @@ def cross_attention(
     causal = bool(causal)
     options = {"causal": causal, "scale": scale, "dropout_p": dropout_p}
     if return_probs:
-        return attend_with_probs(
+        return without_autocast(attend_with_probs)(
             q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask=key_mask, dropout_seed=seed, **options
         )
     if choose("cross_attention", q, k, v) == "reference":
-        return cross_attention_reference(
+        return without_autocast(cross_attention_reference)(
             q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask=key_mask, dropout_seed=seed.item(),
             **options,
         )  # fmt: skip

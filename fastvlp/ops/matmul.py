@@ -22,6 +22,7 @@ from .. import _native
 from .._tracing import constant_result
 from ._contrastive_inputs import check_same_kind, reference_reasons
 from ._dispatch import choose, forced_backend, register
+from ._implement import without_autocast
 
 # Multiply-adds from which on taking the operands apart pays.
 LEAST_WORK = 1 << 24
@@ -46,7 +47,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -
     """
     _check_inputs(a, b, bias)
     if choose("matmul", a, b, bias) == "reference":
-        return matmul_reference(a, b, bias)
+        return without_autocast(matmul_reference)(a, b, bias)
     return _native_matmul(a, b, bias)
 
 

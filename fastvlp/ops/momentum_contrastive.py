@@ -32,6 +32,7 @@ import torch
 
 from . import _momentum_library
 from ._dispatch import choose, register
+from ._implement import without_autocast
 from ._momentum_inputs import CANDIDATES, prepare
 from ._philox import gumbel, philox
 from ._saved_gradients import scaled_gradients, wants_gradients
@@ -104,7 +105,9 @@ def momentum_contrastive(
     )  # fmt: skip
     backend = choose("momentum_contrastive", image_features, text_features)
     if backend == "reference" or not len(image_features):
-        return momentum_contrastive_reference(*inputs.tensors(), hard_negatives=hard_negatives)
+        return without_autocast(momentum_contrastive_reference)(
+            *inputs.tensors(), hard_negatives=hard_negatives
+        )
     tensors = inputs.tensors()
     gradients = wants_gradients(*tensors[:2], tensors[6])
     loss, *negatives = _Momentum.apply(inputs.teacher, hard_negatives, gradients, *tensors)[:3]

@@ -27,6 +27,7 @@ from ._contrastive_inputs import (
 )
 from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, make_plan
 from ._dispatch import choose, explain, register
+from ._implement import without_autocast
 from ._saved_gradients import scaled_gradients, wants_gradients
 
 
@@ -70,7 +71,9 @@ def sigmoid_contrastive(
             group.group_name, comm_dtype, gradients, workspace_bytes,
         )[0]  # fmt: skip
     if backend == "reference" or not len(image_features):
-        return sigmoid_contrastive_reference(image_features, text_features, scale, bias)
+        return without_autocast(sigmoid_contrastive_reference)(
+            image_features, text_features, scale, bias
+        )
     return _SigmoidContrastive.apply(*features, scale, bias, gradients, workspace_bytes)[0]
 
 

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from . import _soft_cross_entropy_library as library
 from ._contrastive_inputs import check_workspace
 from ._dispatch import choose, register
+from ._implement import without_autocast
 from ._soft_cross_entropy_inputs import (
     CANDIDATES,
     check_head,
@@ -109,7 +110,7 @@ def soft_cross_entropy(
     if not torch.compiler.is_compiling():
         library.check_labels(labels, weight.shape[0], ignore_index)
     if backend == "reference":
-        return soft_cross_entropy_reference(
+        return without_autocast(soft_cross_entropy_reference)(
             hidden, weight, bias, labels, teacher_hidden=teacher_hidden,
             teacher_weight=teacher_weight, teacher_bias=teacher_bias, alpha=alpha,
             ignore_index=ignore_index, reduction=reduction,

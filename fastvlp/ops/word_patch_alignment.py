@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from . import _word_patch_alignment_library
 from ._contrastive_inputs import unit_stride
 from ._dispatch import choose, register
+from ._implement import without_autocast
 from ._tensor_checks import check_count, check_tensor
 from ._word_patch_alignment_inputs import CANDIDATES, check_inputs
 
@@ -76,7 +77,7 @@ def word_patch_alignment(
         beta, iterations, inner_iterations,
     )  # fmt: skip
     if choose("word_patch_alignment", text_features, image_features) == "reference":
-        return word_patch_alignment_reference(
+        return without_autocast(word_patch_alignment_reference)(
             text_features, image_features, text_padding, image_padding, beta=beta,
             iterations=iterations, inner_iterations=inner_iterations, return_plan=return_plan,
         )  # fmt: skip

@@ -1,34 +1,105 @@
 """CUDA tensors without a GPU: operators run on fake ones, which have all but values.
 
-`gpu()` makes them possible, `CALLS` calls every public operator on them, forward and backward, and
-`differentiated()` runs backward passes right after their forward passes: autograd's engine itself
-refuses to work for a device that is not there.
+`gpu()` makes them possible, `CALLS` has a call of every public operator, `Implementations` lets the
+implementations for CUDA tensors run, all but the kernels themselves, and `differentiated()` runs
+backward passes right after their forward passes: autograd's engine itself refuses to work for a
+device that is not there.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvlp import ops
+from fastvlp.ops import _contrastive_cuda
+from fastvlp.ops._implement import IMPLEMENTED
 
 CAPABILITY = (9, 0)
 
 
 @contextmanager
 def gpu() -> Iterator[FakeTensorMode]:
-    """Fake CUDA tensors, beside a GPU of compute capability 9.0 that runs the Triton kernels."""
+    """Fake CUDA tensors, beside a GPU of compute capability 9.0 that runs every kernel there is."""
     properties = SimpleNamespace(multi_processor_count=132)
     with (
         mock.patch("torch.cuda.get_device_capability", lambda *_: CAPABILITY),
         mock.patch("torch.cuda.get_device_properties", lambda *_: properties),
+        mock.patch("torch.cuda.device", lambda *_: nullcontext()),
+        mock.patch("triton.runtime.jit.JITFunction.run", lambda *_, **__: None),
         mock.patch.object(torch.version, "cuda", torch.version.cuda or "13.0"),
+        mock.patch.object(_contrastive_cuda, "_unavailable", lambda _: ()),
         FakeTensorMode() as mode,
     ):
         yield mode
+
+
+class Implementations(TorchDispatchMode):
+    """Runs the operators' own implementations for CUDA tensors; inside of `gpu()`.
+
+    Attributes:
+        ran: names of the operators that were run so.
+        autocast: whether autocast was on, for each function of torch that they called.
+        waits: what the host had to wait for the device for, or the device for the host.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.ran: list[str] = []
+        self.autocast: list[bool] = []
+        self.waits: list[str] = []
+        self._is_outside = torch.is_autocast_enabled("cuda")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("fastvlp::")
+        if name in IMPLEMENTED["CUDA"]:
+            self.ran.append(name)
+            key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+            with self, _AutocastSeen(self.autocast):
+                # A dispatch mode is called with autocast off, an implementation as it was outside.
+                torch.set_autocast_enabled("cuda", self._is_outside)
+                return function.redispatch(key, *args, **kwargs or {})
+        self._look_for_waits(name, args, kwargs or {})
+        return function(*args, **kwargs or {})
+
+    def _look_for_waits(self, name: str, args, kwargs) -> None:
+        devices = [t.device.type for t in args if isinstance(t, torch.Tensor)]
+        if name in WAITS or (name == "aten::lift_fresh" and "cuda" in devices):
+            self.waits.append(name)
+        elif name in COPIES:
+            devices.append(torch.device(kwargs.get("device") or devices[0]).type)
+            if len(set(devices)) > 1:
+                self.waits.append(f"{name} {devices}")
+        elif name.startswith("aten::index"):
+            taken = [t for index in args[1:2] if isinstance(index, list) for t in index]
+            if any(t is not None and t.dtype == torch.bool for t in taken):
+                self.waits.append(f"{name} by a mask")
+
+
+class _AutocastSeen(TorchFunctionMode):
+    """Notes whether autocast is on at every call of torch."""
+
+    def __init__(self, seen: list[bool]):
+        super().__init__()
+        self._seen = seen
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self._seen.append(torch.is_autocast_enabled("cuda"))
+        return function(*args, **kwargs or {})
+
+
+# Operators whose results the host reads or whose sizes depend on values. (What lift_fresh gets on
+# a GPU has come out of torch.tensor, which copies it from memory that is not pinned.)
+WAITS = {
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique2",
+    "aten::is_nonzero", "aten::equal",
+}  # fmt: skip
+COPIES = {"aten::_to_copy", "aten::copy_"}
 
 
 class _Context(SimpleNamespace):
@@ -47,30 +118,28 @@ class _Context(SimpleNamespace):
 
 
 @contextmanager
-def differentiated() -> Iterator[list[str]]:
-    """Each `apply` of an autograd function runs its backward pass as well; the names of those.
+def differentiated() -> Iterator[None]:
+    """Each `apply` of an autograd function runs its backward pass as well, but no second one.
 
     The upstream gradient is that of the first output.
     """
-    names = []
 
     def apply(function, *inputs):
-        ctx = _Context(needs_input_grad=[_has_gradient(t) for t in inputs])
+        needed = [torch.is_grad_enabled() and _has_gradient(t) for t in inputs]
+        ctx = _Context(needs_input_grad=needed)
         with torch.no_grad():
             if function.setup_context is torch.autograd.Function.setup_context:
                 outputs = function.forward(ctx, *inputs)
             else:
                 outputs = function.forward(*inputs)
                 function.setup_context(ctx, inputs, outputs)
-        if not any(ctx.needs_input_grad):
-            return outputs
-        names.append(function.__name__)
-        first, *others = outputs if isinstance(outputs, tuple) else (outputs,)
-        function.backward(ctx, torch.ones_like(first), *[None] * len(others))
+            if any(needed):
+                first, *others = outputs if isinstance(outputs, tuple) else (outputs,)
+                function.backward(ctx, torch.ones_like(first), *[None] * len(others))
         return outputs
 
     with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
-        yield names
+        yield
 
 
 def _has_gradient(value) -> bool:
@@ -167,7 +236,8 @@ def attention_without_bounds(n, dtype):
 
 
 def _head(n, dtype):
-    return leaf(n, 16, dtype=dtype), leaf(50, 16, dtype=dtype), leaf(50, dtype=torch.float32)
+    single = {"dtype": torch.float32}  # master weights, as autocast finds them
+    return leaf(n, 16, dtype=dtype), leaf(50, 16, **single), leaf(50, **single)
 
 
 def _soft_cross_entropy(n, dtype, **options):

@@ -44,3 +44,42 @@ def test_the_rest_is_cast_as_by_a_matmul():
         integers = torch.arange(3)
         untouched = as_autocast(None, "text", integers)
     assert untouched == (None, "text", integers)
+
+
+def attention(**options):
+    q, keys, starts = rows(6, 2, 8).float(), rows(2, 5, 2, 8).float(), torch.tensor([0, 2, 6])
+    found = ops.cross_attention(q, keys, keys + 1, starts, **options)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def momentum():
+    students = rows(5, 6).float(), rows(5, 6).float() + 1
+    return ops.momentum_contrastive(*students, *students, *students, 0.1, seed=3).loss
+
+
+def alignment():
+    return ops.word_patch_alignment(
+        rows(2, 5, 6).float(), rows(2, 4, 6).float(), *(torch.zeros(2, n) > 0 for n in (5, 4))
+    )
+
+
+SINGLE = {
+    "contrastive": lambda: ops.contrastive(rows(5, 6).float(), rows(5, 6).float() + 1, 3.0),
+    "sigmoid": lambda: ops.sigmoid_contrastive(rows(5, 6).float(), rows(5, 6).float() + 1, 3.0),
+    "momentum": momentum,
+    "cross_attention": attention,
+    "cross_attention with weights": lambda: attention(return_probs=True),
+    "word_patch_alignment": alignment,
+    "matmul": lambda: ops.matmul(rows(5, 6).float(), rows(6, 7).float()),
+}
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+@pytest.mark.parametrize("name", SINGLE)
+def test_operators_on_float32_keep_their_precision(monkeypatch, name, backend):
+    monkeypatch.setenv("FASTVLP_BACKEND", backend)
+    plain = SINGLE[name]()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = SINGLE[name]()
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, plain)
