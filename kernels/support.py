@@ -4,7 +4,8 @@ import importlib.util
 
 import torch
 
-from .._tracing import constant_result
+# Not relative: in a checkout others find this folder as the top-level package `kernels`.
+from fastvlp._tracing import constant_result
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The widest head of the attention kernels: their tiles span a head.
