@@ -24,7 +24,6 @@ from torch import nn
 from . import ops
 from .distributed import Shards, agree, gather_rows, reporting, spans_ranks
 from .ops._contrastive_inputs import as_scalar, check_features
-from .ops._contrastive_plan import DEFAULT_WORKSPACE_BYTES
 from .ops._tensor_checks import check_count
 from .ops.autocast import as_autocast
 
@@ -122,7 +121,7 @@ class ClipLoss(_ContrastiveLoss):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
-        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        workspace_bytes: int | None = None,
         group: dist.ProcessGroup | None = None,
         schedule: str = "auto",
         comm_dtype: torch.dtype | None = None,
@@ -252,7 +251,7 @@ class SigLipLoss(_ContrastiveLoss):
         dist_impl: str | None = None,
         chunk_size: int = 0,
         *,
-        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        workspace_bytes: int | None = None,
         group: dist.ProcessGroup | None = None,
         comm_dtype: torch.dtype | None = None,
     ):

@@ -16,15 +16,11 @@ import torch
 
 from .. import _native
 from .._tracing import constant_result
+from ._gpu_plan import TILE, aligned
 
 # Products that the statistics make at once: the pass over them finds them in the second-level
 # cache, 40 MB on the smallest GPU the default build is for.
 _STATISTICS_BYTES = 32 << 20
-
-# Rows of a workspace begin at multiples of this many elements: 32 bytes of a half-precision dtype,
-# as the matrix units want them.
-_ALIGNMENT = 16
-_TILE = 128  # rows of a matrix unit's tile: a chunk of so many leaves none of it idle
 
 
 @constant_result
@@ -171,11 +167,11 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool)
 
 
 def _chunk(x: torch.Tensor, rows: int, cols: int) -> tuple[int, int]:
-    # The plan counts 4 bytes for each logit; here half-precision gradients lie beside the products.
+    # The plan counts a logit's gradient; half-precision ones lie beside fp32 products here.
     if x.dtype == torch.float32:
         return rows, cols
-    fitting = rows * 4 // (4 + x.element_size())
-    return max(1, fitting - fitting % min(_TILE, max(fitting, 1))), cols
+    fitting = rows * x.element_size() // (4 + x.element_size())
+    return max(1, fitting - fitting % min(TILE, max(fitting, 1))), cols
 
 
 def storage_factor(dtype: torch.dtype) -> float:
@@ -187,5 +183,5 @@ def _floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def _workspace(like: torch.Tensor, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    stride = -(-cols // _ALIGNMENT) * _ALIGNMENT
-    return torch.empty((rows, stride), dtype=dtype, device=like.device)[:, :cols]
+    # Whole vectors of a half-precision dtype, as the matrix units want them.
+    return torch.empty((rows, aligned(cols)), dtype=dtype, device=like.device)[:, :cols]

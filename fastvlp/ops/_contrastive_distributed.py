@@ -33,6 +33,7 @@ from ._contrastive_parts import (
     no_gradients,
     travel_dtypes,
 )
+from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES
 from ._contrastive_ring import ring_shares
 
 SCHEDULES = ("auto", "gather", "ring")
@@ -46,7 +47,9 @@ def softmax_shares(
     """(loss, dx, dy, dscale) of this rank; gradients empty where not wanted."""
     if schedule == "auto":
         gathered = shards.total * x.shape[1] * (x.element_size() + 4)
-        schedule = "gather" if gathered <= 4 * workspace_bytes else "ring"
+        # Not by a GPU's free memory, which differs between ranks.
+        budget = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+        schedule = "gather" if gathered <= 4 * budget else "ring"
     run = _gather if schedule == "gather" else ring_shares
     return run(x, y, scale, shards, rows, cols, comm_dtype, gradients, workspace_bytes)
 

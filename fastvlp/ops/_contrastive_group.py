@@ -24,7 +24,7 @@ def _shards(call, x, values, group, comm_dtype, gradients, workspace_bytes, **op
         "device": x.is_cuda,
         "comm_dtype": COMM_DTYPES.index(comm_dtype),
         "requires_grad": gradients,
-        "workspace_bytes": workspace_bytes,
+        "workspace_bytes": workspace_bytes or 0,  # None: the default of every rank's device
         **options,
     }
     device = x.device if x.device.type == group_device(group).type else None
@@ -42,7 +42,7 @@ def contrastive_distributed(
     schedule: str,
     comm_dtype: torch.dtype | None,
     gradients: bool,
-    workspace_bytes: int,
+    workspace_bytes: int | None,
     global_value: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     group = resolve(group_name)
@@ -78,7 +78,7 @@ def sigmoid_contrastive_distributed(
     group_name: str,
     comm_dtype: torch.dtype | None,
     gradients: bool,
-    workspace_bytes: int,
+    workspace_bytes: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     group = resolve(group_name)
     values = {"logit_scale": scale, "logit_bias": bias}

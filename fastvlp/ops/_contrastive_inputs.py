@@ -66,11 +66,13 @@ def check_same_kind(name: str, t: torch.Tensor, like_name: str, like: torch.Tens
         )
 
 
-def check_workspace(workspace_bytes: int) -> None:
-    """Raises ValueError unless it is a positive whole number that 64 bits hold."""
+def check_workspace(workspace_bytes: int | None) -> None:
+    """Raises ValueError unless it is None or a positive whole number that 64 bits hold."""
+    if workspace_bytes is None:
+        return
     if not isinstance(workspace_bytes, int) or not 0 < workspace_bytes < 2**63:
         raise ValueError(
-            f"workspace_bytes: expected a positive number of bytes, got {workspace_bytes!r}"
+            f"workspace_bytes: expected a positive number of bytes or None, got {workspace_bytes!r}"
         )
 
 

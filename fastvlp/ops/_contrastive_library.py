@@ -9,6 +9,7 @@ import torch
 from .. import _native
 from . import _contrastive_cuda
 from ._dispatch import choose
+from ._gpu_plan import aligned
 from ._implement import implement
 from ._saved_gradients import SECOND_DERIVATIVE
 
@@ -61,7 +62,7 @@ def _gradients_triton(
         positive_gradient,
         weights,
         offset=offset,
-        workspace_bytes=_workspace(x, y, block_rows * block_cols * chunk_rows * chunk_cols),
+        workspace_bytes=_workspace(x, y, block_rows * chunk_rows),
     )
     return dx, dy, _scale_gradient(x, dx, scale)
 
@@ -79,7 +80,7 @@ def _sigmoid_triton(
         offset=offset,
         weight=weight,
         need_gradients=gradients,
-        workspace_bytes=_workspace(x, y, block_rows * block_cols * chunk_rows * chunk_cols),
+        workspace_bytes=_workspace(x, y, block_rows * chunk_rows),
     )
     loss, bias_gradient = result.loss_sum * weight, result.g_sum * weight
     if not gradients:
@@ -93,9 +94,9 @@ def _sigmoid_triton(
     return loss, result.dx, result.dy, _scale_gradient(x, result.dx, scale), bias_gradient
 
 
-def _workspace(x: torch.Tensor, y: torch.Tensor, logits: int) -> int:
-    # The kernels need room for one block of rows against all columns.
-    return max(logits, 128 * y.shape[0]) * x.element_size()
+def _workspace(x: torch.Tensor, y: torch.Tensor, rows: int) -> int:
+    """What a chunk of so many rows, the plan's, takes."""
+    return rows * aligned(len(y)) * x.element_size()
 
 
 def _scale_gradient(x: torch.Tensor, dx: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from ._contrastive_pairs import pair_losses
-from ._contrastive_plan import Plan, make_plan
+from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, Plan, plan_for
 from ._workspace import Lease
 
 
@@ -17,18 +17,21 @@ class KeptLogits:
     """One workspace for the logits that parts keep from statistics to gradients.
 
     `slots` lists for each piece of the workspace the numbers of columns that parts will bring to
-    it, one part at a time; a slot's share of `workspace_bytes` follows its largest part.
+    it, one part at a time; a slot's share of `workspace_bytes` follows its largest part. On a GPU
+    nothing is kept: each part has the whole workspace while it is at work.
     """
 
-    def __init__(self, x: torch.Tensor, slots: list[set[int]], workspace_bytes: int, keep: bool):
-        keep = keep and x.device.type == "cpu"
+    def __init__(
+        self, x: torch.Tensor, slots: list[set[int]], workspace_bytes: int | None, keep: bool
+    ):
         widest = [max(columns) for columns in slots]
         self._plans: list[dict[int, Plan]] = []
         for columns, most in zip(slots, widest, strict=True):
-            share = max(1, workspace_bytes * most // sum(widest))
-            self._plans.append(
-                {n: make_plan(len(x), n, x.shape[1], x.dtype, share, keep) for n in columns}
-            )
+            share = workspace_bytes
+            if not x.is_cuda:
+                whole = DEFAULT_WORKSPACE_BYTES if share is None else share
+                share = max(1, whole * most // sum(widest))
+            self._plans.append({n: plan_for(x, n, share, keep) for n in columns})
         sizes = [max(p.kept_floats(n) for n, p in plans.items()) for plans in self._plans]
         self._lease = Lease(sum(sizes)) if x.device.type == "cpu" else None  # a GPU keeps nothing
         floats = x.new_empty(0, dtype=torch.float32) if self._lease is None else self._lease.floats

@@ -1,4 +1,8 @@
-"""How the contrastive losses cut the logits into blocks within a memory budget."""
+"""How the contrastive losses cut the logits into blocks within a memory budget.
+
+On a CPU blocks follow its caches and threads (`make_plan`), on a GPU chunks of rows its memory
+(`make_gpu_plan`).
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from .._tracing import constant_result
+from ._gpu_plan import TILE, aligned, even_chunks, rows_within
 
-# Keeps every logit of 8192 x 8192 pairs, so that such a batch costs three products, not four.
+# On a CPU. Keeps every logit of 8192 x 8192 pairs: such a batch costs three products, not four.
 DEFAULT_WORKSPACE_BYTES = 288 << 20
 
 # A tile of 512 x 512 logits, 1 MiB, stays in a core's second-level cache between the product that
@@ -34,10 +39,43 @@ class Plan:
         return tiles * _tile_bytes(self.block_rows, self.block_cols) // 4
 
 
+def plan_for(x: torch.Tensor, cols: int, workspace_bytes: int | None, keep: bool) -> Plan:
+    """Cuts the logits of features `x` [M, D] and `cols` others of their kind, for their device.
+
+    `workspace_bytes` None: as much memory as suits the device. `keep`: as for `make_plan`.
+    """
+    if x.is_cuda:
+        return make_gpu_plan(len(x), cols, x.shape[1], x.dtype, workspace_bytes, x.device)
+    budget = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+    return make_plan(len(x), cols, x.shape[1], x.dtype, budget, keep)
+
+
+def make_gpu_plan(
+    rows: int,
+    cols: int,
+    dim: int,
+    dtype: torch.dtype,
+    workspace_bytes: int | None,
+    device: torch.device,
+) -> Plan:
+    """Chunks of rows against all columns; nothing is kept.
+
+    Counted against the budget: the gradients of a chunk's logits in the features' dtype, fp32
+    gradients of its rows, and the fp32 sums of half-precision gradients of the columns. A tile of
+    rows is always taken.
+    """
+    if not rows or not cols:
+        return Plan(_GRAIN, _GRAIN, 0, 0, 0)
+    row_bytes = aligned(cols) * dtype.itemsize + 4 * dim
+    sums_bytes = 0 if dtype == torch.float32 else 4 * dim * cols
+    most = rows_within(workspace_bytes, row_bytes, sums_bytes, device)
+    return Plan(even_chunks(rows, max(TILE, most)), cols, 0, 1, 1)
+
+
 def make_plan(
     rows: int, cols: int, dim: int, dtype: torch.dtype, workspace_bytes: int, keep: bool
 ) -> Plan:
-    """Cuts `rows` x `cols` logits of `dim`-wide features for `workspace_bytes` of memory.
+    """Cuts `rows` x `cols` logits of `dim`-wide features for `workspace_bytes` of a CPU's memory.
 
     Counted against the budget: kept logits, the logits of one chunk, and the fp32 sums of
     half-precision gradients that several chunks add to. At least one tile and those sums are

@@ -16,7 +16,7 @@ from ._contrastive_parts import (
     no_gradients,
     travel_dtypes,
 )
-from ._contrastive_plan import make_plan
+from ._contrastive_plan import plan_for
 
 
 def ring_shares(x, y, scale, shards, rows, cols, comm_dtype, gradients, workspace_bytes):
@@ -139,7 +139,7 @@ def _sigmoid_part(x, y, scale, bias, weight, offset, gradients, workspace_bytes)
     if not len(x) or not len(y):
         loss, dscale, dbias = (torch.zeros_like(scale) for _ in range(3))
         return loss, torch.zeros_like(x), torch.zeros_like(y), dscale, dbias
-    plan = make_plan(len(x), len(y), x.shape[1], x.dtype, workspace_bytes, keep=False)
+    plan = plan_for(x, len(y), workspace_bytes, keep=False)
     return torch.ops.fastvlp.contrastive_sigmoid(
         x, y, scale, bias, weight, offset, gradients, plan.block_rows, plan.block_cols,
         plan.chunk_rows, plan.chunk_cols,

@@ -25,7 +25,7 @@ from ._contrastive_inputs import (
     local,
     unit_stride,
 )
-from ._contrastive_plan import DEFAULT_WORKSPACE_BYTES, make_plan
+from ._contrastive_plan import plan_for
 from ._dispatch import choose, explain, register
 from ._implement import without_autocast
 from ._saved_gradients import scaled_gradients, wants_gradients
@@ -37,7 +37,7 @@ def sigmoid_contrastive(
     logit_scale: torch.Tensor | float,
     logit_bias: torch.Tensor | float = 0.0,
     *,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
     group: dist.ProcessGroup | None = None,
     comm_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
@@ -97,7 +97,7 @@ class _SigmoidContrastive(torch.autograd.Function):
     @staticmethod
     def forward(x, y, scale, bias, gradients, workspace_bytes):
         n = x.shape[0]
-        plan = make_plan(n, n, x.shape[1], x.dtype, workspace_bytes, keep=False)
+        plan = plan_for(x, n, workspace_bytes, keep=False)
         return torch.ops.fastvlp.contrastive_sigmoid(
             x, y, scale, bias, 1.0 / n, 0, gradients, plan.block_rows, plan.block_cols,
             plan.chunk_rows, plan.chunk_cols,
