@@ -196,11 +196,12 @@ _ATOMIC_TYPES = {
 def _atomic(d: Decoder):
     """Read, change and write one word; lanes take their turns in ascending order."""
     returns = d.instruction.mnemonic == "atom"
-    if d.take("relaxed", "acquire", "release", "acq_rel"):
-        d.take(*_SCOPES)
-    else:
-        d.take(*_SCOPES)
+    semantics = ("relaxed", "acquire", "release", "acq_rel")
+    order, scope = d.take(*semantics), d.take(*_SCOPES)
     space = take_space(d)
+    if order is None and scope is None:  # Triton names the space first
+        d.take(*_SCOPES)
+        d.take(*semantics)
     name = d.need(*_ATOMIC_TYPES)
     kind = d.need(*_ATOMIC_TYPES[name])
     first = 1 if returns else 0
