@@ -25,12 +25,18 @@ def operator_takes(
     A short form of all the other checks, which take a millisecond where the caches hold nothing of
     this module, as between large products of other operators.
     """
-    # Without loops and calls in Python, which would take longer than all that is looked at.
+    # Without loops and slices, and with few calls: each takes longer than what is looked at.
     if torch.compiler.is_compiling() or not (
-        type(q) is type(k) is type(v) is type(cu_seqlens_q) is torch.Tensor
+        type(q) is type(k) is type(v) is torch.Tensor
         and q.is_cpu
         and k.is_cpu
         and v.is_cpu
+        and q.dim() == 3
+        and q.dtype in _NATIVE_DTYPES
+        and q.dtype == k.dtype == v.dtype
+        and (q.is_contiguous() or q.stride(2) == 1)
+        and (k.is_contiguous() or k.stride(-1) == 1)
+        and (v.is_contiguous() or v.stride(-1) == 1)
         and type(dropout_p) is float
         and 0 <= dropout_p < 1
         and (scale is None or (type(scale) is float and abs(scale) <= _LARGEST_SCALE))
@@ -38,40 +44,46 @@ def operator_takes(
         and (max_seqlen_k is None or (type(max_seqlen_k) is int and max_seqlen_k >= 0))
     ):
         return False
-    queries, keys = q.shape, k.shape
+    rows, heads, dim = q.shape
+    keys = k.shape
     if cu_seqlens_k is None:
-        packed, segments = 0, keys[0] if keys else 0
-    elif type(cu_seqlens_k) is torch.Tensor and keys and _are_starts(cu_seqlens_k, keys[0]):
-        packed, segments = 1, len(cu_seqlens_k) - 1
+        if len(keys) != 4:
+            return False
+        segments, _, key_heads, key_dim = keys
     else:
-        return False
+        if len(keys) != 3 or type(cu_seqlens_k) is not torch.Tensor or cu_seqlens_k.dim() != 1:
+            return False
+        segments = cu_seqlens_k.shape[0] - 1
+        total, key_heads, key_dim = keys
+        if not _are_starts(cu_seqlens_k, total, segments):
+            return False
     return (
-        len(queries) == 3
-        and len(keys) == 4 - packed
-        and q.dtype in _NATIVE_DTYPES
-        and q.dtype == k.dtype == v.dtype
-        and 0 not in queries[1:]
-        and queries[1:] == keys[-2:]
-        and keys == v.shape
-        and q.stride(2) == k.stride(-1) == v.stride(-1) == 1
-        and _are_starts(cu_seqlens_q, queries[0])
-        and len(cu_seqlens_q) == segments + 1
+        heads == key_heads != 0
+        and dim == key_dim != 0
+        and v.shape == keys
+        and _are_starts(cu_seqlens_q, rows, segments)
         and (key_mask is None or _is_mask(key_mask, keys[:-2]))
         and forced_backend("cross_attention") in (None, "native")
         and not _native.load()
     )
 
 
-def _are_starts(starts: torch.Tensor, rows: int) -> bool:
+def _are_starts(starts: torch.Tensor, rows: int, segments: int) -> bool:
     if not (
-        starts.is_cpu
+        type(starts) is torch.Tensor
+        and starts.is_cpu
         and starts.dtype in _STARTS_DTYPES
         and starts.dim() == 1
         and starts.is_contiguous()
     ):
         return False
     values = starts.tolist()
-    return bool(values) and values[0] == 0 and values[-1] == rows and values == sorted(values)
+    return (
+        len(values) == segments + 1 != 0
+        and values[0] == 0
+        and values[-1] == rows
+        and values == sorted(values)
+    )
 
 
 def _is_mask(mask: torch.Tensor, shape: torch.Size) -> bool:

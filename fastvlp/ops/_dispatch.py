@@ -152,8 +152,10 @@ def _device(values: Iterable) -> str:
 def forced_backend(op: str) -> str | None:
     """The backend that the operator's environment variable asks for, if any."""
     variable = _OPERATORS[op].variable
+    forced = os.environ.get(variable)
+    if not forced:
+        return None
     known = BACKENDS if variable == "FASTVLP_BACKEND" else tuple(_OPERATORS[op].candidates)
-    forced = os.environ.get(variable) or None
-    if forced not in (None, *known):
+    if forced not in known:
         raise ValueError(f"{variable}: expected one of {', '.join(known)}; got {forced!r}")
     return forced
