@@ -105,7 +105,7 @@ class Head:
     @cached_property
     def weight_in_products(self) -> torch.Tensor:
         """On a GPU rounded as a whole to the products' dtype; on a CPU block by block, later."""
-        return self.weight.to(self.hidden.dtype) if self.hidden.is_cuda else self.weight
+        return self.weight.to(self.hidden.dtype) if products.on_gpu(self.hidden) else self.weight
 
     def logits_dtype(self) -> torch.dtype:
         return products.logits_dtype(self.hidden)
@@ -185,7 +185,7 @@ def _bias(head: Head) -> torch.Tensor:
 
 
 def _pass(logits: torch.Tensor) -> Callable[..., None]:
-    if not logits.is_cuda:
+    if not products.on_gpu(logits):
         return torch.ops.fastvlp.soft_cross_entropy_rows
     from ..kernels.soft_cross_entropy import soft_cross_entropy_rows
 
@@ -270,7 +270,7 @@ def _losses_and_gradients(hidden, weight, *arguments):
     sums = _Sums(problem, needed, _SINGLE, _SINGLE)
     length = products.row_length(len(weight), products.products_dtype(hidden))
     floats = group_rows * length * products.products_dtype(hidden).itemsize // 4
-    lease = None if hidden.is_cuda else Lease(floats)
+    lease = None if products.on_gpu(hidden) else Lease(floats)
     storage = losses.new_empty(floats) if lease is None else lease.floats
     for part in _groups(rows, group_rows):
         gradient = _kept_gradient(problem, storage, _len(part))
@@ -306,7 +306,7 @@ class _Sums:
                 gradient, own, factor, self._weight_dtype, self._by_weight
             )
         if self._needed[2]:
-            found = products.bias_gradient(gradient, row_weights / stored)
+            found = products.bias_gradient(gradient, row_weights / stored, factor, relative)
             self._by_bias = found if self._by_bias is None else self._by_bias.add_(found)
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -325,7 +325,7 @@ def _scaled(rows: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype
 def _split(row_weights: torch.Tensor, stored: float) -> tuple[products.Factor, torch.Tensor | None]:
     """row_weights / stored = factor * relative, |relative| <= 1; None where it is 1 throughout."""
     largest = row_weights.abs().amax()
-    if row_weights.is_cuda:
+    if products.on_gpu(row_weights):
         return largest / stored, row_weights / torch.where(largest == 0, 1, largest)
     if (row_weights == row_weights[0]).all() or largest == 0:
         return row_weights[0].item() / stored, None

@@ -16,6 +16,8 @@ from .matmul import one_unit_stride, runs_natively
 _BLOCK, _CONVERTED_BLOCK = 4096, 2048
 # Rows of hidden states in one bfloat16 product with all of the vocabulary (bench/NOTES.md).
 _LOW_ROWS = 512
+# Sums over rows that make up a gradient with respect to the bias on a GPU.
+_SUMS = 16
 # Row starts of the logits are multiples of this many bytes.
 _ALIGNED_BYTES = 64
 
@@ -23,16 +25,21 @@ _ALIGNED_BYTES = 64
 Factor = float | torch.Tensor
 
 
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether products of x are a GPU's."""
+    return x.is_cuda
+
+
 def products_dtype(x: torch.Tensor) -> torch.dtype:
     """In which dtype products of x are made, and gradients of logits kept."""
-    if x.is_cuda or x.dtype == torch.float32:
+    if on_gpu(x) or x.dtype == torch.float32:
         return x.dtype
     return x.dtype if x.dtype == torch.bfloat16 and _multiplies_bf16() else torch.float32
 
 
 def logits_dtype(x: torch.Tensor) -> torch.dtype:
     """In which dtype logits of x are made: on a GPU they are wider than their gradients."""
-    return torch.float32 if x.is_cuda else products_dtype(x)
+    return torch.float32 if on_gpu(x) else products_dtype(x)
 
 
 @constant_result
@@ -57,7 +64,7 @@ def matrix(storage: torch.Tensor, rows: int, cols: int, dtype: torch.dtype) -> t
 
 def logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """out [M, V] = hidden [M, D] @ weight [V, D].T, out in float32 or the products' dtype."""
-    if out.is_cuda:
+    if on_gpu(out):
         wider = {} if out.dtype == hidden.dtype else {"out_dtype": out.dtype}
         torch.mm(hidden, weight.T, out=out, **wider)
         return
@@ -69,7 +76,7 @@ def logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Non
 
 def hidden_gradient(gradient: torch.Tensor, weight: torch.Tensor, factor: Factor) -> torch.Tensor:
     """factor * gradient [M, V] @ weight [V, D], in the gradient's dtype or float32."""
-    if gradient.is_cuda:
+    if on_gpu(gradient):
         return _product_on_cuda(gradient, weight).mul_(factor)
     if weight.dtype != gradient.dtype:
         return _converted_product(gradient, weight).mul_(factor)
@@ -101,7 +108,7 @@ def weight_gradient(
     total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """factor * gradient [M, V].T @ hidden [M, D], in `dtype`, rounded once, or added to `total`."""
-    if gradient.is_cuda:
+    if on_gpu(gradient):
         found = _product_on_cuda(gradient.T, hidden).mul_(factor)
         return found.to(dtype) if total is None else total.add_(found)
     hidden = hidden.to(gradient.dtype)
@@ -123,11 +130,29 @@ def weight_gradient(
     return total
 
 
-def bias_gradient(gradient: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
-    """row_weights [M] fp32 @ gradient [M, V] in fp32."""
-    if not gradient.is_cuda:
+def bias_gradient(
+    gradient: torch.Tensor,
+    row_weights: torch.Tensor,
+    factor: Factor,
+    relative: torch.Tensor | None,
+) -> torch.Tensor:
+    """row_weights [M] fp32 @ gradient [M, V] in fp32; the weights are factor * relative."""
+    if not on_gpu(gradient):
         return torch.ops.fastvlp.soft_cross_entropy_column_sums(gradient, row_weights)
-    return _product_on_cuda(gradient.T, row_weights[:, None].to(gradient.dtype)).squeeze(1)
+    # The factor comes after the product: float16 would lose a weight of one in many rows.
+    parts = _product_on_cuda(gradient.T, _in_columns(relative).to(gradient.dtype))
+    return parts.sum(1).mul_(factor)
+
+
+def _in_columns(weights: torch.Tensor) -> torch.Tensor:
+    """[M] -> [M, 16], a sixteenth of the rows in each column: sums of products with it are short.
+
+    One sum over thousands of rows would lose digits of float32 that a tree of sums keeps.
+    """
+    rows = torch.arange(len(weights), device=weights.device)
+    columns = torch.arange(_SUMS, device=weights.device)
+    own = (rows * _SUMS // max(len(weights), 1))[:, None] == columns
+    return torch.where(own, weights[:, None], 0)
 
 
 def _multiply(

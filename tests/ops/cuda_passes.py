@@ -124,22 +124,30 @@ PLAIN = SimpleNamespace(statistics=_statistics, gradient=_gradient, sigmoid=_sig
 
 @contextmanager
 def installed(passes: SimpleNamespace):
-    """`passes` as the CPU kernels of the fastvlp::contrastive_cuda_* operators, and fp32 results
-    of half-precision products, which torch has for CUDA alone."""
+    """`passes` as the CPU kernels of the fastvlp::contrastive_cuda_* operators, and the products
+    of `wide_products`."""
+    with torch.library._scoped_library("fastvlp", "IMPL") as ours, wide_products():
+        for name, function in vars(passes).items():
+            ours.impl(f"contrastive_cuda_{name}", function, "CPU")
+        yield
+
+
+@contextmanager
+def wide_products():
+    """fp32 results of half-precision products, which torch has for CUDA alone."""
+
+    def product(a, b, out_dtype):
+        return a.to(out_dtype) @ b.to(out_dtype)
 
     def mm(a, b, out_dtype, *, out):
-        return out.copy_(a.to(out_dtype) @ b.to(out_dtype))
+        return out.copy_(product(a, b, out_dtype))
 
     def addmm(total, a, b, out_dtype, *, beta=1, alpha=1, out):
         assert beta == alpha == 1 and total.data_ptr() == out.data_ptr()
-        return out.add_(a.to(out_dtype) @ b.to(out_dtype))
+        return out.add_(product(a, b, out_dtype))
 
-    with (
-        torch.library._scoped_library("fastvlp", "IMPL") as ours,
-        torch.library._scoped_library("aten", "IMPL") as aten,
-    ):
-        for name, function in vars(passes).items():
-            ours.impl(f"contrastive_cuda_{name}", function, "CPU")
+    with torch.library._scoped_library("aten", "IMPL") as aten:
+        aten.impl("mm.dtype", product, "CPU")
         aten.impl("mm.dtype_out", mm, "CPU")
         aten.impl("addmm.dtype_out", addmm, "CPU")
         yield
