@@ -7,3 +7,7 @@ class UnknownForm(Exception):
 
 class ProgramError(Exception):
     """The program did what has no meaning: a stray access, a deadlock, an unwritten register."""
+
+
+class HazardError(Exception):
+    """Observers of an execution found hazards; the text lists them."""

@@ -94,6 +94,8 @@ class Decoder:
     # Addresses of the kernel's variables by name, as (space, address).
     symbols: dict[str, tuple[str, int]]
     used: set[int] = field(default_factory=set)
+    # The narrowest access to each address space, in bytes.
+    units: dict[str, int] = field(default_factory=dict)
     # Slots of the registers that the instruction reads and writes.
     reads: set[int] = field(default_factory=set)
     writes: set[int] = field(default_factory=set)
@@ -125,6 +127,11 @@ class Decoder:
         for i in range(len(self.instruction.operands)):
             if i not in self.used:
                 raise self.error(f"operand {i + 1} was not expected")
+
+    def touches(self, space: str, size: int) -> None:
+        """The instruction accesses a space ("generic": any) `size` bytes at a time."""
+        for name in ("global", "shared") if space == "generic" else (space,):
+            self.units[name] = min(size, self.units.get(name, size))
 
     # Operands by position.
 

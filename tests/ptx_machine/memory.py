@@ -104,6 +104,32 @@ class GlobalMemory:
         """`register` for the memory of a contiguous array."""
         return self.register(name, array.ctypes.data, array.nbytes, written)
 
+    def mark_written(self, positions: np.ndarray, width: int) -> None:
+        """Bytes at flat positions [n] now have a value."""
+        for rows, allocation in self._owners(positions):
+            offsets = positions[rows] - allocation.position
+            allocation.written[offsets[:, None] + np.arange(width)] = True
+
+    def unwritten(self, positions: np.ndarray, width: int) -> np.ndarray | None:
+        """[n]: whether any byte of an access has no value; None if all have."""
+        missing = None
+        for rows, allocation in self._owners(positions):
+            offsets = positions[rows] - allocation.position
+            if missing is None:
+                missing = np.zeros(len(positions), bool)
+            missing[rows] = ~allocation.written[offsets[:, None] + np.arange(width)].all(1)
+        return missing
+
+    def _owners(self, positions: np.ndarray):
+        """(rows, allocation) of accesses at flat positions, for allocations not all written."""
+        for allocation in self.allocations:
+            if allocation.written is not None:
+                inside = (positions >= allocation.position) & (
+                    positions < allocation.position + len(allocation.bytes)
+                )
+                if inside.any():
+                    yield np.flatnonzero(inside), allocation
+
     def find(self, address: int) -> Allocation | None:
         at = bisect_right(self._starts, address) - 1
         found = self.allocations[at] if at >= 0 else None

@@ -94,6 +94,7 @@ def _load(d: Decoder):
     targets = d.elements(0, (count,)) if vector else (_scalar(d.operand(0)),)
     writers = [d.extending_writer(target, kind) for target in targets]
     address = address_reader(d, d.operand(1), space)
+    d.touches(space, BITS[kind] // 8)
     size, dtype = BITS[kind] // 8 * count, np.dtype(f"{_letter(kind)}{BITS[kind] // 8}")
     instruction, what = d.instruction, describe(d)
 
@@ -149,6 +150,7 @@ def _store(d: Decoder):
     bits = f"b{BITS[kind]}" if kind[0] != "f" else kind
     readers = [narrowing_reader(d, element, bits) for element in elements]
     address = address_reader(d, d.operand(0), space)
+    d.touches(space, BITS[kind] // 8)
     size, dtype = BITS[kind] // 8 * count, UNSIGNED[BITS[kind]]
     instruction, what = d.instruction, describe(d)
 
@@ -206,6 +208,7 @@ def _atomic(d: Decoder):
     kind = d.need(*_ATOMIC_TYPES[name])
     first = 1 if returns else 0
     address = address_reader(d, d.operand(first), space)
+    d.touches(space, BITS[kind] // 8)
     b = d.source(first + 1, kind)
     c = d.source(first + 2, kind) if name == "cas" else None
     write = d.destination(0, kind) if returns else None

@@ -40,7 +40,8 @@ class Program:
     """`kernel` decoded. Raises UnknownForm if any of its instructions is not implemented.
 
     static_shared: bytes of shared memory that its own variables take; dynamic_base: where the
-    extern array begins; constants: arrays of its variables in constant and global memory.
+    extern array begins; constants: arrays of its variables in constant and global memory; units:
+    bytes of the narrowest access to a space.
     """
 
     def __init__(self, kernel: Kernel):
@@ -48,6 +49,8 @@ class Program:
         self.symbols: dict[str, tuple[str, int]] = {}
         self.constants: dict[str, np.ndarray] = {}
         self._place_variables()
+        # Matrices count in words.
+        self.units = {"global": 4, "shared": 4}
         self.steps = [self._decode(instruction) for instruction in kernel.instructions]
 
     def _place_variables(self) -> None:
@@ -87,6 +90,9 @@ class Program:
         control = made if isinstance(made, Branch | Exit | Barrier | WarpBarrier) else None
         guard = instruction.guard.slot if instruction.guard else None
         operation = None if control else made
+        for space, size in decoder.units.items():
+            if space in self.units:
+                self.units[space] = min(self.units[space], size)
         reads, writes = frozenset(decoder.reads), frozenset(decoder.writes)
         return Step(
             instruction, guard, form.scope, form.pipe, operation, control, reads, writes

@@ -10,7 +10,7 @@ capability (see `virtual_process`).
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -20,6 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 
 from . import parser
+from .comparison import Comparison
+from .findings import Findings, require_none
+from .hazards import Hazards
 from .machine import launch
 from .memory import GlobalMemory
 from .observer import Observer
@@ -60,22 +63,26 @@ class VirtualGPU:
     """`with VirtualGPU(90) as gpu:` what Triton launches meanwhile runs on the PTX machine.
 
     execute: False for a dry run, which compiles (and fills Triton's cache) but runs nothing.
-    processors: multiprocessors that the device reports, by default those of the real one.
-    observers: called once for each launch, gives the observers of its execution.
+    schedules: each launch runs under all of them; where the results differ that is a finding, and
+    those of the last one stay. hazards: whether to look for hazards. Findings are in `findings`;
+    at the end of the block any are an error. processors: multiprocessors that the device reports,
+    by default those of the real one. observers: called once for each launch, gives further
+    observers of its execution under the last schedule.
     """
 
     capability: int = 90
     execute: bool = True
-    schedule: Schedule = field(default_factory=Schedule)
+    schedules: tuple[Schedule, ...] = (Schedule(),)
+    hazards: bool = True
     processors: int | None = None
     observers: Callable[[], tuple[Observer, ...]] = tuple
     launches: list[Launch] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
 
     def __post_init__(self):
         if self.capability not in DEVICES:
             raise ValueError(f"capability must be one of {[*DEVICES]}, got {self.capability}")
         self.device = DEVICES[self.capability]
-        self._programs: dict[str, Program] = {}
         self._patches: list = []
 
     def __enter__(self) -> "VirtualGPU":
@@ -99,9 +106,11 @@ class VirtualGPU:
             patch.start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, *exception) -> None:
         for patch in reversed(self._patches):
             patch.stop()
+        if kind is None:
+            require_none(self.findings)
 
     def launch(self, compiled, x, y, z, stream, function, packed, metadata, enter, leave, *values):
         """What `CompiledKernel.run` does, with its arguments."""
@@ -115,7 +124,7 @@ class VirtualGPU:
             self.run(compiled, (x, y, z), values, observers)
 
     def run(self, compiled, grid, arguments: tuple, observers: tuple[Observer, ...]) -> None:
-        program = self.program(compiled.asm["ptx"])
+        program = program_of(compiled.asm["ptx"])
         memory, values = GlobalMemory(), []
         for (name, kind), value in zip(compiled.src.signature.items(), arguments, strict=True):
             if kind != "constexpr":
@@ -124,16 +133,24 @@ class VirtualGPU:
         if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
             raise NotImplementedError(f"{compiled.name} asks for scratch memory")
         values += [0] * (len(program.kernel.parameters) - len(values))
-        launch(
-            program, grid, program.pack(values), memory, schedule=self.schedule,
-            dynamic_shared=compiled.metadata.shared, observers=observers,
-        )  # fmt: skip
+        compared = Comparison(memory, self.findings, compiled.name)
+        for schedule in self.schedules:
+            last = schedule is self.schedules[-1]
+            watching = (Hazards(self.findings),) if self.hazards else ()
+            compared.begin(schedule)
+            launch(
+                program, grid, program.pack(values), memory, schedule=schedule,
+                dynamic_shared=compiled.metadata.shared,
+                observers=watching + (observers if last else ()),
+            )  # fmt: skip
+            compared.end(schedule)
 
-    def program(self, ptx: str) -> Program:
-        if ptx not in self._programs:
-            (kernel,) = parser.parse(ptx).kernels.values()
-            self._programs[ptx] = Program(kernel)
-        return self._programs[ptx]
+
+@lru_cache(maxsize=256)
+def program_of(ptx: str) -> Program:
+    """The only kernel of a module, decoded once in the life of the process."""
+    (kernel,) = parser.parse(ptx).kernels.values()
+    return Program(kernel)
 
 
 def _parameter(memory: GlobalMemory, name: str, kind: str, value):

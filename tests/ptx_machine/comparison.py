@@ -1,0 +1,47 @@
+"""Whether a launch gives the same bits in whatever order its blocks and warps run."""
+
+import numpy as np
+
+from .findings import Findings
+from .memory import GlobalMemory
+from .schedule import Schedule
+
+
+class Comparison:
+    """Holds the memory of a launch under one schedule against that under the first one."""
+
+    def __init__(self, memory: GlobalMemory, findings: Findings, kernel: str):
+        self.memory, self.findings, self.kernel = memory, findings, kernel
+        self.before: list[tuple[np.ndarray, np.ndarray | None]] | None = None
+        self.first: tuple[Schedule, list[np.ndarray]] | None = None
+
+    def begin(self, schedule: Schedule) -> None:
+        """Put memory into the state in which the launch found it."""
+        allocations = self.memory.allocations
+        if self.before is None:
+            self.before = [
+                (a.bytes.copy(), None if a.written is None else a.written.copy())
+                for a in allocations
+            ]
+            return
+        for allocation, (data, written) in zip(allocations, self.before, strict=True):
+            allocation.bytes[:] = data
+            if written is not None:
+                allocation.written[:] = written
+
+    def end(self, schedule: Schedule) -> None:
+        allocations = self.memory.allocations
+        if self.first is None:
+            self.first = schedule, [a.bytes.copy() for a in allocations]
+            return
+        for allocation, data in zip(allocations, self.first[1], strict=True):
+            differ = np.flatnonzero(allocation.bytes != data)
+            if len(differ):
+                at = int(differ[0])
+                self.findings.add(
+                    "order", (self.kernel, allocation.name), len(differ),
+                    lambda at=at, name=allocation.name: (
+                        f"{self.kernel}: {name} differs from byte {at} on between {self.first[0]} "
+                        f"and {schedule}"
+                    ),
+                )  # fmt: skip
