@@ -248,7 +248,10 @@ def _direction(
         losses, gradient, by_temperature, rows, width,
         student.stride(0), teacher.stride(0), batch.stride(0), 0.5 / rows,
         SLICES=SLICES, TEACHER=teach, POSITIVES=with_ids, FACTOR=weight_factor(student.dtype),
-        BLOCK_D=triton.next_power_of_2(width), num_warps=FINISH_WARPS, enable_fp_fusion=True,
+        BLOCK_D=triton.next_power_of_2(width), num_warps=FINISH_WARPS,
+        # Fused into the first exchange of a sum between lanes, a product is rounded by one of two
+        # lanes only; their sums differ, and which of them is stored is not defined.
+        enable_fp_fusion=False,
     )  # fmt: skip
     return losses, gradient.to(student.dtype), by_temperature
 

@@ -11,6 +11,7 @@ import test_soft_cross_entropy_interpreter as soft_cross_entropy
 import test_word_patch_alignment_interpreter as alignment
 import torch
 from momentum_cases import draw as draw_step
+from ptx_machine.schedule import Schedule
 
 CPU = torch.device("cpu")
 pytestmark = [
@@ -68,3 +69,10 @@ def test_soft_cross_entropy(run_on_ptx, capability, dtype):
 def test_word_patch_alignment(run_on_ptx, capability, dtype):
     case = alignment.pairs(3, 21, 70, 64, dtype, CPU, masks="holes")
     alignment.check(run_on_ptx(capability), case, iterations=10)
+
+
+def test_tiles_are_kept_until_products_have_read_them(run_on_ptx, capability, dtype):
+    # Several steps along the width, and asynchronous work as late as it may come.
+    case = alignment.pairs(2, 21, 40, 256, dtype, CPU)
+    run = run_on_ptx(capability, schedules=(Schedule(late=True),))
+    alignment.check(run, case, iterations=3)
