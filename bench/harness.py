@@ -63,6 +63,8 @@ class Settings:
     max_rounds: int = 30
     # Seconds of alternation per comparison, once the least number of rounds is done.
     budget_s: float = 20.0
+    # On a GPU: whether each call finds the second-level cache overwritten.
+    cold: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument("--plot", type=Path, metavar="PATH", help="draw time and memory (.png)")
     flags.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     flags.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    flags.add_argument(
+        "--warm-cache", action="store_true", help="leave a GPU's L2 cache as calls leave it"
+    )
     flags.add_argument("--rounds", type=int, default=0, help="least rounds; 0: 7, or 3 if quick")
     return flags
 
@@ -135,11 +140,11 @@ def settings_from(args: argparse.Namespace) -> Settings:
     threads = torch.get_num_threads()
     on_gpu = args.device == "cuda"
     rounds = args.rounds or (3 if args.quick else 7)
+    cold = not args.warm_cache
     if args.quick:
-        return Settings(args.device, threads, True, 2, rounds, max(rounds, 5), 2.0)
-    return Settings(
-        args.device, threads, False, 5 if on_gpu else 2, rounds, max(rounds, 100 if on_gpu else 30)
-    )
+        return Settings(args.device, threads, True, 2, rounds, max(rounds, 5), 2.0, cold)
+    warmups, most = (5, 100) if on_gpu else (2, 30)
+    return Settings(args.device, threads, False, warmups, rounds, max(rounds, most), cold=cold)
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -224,6 +229,7 @@ def compare(
                     raise
                 summary = (str(error).strip().splitlines() or [""])[0][:200]
                 missing.append(Missing(contender.name, f"{type(error).__name__}: {summary}"))
+    launches: dict[str, list[float]] = {}
     with Neighbours() as neighbours:
         times = alternate(
             {each.contender.name: each.call for each in prepared},
@@ -232,6 +238,8 @@ def compare(
             max_rounds=settings.max_rounds,
             budget_s=settings.budget_s,
             label=label,
+            cold=settings.cold,
+            launches=launches,
         )
     prepared_contenders = [(each.contender, each.errors) for each in prepared]
     # Free what the timed calls hold before memory is measured beside them.
@@ -258,8 +266,14 @@ def compare(
         rows.append(
             row(op, contender, dtype, shape, phase, times[contender.name], peak, errors, judged)
             | {"neighbours": neighbours.share}
+            | launch_field(launches.get(contender.name))
         )
     return rows, missing
+
+
+def launch_field(times: Sequence[float] | None) -> dict[str, float]:
+    """The median of the host's milliseconds to launch a call; nothing where nobody took them."""
+    return {"launch_ms": float(np.median(times))} if times else {}
 
 
 def row(
