@@ -1,14 +1,12 @@
 // The CUDA passes of the contrastive losses as operators: argument checks, scratch memory, the
 // current stream.
-#define USE_CUDA  // for aoti_torch_get_current_cuda_stream
-#include <torch/csrc/stable/accelerator.h>
+#include "host.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <string>
 
-#include "../common/stable_abi.h"
 #include "contrastive.h"
 
 namespace fastvlp::cuda {
@@ -16,18 +14,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
-
-Queue queue_of(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return {t.get_device_index(), stream};
-}
-
-void require_success(const char* error) {
-  STD_TORCH_CHECK(error == nullptr, "fastvlp's CUDA kernels could not be queued: ", error);
-}
 
 bool starts_vectors(const void* data, int64_t stride, int64_t element_bytes) {
   return stride % 4 == 0 && reinterpret_cast<uintptr_t>(data) % (4 * element_bytes) == 0;
@@ -99,7 +85,7 @@ void contrastive_cuda_statistics(const Tensor& products, const Tensor& scale, in
                                  const Tensor& row_negatives, const Tensor& positive,
                                  const Tensor& col_pairs) {
   const Products p = products_of(products, offset);
-  const DeviceGuard guard(products.get_device_index());
+  const DeviceScope scope(products);
   float* pairs = floats_or_none(col_pairs, "col_pairs", 2 * p.cols, products);
   const Statistics out = {floats_or_none(row_negatives, "row_negatives", p.rows, products),
                           floats_of(positive, "positive", p.rows, products), pairs,
@@ -109,7 +95,7 @@ void contrastive_cuda_statistics(const Tensor& products, const Tensor& scale, in
   };
   const Tensor row_scratch = scratch(out.row_negatives != nullptr, row_pair_count(p));
   const Tensor col_scratch = scratch(pairs != nullptr, col_pair_count(p));
-  require_success(statistics(queue_of(products), p, floats_of(scale, "scale", 1, products),
+  require_success(statistics(scope.queue(), p, floats_of(scale, "scale", 1, products),
                              pairs_of(row_scratch), pairs_of(col_scratch), out));
 }
 
@@ -117,9 +103,9 @@ void contrastive_cuda_gradient(const Tensor& products, const Tensor& scale, cons
                                const Tensor& col_lse, const Tensor& positive_gradient,
                                const Tensor& weights, int64_t offset, const Tensor& out) {
   const Products p = products_of(products, offset);
-  const DeviceGuard guard(products.get_device_index());
+  const DeviceScope scope(products);
   require_success(softmax_gradient(
-      queue_of(products), p, floats_of(scale, "scale", 1, products),
+      scope.queue(), p, floats_of(scale, "scale", 1, products),
       floats_or_none(row_lse, "row_lse", p.rows, products),
       floats_or_none(col_lse, "col_lse", p.cols, products),
       floats_of(positive_gradient, "positive_gradient", p.rows, products),
@@ -130,18 +116,23 @@ void contrastive_cuda_sigmoid(const Tensor& products, const Tensor& scale, const
                               double factor, int64_t offset, const Tensor& sums,
                               const Tensor& out) {
   const Products p = products_of(products, offset);
-  const DeviceGuard guard(products.get_device_index());
+  const DeviceScope scope(products);
   const Tensor partials =
       torch::stable::new_empty(products, {sigmoid_partial_count(p)}, ScalarType::Double);
   double* totals = static_cast<double*>(values_of(sums, "sums", 2, ScalarType::Double, products));
-  require_success(sigmoid(queue_of(products), p, floats_of(scale, "scale", 1, products),
+  require_success(sigmoid(scope.queue(), p, floats_of(scale, "scale", 1, products),
                           floats_of(bias, "bias", 1, products), static_cast<float>(factor),
                           static_cast<double*>(partials.mutable_data_ptr()), totals,
                           output_of(out, products)));
 }
 
-std::string cuda_kernels_unavailable(int64_t device) {
-  const char* reason = unavailable(static_cast<int>(device));
+std::string cuda_kernels_unavailable(int64_t index) {
+  const int device = static_cast<int>(index);
+  const char* reason = missing(device);
+  if (reason == nullptr) {
+    const DeviceScope scope(device);
+    reason = unavailable(device);
+  }
   return reason == nullptr ? "" : reason;
 }
 

@@ -378,17 +378,20 @@ const char* sigmoid(Queue queue, const Products& p, const float* scale, const fl
   });
 }
 
+const char* missing(int device) {
+  int count = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && device >= count) error = cudaErrorInvalidDevice;
+  return forgotten(error);
+}
+
 const char* unavailable(int device) {
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
+  cudaError_t error = cudaSetDevice(device);
   cudaFuncAttributes attributes;
   if (error == cudaSuccess)
     error = cudaFuncGetAttributes(&attributes,
                                   reinterpret_cast<const void*>(&tile_statistics<true, true>));
-  cudaSetDevice(before);
-  cudaGetLastError();  // an error reported here must not be taken for that of a later launch
-  return words(error);
+  return forgotten(error);
 }
 
 }  // namespace fastvlp::cuda

@@ -55,7 +55,10 @@ const char* softmax_gradient(Queue queue, const Products& p, const float* scale,
 const char* sigmoid(Queue queue, const Products& p, const float* scale, const float* bias,
                     float factor, double* partials, double* sums, const Output& out);
 
-// Null where the compiled kernels run on `device`, else why they do not.
+// Null where there is a device of this index, else why there is none.
+const char* missing(int device);
+// Null where the compiled kernels run on `device`, which is there, else why they do not. For the
+// driver it is the current device afterwards, as after a launch.
 const char* unavailable(int device);
 
 }  // namespace fastvlp::cuda

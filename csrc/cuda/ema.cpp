@@ -1,39 +1,34 @@
 // The multi-tensor operators on CUDA tensors: tables kept in device memory, the current stream.
-#define USE_CUDA  // for aoti_torch_get_current_cuda_stream
-#include <torch/csrc/stable/accelerator.h>
+#include "host.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
 #include <optional>
 #include <vector>
 
 #include "../common/ema_lists.h"
-#include "../common/stable_abi.h"
 #include "ema.h"
+#include "stream_copies.h"
 
 namespace fastvlp::cuda {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::accelerator::DeviceGuard;
 
-struct OnDevice {
-  std::optional<Tensor> bytes;
+// A table in device memory, and the point in its stream from which on it is there.
+struct DeviceTable {
+  Tensor bytes;
   TableView view;
+  Mark arrival;
 };
-using Cache = TableCache<OnDevice>;
+using Cache = TableCache<StreamCopies<DeviceTable>>;
 
-Queue queue_of(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return {t.get_device_index(), stream};
-}
-
-// The table in device memory. The copy goes from pinned memory, so that nothing waits for it.
-void upload(const HostTable& table, const Tensor& like, OnDevice& out) {
+// The table in memory of the current device, on the current stream: its memory is taken, filled,
+// read and given back in the order of that stream. The copy goes from pinned memory, so that nothing
+// waits for it; torch's pinned allocator keeps `host` until the copy has been made.
+DeviceTable upload(const HostTable& table, const Tensor& like, Queue queue) {
   const size_t entries = table.entries.size() * sizeof(TableEntry);
   const size_t geometries = table.geometries.size() * sizeof(Geometry);
   const size_t chunks = table.chunk_entry.size() * sizeof(int32_t);
@@ -44,33 +39,42 @@ void upload(const HostTable& table, const Tensor& like, OnDevice& out) {
   std::memcpy(at, table.entries.data(), entries);
   std::memcpy(at + entries, table.geometries.data(), geometries);
   std::memcpy(at + entries + geometries, table.chunk_entry.data(), chunks);
-  Tensor device = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-  torch::stable::copy_(device, host, true);
-  const char* base = static_cast<const char*>(device.const_data_ptr());
-  out.view = table.view();
+  DeviceTable out = {torch::stable::new_empty(like, {bytes}, ScalarType::Byte), table.view(), {}};
+  torch::stable::copy_(out.bytes, host, true);
+  require_success(out.arrival.set(queue));
+  const char* base = static_cast<const char*>(out.bytes.const_data_ptr());
   out.view.entries = reinterpret_cast<const TableEntry*>(base);
   out.view.geometries = reinterpret_cast<const Geometry*>(base + entries);
   out.view.chunk_entry = reinterpret_cast<const int32_t*>(base + entries + geometries);
-  out.bytes = device;
+  return out;
 }
 
-// A captured graph reads its table each time it is replayed, so such a table is kept for good.
-std::shared_ptr<Cache::Item> table_of(const std::vector<TensorList>& given, Queue queue) {
+// For as long as the process runs.
+void keep(std::shared_ptr<DeviceTable> table) {
+  static auto& mutex = *new std::mutex;
+  static auto& kept = *new std::vector<std::shared_ptr<DeviceTable>>;
+  const std::lock_guard<std::mutex> hold(mutex);
+  kept.push_back(std::move(table));
+}
+
+// The table of a call, in device memory for the stream that the call's work goes to.
+//
+// A captured graph reads its table each time it is replayed, on any stream: any copy that has
+// arrived will do, and is kept for good. None is made, since memory taken during a capture belongs
+// to the graph's pool and a copy queued then is made again at each replay.
+std::shared_ptr<DeviceTable> table_of(const std::vector<TensorList>& given, Queue queue) {
   static auto& cache = *new Cache;
-  static auto& captured = *new std::vector<std::shared_ptr<Cache::Item>>;
   auto item = cache.find_or_build(given, kEmaChunk);
-  const bool capturing = is_capturing(queue);
-  if (!item->extra.bytes.has_value()) {
-    STD_TORCH_CHECK(!capturing, given[0].name,
-                    ": expected one call with the same tensors before a graph is captured");
-    upload(item->table, given[0].tensors[0], item->extra);
-  }
-  if (capturing) captured.push_back(item);
-  return item;
-}
-
-void require_success(const char* error) {
-  STD_TORCH_CHECK(error == nullptr, "fastvlp's CUDA kernels could not be queued: ", error);
+  if (!is_capturing(queue))
+    return item->extra.of(queue.stream,
+                          [&] { return upload(item->table, given[0].tensors[0], queue); });
+  auto found = item->extra.find(
+      [](void*, const DeviceTable& table) { return table.arrival.is_reached(); });
+  STD_TORCH_CHECK(found != nullptr, given[0].name,
+                  ": expected one call with the same tensors, and a wait for the device "
+                  "(torch.cuda.synchronize()), before a graph is captured");
+  keep(found);
+  return found;
 }
 
 Decay decay_of(const std::optional<Tensor>& tensor, double value, const Tensor& like) {
@@ -101,10 +105,10 @@ void cuda_ema_update(const Tensors& momentum, const Tensors& source, const Tenso
                      const std::optional<Tensor>& decay_tensor, double decay,
                      const std::optional<Tensor>& nonfinite) {
   const Tensor& like = momentum.at(0);
-  const DeviceGuard guard(like.get_device_index());
-  const Queue queue = queue_of(like);
-  const auto item = table_of(ema_lists(momentum, source, copies), queue);
-  require_success(ema_update(queue, item->extra.view, decay_of(decay_tensor, decay, like),
+  const DeviceScope scope(like);
+  const Queue queue = scope.queue();
+  const auto table = table_of(ema_lists(momentum, source, copies), queue);
+  require_success(ema_update(queue, table->view, decay_of(decay_tensor, decay, like),
                              flag_of(nonfinite, like)));
 }
 
@@ -115,24 +119,24 @@ void cuda_adamw_ema(const Tensors& weights, const Tensors& gradients, const Tens
                     const std::optional<Tensor>& decay_tensor, double decay,
                     const std::optional<Tensor>& nonfinite) {
   const Tensor& like = weights.at(0);
-  const DeviceGuard guard(like.get_device_index());
-  const Queue queue = queue_of(like);
-  const auto item = table_of(adamw_lists(weights, gradients, first, second, momentum, weight_copies,
+  const DeviceScope scope(like);
+  const Queue queue = scope.queue();
+  const auto table = table_of(adamw_lists(weights, gradients, first, second, momentum, weight_copies,
                                          momentum_copies),
                              queue);
   const AdamWFactors factors =
       adamw_factors(lr, beta1, beta2, eps, weight_decay, step, maximize);
-  require_success(adamw_ema(queue, item->extra.view, factors, decay_of(decay_tensor, decay, like),
+  require_success(adamw_ema(queue, table->view, factors, decay_of(decay_tensor, decay, like),
                             flag_of(nonfinite, like)));
 }
 
 Tensor cuda_last_exceeding(const Tensors& tensors, double limit) {
   const Tensor& like = tensors.at(0);
-  const DeviceGuard guard(like.get_device_index());
-  const Queue queue = queue_of(like);
-  const auto item = table_of(read_list(tensors), queue);
+  const DeviceScope scope(like);
+  const Queue queue = scope.queue();
+  const auto table = table_of(read_list(tensors), queue);
   Tensor found = torch::stable::new_empty(like, {}, ScalarType::Long);
-  require_success(last_exceeding(queue, item->extra.view, static_cast<float>(limit),
+  require_success(last_exceeding(queue, table->view, static_cast<float>(limit),
                                  static_cast<int64_t*>(found.mutable_data_ptr())));
   return found;
 }

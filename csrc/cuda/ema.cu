@@ -249,4 +249,27 @@ bool is_capturing(Queue queue) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+Mark::~Mark() {
+  if (event_ != nullptr) cudaEventDestroy(static_cast<cudaEvent_t>(event_));
+}
+
+const char* Mark::set(Queue queue) {
+  return submit(queue, [&](cudaStream_t stream) {
+    cudaEvent_t event = nullptr;
+    cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    cudaEventRecord(event, stream);
+    event_ = event;
+  });
+}
+
+bool Mark::is_reached() const {
+  // A question changes nothing, but in any other mode it would end a capture on any stream.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  const cudaError_t found = cudaEventQuery(static_cast<cudaEvent_t>(event_));
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  cudaGetLastError();  // "not ready" counts as one
+  return found == cudaSuccess;
+}
+
 }  // namespace fastvlp::cuda

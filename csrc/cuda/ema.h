@@ -28,4 +28,21 @@ const char* last_exceeding(Queue queue, const TableView& table, float limit, int
 // Whether work on this stream is being captured into a graph.
 bool is_capturing(Queue queue);
 
+// A point in the work of a stream.
+class Mark {
+ public:
+  Mark() = default;
+  Mark(Mark&& other) noexcept : event_(other.event_) { other.event_ = nullptr; }
+  Mark& operator=(Mark&&) = delete;
+  ~Mark();
+
+  // The point behind all that has been queued so far. Returns null, or CUDA's words.
+  const char* set(Queue queue);
+  // Whether the device has come there; may be asked while a graph is captured.
+  bool is_reached() const;
+
+ private:
+  void* event_ = nullptr;  // a cudaEvent_t
+};
+
 }  // namespace fastvlp::cuda

@@ -13,8 +13,16 @@ inline const char* words(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// The words for an error that is reported here and must not be taken for that of a later launch.
+inline const char* forgotten(cudaError_t error) {
+  cudaGetLastError();
+  return words(error);
+}
+
 // Runs `launch(stream)` on the queue's device. The runtime linked into this library is not
-// torch's: it has to be told the device itself. A failed launch stays the last error until asked.
+// torch's: it has to be told the device itself, and leaves it the driver's current one; the
+// caller's DeviceScope (host.h) makes torch put its own back. A failed launch stays the last error
+// until asked.
 template <class Launch>
 const char* submit(Queue queue, Launch launch) {
   if (const char* error = words(cudaSetDevice(queue.device))) return error;

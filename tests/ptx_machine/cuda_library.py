@@ -59,12 +59,30 @@ class Launch:
     arguments: Sequence[int]
 
 
+class State(ctypes.Structure):
+    """What torch and the device tell of themselves, as cuda/runtime.cpp has it."""
+
+    _fields_ = (
+        ("torch_device", ctypes.c_int32),
+        ("driver_device", ctypes.c_int32),
+        ("stream", ctypes.c_int64),
+        ("capturing", ctypes.c_int32),
+        ("events_reached", ctypes.c_int32),
+    )
+
+
 @dataclass(frozen=True)
 class Library:
     """The loaded variant. ptx[target] are the texts of the modules, one per source."""
 
     handle: ctypes.CDLL
     ptx: dict[int, list[str]]
+
+    @property
+    def state(self) -> State:
+        """In the library's own memory: what is set here counts from the next call on."""
+        self.handle.fastvlp_ptx_state.restype = ctypes.POINTER(State)
+        return self.handle.fastvlp_ptx_state().contents
 
     def call(
         self,

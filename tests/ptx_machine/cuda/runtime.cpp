@@ -1,5 +1,6 @@
 // As much of the CUDA runtime and of torch's CUDA side as csrc/cuda asks for. A launch goes to a
-// function that Python sets, and is over when that returns; there is one device and one stream.
+// function that Python sets, and is over when that returns. Python also sets what torch and the
+// device tell of themselves (`State`).
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -16,6 +17,17 @@ struct Configuration {
   size_t shared_bytes;
 };
 
+// The current devices are two: torch's, and the driver's, which is where launches go. Both are set
+// by torch, the second one alone by the runtime that csrc/cuda calls.
+struct State {
+  int32_t torch_device;
+  int32_t driver_device;
+  int64_t stream;  // torch's current one
+  int32_t capturing;
+  int32_t events_reached;
+};
+
+State state = {0, 0, 0, 0, 1};
 Launcher launcher = nullptr;
 Configuration configured;
 cudaError_t last_error = cudaSuccess;
@@ -41,6 +53,7 @@ cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, si
 extern "C" {
 
 void fastvlp_ptx_set_launcher(Launcher given) { launcher = given; }
+State* fastvlp_ptx_state() { return &state; }
 
 // What code compiled by nvcc calls at its start and for kernel<<<...>>>().
 void** __cudaRegisterFatBinary(void*) {
@@ -75,11 +88,14 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
   return launch(kernel, grid, block, arguments, shared_bytes);
 }
 
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 2;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+  state.driver_device = device;
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;
   last_error = cudaSuccess;
@@ -94,19 +110,35 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* stub) {
   return kernel_names().count(stub) ? cudaSuccess : cudaErrorInvalidDeviceFunction;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
+  *status = state.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = reinterpret_cast<cudaEvent_t>(&state);
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventQuery(cudaEvent_t) {
+  return state.events_reached ? cudaSuccess : cudaErrorNotReady;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 
 // What torch has of CUDA.
 int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
+  *stream = reinterpret_cast<void*>(state.stream);
   return 0;
 }
-int32_t aoti_torch_create_device_guard(int32_t, void** guard) {
-  *guard = nullptr;
+// A guard is the device that was torch's before, one more: null is no guard.
+int32_t aoti_torch_create_device_guard(int32_t device, void** guard) {
+  *guard = reinterpret_cast<void*>(static_cast<intptr_t>(state.torch_device) + 1);
+  state.torch_device = state.driver_device = device;
   return 0;
 }
-int32_t aoti_torch_delete_device_guard(void*) { return 0; }
+int32_t aoti_torch_delete_device_guard(void* guard) {
+  state.torch_device = static_cast<int32_t>(reinterpret_cast<intptr_t>(guard) - 1);
+  state.driver_device = state.torch_device;
+  return 0;
+}
 
 }  // extern "C"
