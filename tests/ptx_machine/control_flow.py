@@ -203,7 +203,13 @@ class Barriers:
         for b in np.unique(block):
             for n in np.unique(number[block == b]):
                 chosen = (block == b) & (number == n)
-                expected = None if count is None else int(count[chosen][0])
+                counts = [] if count is None else np.unique(count[chosen]).tolist()
+                if len(counts) > 1:
+                    raise ProgramError(
+                        f"barrier {n} of a block is told to expect {counts} threads "
+                        f"({lanes.where(chosen).name(0)})"
+                    )
+                expected = counts[0] if counts else None
                 self.waiting.setdefault((int(b), int(n)), []).append(
                     (step, at, lanes.where(chosen), expected)
                 )

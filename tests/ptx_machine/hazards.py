@@ -23,14 +23,20 @@ from .findings import Findings
 from .happens_before import HappensBefore
 from .lanes import WARP
 from .observer import Access, Observer
+from .register_hazards import RegisterHazards
 from .shadow import Shadow
+
+
+def watchers(findings: Findings) -> tuple[Observer, ...]:
+    """The observers that look for every kind of hazard in one launch."""
+    return Hazards(findings), RegisterHazards(findings)
 
 
 class Hazards(Observer):
     """Watches one launch; `findings` holds what was found."""
 
-    def __init__(self, findings: Findings | None = None):
-        self.findings = findings if findings is not None else Findings()
+    def __init__(self, findings: Findings):
+        self.findings = findings
         self.tick = 0
         self.shadows: dict[str, Shadow] = {}
 

@@ -22,7 +22,7 @@ from triton.compiler.compiler import CompiledKernel
 from . import parser
 from .comparison import Comparison
 from .findings import Findings, require_none
-from .hazards import Hazards
+from .hazards import watchers
 from .machine import launch
 from .memory import GlobalMemory
 from .observer import Observer
@@ -136,7 +136,7 @@ class VirtualGPU:
         compared = Comparison(memory, self.findings, compiled.name)
         for schedule in self.schedules:
             last = schedule is self.schedules[-1]
-            watching = (Hazards(self.findings),) if self.hazards else ()
+            watching = watchers(self.findings) if self.hazards else ()
             compared.begin(schedule)
             launch(
                 program, grid, program.pack(values), memory, schedule=schedule,
