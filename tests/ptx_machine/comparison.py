@@ -15,7 +15,7 @@ class Comparison:
         self.before: list[tuple[np.ndarray, np.ndarray | None]] | None = None
         self.first: tuple[Schedule, list[np.ndarray]] | None = None
 
-    def begin(self, schedule: Schedule) -> None:
+    def begin(self) -> None:
         """Put memory into the state in which the launch found it."""
         allocations = self.memory.allocations
         if self.before is None:
@@ -30,6 +30,7 @@ class Comparison:
                 allocation.written[:] = written
 
     def end(self, schedule: Schedule) -> None:
+        """Compare what the launch left with what the first one did."""
         allocations = self.memory.allocations
         if self.first is None:
             self.first = schedule, [a.bytes.copy() for a in allocations]

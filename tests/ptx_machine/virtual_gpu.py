@@ -137,7 +137,7 @@ class VirtualGPU:
         for schedule in self.schedules:
             last = schedule is self.schedules[-1]
             watching = watchers(self.findings) if self.hazards else ()
-            compared.begin(schedule)
+            compared.begin()
             launch(
                 program, grid, program.pack(values), memory, schedule=schedule,
                 dynamic_shared=compiled.metadata.shared,
