@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-# The helpers of the kernels' own tests; child processes inherit the path and find them too.
-sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
+# The helpers beside this file and of the kernels' own tests; child processes inherit the path.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "kernels")]
 
 import triton_process  # noqa: E402
 from ptx_machine import virtual_process  # noqa: E402

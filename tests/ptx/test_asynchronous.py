@@ -97,8 +97,9 @@ def test_a_map_edited_by_a_kernel_is_the_one_that_host_code_makes():
     maps = np.zeros((3, 128), np.uint8)
     for field, ordinal, value in edits:
         asynchronous.replace(maps[:2], field, np.array([value, value], np.uint64), ordinal)
-    # The driver's number of bfloat16 is 9 where the instruction's is 10.
-    host = asynchronous.encode_for_triton(address, 3, 2, 9, [128, 64], [m, k], [k, 1], 0)
+    host = asynchronous.encode_for_triton(
+        address, "bf16", 2, 3, [128, 64], [m, k], [k, 1], fill_nan=False
+    )
     np.testing.assert_array_equal(maps[0], host)
     np.testing.assert_array_equal(maps[1], host)
     assert not maps[2].any()
@@ -108,12 +109,14 @@ def test_a_map_edited_by_a_kernel_is_the_one_that_host_code_makes():
 
 
 def test_triton_names_dimensions_from_the_outermost():
-    made = asynchronous.encode_for_triton(64, 0, 4, 7, [2, 1, 8], [3, 5, 12], [240, 24, 1], 1)
+    made = asynchronous.encode_for_triton(
+        64, "f32", 4, 0, [2, 1, 8], [3, 5, 12], [240, 24, 1], fill_nan=True
+    )
     same = asynchronous.encode_tiled(
         64, "f32", [12, 5, 3], [96, 960], [8, 1, 2], None, 0, fill_nan=True
     )
     np.testing.assert_array_equal(made, same)
-    line = asynchronous.encode_for_triton(64, 0, 1, 0, [32], [100], [1], 0)
+    line = asynchronous.encode_for_triton(64, "u8", 1, 0, [32], [100], [1], fill_nan=False)
     same = asynchronous.encode_tiled(64, "u8", [100], [], [32])
     np.testing.assert_array_equal(line, same)
 

@@ -18,12 +18,11 @@ import numpy as np
 from .matrix import swizzle
 
 MAX_DIMS = 5
-# By the numbers that tensormap.replace takes; the driver's own numbers differ, see below.
+# By the numbers that tensormap.replace takes.
 ELEMENTS = (
     "u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f32.ftz", "f64", "bf16", "tf32",
     "tf32.ftz",
 )  # fmt: skip
-DRIVER_ELEMENTS = (*ELEMENTS[:8], "f64", "bf16", "f32.ftz", "tf32", "tf32.ftz")
 _ELEMENT_BYTES = {"u8": 1, "u16": 2, "f16": 2, "bf16": 2, "u64": 8, "s64": 8, "f64": 8}
 _NAN = {"f16": 0x7FFF, "bf16": 0x7FFF, "f64": 0x7FFFFFFFFFFFFFFF}
 _SWIZZLE_SPAN = {0: 16, 1: 32, 2: 64, 3: 128}
@@ -91,27 +90,24 @@ def encode_tiled(
 
 def encode_for_triton(
     address: int,
-    swizzle_mode: int,
+    element: str,
     element_bytes: int,
-    driver_element: int,
+    swizzle_mode: int,
     block: Sequence[int],
     shape: Sequence[int],
     strides: Sequence[int],
-    padding: int,
+    fill_nan: bool,
 ) -> Array:
-    """A tensor map of what Triton's launcher passes to its driver's `fill_tma_descriptor_tiled`.
-
-    driver_element: an index into DRIVER_ELEMENTS. block, shape, strides in elements, the innermost
-    dimension last. padding: 1 for NaN outside.
-    """
+    """A tensor map of what Triton knows of a descriptor: block, shape and strides in elements, the
+    innermost dimension last. Its compiler numbers elements as in ELEMENTS."""
     return encode_tiled(
         address,
-        DRIVER_ELEMENTS[driver_element],
+        element,
         shape[::-1],
         [stride * element_bytes for stride in strides[-2::-1]],
         block[::-1],
         swizzle_mode=swizzle_mode,
-        fill_nan=padding == 1,
+        fill_nan=fill_nan,
     )
 
 
@@ -204,6 +200,13 @@ class Barriers:
     def __init__(self, objects: int) -> None:
         self.live = np.zeros(objects, bool)
         self.expected, self.pending, self.bytes, self.phase = np.zeros((4, objects), np.int64)
+
+    def grow(self, objects: int) -> None:
+        """Make room for so many objects in all."""
+        for name in ("live", "expected", "pending", "bytes", "phase"):
+            held = getattr(self, name)
+            more = np.zeros(max(0, objects - len(held)), held.dtype)
+            setattr(self, name, np.concatenate([held, more]))
 
     def init(self, which: Array, count: Array) -> None:
         """mbarrier.init: `count` arrivals complete a phase."""

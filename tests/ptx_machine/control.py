@@ -1,8 +1,12 @@
 """Instructions that decide which threads run next: branches, exits and barriers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from .forms import Decoder, Source, form
+from .lanes import Lanes
 from .syntax import Symbol
 
 
@@ -31,7 +35,15 @@ class WarpBarrier:
     """Memory accesses of the lanes of a warp before it are ordered before those behind it."""
 
 
-Control = Branch | Exit | Barrier | WarpBarrier
+@dataclass(frozen=True)
+class PhaseWait:
+    """Lanes wait until `passed` is true of them [lanes], which changes nothing; then `finish`."""
+
+    passed: Callable[[Lanes], np.ndarray]
+    finish: Callable[[Lanes], None]
+
+
+Control = Branch | Exit | Barrier | WarpBarrier | PhaseWait
 
 
 @form("bra", pipe="control")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .control import Barrier, Branch, Exit, WarpBarrier
+from .control import Barrier, Branch, Exit, PhaseWait, WarpBarrier
 from .errors import ProgramError
 from .lanes import WARP, Lanes, require_whole_warps
 from .program import Step
@@ -29,6 +29,8 @@ class Execution:
         self.batch, self.steps, self.apart = batch, steps, apart
         self.strands: dict[int, list[Group]] = defaultdict(list)
         self.parked: dict[int, list[Lanes]] = defaultdict(list)
+        # Who waits for the phase of an mbarrier: the position and the step of the instruction.
+        self.waiting: list[tuple[int, Step, Lanes]] = []
         self.barriers = Barriers(batch.layout)
         self.ended = ~batch.layout.exists
 
@@ -39,6 +41,8 @@ class Execution:
             ready = [strand for strand, groups in self.strands.items() if groups]
             if ready:
                 self.run_strand(self.strands[min(ready)])
+            elif self.waiting and self.look_again():
+                continue
             elif self.ended.all():
                 return
             else:
@@ -99,11 +103,13 @@ class Execution:
         return lanes.where(holds)
 
     def decide(self, at: int, step: Step, lanes: Lanes, active: Lanes | None) -> None:
-        """A branch or an exit of the lanes whose guard holds."""
+        """A branch, an exit or a wait of the lanes whose guard holds."""
         if active is not None:
             self.batch.observe(step, active)
             if isinstance(step.control, Exit):
                 self.end(active)
+            elif isinstance(step.control, PhaseWait):
+                self.wait(at, step, active)
             else:
                 assert isinstance(step.control, Branch)
                 self.resume(active, step.control.target)
@@ -112,6 +118,29 @@ class Execution:
         elif active is not lanes:
             rest = np.setdiff1d(lanes.slots, active.slots, assume_unique=True)
             self.resume(Lanes(self.batch, rest), at + 1)
+
+    def wait(self, at: int, step: Step, lanes: Lanes) -> None:
+        passed = step.control.passed(lanes)
+        if passed.any():
+            some = lanes.where(passed)
+            step.control.finish(some)
+            self.resume(some, at + 1)
+        if not passed.all():
+            self.waiting.append((at, step, lanes.where(~passed)))
+
+    def look_again(self) -> bool:
+        """Let those go on whose phase is over by now; whether there are any.
+
+        Nobody else can run, so if need be copies that are still under way arrive.
+        """
+        while True:
+            waiting, self.waiting = self.waiting, []
+            for at, step, lanes in waiting:
+                self.wait(at, step, lanes)
+            if any(self.strands.values()):
+                return True
+            if not self.batch.deliver():
+                return False
 
     def end(self, lanes: Lanes) -> None:
         self.ended[lanes.index] = True
@@ -178,6 +207,11 @@ class Execution:
                     f"{lanes.count} threads ({lanes.name(0)}, ...) wait for the rest of their "
                     f"warp at {self.batch.where(self.steps[at])}"
                 )
+        for _, step, lanes in self.waiting:
+            lines.append(
+                f"{lanes.count} threads ({lanes.name(0)}, ...) wait for a phase that never ends at "
+                f"{self.batch.where(step)}"
+            )
         lines += self.barriers.describe(self.batch)
         raise ProgramError("divergent threads wait for ever: " + "; ".join(lines))
 

@@ -44,6 +44,8 @@ class Hazards(Observer):
         self.batch, layout = batch, batch.layout
         self.kernel = batch.program.kernel.name
         self.order = HappensBefore(layout)
+        # What those who arrived at an mbarrier object knew: rows `known` and `fenced`.
+        self.phases: dict[int, np.ndarray] = {}
         threads = layout.warps_per_block * WARP
         # [slots]: the number of each thread in the grid, from 1 on.
         self.thread = (batch.numbers[layout.block] * threads + layout.thread + 1).astype(np.int32)
@@ -66,6 +68,25 @@ class Hazards(Observer):
     def fences(self, fence: str, lanes) -> None:
         if fence == "proxy.async":
             self.order.fence(lanes, self.tick)
+
+    def arrives(self, lanes, objects: np.ndarray, copied: bool) -> None:
+        self.tick += 1
+        order = self.order
+        for number in np.unique(objects).tolist():
+            here = objects == number
+            block, warps = lanes.block[here][0], np.unique(lanes.warp[here])
+            told = np.stack([order.known[block, warps].max(0), order.fenced[block, warps].max(0)])
+            # A copy's own writes need no fence.
+            told[: 2 if copied else 1, warps] = self.tick
+            self.phases[number] = np.maximum(told, self.phases.get(number, -1))
+
+    def passes(self, lanes, objects: np.ndarray) -> None:
+        self.tick += 1
+        for number in np.unique(objects).tolist():
+            if number in self.phases:
+                here = objects == number
+                for warp in np.unique(lanes.warp[here]):
+                    self.order.learns(lanes.block[here][0], warp, *self.phases[number])
 
     def accesses(self, access: Access) -> None:
         if access.space not in self.shadows or not len(access.positions):

@@ -1,10 +1,13 @@
 """Executes a kernel: its grid in batches of blocks, each batch by all its lanes at once."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .control_flow import Execution
 from .errors import ProgramError
 from .lanes import WARP, Lanes, Layout
+from .mbarrier_instructions import SharedBarriers
 from .memory import WINDOWS, GlobalMemory, ParameterMemory, SharedMemory
 from .observer import Access, Observer
 from .pending import Pending
@@ -74,6 +77,9 @@ class Batch:
             "param": ParameterMemory(parameters),
         }
         self.pending = {kind: Pending(self, kind) for kind in ("cp.async", "wgmma", "bulk")}
+        self.mbarriers = SharedBarriers()
+        # Bulk copies that an mbarrier waits for and that have not arrived.
+        self.under_way: list[Callable[[], None]] = []
         self.observers: tuple[Observer, ...] = ()
         self._special: dict[str, np.ndarray] = {}
 
@@ -83,6 +89,7 @@ class Batch:
             observer.batch_begins(self)
         with np.errstate(all="ignore"):
             Execution(self, self.program.steps, self.schedule.warps == "apart").run()
+            self.deliver()
         for observer in observers:
             observer.batch_ends(self)
 
@@ -112,6 +119,21 @@ class Batch:
     def fenced(self, fence: str, lanes: Lanes) -> None:
         for observer in self.observers:
             observer.fences(fence, lanes)
+
+    def arrives(self, lanes: Lanes, objects: np.ndarray, copied: bool = False) -> None:
+        for observer in self.observers:
+            observer.arrives(lanes, objects, copied)
+
+    def passes(self, lanes: Lanes, objects: np.ndarray) -> None:
+        for observer in self.observers:
+            observer.passes(lanes, objects)
+
+    def deliver(self) -> bool:
+        """Let bulk copies arrive; whether any were under way."""
+        arriving, self.under_way = self.under_way, []
+        for arrive in arriving:
+            arrive()
+        return bool(arriving)
 
     def ends(self, lanes: Lanes) -> None:
         """`lanes` have ended: what they never waited for takes effect."""

@@ -65,3 +65,9 @@ class Observer:
 
     def fences(self, fence: str, lanes: Lanes) -> None:
         """`lanes` execute a fence: "proxy.async" or "wgmma"."""
+
+    def arrives(self, lanes: Lanes, objects: np.ndarray, copied: bool) -> None:
+        """`lanes` arrive at mbarrier objects [lanes], or copies do that they have started."""
+
+    def passes(self, lanes: Lanes, objects: np.ndarray) -> None:
+        """`lanes` see that a phase of mbarrier objects [lanes] is over."""

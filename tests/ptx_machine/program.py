@@ -11,11 +11,13 @@ from . import (  # noqa: F401  (each registers its instruction forms)
     floats,
     integers,
     matrix_instructions,
+    mbarrier_instructions,
     memory_instructions,
     moves,
+    tensor_instructions,
     warp_instructions,
 )
-from .control import Barrier, Branch, Control, Exit, WarpBarrier
+from .control import Control
 from .forms import Decoder, Operation, find_form
 from .memory import SHARED_BASE
 from .syntax import Address, Instruction, Kernel, Symbol, Vector
@@ -87,7 +89,7 @@ class Program:
         decoder = Decoder(instruction, self.kernel, list(modifiers), self.symbols)
         made = form.decode(decoder)
         decoder.finish()
-        control = made if isinstance(made, Branch | Exit | Barrier | WarpBarrier) else None
+        control = made if isinstance(made, Control) else None
         guard = instruction.guard.slot if instruction.guard else None
         operation = None if control else made
         for space, size in decoder.units.items():

@@ -7,6 +7,7 @@ import numpy as np
 from . import machine, parser
 from .lanes import WARP
 from .memory import GlobalMemory
+from .observer import Observer
 from .program import Program
 from .schedule import Schedule
 
@@ -21,6 +22,7 @@ def execute(
     buffers: Sequence[np.ndarray] = (),
     block: int = WARP,
     schedule: Schedule | None = None,
+    observers: tuple[Observer, ...] = (),
     **operands: np.ndarray,
 ):
     """The results of `instruction`, by one thread for each element of the operands.
@@ -31,7 +33,7 @@ def execute(
     dtype's type (bool: predicate, signed integers as unsigned ones). results: the types of the
     registers d, e, f, ... Returns their values, unsigned or floating, or the only one's. Blocks
     have `block` threads; threads beyond the last operand repeat the first ones. buffers: memory
-    that the threads may touch, changed in place.
+    that the threads may touch, changed in place. observers watch.
     """
     kinds = (results,) if isinstance(results, str) else tuple(results)
     arrays = [np.asarray(values) for values in operands.values()]
@@ -50,7 +52,7 @@ def execute(
     for slot, values in enumerate(arrays, len(kinds)):
         bits = values if values.dtype == bool else values.view(f"u{values.itemsize}")
         batch.registers[slot] = np.resize(bits, blocks * block)[thread]
-    batch.run(())
+    batch.run(observers)
     found = []
     for register, kind in zip(batch.registers, kinds, strict=False):
         values = np.empty_like(register)

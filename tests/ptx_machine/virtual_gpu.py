@@ -14,12 +14,13 @@ from functools import lru_cache, partial
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 
-from . import parser
+from . import asynchronous, parser
 from .comparison import Comparison
 from .findings import Findings, require_none
 from .hazards import watchers
@@ -126,13 +127,18 @@ class VirtualGPU:
     def run(self, compiled, grid, arguments: tuple, observers: tuple[Observer, ...]) -> None:
         program = program_of(compiled.asm["ptx"])
         memory, values = GlobalMemory(), []
+        descriptors = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
         for (name, kind), value in zip(compiled.src.signature.items(), arguments, strict=True):
-            if kind != "constexpr":
+            if kind.startswith("tensordesc"):
+                values += _descriptor(memory, name, value, next(descriptors))
+            elif kind != "constexpr":
                 values.append(_parameter(memory, name, kind, value))
-        # The compiler adds pointers to scratch memory, which none of our kernels asks for.
-        if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
-            raise NotImplementedError(f"{compiled.name} asks for scratch memory")
-        values += [0] * (len(program.kernel.parameters) - len(values))
+        # The compiler adds pointers to scratch memory, for the grid and for profiling.
+        if compiled.metadata.profile_scratch_size:
+            raise NotImplementedError(f"{compiled.name} asks for scratch memory for profiling")
+        scratch = _scratch(memory, compiled.metadata, grid)
+        left = len(program.kernel.parameters) - len(values)
+        values += [scratch.ctypes.data, *[0] * left][:left]
         compared = Comparison(memory, self.findings, compiled.name)
         for schedule in self.schedules:
             last = schedule is self.schedules[-1]
@@ -165,6 +171,27 @@ def _parameter(memory: GlobalMemory, name: str, kind: str, value):
     if kind.startswith("fp"):
         return float(value)
     return int(value)
+
+
+def _descriptor(memory: GlobalMemory, name: str, value, meta: dict) -> list:
+    """The parameters of a host's tensor descriptor: the tensor map, the shape and the strides."""
+    element = "tf32" if value.round_f32_to_tf32 else asynchronous.ELEMENTS[meta["elem_type"]]
+    made = asynchronous.encode_for_triton(
+        _parameter(memory, name, "*", value.base), element, value.base.element_size(),
+        meta["swizzle"], meta["block_size"], value.shape, value.strides, value.padding == "nan",
+    )  # fmt: skip
+    return [made.tobytes(), *value.shape, *value.strides]
+
+
+def _scratch(memory: GlobalMemory, metadata, grid: tuple[int, int, int]) -> np.ndarray:
+    """Memory that each block of the grid has a part of."""
+    size, align = metadata.global_scratch_size * int(np.prod(grid)), metadata.global_scratch_align
+    held = np.zeros(size + align, np.uint8)
+    start = -held.ctypes.data % align
+    scratch = held[start : start + size]
+    if size:
+        memory.register_array("scratch memory", scratch, written=False)
+    return scratch
 
 
 class _Driver:

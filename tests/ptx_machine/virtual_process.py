@@ -13,3 +13,8 @@ def run(capability: int, options: dict, module: str, function: str, *args, **kwa
     with VirtualGPU(capability, **options):
         target = importlib.import_module(f"fastvlp.kernels.{module}")
         return getattr(target, function)(*args, **kwargs)
+
+
+def call(module: str, function: str, *args):
+    """<module>.<function>(*args), which makes a virtual GPU itself."""
+    return getattr(importlib.import_module(module), function)(*args)
