@@ -18,3 +18,16 @@ def run(capability: int, options: dict, module: str, function: str, *args, **kwa
 def call(module: str, function: str, *args):
     """<module>.<function>(*args), which makes a virtual GPU itself."""
     return getattr(importlib.import_module(module), function)(*args)
+
+
+def count(capability: int, module: str, function: str, *args, **kwargs):
+    """[(kernel, blocks, executed instructions by opcode)] of the launches of `run`."""
+    from .counts import Counts
+    from .virtual_gpu import VirtualGPU
+
+    with VirtualGPU(capability, observers=lambda: (Counts(),)) as gpu:
+        getattr(importlib.import_module(f"fastvlp.kernels.{module}"), function)(*args, **kwargs)
+    return [
+        (each.kernel, each.grid[0] * each.grid[1] * each.grid[2], each.observers[0].instructions)
+        for each in gpu.launches
+    ]
