@@ -171,12 +171,24 @@ def reference_reasons(*_, **__) -> list[str]:
 
 
 # The backends in order of preference, as `_dispatch.register` takes them. Triton refuses CPU
-# tensors: the compiled kernels come first there, and second on a GPU.
+# tensors: the compiled kernels come first there, and on a GPU second, but for float32.
 CANDIDATES = {
     "triton": triton_reasons,
     "native": native_reasons,
     "reference": reference_reasons,
 }
+
+
+def preferred_backend(
+    image_features: torch.Tensor, text_features: torch.Tensor, *_, **__
+) -> str | None:
+    """The compiled passes for float32 features on a GPU, None for others.
+
+    There tensor cores have no part in the product of a tile, and cuBLAS's products, which the
+    compiled passes read, come nearer to what the other units can do than those of Triton's tiles.
+    """
+    is_float32 = image_features.dtype == torch.float32
+    return "native" if is_float32 and image_features.device.type == "cuda" else None
 
 
 def unit_stride(features: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,8 @@ class _Operator:
     candidates: dict[str, Callable[..., list[str]]]
     variable: str  # of the environment, which forces one
     example: dict[str, Shape | list[Shape]]
+    # Of the same arguments: the backend that comes first for these, or None for the usual order.
+    first: Callable[..., str | None] | None
 
 
 _OPERATORS: dict[str, _Operator] = {}
@@ -31,15 +33,17 @@ def register(
     *,
     example: dict[str, Shape | list[Shape]],
     variable: str = "FASTVLP_BACKEND",
+    first: Callable[..., str | None] | None = None,
     **candidates: Callable[..., list[str]],
 ) -> None:
     """Declares the backends of `op`, the preferred one first.
 
     `example` has the arguments that the candidates look at, the operator's first ones, with shapes
     for tensors that serve as an example. `variable` is the environment variable that forces a
-    backend; FASTVLP_BACKEND knows BACKENDS, any other one the candidates' names.
+    backend; FASTVLP_BACKEND knows BACKENDS, any other one the candidates' names. `first` names the
+    backend that is preferred for some arguments instead, or returns None.
     """
-    _OPERATORS[op] = _Operator(candidates, variable, example)
+    _OPERATORS[op] = _Operator(candidates, variable, example, first)
 
 
 def operators() -> list[str]:
@@ -95,6 +99,8 @@ def choose(op: str, *args, **kwargs) -> str:
 
 def _explain(op: str, *args, **kwargs) -> Explanation:
     variable, candidates = _OPERATORS[op].variable, _OPERATORS[op].candidates
+    if _OPERATORS[op].first is not None and (name := _OPERATORS[op].first(*args, **kwargs)):
+        candidates = {name: candidates[name], **candidates}
     forced = forced_backend(op)
     chosen, reasons = None, {}
     fault = _native.instruction_set_fault()

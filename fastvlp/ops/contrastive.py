@@ -17,9 +17,10 @@ kept: backward takes three products, and forward 64 MB for its statistics.
 
 The gradient with respect to s costs N D operations, that with respect to b is exactly zero: the
 softmax does not see a constant. Products of float32 features have float32 accuracy: where the
-processor multiplies matrices of bfloat16, each float goes in as three of these. Products of
-bfloat16 features use bfloat16 multiplications with float32 sums where the processor has them, else
-float32; softmax and sums are always float32.
+processor multiplies matrices of bfloat16, each float goes in as three of these; on a GPU they are
+cuBLAS's, which follows torch.backends.cuda.matmul.allow_tf32. Products of bfloat16 features use
+bfloat16 multiplications with float32 sums where the processor has them, else float32; softmax and
+sums are always float32.
 """
 
 import torch
@@ -35,6 +36,7 @@ from ._contrastive_inputs import (
     check_features,
     check_workspace,
     local,
+    preferred_backend,
     unit_stride,
 )
 from ._contrastive_pairs import log_sum_exp, pair_losses, positive_gradient
@@ -222,4 +224,9 @@ class _Contrastive(torch.autograd.Function):
 
 
 _contrastive_library.register()
-register("contrastive", example={"image_features": (2, 8), "text_features": (2, 8)}, **CANDIDATES)
+register(
+    "contrastive",
+    example={"image_features": (2, 8), "text_features": (2, 8)},
+    first=preferred_backend,
+    **CANDIDATES,
+)

@@ -23,6 +23,7 @@ from ._contrastive_inputs import (
     check_features,
     check_workspace,
     local,
+    preferred_backend,
     unit_stride,
 )
 from ._contrastive_plan import plan_for
@@ -118,5 +119,8 @@ class _SigmoidContrastive(torch.autograd.Function):
 
 
 register(
-    "sigmoid_contrastive", example={"image_features": (2, 8), "text_features": (2, 8)}, **CANDIDATES
+    "sigmoid_contrastive",
+    example={"image_features": (2, 8), "text_features": (2, 8)},
+    first=preferred_backend,
+    **CANDIDATES,
 )

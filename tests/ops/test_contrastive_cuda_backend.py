@@ -49,7 +49,7 @@ def gpu(monkeypatch):
     monkeypatch.delenv("FASTVLP_BACKEND", raising=False)
     lacking()
     with FakeTensorMode():
-        x = torch.empty(4, 8, device="cuda")
+        x = torch.empty(4, 8, dtype=torch.bfloat16, device="cuda")
     return x, lacking
 
 
@@ -69,6 +69,23 @@ def test_explain_on_a_gpu(gpu, monkeypatch, op):
     lacking()
     assert explain(op, x, x).chosen == "native"
     assert explain(op, x.double(), x.double()).chosen is None
+
+
+@pytest.mark.parametrize("op", ["contrastive", "sigmoid_contrastive"])
+def test_float32_features_on_a_gpu_take_the_products_of_cublas(gpu, monkeypatch, op):
+    x, lacking = gpu[0].float(), gpu[1]
+    assert explain(op, x, x).chosen == "native"
+    assert explain(op, x, x).reasons["triton"] == ["native is preferred"]
+    lacking(native=["nvcc was not found"])
+    assert explain(op, x, x).chosen == "triton"
+    assert explain(op, x, x).reasons["native"] == ["nvcc was not found"]
+    lacking()
+    monkeypatch.setenv("FASTVLP_BACKEND", "triton")
+    assert explain(op, x, x).chosen == "triton"
+    run = _contrastive_library._on_cuda(op, lambda *_: "triton", lambda *_: "native")
+    assert run(x, x) == "triton"
+    monkeypatch.delenv("FASTVLP_BACKEND")
+    assert run(x, x) == "native"
 
 
 def test_on_the_cpu_the_compiled_kernels_come_first():
