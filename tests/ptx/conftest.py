@@ -34,11 +34,19 @@ def run_on_ptx(virtual_gpus):
     Calls fastvlp.kernels.<module>.<function> with its launches on the PTX machine; the options are
     those of `ptx_machine.virtual_gpu.VirtualGPU`. Fails where the machine finds a hazard.
     """
+    return _caller(virtual_gpus, virtual_process.run)
 
+
+@pytest.fixture
+def count_on_ptx(virtual_gpus):
+    """The same, giving the results and the counts of the launches (see `virtual_process.count`)."""
+    return _caller(virtual_gpus, virtual_process.count)
+
+
+def _caller(pools, function):
     def on(capability: int, **options):
         def call(*args, **kwargs):
-            pool = virtual_gpus(capability)
-            return pool.submit(virtual_process.run, capability, options, *args, **kwargs).result()
+            return pools(capability).submit(function, capability, options, *args, **kwargs).result()
 
         return call
 

@@ -7,7 +7,6 @@ import re
 import pytest
 import test_contrastive_interpreter as contrastive
 import torch
-from ptx_machine import virtual_process
 
 # Rows and columns of a tile in half precision, and the width of the features.
 TILE = 128, 64
@@ -35,17 +34,11 @@ def features(kind, rows):
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kind", ["random", "in classes", "equal"])
-def test_statistics_make_one_product(virtual_gpus, capability, kind):
+def test_statistics_make_one_product(count_on_ptx, capability, kind):
     x, y = features(kind, 150), features(kind, 150).roll(4, 0)
-    launches = (
-        virtual_gpus(capability)
-        .submit(
-            virtual_process.count, capability, "contrastive", "contrastive_statistics", x, y,
-            torch.tensor([100.0]),
-        )
-        .result()
-    )  # fmt: skip
-    (found,) = [(blocks, executed) for name, blocks, executed in launches if name == KERNEL]
-    blocks, executed = found
-    assert blocks == 2 * 3
-    assert multiply_adds(executed) == blocks * math.prod(TILE) * WIDTH
+    _, launches = count_on_ptx(capability)(
+        "contrastive", "contrastive_statistics", x, y, torch.tensor([100.0])
+    )
+    ((grid, counts),) = [(grid, counts) for name, grid, counts in launches if name == KERNEL]
+    assert math.prod(grid) == 2 * 3
+    assert multiply_adds(counts.instructions) == 2 * 3 * math.prod(TILE) * WIDTH

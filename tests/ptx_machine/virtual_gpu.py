@@ -23,6 +23,7 @@ from triton.compiler.compiler import CompiledKernel
 from . import asynchronous, parser
 from .comparison import Comparison
 from .findings import Findings, require_none
+from .fresh_memory import FreshMemory
 from .hazards import watchers
 from .machine import launch
 from .memory import GlobalMemory
@@ -85,6 +86,7 @@ class VirtualGPU:
             raise ValueError(f"capability must be one of {[*DEVICES]}, got {self.capability}")
         self.device = DEVICES[self.capability]
         self._patches: list = []
+        self._fresh = FreshMemory()
 
     def __enter__(self) -> "VirtualGPU":
         capability = self.device.capability
@@ -105,9 +107,13 @@ class VirtualGPU:
         ]
         for patch in self._patches:
             patch.start()
+        if self.hazards:
+            self._fresh.__enter__()
         return self
 
     def __exit__(self, kind, *exception) -> None:
+        if self.hazards:
+            self._fresh.__exit__(kind, *exception)
         for patch in reversed(self._patches):
             patch.stop()
         if kind is None:
@@ -130,9 +136,9 @@ class VirtualGPU:
         descriptors = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
         for (name, kind), value in zip(compiled.src.signature.items(), arguments, strict=True):
             if kind.startswith("tensordesc"):
-                values += _descriptor(memory, name, value, next(descriptors))
+                values += self._descriptor(memory, name, value, next(descriptors))
             elif kind != "constexpr":
-                values.append(_parameter(memory, name, kind, value))
+                values.append(self._parameter(memory, name, kind, value))
         # The compiler adds pointers to scratch memory, for the grid and for profiling.
         if compiled.metadata.profile_scratch_size:
             raise NotImplementedError(f"{compiled.name} asks for scratch memory for profiling")
@@ -151,36 +157,35 @@ class VirtualGPU:
             )  # fmt: skip
             compared.end(schedule)
 
+    def _parameter(self, memory: GlobalMemory, name: str, kind: str, value):
+        """The value of a kernel parameter; a tensor's storage becomes an allocation."""
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            if storage.nbytes():
+                found = memory.register(name, storage.data_ptr(), storage.nbytes())
+                found.written = self._fresh.written(storage)
+            return value.data_ptr()
+        if kind.startswith("*"):
+            raise TypeError(f"{name}: expected a tensor for {kind}, got {type(value).__name__}")
+        if kind.startswith("fp"):
+            return float(value)
+        return int(value)
+
+    def _descriptor(self, memory: GlobalMemory, name: str, value, meta: dict) -> list:
+        """Parameters for a host's tensor descriptor: the tensor map, shape and strides."""
+        element = "tf32" if value.round_f32_to_tf32 else asynchronous.ELEMENTS[meta["elem_type"]]
+        made = asynchronous.encode_for_triton(
+            self._parameter(memory, name, "*", value.base), element, value.base.element_size(),
+            meta["swizzle"], meta["block_size"], value.shape, value.strides, value.padding == "nan",
+        )  # fmt: skip
+        return [made.tobytes(), *value.shape, *value.strides]
+
 
 @lru_cache(maxsize=256)
 def program_of(ptx: str) -> Program:
     """The only kernel of a module, decoded once in the life of the process."""
     (kernel,) = parser.parse(ptx).kernels.values()
     return Program(kernel)
-
-
-def _parameter(memory: GlobalMemory, name: str, kind: str, value):
-    """The value of a kernel parameter; a tensor's storage becomes an allocation."""
-    if isinstance(value, torch.Tensor):
-        storage = value.untyped_storage()
-        if storage.nbytes():
-            memory.register(name, storage.data_ptr(), storage.nbytes())
-        return value.data_ptr()
-    if kind.startswith("*"):
-        raise TypeError(f"{name}: expected a tensor for {kind}, got {type(value).__name__}")
-    if kind.startswith("fp"):
-        return float(value)
-    return int(value)
-
-
-def _descriptor(memory: GlobalMemory, name: str, value, meta: dict) -> list:
-    """The parameters of a host's tensor descriptor: the tensor map, the shape and the strides."""
-    element = "tf32" if value.round_f32_to_tf32 else asynchronous.ELEMENTS[meta["elem_type"]]
-    made = asynchronous.encode_for_triton(
-        _parameter(memory, name, "*", value.base), element, value.base.element_size(),
-        meta["swizzle"], meta["block_size"], value.shape, value.strides, value.padding == "nan",
-    )  # fmt: skip
-    return [made.tobytes(), *value.shape, *value.strides]
 
 
 def _scratch(memory: GlobalMemory, metadata, grid: tuple[int, int, int]) -> np.ndarray:

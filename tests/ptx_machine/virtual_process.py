@@ -7,12 +7,24 @@ import importlib
 
 
 def run(capability: int, options: dict, module: str, function: str, *args, **kwargs):
-    """fastvlp.kernels.<module>.<function>(*args, **kwargs) on a virtual GPU."""
+    """fastvlp.kernels.<module>.<function>(*args, **kwargs) on a virtual GPU.
+
+    A module with a dot in its name is taken as it is.
+    """
     from .virtual_gpu import VirtualGPU
 
     with VirtualGPU(capability, **options):
-        target = importlib.import_module(f"fastvlp.kernels.{module}")
-        return getattr(target, function)(*args, **kwargs)
+        return _function(module, function)(*args, **kwargs)
+
+
+def count(capability: int, options: dict, module: str, function: str, *args, **kwargs):
+    """(what `run` gives, [(kernel, grid, Counts), ...]): the launches in their order."""
+    from .counts import Counts
+    from .virtual_gpu import VirtualGPU
+
+    with VirtualGPU(capability, observers=lambda: (Counts(),), **options) as gpu:
+        result = _function(module, function)(*args, **kwargs)
+    return result, [(launch.kernel, launch.grid, *launch.observers) for launch in gpu.launches]
 
 
 def call(module: str, function: str, *args):
@@ -20,14 +32,6 @@ def call(module: str, function: str, *args):
     return getattr(importlib.import_module(module), function)(*args)
 
 
-def count(capability: int, module: str, function: str, *args, **kwargs):
-    """[(kernel, blocks, executed instructions by opcode)] of the launches of `run`."""
-    from .counts import Counts
-    from .virtual_gpu import VirtualGPU
-
-    with VirtualGPU(capability, observers=lambda: (Counts(),)) as gpu:
-        getattr(importlib.import_module(f"fastvlp.kernels.{module}"), function)(*args, **kwargs)
-    return [
-        (each.kernel, each.grid[0] * each.grid[1] * each.grid[2], each.observers[0].instructions)
-        for each in gpu.launches
-    ]
+def _function(module: str, name: str):
+    path = module if "." in module else f"fastvlp.kernels.{module}"
+    return getattr(importlib.import_module(path), name)
