@@ -39,12 +39,40 @@ def device_reasons(device: torch.device) -> tuple[str, ...]:
     return ()
 
 
+# Where Triton before 3.8 rounds the operands of float32 products to TF32, whatever precision a
+# kernel asks for: major compute capabilities.
+ROUNDED_PRODUCTS = (10, 11)
+
+
+def rounds_products() -> bool:
+    """Whether the installed Triton is one of those."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
+
+
+@constant_result
+def product_reasons(device: torch.device) -> tuple[str, ...]:
+    """Reasons why kernels that multiply float32 matrices cannot run on this device."""
+    if reasons := device_reasons(device):
+        return reasons
+    if interpreting() or not rounds_products():
+        return ()
+    if torch.cuda.get_device_capability(device)[0] not in ROUNDED_PRODUCTS:
+        return ()
+    return ("Triton before 3.8 rounds float32 products to TF32 on this GPU; install a newer one",)
+
+
+def _reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    return [*(product_reasons if dtype is torch.float32 else device_reasons)(device)]
+
+
 def supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
     """Reasons why the contrastive Triton kernels cannot take `x` [M, D] and `y` [N, D].
 
     An empty list means they can. Every reason is one sentence for a person.
     """
-    reasons = [*device_reasons(x.device)]
+    reasons = _reasons(x.device, x.dtype)
     if x.device != y.device:
         reasons.append(f"x is on {x.device} and y on {y.device}; both must be on one device")
     if x.dtype not in DTYPES:
@@ -65,7 +93,7 @@ def supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
 
 def attention_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
     """Reasons why the attention kernels cannot take q [total_q, H, d] and k, v [..., H, d]."""
-    reasons = [*device_reasons(q.device)]
+    reasons = _reasons(q.device, q.dtype)
     if not q.device == k.device == v.device:
         reasons.append(
             f"q is on {q.device}, k on {k.device}, v on {v.device}; one device is needed"
@@ -92,7 +120,7 @@ LARGEST_ALIGNMENT = 64 * 256
 
 def alignment_supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
     """Reasons why the alignment kernels cannot take `x` [B, Lx, D] and `y` [B, Ly, D]."""
-    reasons = [*device_reasons(x.device)]
+    reasons = [*product_reasons(x.device)]  # the gradients are products in float32
     if x.dtype not in DTYPES or x.dtype != y.dtype:
         reasons.append(f"x is {x.dtype}, y {y.dtype}; one of float32, bfloat16, float16 is taken")
     if x.dim() == 3 and y.dim() == 3:

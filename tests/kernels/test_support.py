@@ -5,12 +5,14 @@ import torch
 from fastvlp.kernels import support, supported
 from fastvlp.kernels._launch import CAPABILITIES, capability_key
 from fastvlp.kernels.aot import SHARED_LIMIT
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @pytest.fixture
 def any_device(monkeypatch):
     """As if the device were no obstacle, so that only the tensors decide."""
     monkeypatch.setattr(support, "device_reasons", lambda device: [])
+    monkeypatch.setattr(support, "product_reasons", lambda device: [])
 
 
 def test_the_cpu_is_named_as_the_reason():
@@ -34,6 +36,31 @@ def test_old_gpus_are_refused(monkeypatch, capability, reasons):
     found = support.device_reasons(torch.device("cuda", 0))
     assert len(found) == reasons
     assert not reasons or "compute capability 8.0" in found[0]
+
+
+@pytest.mark.parametrize(
+    "version, capability, refused",
+    [
+        ("3.6.0", (10, 0), True), ("3.7.1", (10, 3), True), ("3.7.1", (11, 0), True),
+        ("3.8.0", (10, 0), False), ("3.10.0", (10, 0), False), ("3.6.0", (9, 0), False),
+        ("3.6.0", (12, 0), False),
+    ],
+)  # fmt: skip
+def test_float32_products_need_a_triton_that_keeps_them(monkeypatch, version, capability, refused):
+    monkeypatch.setattr("triton.__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        x = torch.empty(4, 8, device="cuda")
+        q, pairs = x.reshape(4, 2, 4), x.reshape(2, 2, 8)
+    answers = (
+        supported(x, x),
+        support.attention_supported(q, q, q),
+        support.alignment_supported(pairs.half(), pairs.half()),
+    )
+    assert all(("TF32" in " ".join(reasons)) == refused for reasons in answers)
+    assert all(refused or not reasons for reasons in answers)
+    assert supported(x.half(), x.half()) == []
 
 
 @pytest.mark.parametrize("dtype", support.DTYPES)
