@@ -4,19 +4,25 @@
 what is to be compiled in its function `aot_cases()`.
 """
 
+import argparse
 import importlib
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from .support import ROUNDED_PRODUCTS, rounds_products
 
 MODULES = (
     "contrastive",
@@ -54,6 +60,11 @@ class Case:
     stages: int
     aligned: tuple[str, ...] = ()
     tensor_cores: bool = False
+
+    def error_row(self, error: BaseException) -> str:
+        """The table's row for a case that does not compile: the end of a long message tells."""
+        said = " ".join(str(error).split())
+        return f"{self.name:<44} sm_{self.capability:<4} does not compile: {said[-160:]}"
 
 
 @dataclass(frozen=True)
@@ -150,15 +161,95 @@ def all_cases() -> list[Case]:
     return [case for module in modules for case in module.aot_cases()]
 
 
-def main() -> int:
-    """Print the register table; the exit status is 1 when a kernel spills or does not fit."""
-    print(HEADER)
-    bad = 0
-    for case in all_cases():
-        compiled = compile_case(case)
-        print(compiled.row(), flush=True)
-        bad += compiled.spills or compiled.shared_bytes > SHARED_LIMIT[case.capability]
-    return 1 if bad else 0
+def _compile_index(index: int) -> Compiled:
+    return compile_case(all_cases()[index])
+
+
+def compile_all(workers: int, pattern: str = "") -> Iterator[tuple[Case, Future]]:
+    """Every case whose "sm_<capability> <name>" holds the regular expression, as it is compiled.
+
+    In the order of `all_cases`, on `workers` processes. The future has the `Compiled` or the
+    compiler's error.
+    """
+    cases = all_cases()
+    wanted = [i for i, c in enumerate(cases) if re.search(pattern, f"sm_{c.capability} {c.name}")]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_compile_index, i) for i in wanted]
+        for index, future in zip(wanted, futures, strict=True):
+            future.exception()
+            yield cases[index], future
+
+
+def is_refused(case: Case, compiled: Compiled) -> bool:
+    """Whether no operator would launch the case, because Triton rounds its float32 products."""
+    rounded = case.capability // 10 in ROUNDED_PRODUCTS and rounds_products()
+    return rounded and _on_wrong_units(case, compiled)
+
+
+def _on_wrong_units(case: Case, compiled: Compiled) -> bool:
+    return bool(compiled.tensor_core) != case.tensor_cores
+
+
+def faults(case: Case, compiled: Compiled) -> list[str]:
+    """Why a compiled case must not ship; empty where it may."""
+    if is_refused(case, compiled):
+        return []
+    found = []
+    if compiled.spills:
+        found.append("spills")
+    if compiled.shared_bytes > SHARED_LIMIT[case.capability]:
+        found.append("too much shared memory")
+    if _on_wrong_units(case, compiled):
+        found.append("no tensor cores" if case.tensor_cores else "tensor cores round float32")
+    return found
+
+
+class Summary:
+    """By GPU: how many cases, what is wrong with how many, how close to the limits."""
+
+    def __init__(self):
+        self.faults = 0
+        self._of: dict[int, list[tuple[Compiled | None, list[str]]]] = {}
+
+    def add(self, case: Case, compiled: Compiled | None) -> None:
+        """`compiled` is None for a case that does not compile."""
+        found = faults(case, compiled) if compiled else ["not compiled"]
+        self.faults += len(found)
+        if compiled and is_refused(case, compiled):
+            found = ["refused (TF32)"]
+        self._of.setdefault(case.capability, []).append((compiled, found))
+
+    def lines(self) -> Iterator[str]:
+        for capability, of in sorted(self._of.items()):
+            done = [compiled for compiled, _ in of if compiled]
+            counts = Counter(fault for _, found in of for fault in found)
+            notes = "".join(f", {n} {name}" for name, n in counts.items())
+            yield (
+                f"sm_{capability}: {len(of)} cases{notes}; at most "
+                f"{max((c.registers for c in done), default=0)} of 255 registers, "
+                f"{max((c.shared_bytes for c in done), default=0):,} of "
+                f"{SHARED_LIMIT[capability]:,} bytes of shared memory"
+            )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the register table and a summary of it; status 1 when a kernel does not compile,
+    spills, does not fit or takes the wrong units."""
+    parser = argparse.ArgumentParser(prog="python -m fastvlp.kernels.aot", description=__doc__)
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="processes that compile")
+    parser.add_argument(
+        "-k", dest="pattern", default="", metavar="REGEX",
+        help='only the cases that match, such as "sm_90 forward"',
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    print(f"Triton {triton.__version__}\n{HEADER}", flush=True)
+    summary = Summary()
+    for case, future in compile_all(options.jobs, options.pattern):
+        error = future.exception()
+        summary.add(case, None if error else future.result())
+        print(case.error_row(error) if error else future.result().row(), flush=True)
+    print(*summary.lines(), sep="\n")
+    return 1 if summary.faults else 0
 
 
 if __name__ == "__main__":
