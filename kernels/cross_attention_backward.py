@@ -35,33 +35,34 @@ from ._attention_tiles import (
 from ._launch import on_device
 from ._tiles import LOG2E
 
-# The largest tiles that do not spill. Without wgmma the queries of a tile are an operand that every
-# warp holds in registers: at 128 wide that leaves room for 16 rows, and more take the general path.
+# The largest tiles that spill with no Triton from 3.6 on (3.8 alone would take 64 x 64 and 128 x 32
+# at 64 wide on sm_80 and sm_90). Without wgmma the queries of a tile are an operand that every warp
+# holds in registers: at 128 wide that leaves room for 16 rows, and more take the general path.
 FUSED_TILES: Table = {
-    (80, 2, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),
+    (80, 2, 64): (Tile(32, 64, 4, 2), Tile(128, 32, 8, 2)),
     (80, 2, 128): (Tile(16, 32, 4, 2),),
     (80, 4, 64): (Tile(32, 32, 8, 1),),
     (80, 4, 128): (Tile(32, 16, 8, 1),),
-    (90, 2, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),
-    (90, 2, 128): (Tile(32, 32, 4, 2), Tile(64, 32, 8, 2)),
+    (90, 2, 64): (Tile(32, 64, 4, 2), Tile(64, 32, 8, 2), Tile(128, 16, 8, 2)),
+    (90, 2, 128): (Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
     (90, 4, 64): (Tile(32, 32, 8, 1),),
     (90, 4, 128): (Tile(32, 16, 8, 1),),
     (100, 2, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),
-    (100, 2, 128): (Tile(32, 32, 4, 2), Tile(64, 32, 8, 2), Tile(128, 32, 8, 2)),
+    (100, 2, 128): (Tile(32, 32, 4, 2), Tile(64, 32, 8, 2), Tile(128, 16, 8, 2)),
     (100, 4, 64): (Tile(32, 32, 8, 1),),
     (100, 4, 128): (Tile(32, 16, 8, 1),),
-    (120, 2, 64): (Tile(32, 64, 4, 2), Tile(128, 32, 8, 2)),
+    (120, 2, 64): (Tile(32, 64, 4, 2), Tile(128, 16, 8, 2)),
     (120, 2, 128): (Tile(16, 32, 4, 2),),
     (120, 4, 64): (Tile(32, 32, 8, 1),),
-    (120, 4, 128): (Tile(32, 16, 8, 1),),
+    (120, 4, 128): (Tile(32, 16, 16, 1),),
 }
 QUERY_TILES: Table = {
     (80, 2, 64): (Tile(32, 64, 4, 2),),
     (80, 2, 128): (Tile(32, 64, 8, 2),),
     (80, 4, 64): (Tile(32, 32, 8, 1),),
     (80, 4, 128): (Tile(32, 32, 8, 1),),
-    (90, 2, 64): (Tile(64, 64, 4, 2),),
-    (90, 2, 128): (Tile(64, 32, 4, 2),),
+    (90, 2, 64): (Tile(64, 64, 8, 2),),
+    (90, 2, 128): (Tile(64, 32, 8, 2),),
     (90, 4, 64): (Tile(32, 32, 8, 1),),
     (90, 4, 128): (Tile(32, 32, 8, 1),),
     (100, 2, 64): (Tile(64, 64, 4, 2),),
