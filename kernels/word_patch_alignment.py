@@ -6,7 +6,8 @@ Then a program takes a pair through all its iterations with Q in registers. Grad
 are products with the plan, in fp32.
 
 The plan, [words, patches], and what the gradients need of each row leave the kernels: the factor
-that normalises it (0 at padding) and its share, the sum of plan times cosine.
+that normalises it (0 at padding, negative where only the smallest norm divides it) and its share,
+the sum of plan times cosine.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ BLOCK_ROWS, BLOCK_COLS = 64, 32  # of every product's tile
 # tile that registers are loaded from while wgmma may still read it.
 COSINE = {2: Launch(64, 4, 1), 4: Launch(16, 4, 2)}
 GRADIENT = Launch(16, 4, 2)
-THREAD_ELEMENTS = 32  # of a pair's matrix that a thread keeps
+THREAD_ELEMENTS = 16  # of a pair's matrix that a thread keeps
 
 
 @triton.jit
@@ -64,19 +65,12 @@ def factor_of(square):
 
 
 @triton.jit
-def store_factors(ptr, pairs, row, rows, square, valid):
-    """The factor of each row and, behind all factors, what its share will be multiplied by."""
-    tl.store(ptr + row, tl.where(valid, factor_of(square), 0.0), mask=row < rows)
-    # A row at the smallest norm is only scaled: nothing is taken off its gradient.
-    weight = tl.where(tl.sqrt(square) < SMALLEST_NORM, 0.0, 1.0)
-    tl.store(ptr + pairs * rows + row, weight, mask=row < rows)
-
-
-@triton.jit
-def store_share(ptr, pairs, row, rows, share):
-    at = ptr + pairs * rows + row
-    inside = row < rows
-    tl.store(at, tl.load(at, mask=inside, other=0.0) * share, mask=inside)
+def store_factors(ptr, row, rows, square, valid):
+    """The factor of each row, 0 at padding, and negative at the smallest norm: such a row is only
+    scaled, so that nothing is taken off its gradient."""
+    factor = factor_of(square)
+    factor = tl.where(tl.sqrt(square) < SMALLEST_NORM, -factor, factor)
+    tl.store(ptr + row, tl.where(valid, factor, 0.0), mask=row < rows)
 
 
 @triton.jit
@@ -87,7 +81,7 @@ def cosine_kernel(
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Cosines of pair program_id(0), 0 at padding, to where its plan will be; rows' factors."""
-    pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
     j = tl.program_id(2) * BLOCK_Y + tl.arange(0, BLOCK_Y)
     x_valid = is_valid(x_padding_ptr + pair * X, i, X)
@@ -109,9 +103,9 @@ def cosine_kernel(
     at = plan_ptr + (pair * PLAN_X + i)[:, None] * PLAN_Y + j[None, :]
     tl.store(at, cosine, mask=(i < PLAN_X)[:, None] & (j < PLAN_Y)[None, :])
     if tl.program_id(2) == 0:
-        store_factors(x_rows_ptr + pair * X, pairs, i, X, x_square, x_valid)
+        store_factors(x_rows_ptr + pair * X, i, X, x_square, x_valid)
     if tl.program_id(1) == 0:
-        store_factors(y_rows_ptr + pair * Y, pairs, j, Y, y_square, y_valid)
+        store_factors(y_rows_ptr + pair * Y, j, Y, y_square, y_valid)
 
 
 @triton.jit(do_not_specialize=["iterations", "inner"])
@@ -125,20 +119,20 @@ def transport_kernel(
     """
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     i, j = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_Y)
-    x_valid = is_valid(x_padding_ptr + pair * X, i, X)
-    y_valid = is_valid(y_padding_ptr + pair * Y, j, Y)
-    words, patches = tl.sum(x_valid.to(tl.float32), 0), tl.sum(y_valid.to(tl.float32), 0)
-    inside = x_valid[:, None] & y_valid[None, :]
-    at = plan_ptr + pair * (BLOCK_X * BLOCK_Y) + i[:, None] * BLOCK_Y + j[None, :]
+    at = plan_ptr + pair * (BLOCK_X * BLOCK_Y) + (i.to(tl.int64)[:, None] * BLOCK_Y + j[None, :])
     # A common factor of the plan cancels in delta, so that it may start from ones.
-    q = tl.where(inside, 1.0, 0.0)
+    valid_x = is_valid(x_padding_ptr + pair * X, i[:, None], X).to(tl.float32)
+    valid_y = is_valid(y_padding_ptr + pair * Y, j[None, :], Y).to(tl.float32)
+    words, patches = tl.sum(valid_x), tl.sum(valid_y)
+    # Padding's cosines are 0, so that its zeros in q stay zeros.
+    q = valid_x * valid_y
     sigma = tl.zeros((BLOCK_X,), tl.float32) + 1.0 / tl.maximum(words, 1.0)
     delta = tl.full((BLOCK_Y,), 1.0, tl.float32)
     for _ in range(iterations):
         # Read and exponentiated anew each time (volatile, or the compiler would do it once): with
         # this matrix in registers as well, the program would spill.
         a = tl.exp((tl.load(at, volatile=True) - 1.0) * inverse_beta)
-        q = q * delta[None, :] * sigma[:, None] * tl.where(inside, a, 0.0)
+        q = q * delta[None, :] * sigma[:, None] * a
         for _ in range(inner):
             delta = balance(tl.sum(q * sigma[:, None], 0), patches)
             sigma = balance(tl.sum(q * delta[None, :], 1), words)
@@ -147,10 +141,10 @@ def transport_kernel(
     cosine = tl.load(at)
     tl.debug_barrier()  # every thread has read the cosines before a plan takes their place
     tl.store(at, q)
-    tl.store(distance_ptr + pair, tl.sum(tl.sum(q * (1.0 - cosine), 1), 0))
+    tl.store(distance_ptr + pair, tl.sum(q * (1.0 - cosine)))
     cosine *= q
-    store_share(x_rows_ptr + pair * X, pairs, i, X, tl.sum(cosine, 1))
-    store_share(y_rows_ptr + pair * Y, pairs, j, Y, tl.sum(cosine, 0))
+    tl.store(x_rows_ptr + (pairs + pair) * X + i, tl.sum(cosine, 1), mask=i < X)
+    tl.store(y_rows_ptr + (pairs + pair) * Y + j, tl.sum(cosine, 0), mask=j < Y)
 
 
 @triton.jit
@@ -176,11 +170,13 @@ def gradient_kernel(
         plan = tl.load(plan_at + k[None, :] * stride_plan_other, mask=plan_inside, other=0.0)
         factor = tl.load(other_rows_ptr + pair * OTHER + k, mask=k < OTHER, other=0.0)
         other = load_rows(other_ptr + pair * stride_other_b, k, stride_other_r, col, D, factor != 0)
-        unit = other.to(tl.float32) * factor[:, None]
+        unit = other.to(tl.float32) * tl.abs(factor)[:, None]
         sums = tl.dot(plan, unit, sums, input_precision="ieee")
     at = own_rows_ptr + pair * OWN + row
     factor = tl.load(at, mask=row < OWN, other=0.0)
     share = tl.load(at + pairs * OWN, mask=row < OWN, other=0.0)
+    share = tl.where(factor < 0, 0.0, share)
+    factor = tl.abs(factor)
     own = load_rows(own_ptr + pair * stride_own_b, row, stride_own_r, col, D, factor != 0)
     sums -= own.to(tl.float32) * (factor * share)[:, None]
     scale = tl.where(factor == 0, 0.0, -tl.load(upstream_ptr + pair) * factor)
