@@ -52,7 +52,8 @@ def _load_cuda() -> tuple[str, ...]:
         return ("this torch is a CPU build",)
     library = _library("_C_cuda")
     if library is None:
-        return (f"the CUDA library was {build_info().get('cuda', 'not built')}",)
+        built = build_info().get("cuda", "not built")
+        return (f"the CUDA library was {built}; mend that and run `pip install -e .` again",)
     try:
         torch.ops.load_library(str(library))
     except OSError as error:

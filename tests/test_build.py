@@ -44,24 +44,28 @@ def program(path, text):
 
 def configure(folder, path=None, *options, **environment):
     """Configures csrc (without building it); returns the build's facts and CMake's output."""
+    done = run_cmake(folder, path, *options, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "build_info.json").read_text()), done.stdout
+
+
+def run_cmake(folder, path=None, *options, **environment):
     variables = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH")}
     variables |= {"PATH": str(path or os.environ["PATH"])} | environment
-    done = subprocess.run(
+    return subprocess.run(
         [
             tool("cmake"), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}", *options, "-S", CSRC, "-B", folder,
         ],
         env=variables, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "build_info.json").read_text()), done.stdout
 
 
-def fake_torch(folder, cuda):
+def fake_torch(folder, cuda, version="2.10.0"):
     """A module named torch that a build sees in place of the real one."""
     (folder / "torch" / "include").mkdir(parents=True)
     (folder / "torch" / "lib").mkdir()
-    text = f"class version:\n    cuda = {cuda!r}\n\n\n__version__ = '2.10.0'\n"
+    text = f"class version:\n    cuda = {cuda!r}\n\n\n__version__ = {version!r}\n"
     (folder / "torch" / "__init__.py").write_text(text)
     return str(folder)
 
@@ -78,11 +82,28 @@ def test_without_nvcc(tmp_path):
     programs = folder_of_programs(tmp_path / "programs", "nvcc")
     torch_here = fake_torch(tmp_path / "site", cuda="13.0")
     facts, output = configure(tmp_path / "build", programs, PYTHONPATH=torch_here)
-    assert facts["cuda"] == "not built: nvcc was not found"
+    assert facts["cuda"] == "not built: nvcc was not found on PATH"
     assert facts["cuda_architectures"] == ""
     assert facts["torch"] == "2.10.0" and "portable" in facts["cpu"]
-    assert "fastvlp: CUDA kernels: not built: nvcc was not found" in output
+    assert "fastvlp: CUDA kernels: not built: nvcc was not found on PATH" in output
     assert "fastvlp_C_cuda" not in (tmp_path / "build" / "build.ninja").read_text()
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "2.9.1+cu130"])
+def test_an_old_torch_is_refused(tmp_path, version):
+    site = fake_torch(tmp_path / "site", cuda=None, version=version)
+    done = run_cmake(tmp_path / "build", PYTHONPATH=site)
+    assert done.returncode != 0
+    said = " ".join(done.stderr.split())
+    assert f"expected torch 2.10 or newer, got {version}" in said
+    assert "pip install --upgrade 'torch>=2.10'" in said
+
+
+def test_a_missing_torch_is_asked_for(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    done = run_cmake(tmp_path / "build", PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "pip install 'torch>=2.10'" in " ".join(done.stderr.split())
 
 
 def test_with_an_nvcc_that_does_not_work(tmp_path):
@@ -107,7 +128,7 @@ def test_a_compiler_installed_later_is_found(tmp_path):
     torch_here = fake_torch(tmp_path / "site", cuda="13.0")
     programs = folder_of_programs(tmp_path / "programs", "nvcc")
     facts, _ = configure(tmp_path / "build", programs, PYTHONPATH=torch_here)
-    assert facts["cuda"] == "not built: nvcc was not found"
+    assert facts["cuda"] == "not built: nvcc was not found on PATH"
     program(programs / "nvcc", "#!/bin/sh\nexit 1\n")
     facts, _ = configure(tmp_path / "build", programs, PYTHONPATH=torch_here)
     assert facts["cuda"].startswith("not built: nvcc was found but cannot compile")
@@ -117,7 +138,7 @@ def test_with_nvcc(tmp_path):
     torch_here = fake_torch(tmp_path / "site", cuda="13.0")
     facts, _ = configure(tmp_path / "build", PYTHONPATH=torch_here)
     if tool("nvcc") is None:
-        assert facts["cuda"] == "not built: nvcc was not found"
+        assert facts["cuda"] == "not built: nvcc was not found on PATH"
         return
     assert re.fullmatch(r"built by nvcc \d+\.\d+ for 80-real;90", facts["cuda"])
     assert facts["cuda_architectures"] == "80-real;90"
@@ -246,7 +267,7 @@ def test_the_report(monkeypatch):
         _native, "build_info", lambda: facts | {"cuda": "built by nvcc 13.0 for 90"}
     )
     assert "CUDA library: this torch is a CPU build" in info.report()
-    absent = "not built: nvcc was not found"
+    absent = "not built: nvcc was not found on PATH"
     monkeypatch.setattr(_native, "build_info", lambda: facts | {"cuda": absent})
     assert f"CUDA kernels: {absent}" in info.report()
     assert "CUDA library:" not in info.report()
