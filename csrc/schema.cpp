@@ -27,15 +27,15 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "int chunk_cols) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The passes over a chunk of fp32 products <x_i, y_j> [M, N] in device memory, with unit stride
   // along N; the logit is z = scale * product (+ bias), the positive of row i is column i + offset.
-  // Log-sum-exp of each row's negatives (row_negatives [M], or [0] where not wanted), the positive
+  // Log-sum-exp of each row's negatives (row_negatives [M] fp64, [0] where not wanted), the positive
   // logits [M] (0 where the chunk has none), and the (max, sum of exp(z - max)) of each column's
   // negatives, merged into col_pairs [2, N] ([2, 0] where not wanted), which starts as (-inf, 0).
   m.def(
       "contrastive_cuda_statistics(Tensor products, Tensor scale, int offset, "
       "Tensor(a!) row_negatives, Tensor(b!) positive, Tensor(c!) col_pairs) -> ()");
   // out [M, N] (fp32, bf16 or fp16; fp32 may be the products themselves) = positive_gradient [M] at
-  // the positives, elsewhere weights[0] * exp(z - row_lse) + weights[1] * exp(z - col_lse). A
-  // log-sum-exp of no elements leaves its term out.
+  // the positives, elsewhere weights[0] * exp(z - row_lse) + weights[1] * exp(z - col_lse), the
+  // log-sum-exps fp64 [M] and [N]. One of no elements leaves its term out.
   m.def(
       "contrastive_cuda_gradient(Tensor products, Tensor scale, Tensor row_lse, Tensor col_lse, "
       "Tensor positive_gradient, Tensor weights, int offset, Tensor(a!) out) -> ()");

@@ -76,14 +76,16 @@ def on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def require_supported(x: torch.Tensor, y: torch.Tensor, **scalars: torch.Tensor) -> None:
-    """Raise ValueError unless the kernels take x and y and every scalar is fp32 on x's device."""
+def require_supported(
+    x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype = torch.float32, **others: torch.Tensor
+) -> None:
+    """Raise ValueError unless the kernels take x and y, and `others` are of `dtype` beside x."""
     reasons = supported(x, y)
-    for name, scalar in scalars.items():
-        if scalar.dtype is not torch.float32 or scalar.device != x.device:
+    for name, t in others.items():
+        if t.dtype is not dtype or t.device != x.device:
+            wanted = str(dtype).removeprefix("torch.")
             reasons.append(
-                f"{name} must be a float32 tensor on {x.device}, got {scalar.dtype} on "
-                f"{scalar.device}"
+                f"{name} must be a {wanted} tensor on {x.device}, got {t.dtype} on {t.device}"
             )
     if reasons:
         raise ValueError("the Triton contrastive kernels cannot run: " + "; ".join(reasons))

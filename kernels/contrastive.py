@@ -157,7 +157,9 @@ def merge_kernel(
         total += tl.sum(sums * exp_difference(refs, new[None, :]), 0)
         ref = new
     if LAST:
-        tl.store(lse_ptr + at, ref + tl.log(total), mask=inside)
+        # In float64: beside a large reference the logarithm would lose what the sum is exact to.
+        lse = ref.to(tl.float64) + tl.log(total.to(tl.float64))
+        tl.store(lse_ptr + at, lse, mask=inside)
     else:
         tl.store(carry_ref_ptr + at, ref, mask=inside)
         tl.store(carry_sum_ptr + at, total, mask=inside)
@@ -200,17 +202,17 @@ def contrastive_statistics(
     i + offset. `rows` and `cols` choose what is wanted; at least one must be.
     `input_precision` matters for float32 inputs only: "ieee", or "tf32" for tensor cores.
 
-    Returns (row_negatives [M], col_negatives [N], positive [M]), float32, None for what was not
-    wanted. A row or column without negatives has -inf; positive is 0 where i + offset lies outside
-    [0, N). A NaN in x_i makes row i, its positive and every other column NaN. Raises ValueError on
-    inputs the kernels do not take.
+    Returns (row_negatives [M], col_negatives [N]) in float64, None for what was not wanted, and
+    positive [M] in float32. A row or column without negatives has -inf; positive is 0 where
+    i + offset lies outside [0, N). A NaN in x_i makes row i, its positive and every other column
+    NaN. Raises ValueError on inputs the kernels do not take.
     """
     require_supported(x, y, scale=scale)
     if not (rows or cols):
         raise ValueError("rows and cols are both False; at least one log-sum-exp must be wanted")
     m, n = x.shape[0], y.shape[0]
     if m == 0 or n == 0:
-        lowest = [x.new_full((k,), -torch.inf, dtype=torch.float32) for k in (m, n)]
+        lowest = [x.new_full((k,), -torch.inf, dtype=torch.float64) for k in (m, n)]
         return (
             lowest[0] if rows else None,
             lowest[1] if cols else None,
@@ -221,8 +223,10 @@ def contrastive_statistics(
     height = _chunk_height(m, n, rows, cols, tile)
     like = {"dtype": torch.float32, "device": x.device}
     positive = torch.empty(m, **like)
-    row_negatives = torch.empty(m, **like) if rows else None
-    col_negatives = torch.empty(n, **like) if cols else None
+    row_negatives, col_negatives = (
+        torch.empty(size, dtype=torch.float64, device=x.device) if wanted else None
+        for size, wanted in ((m, rows), (n, cols))
+    )
     # Slab 0 of the column pairs carries the merged pairs of the chunks before.
     row_parts = triton.cdiv(n, tile.block_n) if rows else 0
     col_parts = triton.cdiv(min(height, m), tile.block_m) + 1 if cols else 1
@@ -264,12 +268,13 @@ def aot_cases() -> list[aot.Case]:
     cases += tile_cases(**tiles, constants=both, types=["bf16"], ragged=True)
     cases += tile_cases(**tiles, constants=only_rows, types=["bf16"], label="-rows")
     cases += tile_cases(**tiles, constants=only_cols, types=["bf16"], label="-cols")
-    pointers = ["ref_ptr", "sum_ptr", "lse_ptr", "carry_ref_ptr", "carry_sum_ptr"]
+    pointers = ["ref_ptr", "sum_ptr", "carry_ref_ptr", "carry_sum_ptr"]
+    types = {"lse_ptr": "*fp64", "parts": "i32", "length": "i32"}
     cases += [
         aot.Case(
             name=f"merge {'last' if last else 'carry'} {MERGE_PARTS}x{MERGE_LENGTH}",
             kernel=merge_kernel,
-            signature={**dict.fromkeys(pointers, "*fp32"), "parts": "i32", "length": "i32"},
+            signature=dict.fromkeys(pointers, "*fp32") | types,
             constants={"LAST": last, "BLOCK": MERGE_LENGTH, "PARTS": MERGE_PARTS},
             capability=capability,
             warps=MERGE_WARPS,

@@ -3,9 +3,9 @@
 With z_ij = scale * <x_i, y_j> and weights (w_row, w_col), the gradient of the logits is
     g_ij = w_row * exp(z_ij - row_lse_i) + w_col * exp(z_ij - col_lse_j)
 but for the positives, j = i + offset: theirs are small differences from 1 and are passed in. Then
-dX = scale * g @ Y, dY = scale * g.T @ X. For a chunk of rows one kernel recomputes z and
-writes g in the input's dtype to a workspace, then two vendor GEMMs make the products: three
-products in all, with no accumulator of width D in registers and no atomics.
+dX = scale * g @ Y, dY = scale * g.T @ X, dscale = <X, g @ Y>. For a chunk of rows one kernel
+recomputes z and writes g in the input's dtype to a workspace, then two vendor GEMMs make the
+products: three products in all, with no accumulator of width D in registers and no atomics.
 
 Range: g is stored divided by the largest |weight|, hence within [-2, 2] whatever the batch size
 and the upstream gradient, and in float16 times 2**14 besides, so that a probability of 4e-9 is
@@ -51,6 +51,24 @@ def storage_factor(dtype: torch.dtype) -> float:
     return 2.0**14 if dtype is torch.float16 else 1.0
 
 
+@triton.jit
+def load_log_sum_exps(lse_ptr, at, weight, EXACT: tl.constexpr):
+    """Log-sum-exps rounded to float32, and `weight` times exp(-what the rounding left out).
+
+    Left in, the rounding would scale the softmax of a whole row or column: at 100 by 4e-6, all
+    terms alike. It is so small that 1 - x does for exp(-x). In half precision (not EXACT) each
+    term is rounded a thousand times more coarsely, and the weight stays one number.
+    """
+    lse = tl.load(lse_ptr + at)
+    near = lse.to(tl.float32)
+    if EXACT:
+        rest = (lse - near.to(tl.float64)).to(tl.float32)
+        weight = weight * (1.0 - tl.where(rest == rest, rest, 0.0))  # infinity minus itself
+    else:
+        weight = tl.broadcast_to(weight, at.shape)
+    return near, weight
+
+
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def gradient_kernel(
     x_ptr, y_ptr, scale_ptr, weights_ptr, row_lse_ptr, col_lse_ptr, positive_ptr, g_ptr,
@@ -75,18 +93,20 @@ def gradient_kernel(
     )  # fmt: skip
     # An exponential for each direction, as in the statistics: no reference serves both wherever
     # the features lie, and the programs that share a multiprocessor hide them behind a product.
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    row_at, col_at = tl.minimum(row, M - 1), tl.minimum(col, N - 1)
     if ROWS and COLS:
-        row_lse = tl.load(row_lse_ptr + tl.minimum(row, M - 1))
-        col_lse = tl.load(col_lse_ptr + tl.minimum(col, N - 1))
-        g = w_row * exp_difference(z, row_lse[:, None])
-        g += w_col * exp_difference(z, col_lse[None, :])
+        row_lse, w_row = load_log_sum_exps(row_lse_ptr, row_at, w_row, EXACT)
+        col_lse, w_col = load_log_sum_exps(col_lse_ptr, col_at, w_col, EXACT)
+        g = w_row[:, None] * exp_difference(z, row_lse[:, None])
+        g += w_col[None, :] * exp_difference(z, col_lse[None, :])
     elif ROWS:
-        row_lse = tl.load(row_lse_ptr + tl.minimum(row, M - 1))
-        g = w_row * exp_difference(z, row_lse[:, None])
+        row_lse, w_row = load_log_sum_exps(row_lse_ptr, row_at, w_row, EXACT)
+        g = w_row[:, None] * exp_difference(z, row_lse[:, None])
     else:
-        col_lse = tl.load(col_lse_ptr + tl.minimum(col, N - 1))
-        g = w_col * exp_difference(z, col_lse[None, :])
-    positive = tl.load(positive_ptr + tl.minimum(row, M - 1)) / largest * FACTOR
+        col_lse, w_col = load_log_sum_exps(col_lse_ptr, col_at, w_col, EXACT)
+        g = w_col[None, :] * exp_difference(z, col_lse[None, :])
+    positive = tl.load(positive_ptr + row_at) / largest * FACTOR
     g = tl.where(col[None, :] == (row + offset)[:, None], positive[:, None], g)
 
     at = row.to(tl.int64)[:, None] * stride_g + col[None, :]
@@ -108,36 +128,41 @@ def contrastive_gradients(
     need_x: bool = True,
     need_y: bool = True,
     input_precision: str = "ieee",
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dX [M, D] and dY [N, D] in the input's dtype, accumulated in fp32.
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dX [M, D] and dY [N, D] in the input's dtype, and dscale [] in fp32; accumulated in fp32.
 
     x, y, scale, offset, input_precision: as in `contrastive_statistics`. row_lse [M] and
-    col_lse [N]: over all logits, of every rank where they are spread over several; None leaves that
-    term out (give it the weight 0). positive_gradient [M]: with respect to the positives' logits.
+    col_lse [N]: float64, over all logits, of every rank where they are spread over several; None
+    leaves that term out (give it the weight 0). positive_gradient [M]: with respect to the
+    positives' logits.
     weights: float32 tensor (w_row, w_col) on the device, upstream gradient included.
     `workspace_bytes` bounds the chunk of g; the products take 4 bytes for each element of dY and of
     the chunk's dX besides.
 
-    Returns (dX, dY), None for what is not needed. Raises ValueError when the inputs are not
-    taken, when both log-sum-exps are None or when the workspace holds not even one row.
+    Returns (dX, dY, dscale), None for what is not needed; dscale comes with dX. Raises ValueError
+    when the inputs are not taken, when both log-sum-exps are None or when the workspace holds not
+    even one row.
     """
     statistics = {"row_lse": row_lse, "col_lse": col_lse}
     statistics = {k: v for k, v in statistics.items() if v is not None}
-    require_supported(
-        x, y, scale=scale, weights=weights, positive_gradient=positive_gradient, **statistics
-    )
+    scalars = {"scale": scale, "weights": weights, "positive_gradient": positive_gradient}
+    require_supported(x, y, **scalars)
+    require_supported(x, y, torch.float64, **statistics)
     if not statistics:
         raise ValueError("row_lse and col_lse are both None; give at least one")
     (m, width), n = x.shape, y.shape[0]
     dx = torch.empty((m, width), dtype=x.dtype, device=x.device) if need_x else None
+    dscale = torch.zeros((), dtype=torch.float64, device=x.device) if need_x else None
     if m == 0 or n == 0 or not (need_x or need_y):
-        return dx if dx is None else dx.zero_(), torch.zeros_like(y) if need_y else None
+        dy = torch.zeros_like(y) if need_y else None
+        return (dx.zero_(), dy, dscale.float()) if need_x else (None, dy, None)
 
     tile = tile_for(TILES, x)
     height = rows_per_chunk(m, n, x.element_size(), workspace_bytes, tile)
     workspace = gradient_workspace(x, height, n)
     stored = storage_factor(x.dtype)
-    factor = scale.reshape(()) * weights.abs().amax() / stored
+    unit = weights.abs().amax() / stored
+    factor = scale.reshape(()) * unit
     rows_x, rows_y = aligned_rows(x), aligned_rows(y)
     inner = rows_x.shape[1]
     constants = tile_constants(tile, inner, x.dtype, input_precision)
@@ -157,16 +182,21 @@ def contrastive_gradients(
             )  # fmt: skip
             g = g.to(x.dtype)
             if need_x:
-                torch.mul(product(g, y), factor, out=dx[first : first + height])
+                part = product(g, y)
+                # <x, g y> = <g, x y^T>. Not of dX, which is rounded to the input's dtype.
+                dscale += (chunk * part).sum(dtype=torch.float64)
+                torch.mul(part, factor, out=dx[first : first + height])
             if need_y:
                 dy = product(g.T, chunk, dy)
-    return dx, dy.mul_(factor).to(y.dtype) if need_y else None
+    dscale = (dscale * unit).float() if need_x else None
+    return dx, dy.mul_(factor).to(y.dtype) if need_y else None, dscale
 
 
 def aot_cases() -> list[aot.Case]:
     """Every configuration of the gradient kernel, for ahead-of-time compilation."""
-    pointers = ["weights_ptr", "row_lse_ptr", "col_lse_ptr", "positive_ptr"]
-    types = dict.fromkeys(pointers, "*fp32") | {"g_ptr": "*T", "stride_g": "i32"}
+    types = dict.fromkeys(["weights_ptr", "positive_ptr"], "*fp32")
+    types |= dict.fromkeys(["row_lse_ptr", "col_lse_ptr"], "*fp64")
+    types |= {"g_ptr": "*T", "stride_g": "i32"}
     both = {"ROWS": True, "COLS": True, "FACTOR": 1.0}
     only_rows, only_cols = both | {"COLS": False}, both | {"ROWS": False}
     tiles = {"kernel": gradient_kernel, "tiles": TILES, "signature": types}

@@ -54,6 +54,7 @@ class SigmoidContrastive(NamedTuple):
     g_sum: torch.Tensor
     dx: torch.Tensor | None
     dy: torch.Tensor | None
+    dscale: torch.Tensor | None
 
 
 @triton.jit
@@ -133,16 +134,18 @@ def sigmoid_contrastive(
 
     Returns loss_sum (the sum of -log sigmoid(t z), without the weight), g_sum (the gradient of
     loss_sum for the bias), both float32 scalars, and dx [M, D], dy [N, D] in the input's dtype
-    or None. The gradient for the scale is <x, dx> / scale. Raises ValueError when the inputs
-    are not taken or when the workspace holds not even one row.
+    or None, and dscale, a float32 scalar with the weight, or None. Raises ValueError when the
+    inputs are not taken or when the workspace holds not even one row.
     """
     require_supported(x, y, scale=scale, bias=bias)
     (m, width), n = x.shape, y.shape[0]
     if m == 0 or n == 0:
-        zero = x.new_zeros((), dtype=torch.float32)
+        zeros = torch.zeros(3, dtype=torch.float32, device=x.device)
+        loss_sum, g_sum, dscale = (zero.clone() for zero in zeros)
         if not need_gradients:
-            return SigmoidContrastive(zero, zero.clone(), None, None)
-        return SigmoidContrastive(zero, zero.clone(), torch.zeros_like(x), torch.zeros_like(y))
+            return SigmoidContrastive(loss_sum, g_sum, None, None, None)
+        dx, dy = torch.zeros_like(x), torch.zeros_like(y)
+        return SigmoidContrastive(loss_sum, g_sum, dx, dy, dscale)
 
     tile = tile_for(TILES, x)
     height, workspace, dx, dy = m, x, None, None
@@ -152,6 +155,7 @@ def sigmoid_contrastive(
         dx = torch.empty((m, width), dtype=x.dtype, device=x.device)
     stored = storage_factor(x.dtype)
     factor = scale.reshape(()) * weight / stored
+    dscale = torch.zeros((), dtype=torch.float64, device=x.device) if need_gradients else None
     rows_x, rows_y = aligned_rows(x), aligned_rows(y)
     inner = rows_x.shape[1]
     constants = tile_constants(tile, inner, x.dtype, input_precision)
@@ -171,12 +175,16 @@ def sigmoid_contrastive(
             )  # fmt: skip
             if need_gradients:
                 g = g.to(x.dtype)
-                torch.mul(product(g, y), factor, out=dx[first : first + height])
+                part = product(g, y)
+                # <x, g y> = <g, x y^T>. Not of dx, which is rounded to the input's dtype.
+                dscale += (chunk * part).sum(dtype=torch.float64)
+                torch.mul(part, factor, out=dx[first : first + height])
                 dy = product(g.T, chunk, dy)
     loss_sum, g_sum = sums.sum(1, dtype=torch.float64).float()
     if need_gradients:
         dy = dy.mul_(factor).to(y.dtype)
-    return SigmoidContrastive(loss_sum, g_sum, dx, dy)
+        dscale = (dscale * (weight / stored)).float()
+    return SigmoidContrastive(loss_sum, g_sum, dx, dy, dscale)
 
 
 def aot_cases() -> list[aot.Case]:

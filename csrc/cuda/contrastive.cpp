@@ -52,6 +52,11 @@ float* floats_or_none(const Tensor& t, const char* name, int64_t count, const Te
   return t.numel() == 0 ? nullptr : floats_of(t, name, count, like);
 }
 
+double* doubles_or_none(const Tensor& t, const char* name, int64_t count, const Tensor& like) {
+  if (t.numel() == 0) return nullptr;
+  return static_cast<double*>(values_of(t, name, count, ScalarType::Double, like));
+}
+
 Output output_of(const Tensor& t, const Tensor& products) {
   if (t.numel() == 0) return {nullptr, 0, Element::kFloat32, false};
   require_matrix(t, "out");
@@ -87,7 +92,7 @@ void contrastive_cuda_statistics(const Tensor& products, const Tensor& scale, in
   const Products p = products_of(products, offset);
   const DeviceScope scope(products);
   float* pairs = floats_or_none(col_pairs, "col_pairs", 2 * p.cols, products);
-  const Statistics out = {floats_or_none(row_negatives, "row_negatives", p.rows, products),
+  const Statistics out = {doubles_or_none(row_negatives, "row_negatives", p.rows, products),
                           floats_of(positive, "positive", p.rows, products), pairs,
                           pairs ? pairs + p.cols : nullptr};
   auto scratch = [&](bool wanted, int64_t count) {
@@ -106,8 +111,8 @@ void contrastive_cuda_gradient(const Tensor& products, const Tensor& scale, cons
   const DeviceScope scope(products);
   require_success(softmax_gradient(
       scope.queue(), p, floats_of(scale, "scale", 1, products),
-      floats_or_none(row_lse, "row_lse", p.rows, products),
-      floats_or_none(col_lse, "col_lse", p.cols, products),
+      doubles_or_none(row_lse, "row_lse", p.rows, products),
+      doubles_or_none(col_lse, "col_lse", p.cols, products),
       floats_of(positive_gradient, "positive_gradient", p.rows, products),
       floats_of(weights, "weights", 2, products), output_of(out, products)));
 }

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp for each row: merges its pairs, and fetches its positive.
 __global__ void __launch_bounds__(kThreads)
-    finish_rows(Products p, const float* scale_at, const LsePair* row_pairs, float* row_negatives,
+    finish_rows(Products p, const float* scale_at, const LsePair* row_pairs, double* row_negatives,
                 float* positive) {
   const int lane = threadIdx.x % kLanes;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int mask = kLanes / 2; mask > 0; mask /= 2)
     total = merge(total, {__shfl_down_sync(0xffffffffu, total.max, mask),
                           __shfl_down_sync(0xffffffffu, total.sum, mask)});
-  if (lane == 0) row_negatives[row] = static_cast<float>(log_sum_exp(total));
+  if (lane == 0) row_negatives[row] = log_sum_exp(total);
 }
 
 // A thread for each column: merges its pairs into the running one, in the order of the rows.
@@ -221,28 +221,41 @@ struct Place {
   int64_t row, col, end;
 };
 
+// The softmax of one row or column: its log-sum-exp rounded to float, and its weight times exp(-what
+// the rounding left out), which would scale the whole softmax: at a log-sum-exp of 100 by 4e-6.
+struct Direction {
+  float lse = 0.0f;
+  float weight = 0.0f;
+};
+
+__device__ __forceinline__ Direction direction(const double* lse, int64_t at, float weight) {
+  if (lse == nullptr) return {};
+  const float near = static_cast<float>(lse[at]);
+  const float rest = static_cast<float>(lse[at] - near);
+  return {near, rest == rest ? weight * expf(-rest) : weight};  // infinity minus itself is NaN
+}
+
 // `out` may be the products: an element is read by the thread that writes it, before it does.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    write_softmax_gradient(Products p, const float* scale_at, const float* row_lse,
-                           const float* col_lse, const float* positive_gradient,
+    write_softmax_gradient(Products p, const float* scale_at, const double* row_lse,
+                           const double* col_lse, const float* positive_gradient,
                            const float* weights, Output out) {
   const Place place(p);
   if (place.col >= p.cols) return;
   const float scale = *scale_at;
-  const float row_weight = row_lse == nullptr ? 0.0f : weights[0];
-  const float col_weight = col_lse == nullptr ? 0.0f : weights[1];
-  float col_reference[kVector];
+  Direction cols[kVector];
 #pragma unroll
   for (int k = 0; k < kVector; ++k)
-    col_reference[k] = col_lse && place.col + k < p.cols ? col_lse[place.col + k] : 0.0f;
+    if (place.col + k < p.cols) cols[k] = direction(col_lse, place.col + k, weights[1]);
   for (int64_t row = place.row; row < place.end; row += kRowStep) {
-    const float row_reference = row_lse ? row_lse[row] : 0.0f, positive = positive_gradient[row];
+    const Direction own = direction(row_lse, row, weights[0]);
+    const float positive = positive_gradient[row];
     float g[kVector];
     load_logits(p, row, place.col, scale, 0.0f, g);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
-      g[k] = softmax_logit_gradient(g[k], row_reference, col_reference[k], row_weight, col_weight);
+      g[k] = softmax_logit_gradient(g[k], own.lse, cols[k].lse, own.weight, cols[k].weight);
       if (row + p.offset == place.col + k) g[k] = positive;
     }
     store_gradients<T>(p, out, row, place.col, g);
@@ -354,7 +367,7 @@ const char* statistics(Queue queue, const Products& p, const float* scale, LsePa
 }
 
 const char* softmax_gradient(Queue queue, const Products& p, const float* scale,
-                             const float* row_lse, const float* col_lse,
+                             const double* row_lse, const double* col_lse,
                              const float* positive_gradient, const float* weights,
                              const Output& out) {
   if (p.rows == 0 || p.cols == 0) return nullptr;

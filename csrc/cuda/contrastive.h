@@ -33,7 +33,7 @@ struct Output {
 // Row statistics [rows]; row_negatives, the log-sum-exp over the negatives, may be null. Column
 // statistics [cols]: the running pair over the negatives, merged into; both null or neither.
 struct Statistics {
-  float* row_negatives;
+  double* row_negatives;
   float* positive;
   float* col_max;
   float* col_sum;
@@ -49,7 +49,7 @@ int64_t sigmoid_partial_count(const Products& p);
 const char* statistics(Queue queue, const Products& p, const float* scale, LsePair* row_pairs,
                        LsePair* col_pairs, const Statistics& out);
 const char* softmax_gradient(Queue queue, const Products& p, const float* scale,
-                             const float* row_lse, const float* col_lse,
+                             const double* row_lse, const double* col_lse,
                              const float* positive_gradient, const float* weights,
                              const Output& out);
 const char* sigmoid(Queue queue, const Products& p, const float* scale, const float* bias,

@@ -40,7 +40,8 @@ def _unavailable(device: int) -> tuple[str, ...]:
 def statistics(x, y, scale, kept, offset, rows, cols, *_):
     """fastvlp::contrastive_statistics; the blocks are for the CPU, and nothing is kept."""
     m, n = x.shape[0], y.shape[0]
-    row_negatives, positive = (_floats(x, size) for size in (m if rows else 0, m))
+    row_negatives = torch.empty(m if rows else 0, dtype=torch.float64, device=x.device)
+    positive = _floats(x, m)
     col_pairs = _floats(x, 2, n if cols else 0)
     col_pairs[0].fill_(-torch.inf)
     col_pairs[1].zero_()
@@ -53,7 +54,7 @@ def statistics(x, y, scale, kept, offset, rows, cols, *_):
             products, scale, offset + chunk.start, row_negatives[chunk], positive[chunk], col_pairs
         )
     reference, total = col_pairs.double()
-    return row_negatives.double(), reference + total.log(), positive
+    return row_negatives, reference + total.log(), positive
 
 
 def gradients(
@@ -61,7 +62,6 @@ def gradients(
     block_rows, block_cols, keep_blocks, chunk_rows, chunk_cols,
 ):  # fmt: skip
     """fastvlp::contrastive_gradients, in chunks of the plan's size."""
-    row_lse, col_lse = row_lse.float(), col_lse.float()
     largest = weights.abs().amax()
     stored = storage_factor(x.dtype)
     # All weights 0 means gradients of 0, not 0 / 0.

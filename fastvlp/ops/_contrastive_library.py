@@ -42,9 +42,8 @@ def _statistics_triton(x, y, scale, kept, offset, rows, cols, *_):
     row_negatives, col_negatives, positive = contrastive_statistics(
         x, y, scale, offset=offset, rows=rows, cols=cols
     )
-    row_negatives = row_negatives if rows else scale.new_empty(0)
-    col_negatives = col_negatives if cols else scale.new_empty(0)
-    return row_negatives.double(), col_negatives.double(), positive
+    none = scale.new_empty(0, dtype=torch.float64)
+    return row_negatives if rows else none, col_negatives if cols else none.clone(), positive
 
 
 def _gradients_triton(
@@ -53,18 +52,17 @@ def _gradients_triton(
 ):  # fmt: skip
     from ..kernels.contrastive_backward import contrastive_gradients
 
-    dx, dy = contrastive_gradients(
+    return contrastive_gradients(
         x,
         y,
         scale,
-        row_lse.float() if row_lse.numel() else None,
-        col_lse.float() if col_lse.numel() else None,
+        row_lse if row_lse.numel() else None,
+        col_lse if col_lse.numel() else None,
         positive_gradient,
         weights,
         offset=offset,
         workspace_bytes=_workspace(x, y, block_rows * chunk_rows),
     )
-    return dx, dy, _scale_gradient(x, dx, scale)
 
 
 def _sigmoid_triton(
@@ -91,17 +89,12 @@ def _sigmoid_triton(
             loss.clone(),
             bias_gradient,
         )
-    return loss, result.dx, result.dy, _scale_gradient(x, result.dx, scale), bias_gradient
+    return loss, result.dx, result.dy, result.dscale, bias_gradient
 
 
 def _workspace(x: torch.Tensor, y: torch.Tensor, rows: int) -> int:
     """What a chunk of so many rows, the plan's, takes."""
     return rows * aligned(len(y)) * x.element_size()
-
-
-def _scale_gradient(x: torch.Tensor, dx: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    # dX = scale * G y, so <x, dX> / scale = <G, x y^T>: the derivative of the loss by the scale.
-    return (x.float() * dx.float()).sum() / scale.reshape(())
 
 
 def _on_cuda(op, triton, native):

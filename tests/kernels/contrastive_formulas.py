@@ -55,11 +55,11 @@ def statistics(problem: Problem, dtype: torch.dtype):
 
 
 def gradient_inputs(problem: Problem, weights):
-    """(row_lse, col_lse, positive_gradient), float32, as the gradient kernel takes them."""
+    """(row_lse, col_lse, positive_gradient), as the gradient kernel takes them."""
     z = problem.logits(torch.float64)
     positives = softmax_gradient(problem, weights, torch.float64)
     positives = positives.masked_fill(~problem.is_pair(), 0).sum(1)
-    return z.logsumexp(1).float(), z.logsumexp(0).float(), positives.float()
+    return z.logsumexp(1), z.logsumexp(0), positives.float()
 
 
 def softmax_gradient(problem: Problem, weights, dtype: torch.dtype):
@@ -81,3 +81,11 @@ def through_product(problem: Problem, g: torch.Tensor):
     """dX and dY from the gradient of the logits, at its dtype."""
     scale, x, y = (t.to(g.dtype).contiguous() for t in (problem.scale, problem.x, problem.y))
     return scale * (g @ y), scale * (g.T @ x)
+
+
+def scale_gradient(problem: Problem, g: torch.Tensor):
+    """Derivative with respect to the scale from the gradient of the logits, at its dtype, and the
+    size of its terms: of all together, and where their errors have random signs."""
+    x, y = (t.to(g.dtype).contiguous() for t in (problem.x, problem.y))
+    terms = g * (x @ y.T)
+    return terms.sum(), terms.double().abs().sum().item(), terms.double().norm().item()

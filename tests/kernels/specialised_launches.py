@@ -34,7 +34,8 @@ def contrastive(rows, cols, width, heads):
     x, y = features(rows, width), features(cols, width)
     contrastive_statistics(x, y, torch.ones(()))
     contrastive_gradients(
-        x, y, torch.ones(()), _floats(rows), _floats(cols), _floats(rows), torch.ones(2),
+        x, y, torch.ones(()), *(_zeros(size, dtype=torch.float64) for size in (rows, cols)),
+        _floats(rows), torch.ones(2),
         workspace_bytes=1 << 20,
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ import math
 import contrastive_formulas as formulas
 import pytest
 import torch
-from contrastive_cases import well_fitted
+from contrastive_cases import eager_contrastive, well_fitted
 from contrastive_formulas import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,7 +43,7 @@ def check_statistics(run_kernel, problem, **wanted):
         if wanted.get(name) is False:
             assert our is None
             continue
-        assert our.dtype == torch.float32
+        assert our.dtype == (torch.float32 if name == "positive" else torch.float64)
         some = true > -torch.inf  # the log-sum-exp of no negatives
         assert torch.equal(our > -torch.inf, some)
         floor = sharpness(problem) * math.sqrt(true.numel())
@@ -66,6 +66,17 @@ def check_product(names, ours, eager, exact, problem, g):
         assert_as_accurate(name, our, near, true, floor)
 
 
+def check_scale_gradient(ours, problem, eager, exact):
+    """`eager` and `exact` are gradients of the logits."""
+    (near, _, _), (true, size, spread) = (formulas.scale_gradient(problem, g)
+                                          for g in (eager, exact))  # fmt: skip
+    floor = sharpness(problem) * size
+    if problem.x.dtype != torch.float32:
+        floor += epsilon(problem.x.dtype) * spread
+    assert ours.shape == () and ours.dtype == torch.float32
+    assert_as_accurate("dscale", ours, near, true, floor)
+
+
 def check_gradients(run_kernel, problem, weights, workspace_bytes, *, rows=True, cols=True):
     weights = torch.tensor(weights, device=problem.x.device)
     used = weights * torch.tensor([rows, cols], device=weights.device)
@@ -78,10 +89,11 @@ def check_gradients(run_kernel, problem, weights, workspace_bytes, *, rows=True,
     g = formulas.softmax_gradient(problem, used, torch.float64)
     eager = formulas.softmax_gradient(problem, used, problem.x.dtype)
     check_product(
-        ("dx", "dy"), ours, formulas.through_product(problem, eager),
+        ("dx", "dy"), ours[:2], formulas.through_product(problem, eager),
         formulas.through_product(problem, g), problem, g,
     )  # fmt: skip
-    return ours
+    check_scale_gradient(ours[2], problem, eager, g)
+    return ours[:2]
 
 
 def check_sigmoid(run_kernel, problem, workspace_bytes, weight=1.0):
@@ -99,6 +111,7 @@ def check_sigmoid(run_kernel, problem, workspace_bytes, weight=1.0):
         ("dx", "dy"), (ours.dx, ours.dy), formulas.through_product(problem, weight * near_g),
         formulas.through_product(problem, weight * g), problem, weight * g,
     )  # fmt: skip
+    check_scale_gradient(ours.dscale, problem, weight * near_g, weight * g)
     return ours
 
 
@@ -168,7 +181,7 @@ def test_fitted_pairs_are_relatively_exact(run_kernel, device):
         *formulas.gradient_inputs(problem, weights), weights, workspace_bytes=1 << 14,
     )  # fmt: skip
     g = formulas.softmax_gradient(problem, weights, torch.float64)
-    for got, true in zip(ours, formulas.through_product(problem, g), strict=True):
+    for got, true in zip(ours[:2], formulas.through_product(problem, g), strict=True):
         assert (got - true).norm() <= 2e-5 * true.norm()
 
 
@@ -180,16 +193,17 @@ def test_empty(run_kernel, device, m, n):
     )
     assert row_lse.shape == (m,) and col_lse.shape == (n,) and positive.shape == (m,)
     assert (row_lse == -torch.inf).all() and (col_lse == -torch.inf).all()
-    dx, dy = run_kernel(
+    dx, dy, dscale = run_kernel(
         "contrastive_backward", "contrastive_gradients", problem.x, problem.y, problem.scale,
         row_lse, col_lse, positive, torch.ones(2, device=device), workspace_bytes=1 << 12,
     )  # fmt: skip
     assert dx.shape == (m, 8) and dy.shape == (n, 8) and not dx.any() and not dy.any()
+    assert dscale == 0
     result = run_kernel(
         "contrastive_sigmoid", "sigmoid_contrastive", problem.x, problem.y, problem.scale,
         problem.bias, workspace_bytes=1 << 12,
     )  # fmt: skip
-    assert result.loss_sum == 0 and result.g_sum == 0
+    assert result.loss_sum == 0 and result.g_sum == 0 and result.dscale == 0
     assert result.dx.shape == (m, 8) and not result.dx.any() and not result.dy.any()
 
 
@@ -250,6 +264,39 @@ def test_integer_logits_of_ten_thousand_are_exact(run_kernel, device):
     torch.testing.assert_close(cols, rows)
     dx, dy = check_gradients(run_kernel, problem, [0.5, 0.5], 1 << 14)
     assert not dx.any() and not dy.any()
+
+
+@pytest.mark.parametrize("target", [0.3, 1.0, 3.0])
+def test_the_scale_gradient_is_as_exact_as_eager(run_kernel, device, target):
+    # At 100 the log-sum-exps' own rounding to float32 would be five times eager's error.
+    weights = torch.tensor([0.5, 0.5], device=device)
+    ours, eager, exact = [], [], []
+    for seed in range(4):
+        x, y = (t.to(device) for t in well_fitted(96, 32, 100.0, 1.0, target, seed=seed))
+        problem = formulas.Problem(x, y, torch.tensor([100.0], device=device), None, 0)
+        args = problem.x, problem.y, problem.scale
+        rows, cols, positive = run_kernel("contrastive", "contrastive_statistics", *args)
+        lse = torch.logaddexp(rows, positive), torch.logaddexp(cols, positive)
+        missing = (torch.sigmoid(t - positive) for t in (rows, cols))
+        found = run_kernel(
+            "contrastive_backward", "contrastive_gradients", *args, *lse,
+            -0.5 * sum(missing).float(), weights, workspace_bytes=1 << 20,
+        )  # fmt: skip
+        ours.append(found[2])
+        for dtype, results in ((torch.float32, eager), (torch.float64, exact)):
+            leaf = torch.tensor(100.0, dtype=dtype, device=device, requires_grad=True)
+            (len(x) * eager_contrastive(x.to(dtype), y.to(dtype), leaf, 0.0)).backward()
+            results.append(leaf.grad)
+    assert_as_accurate("dscale", *map(torch.stack, (ours, eager, exact)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_scale_of_zero_has_a_gradient(run_kernel, device, dtype):
+    problem = draw(40, 40, 16, dtype, device, scale=0.0)
+    dx, dy = check_gradients(run_kernel, problem, [0.5, 0.5], 1 << 14)
+    ours = check_sigmoid(run_kernel, problem, 1 << 14)
+    assert not any(t.any() for t in (dx, dy, ours.dx, ours.dy))
+    assert ours.dscale != 0
 
 
 def test_tiny_probabilities_survive_half_precision(run_kernel, device):
@@ -338,10 +385,10 @@ def test_only_what_is_needed(run_kernel, device):
             workspace_bytes=1 << 14, **needed,
         )  # fmt: skip
 
-    dx, dy = gradients()
+    dx, dy, dscale = gradients()
     only_x, only_y = gradients(need_y=False), gradients(need_x=False)
-    assert torch.equal(only_x[0], dx) and only_x[1] is None
-    assert torch.equal(only_y[1], dy) and only_y[0] is None
+    assert torch.equal(only_x[0], dx) and only_x[1] is None and only_x[2] == dscale
+    assert torch.equal(only_y[1], dy) and only_y[0] is None and only_y[2] is None
     loss_only, full = (
         run_kernel(
             "contrastive_sigmoid", "sigmoid_contrastive", *args, problem.bias,
@@ -349,7 +396,7 @@ def test_only_what_is_needed(run_kernel, device):
         )
         for need in (False, True)
     )  # fmt: skip
-    assert loss_only.dx is None and loss_only.dy is None
+    assert loss_only.dx is None and loss_only.dy is None and loss_only.dscale is None
     assert torch.equal(loss_only.loss_sum, full.loss_sum)
 
 

@@ -92,7 +92,7 @@ def _statistics(products, scale, offset, row_negatives, positive, col_pairs):
     positive.copy_(torch.where(pairs, z, 0).sum(1))
     z = torch.where(pairs, -torch.inf, z)
     if row_negatives.numel():
-        row_negatives.copy_(z.logsumexp(1))
+        row_negatives.copy_(z.double().logsumexp(1))
     if col_pairs.numel():
         largest = torch.maximum(col_pairs[0], z.amax(0))
         reference = torch.where(largest == -torch.inf, 0, largest)

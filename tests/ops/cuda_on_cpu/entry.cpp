@@ -25,7 +25,7 @@ const LsePair kUnwritten = {NAN, NAN};
 }  // namespace
 
 extern "C" const char* run_statistics(const float* data, int64_t rows, int64_t cols, int64_t stride,
-                                      int64_t offset, const float* scale, float* row_negatives,
+                                      int64_t offset, const float* scale, double* row_negatives,
                                       float* positive, float* col_pairs) {
   const Products p = products_of(data, rows, cols, stride, offset);
   std::vector<LsePair> row_scratch(row_pair_count(p), kUnwritten);
@@ -35,8 +35,8 @@ extern "C" const char* run_statistics(const float* data, int64_t rows, int64_t c
 }
 
 extern "C" const char* run_gradient(const float* data, int64_t rows, int64_t cols, int64_t stride,
-                                    int64_t offset, const float* scale, const float* row_lse,
-                                    const float* col_lse, const float* positive_gradient,
+                                    int64_t offset, const float* scale, const double* row_lse,
+                                    const double* col_lse, const float* positive_gradient,
                                     const float* weights, void* out, int64_t out_stride,
                                     int element) {
   return softmax_gradient({0, nullptr}, products_of(data, rows, cols, stride, offset), scale,
