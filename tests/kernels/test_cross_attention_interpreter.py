@@ -1,9 +1,13 @@
 """The attention kernels against the float64 definition: interpreted, or on a GPU."""
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
+from unittest import mock
 
+import fake_cuda
 import pytest
 import torch
+import triton_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_accurate, epsilon
@@ -12,8 +16,8 @@ from fastvlp.ops import _dropout
 from fastvlp.ops.cross_attention import cross_attention_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# No tile holds more than 0 rows: the path of long queries.
-GENERAL = {"FUSED_INTERPRETED": ()}
+# No tile holds more than 0 rows, interpreted or on any GPU: the path of long queries.
+GENERAL = {"FUSED_INTERPRETED": (), "FUSED_TILES": defaultdict(tuple)}
 PATHS = pytest.mark.parametrize("overrides", [{}, GENERAL], ids=["fused", "general"])
 SEED = -(3 << 40) - 12345
 
@@ -157,6 +161,30 @@ def test_sizes(run_kernel_with, device, queries, keys):
 @pytest.mark.parametrize("dim", [32, 64, 80, 88, 96, 104, 128])
 def test_head_widths(run_kernel_with, device, dim, dtype):
     check(run_kernel_with, draw([30], 50, device, heads=2, dim=dim, dtype=dtype), {})
+
+
+def backward_kernels(overrides) -> list[str]:
+    """Names of the kernels of a backward pass on a GPU that its segments fill."""
+    names = []
+
+    def run(kernel, *_, **__):
+        names.append(kernel.__name__)
+
+    with fake_cuda.gpu(), mock.patch("triton.runtime.jit.JITFunction.run", run):
+        q, k = (fake_cuda.floats(*shape, 4, 16) for shape in ((400,), (40, 20)))
+        lse = fake_cuda.floats(4, 400, dtype=torch.float32)
+        triton_process.call_with(
+            overrides, "cross_attention_backward", "cross_attention_backward",
+            q, q, k, k, q, lse, fake_cuda.integers(41), None, None, fake_cuda.integers(1),
+            scale=1.0, dropout_p=0.0, causal=False, max_seqlen_q=30, max_seqlen_k=20,
+        )  # fmt: skip
+    return names
+
+
+def test_each_path_runs_on_a_gpu_too():
+    fused, general = ["query_gradient_kernel"], ["query_gradient_kernel", "key_gradient_kernel"]
+    assert backward_kernels({}) == fused
+    assert backward_kernels(GENERAL) == general
 
 
 @PATHS

@@ -26,10 +26,9 @@ CAPABILITY = (9, 0)
 @contextmanager
 def gpu() -> Iterator[FakeTensorMode]:
     """Fake CUDA tensors, beside a GPU of compute capability 9.0 that runs every kernel there is."""
-    properties = SimpleNamespace(multi_processor_count=132)
     with (
         mock.patch("torch.cuda.get_device_capability", lambda *_: CAPABILITY),
-        mock.patch("torch.cuda.get_device_properties", lambda *_: properties),
+        mock.patch("fastvlp.kernels._attention._processors", lambda _: 132),
         mock.patch("torch.cuda.device", lambda *_: nullcontext()),
         mock.patch("triton.runtime.jit.JITFunction.run", lambda *_, **__: None),
         mock.patch.object(torch.version, "cuda", torch.version.cuda or "13.0"),
