@@ -236,3 +236,12 @@ def test_saturation_and_flushing():
 def test_roundings_are_neither_left_out_nor_added(text):
     with pytest.raises(UnknownForm):
         execute(text, "f32", a=np.zeros(2))
+
+
+def test_tf32_is_the_nearest_and_ties_go_away_from_zero():
+    step = 2.0**-10
+    x = np.array([1 + step / 2, 1 + step / 2 - 2.0**-23, -1 - step / 2, 3, 0, np.inf], np.float32)
+    got = execute("cvt.rna.tf32.f32 d, a", "f32", a=x.view(np.uint32))
+    assert got.tolist() == [1 + step, 1, -1 - step, 3, 0, np.inf]
+    nan = np.array([np.nan], np.float32).view(np.uint32)
+    assert np.isnan(execute("cvt.rna.tf32.f32 d, a", "f32", a=nan)).all()

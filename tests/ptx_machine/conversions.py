@@ -215,3 +215,17 @@ def _narrow(d: Decoder, x: np.ndarray, target: str, mode: str | None) -> np.ndar
         wide = to_float32(x, np.float64(0), mode)
     nan = np.isnan(wide)
     return np.where(nan, CANONICAL_NAN, wide) if nan.any() else wide
+
+
+@form("cvt.rna.tf32.f32", pipe="convert")
+def _convert_to_tf32(d: Decoder):
+    """A float32 with the 10 bits of mantissa that tf32 has, the nearest, ties away from zero."""
+    read, write = d.source(1, "b32"), d.destination(0, "b32")
+
+    def operation(lanes):
+        bits = np.atleast_1d(read(lanes))
+        near = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+        nan = np.isnan(bits.view(np.float32))
+        write(lanes, np.where(nan, np.uint32(0x7FFFFFFF), near))
+
+    return operation
