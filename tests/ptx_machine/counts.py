@@ -11,6 +11,8 @@ from .observer import Access, Observer
 SECTOR = 32
 BANKS = 32
 BANK_BYTES = 4
+WARPGROUP = 4  # warps
+PAGE = 1 << 15  # sectors
 
 
 @dataclass
@@ -18,51 +20,100 @@ class Counts(Observer):
     """Dynamic counts over all blocks of a launch.
 
     An instruction counts once for each warp that executes it with at least one lane; `lanes`
-    counts those lanes. Of global memory a request is one instruction of one warp, and a sector 32
-    bytes that it touches, however many of its lanes do. Of shared memory a wavefront is one pass
-    over the banks: what a request takes without conflicts is in `ideal_wavefronts`.
+    counts those lanes. A product of a warpgroup counts once for the group. Of global memory a
+    request is one instruction of one warp, and a sector 32 bytes that it touches, however many of
+    its lanes do; `distinct_bytes` counts each sector once for the whole launch. Of shared memory a
+    wavefront is one pass over the banks: what a request takes without conflicts is in
+    `ideal_wavefronts`. Matrix instructions that read shared memory themselves are in
+    `tensor_shared_bytes`.
     """
 
     instructions: Counter = field(default_factory=Counter)  # by opcode
     pipes: Counter = field(default_factory=Counter)  # by class of execution unit
     lanes: Counter = field(default_factory=Counter)  # by opcode
+    tensor: Counter = field(default_factory=Counter)  # by opcode, of the matrix units
     requests: Counter = field(default_factory=Counter)  # by (space, kind)
     sectors: Counter = field(default_factory=Counter)  # by kind, of global memory
     wavefronts: Counter = field(default_factory=Counter)  # by kind, of shared memory
     ideal_wavefronts: Counter = field(default_factory=Counter)
     bytes: Counter = field(default_factory=Counter)  # by (space, kind): what lanes asked for
+    distinct_bytes: Counter = field(default_factory=Counter)  # by kind, and "any" of them
+    tensor_shared_bytes: int = 0
+    barriers: int = 0  # of a warp
+    blocks: int = 0
+
+    def __post_init__(self) -> None:
+        # Marks of the sectors of a page, by kind and page.
+        self._touched: dict[tuple[str, int], np.ndarray] = {}
+
+    def batch_begins(self, batch) -> None:
+        self.blocks += len(batch.numbers)
 
     def executes(self, step, lanes: Lanes) -> None:
         opcode, warps = step.instruction.opcode, lanes.warp_count
+        if step.scope == "warpgroup" and step.pipe == "tensor":
+            warps //= WARPGROUP
         self.instructions[opcode] += warps
         self.pipes[step.pipe] += warps
         self.lanes[opcode] += lanes.count
+        if step.pipe == "tensor":
+            self.tensor[opcode] += warps
+
+    def synchronizes(self, step, lanes: Lanes) -> None:
+        self.barriers += lanes.warp_count
 
     def accesses(self, access: Access) -> None:
         key = (access.space, access.kind)
-        self.bytes[key] += access.width * len(access.positions)
-        if access.lanes.count != len(access.positions):
+        if access.asynchronous == "wgmma":
+            self.tensor_shared_bytes += access.width * _distinct_places(access)
             return
-        self.requests[key] += access.lanes.warp_count
+        self.bytes[key] += access.width * len(access.positions)
+        self.requests[key] += len(np.unique(_slots(access) // WARP))
         if access.space == "global":
             self.sectors[access.kind] += sectors(access)
+            self._touch(access)
         elif access.space == "shared":
             taken, ideal = wavefronts(access)
             self.wavefronts[access.kind] += taken
             self.ideal_wavefronts[access.kind] += ideal
 
+    def _touch(self, access: Access) -> None:
+        steps = np.arange(0, max(1, access.width // SECTOR))
+        first = access.addresses.astype(np.int64) // SECTOR
+        numbers = np.unique(first[:, None] + steps)
+        for page in np.unique(numbers // PAGE):
+            offsets = numbers[numbers // PAGE == page] % PAGE
+            for kind in (access.kind, "any"):
+                marks = self._touched.setdefault((kind, int(page)), np.zeros(PAGE, bool))
+                self.distinct_bytes[kind] += SECTOR * int((~marks[offsets]).sum())
+                marks[offsets] = True
+
     def merge(self, other: "Counts") -> None:
-        """Add the counts of another launch."""
-        for name, counter in vars(self).items():
-            counter.update(getattr(other, name))
+        """Add the counts of another launch, of which distinct bytes are taken as its own."""
+        for name, value in vars(other).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+            elif isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+
+
+def _slots(access: Access) -> np.ndarray:
+    """The slot of the thread that makes each access."""
+    slots = access.lanes.slots
+    return slots if access.rows is None else slots[access.rows]
+
+
+def _distinct_places(access: Access) -> int:
+    """Places of a matrix operand, each once, though several warps are said to read it."""
+    return len(np.unique(access.positions))
 
 
 def sectors(access: Access) -> int:
     """Pairs of a warp and a sector that it touches."""
     number = access.addresses.astype(np.int64) // SECTOR
     if access.width > SECTOR:
-        raise ValueError(f"an access of {access.width} bytes a lane")
-    return _distinct(access.lanes.slots // WARP, number)
+        return len(number) * access.width // SECTOR
+    return _distinct(_slots(access) // WARP, number)
 
 
 def wavefronts(access: Access) -> tuple[int, int]:
@@ -71,19 +122,22 @@ def wavefronts(access: Access) -> tuple[int, int]:
     Wide accesses go in parts: 8 bytes a lane by half warps, 16 by quarters. Lanes that touch the
     same word share it.
     """
-    slots = access.lanes.slots
+    slots = _slots(access)
     at_once = min(WARP, WARP * BANK_BYTES // access.width)
     part = slots // at_once
     words = max(1, access.width // BANK_BYTES)
     first = access.addresses.astype(np.int64) // BANK_BYTES
     word = (first[:, None] + np.arange(words)).reshape(-1)
     owner = np.repeat(part, words)
-    pairs = np.unique(np.stack([owner, word]), axis=1)
-    groups, index = np.unique(pairs[0], return_inverse=True)
-    load = np.zeros((len(groups), BANKS), np.int64)
-    np.add.at(load, (index, pairs[1] % BANKS), 1)
-    return int(load.max(1).sum()), len(groups)
+    span = int(word.max()) + 1
+    pairs = np.unique(owner * span + word)
+    owners, banks = pairs // span, pairs % span % BANKS
+    groups, index = np.unique(owners, return_inverse=True)
+    load = np.bincount(index * BANKS + banks, minlength=len(groups) * BANKS)
+    return int(load.reshape(-1, BANKS).max(1).sum()), len(groups)
 
 
 def _distinct(a: np.ndarray, b: np.ndarray) -> int:
-    return np.unique(np.stack([a, b]), axis=1).shape[1]
+    low = int(b.min())
+    span = int(b.max()) - low + 1
+    return len(np.unique(a * span + (b - low)))
