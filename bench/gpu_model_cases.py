@@ -1,0 +1,485 @@
+"""What gpu_model.py compares: per op our kernels, the peers' own, their eager forms and the floor.
+
+Kernels run through their launchers on a virtual GPU at two small sizes, and are compiled for the
+true one. Eager forms run on fake tensors of the true size: of them only the operations are
+recorded, under the autocast of a CPU, which leaves softmax in bfloat16 and so moves fewer bytes
+than that of a GPU. Peers ask whether their tensors are CUDA tensors, which these claim to be.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from unittest import mock
+
+import torch
+from gpu_launches import TorchOp
+from torch import Tensor
+
+BF16 = torch.bfloat16
+# What the operators ask for on a GPU of 141 GB: a twentieth of free memory, as a power of two.
+WORKSPACE = 4 << 30
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """`run(size)` makes a call that launches kernels, at sizes that all its launches share.
+
+    needs: a distribution that must be installed. around: operations of torch that belong to it and
+    that its launcher does not do. eager: run(size) is recorded on fake tensors instead.
+    processors: multiprocessors of the device on which a size is executed, where the launcher
+    chooses tiles by how many blocks there are for them.
+    """
+
+    name: str
+    run: Callable[[int], Callable[[], object]]
+    sizes: tuple[int, int] = (0, 0)
+    needs: str | None = None
+    around: tuple[TorchOp, ...] = ()
+    eager: bool = False
+    processors: Callable[[int], int] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A comparison of one op at one shape. floor: products and bytes that nothing does without."""
+
+    op: str
+    shape: dict[str, int]
+    size: int
+    implementations: Sequence[Implementation]
+    floor: TorchOp
+    note: str
+    dtype: str = "bf16"
+    phase: str = "fwd+bwd"
+    missing: tuple[tuple[str, str], ...] = ()
+
+
+@contextmanager
+def claiming_cuda():
+    """Tensors of this process say that they are on a GPU."""
+    with mock.patch.object(torch.Tensor, "is_cuda", property(lambda tensor: True)):
+        yield
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def gradient(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, leaves)
+
+
+def leaves(*shapes: tuple[int, ...], dtype=BF16) -> list[Tensor]:
+    """Small values, so that exponentials of products stay finite."""
+    return [torch.full(shape, 0.01, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def products(count: int, m: int, n: int, k: int, moved: int) -> TorchOp:
+    return TorchOp("floor", moved, count * 2 * m * n * k, "bf16")
+
+
+# Contrastive losses.
+
+
+def our_contrastive(dim: int, n: int):
+    from fastvlp.kernels.contrastive import contrastive_statistics
+    from fastvlp.kernels.contrastive_backward import contrastive_gradients
+
+    x, y = torch.full((2, n, dim), 0.01, dtype=BF16)
+    scale, half, weights = torch.tensor(10.0), torch.full((n,), 0.5), torch.full((2,), 0.5)
+
+    def call():
+        rows, cols, _ = contrastive_statistics(x, y, scale)
+        contrastive_gradients(
+            x, y, scale, rows, cols, half, weights, workspace_bytes=workspace(n, n, dim)
+        )
+
+    return call
+
+
+def workspace(rows: int, cols: int, dim: int) -> int:
+    """Of a chunk that the plan for a GPU makes of bf16 features."""
+    from fastvlp.ops._contrastive_plan import make_gpu_plan
+
+    plan = make_gpu_plan(rows, cols, dim, BF16, WORKSPACE, torch.device("cpu"))
+    return plan.block_rows * (-(-cols // 16) * 16) * 2
+
+
+def infcl(dim: int, n: int):
+    from inf_cl import cal_flash_loss
+
+    x, y = leaves((n, dim), (n, dim))
+    scale = torch.tensor(10.0, requires_grad=True)
+
+    def call():
+        with claiming_cuda():
+            loss = cal_flash_loss(x, y, scale=scale).mean()
+            gradient((loss + cal_flash_loss(y, x, scale=scale).mean()) / 2, x, y, scale)
+
+    return call
+
+
+def memeff(dim: int, n: int):
+    from memeff import MemoryEfficientCLIPLoss
+
+    x, y = leaves((n, dim), (n, dim))
+    loss = MemoryEfficientCLIPLoss(temperature=0.1, normalized_inputs=True, stable=False)
+
+    def call():
+        with claiming_cuda():
+            gradient(loss(x, y), x, y)
+
+    return call
+
+
+def eager_contrastive(dim: int, n: int):
+    """open_clip's formula under autocast."""
+    import torch.nn.functional as F
+
+    x, y = leaves((n, dim), (n, dim))
+    scale = torch.tensor(10.0, requires_grad=True)
+
+    def call():
+        with torch.autocast("cpu", BF16):
+            logits = scale * x @ y.T
+            labels = torch.arange(n)
+            loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        gradient(loss, x, y, scale)
+
+    return call
+
+
+def contrastive(n: int, dim: int = 512) -> Case:
+    small = (256, 512)
+    implementations = [
+        Implementation("fastvlp", partial(our_contrastive, dim), small),
+        Implementation("inf-cl", partial(infcl, dim), (128, 256), needs="inf_cl"),
+        Implementation("memeff", partial(memeff, dim), small, needs="memeff"),
+        Implementation(
+            "open_clip's formula, autocast", partial(eager_contrastive, dim), eager=True
+        ),
+    ]
+    return Case(
+        "contrastive", {"n": n, "d": dim}, n, implementations,
+        products(4, n, n, dim, 4 * 2 * n * dim),
+        "4 products, as in itc_throughput.py, and the features and gradients once",
+    )  # fmt: skip
+
+
+def our_sigmoid(dim: int, n: int):
+    from fastvlp.kernels.contrastive_sigmoid import sigmoid_contrastive
+
+    x, y = torch.full((2, n, dim), 0.01, dtype=BF16)
+    scale, bias = torch.tensor(10.0), torch.tensor(-10.0)
+
+    def call():
+        sigmoid_contrastive(x, y, scale, bias, weight=1 / n, workspace_bytes=workspace(n, n, dim))
+
+    return call
+
+
+def siglip_kernel(dim: int, n: int):
+    x, y = leaves((n, dim), (n, dim))
+    temperature, bias = (torch.tensor(v, requires_grad=True) for v in (2.3, -10.0))
+
+    def call():
+        # It asks for the device when it is imported.
+        from siglip_kernel import fused_siglip_loss
+
+        loss = fused_siglip_loss(x, y, temperature, bias, backend="chunked_bf16")
+        gradient(loss, x, y, temperature, bias)
+
+    return call
+
+
+def eager_sigmoid(dim: int, n: int):
+    import torch.nn.functional as F
+
+    x, y = leaves((n, dim), (n, dim))
+    scale, bias = (torch.tensor(v, requires_grad=True) for v in (10.0, -10.0))
+
+    def call():
+        with torch.autocast("cpu", BF16):
+            logits = scale * x @ y.T + bias
+            signs = 2 * torch.eye(n, dtype=logits.dtype) - 1
+            loss = -F.logsigmoid(signs * logits).sum() / n
+        gradient(loss, x, y, scale, bias)
+
+    return call
+
+
+def sigmoid(n: int, dim: int = 512) -> Case:
+    implementations = [
+        Implementation("fastvlp", partial(our_sigmoid, dim), (256, 512)),
+        Implementation(
+            "siglip-kernel", partial(siglip_kernel, dim), (256, 512), needs="siglip_kernel"
+        ),
+        Implementation("open_clip's formula, autocast", partial(eager_sigmoid, dim), eager=True),
+    ]
+    return Case(
+        "sigmoid", {"n": n, "d": dim}, n, implementations,
+        products(3, n, n, dim, 4 * 2 * n * dim),
+        "3 products: the logits and two gradients, and the features and gradients once",
+        missing=(("siglip-kernel's other backends", "their autotuner times kernels on a GPU"),),
+    )  # fmt: skip
+
+
+# The losses of ALBEF and ViLT.
+
+
+def our_momentum(batch: int, dim: int, queue: int):
+    from fastvlp.kernels.momentum_contrastive import momentum_contrastive
+
+    image, text, image_m, text_m = torch.full((4, batch, dim), 0.05, dtype=BF16)
+    queues = torch.full((2, queue, dim), 0.05, dtype=BF16)
+    none = torch.empty(0, dtype=torch.int64)
+    length, seed = torch.tensor(queue), torch.tensor(0)
+    temperature, alpha = torch.tensor(0.07), torch.tensor(0.4)
+
+    def call():
+        momentum_contrastive(
+            image, text, image_m, text_m, *queues, none, none, length, temperature, alpha, seed,
+            teacher=True, gradients=True, negatives=False,
+        )  # fmt: skip
+
+    return call
+
+
+def eager_momentum(batch: int, dim: int, queue: int):
+    import momentum_contrastive as bench
+
+    features = leaves((batch, dim), (batch, dim), dtype=torch.float32)
+    teacher = leaves((batch, dim), (batch, dim), dtype=torch.float32)
+    columns = leaves((dim, queue), (dim, queue), dtype=torch.float32)
+    temperature = torch.tensor(0.07, requires_grad=True)
+
+    def call():
+        with torch.autocast("cpu", BF16):
+            loss = bench.paper(*features, teacher, [c.detach() for c in columns], temperature)
+        gradient(loss, *features, temperature)
+
+    return call
+
+
+def momentum(queue: int, batch: int = 64, dim: int = 256) -> Case:
+    implementations = [
+        Implementation("fastvlp", partial(our_momentum, batch, dim), (2112, 4224)),
+        Implementation(
+            "paper's formula, autocast", partial(eager_momentum, batch, dim), eager=True
+        ),
+    ]
+    return Case(
+        "momentum_contrastive", {"b": batch, "q": queue, "d": dim}, queue, implementations,
+        products(6, batch, queue, dim, 2 * 2 * queue * dim),
+        "both queues once, and for each direction two products of logits and one of gradients",
+        missing=(("peers", "no kernel library has this loss"),),
+    )  # fmt: skip
+
+
+def our_soft_cross_entropy(vocabulary: int, rows: int):
+    from fastvlp.kernels.soft_cross_entropy import soft_cross_entropy_rows
+
+    length = -(-vocabulary // 16) * 16
+    logits, taught = torch.zeros(2, rows, length)[:, :, :vocabulary]
+    bias = torch.zeros(2, vocabulary)
+    labels, alpha = torch.arange(rows) % vocabulary, torch.tensor([0.4])
+    losses = torch.empty(rows)
+    slopes = torch.empty(rows, length, dtype=BF16)[:, :vocabulary]
+
+    def call():
+        soft_cross_entropy_rows(
+            logits, bias[0], taught, bias[1], labels, alpha, -100, losses, slopes
+        )
+
+    return call
+
+
+def head_products(rows: int, width: int, vocabulary: int) -> tuple[TorchOp, ...]:
+    """Of a language-model head with a teacher: two of logits in fp32, two of gradients."""
+    logits, weight, hidden = rows * vocabulary, width * vocabulary, rows * width
+    flops = 2 * rows * width * vocabulary
+    forward = TorchOp("logits", 4 * logits + 2 * weight + 2 * hidden, flops, "bf16")
+    backward = TorchOp("gradient", 2 * (logits + weight + hidden), flops, "bf16")
+    return forward, forward, backward, backward
+
+
+def liger_cross_entropy(width: int, vocabulary: int, rows: int):
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    hidden, weight, bias = leaves((rows, width), (vocabulary, width), (vocabulary,))
+    labels = torch.arange(rows) % vocabulary
+
+    def call():
+        loss = LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, bias)
+        gradient(loss[0] if isinstance(loss, tuple) else loss, hidden, weight, bias)
+
+    return call
+
+
+def eager_soft_cross_entropy(width: int, vocabulary: int, rows: int):
+    import soft_cross_entropy as bench
+
+    given = leaves((rows, width), (vocabulary, width), (vocabulary,))
+    teacher = leaves((rows, width), (vocabulary, width), (vocabulary,))
+    labels = torch.zeros(rows, dtype=torch.int64)
+
+    def call():
+        with torch.autocast("cpu", BF16):
+            loss = bench.eager()(*given, labels, [t.detach() for t in teacher])
+        gradient(loss, *given)
+
+    return call
+
+
+def soft_cross_entropy(rows: int, width: int = 768, vocabulary: int = 30522) -> Case:
+    implementations = [
+        Implementation(
+            "fastvlp", partial(our_soft_cross_entropy, vocabulary), (4, 8),
+            around=head_products(rows, width, vocabulary),
+        ),
+        Implementation(
+            "liger-kernel, without teacher", partial(liger_cross_entropy, width, vocabulary),
+            (4, 8), needs="liger_kernel",
+        ),
+        Implementation(
+            "ALBEF's formula, autocast", partial(eager_soft_cross_entropy, width, vocabulary),
+            eager=True,
+        ),
+    ]  # fmt: skip
+    moved = 2 * (3 * vocabulary * width)
+    return Case(
+        "soft_cross_entropy", {"m": rows, "d": width, "v": vocabulary}, rows, implementations,
+        products(4, rows, vocabulary, width, moved),
+        "4 products, of logits of student and teacher and two of gradients, and the weights once",
+    )  # fmt: skip
+
+
+def our_alignment(words: int, patches: int, width: int, pairs: int):
+    from fastvlp.kernels.word_patch_alignment import (
+        word_patch_alignment,
+        word_patch_alignment_gradients,
+    )
+
+    x = torch.full((pairs, words, width), 0.05, dtype=BF16)
+    y = torch.full((pairs, patches, width), 0.05, dtype=BF16)
+    masks = (torch.zeros(t.shape[:2], dtype=torch.bool) for t in (x, y))
+    upstream, masks = torch.ones(pairs), tuple(masks)
+
+    def call():
+        _, *saved = word_patch_alignment(x, y, *masks)
+        word_patch_alignment_gradients(upstream, x, y, *saved)
+
+    return call
+
+
+def eager_alignment(words: int, patches: int, width: int, pairs: int):
+    import word_patch_alignment_peers as bench
+
+    x, y = leaves((pairs, words, width), (pairs, patches, width))
+    masks = [torch.zeros(t.shape[:2], dtype=torch.bool) for t in (x, y)]
+
+    def call():
+        gradient(bench.vilt_distance(x, y, *masks).sum(), x, y)
+
+    return call
+
+
+def word_patch_alignment(pairs: int, words=40, patches=200, width=768) -> Case:
+    sizes = (words, patches, width)
+    implementations = [
+        Implementation("fastvlp", partial(our_alignment, *sizes), (1, 2)),
+        Implementation("ViLT's formula, batched", partial(eager_alignment, *sizes), eager=True),
+    ]
+    moved = 2 * 2 * pairs * (words + patches) * width
+    return Case(
+        "word_patch_alignment", {"b": pairs, "lx": words, "ly": patches, "d": width}, pairs,
+        implementations, TorchOp("floor", moved, 3 * 2 * pairs * words * patches * width, "bf16"),
+        "3 products and the features and gradients once, without the 50 iterations",
+        missing=(("peers", "no kernel library has this op"),),
+    )  # fmt: skip
+
+
+def our_attention(queries: int, keys: int, heads: int, width: int, images: int):
+    from fastvlp.kernels.cross_attention import cross_attention_forward
+    from fastvlp.kernels.cross_attention_backward import cross_attention_backward
+
+    q = torch.full((images * queries, heads, width), 0.05, dtype=BF16)
+    k, v = torch.full((2, images, keys, heads, width), 0.05, dtype=BF16)
+    starts = torch.arange(images + 1, dtype=torch.int32) * queries
+    given = (starts, None, None, torch.tensor([0]))
+    options = {"scale": width**-0.5, "dropout_p": 0.0, "causal": False,
+               "max_seqlen_q": queries, "max_seqlen_k": keys}  # fmt: skip
+
+    def call():
+        out, lse = cross_attention_forward(q, k, v, *given, **options)
+        cross_attention_backward(q, q, k, v, out, lse, *given, **options)
+
+    return call
+
+
+def eager_attention(queries: int, keys: int, heads: int, width: int, images: int):
+    shapes = [(images, heads, rows, width) for rows in (queries, keys, keys)]
+    q, k, v = leaves(*shapes)
+
+    def call():
+        p = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(width), -1)
+        gradient((p @ v).sum(), q, k, v)
+
+    return call
+
+
+def cross_attention(images: int, queries=30, keys=577, heads=12, width=64) -> Case:
+    sizes = (queries, keys, heads, width)
+    implementations = [
+        Implementation(
+            "fastvlp", partial(our_attention, *sizes), (2, 4),
+            processors=lambda size: max(1, round(132 * size / images)),
+        ),
+        Implementation("eager attention", partial(eager_attention, *sizes), eager=True),
+    ]  # fmt: skip
+    each = images * heads * width
+    return Case(
+        "cross_attention", {"b": images, "h": heads, "q": queries, "k": keys, "d": width}, images,
+        implementations,
+        TorchOp("floor", 2 * each * (6 * keys + 5 * queries), 14 * each * queries * keys, "bf16"),
+        "7 products; keys, values and queries read for each pass and the gradients written",
+        missing=(("FlashAttention", "is CUDA C++ of its own, which is not compiled here"),),
+    )  # fmt: skip
+
+
+def foreach_ema(copies: bool, elements: int):
+    source, average = torch.empty(2, elements)
+    low = torch.empty(elements, dtype=BF16)
+
+    def call():
+        torch._foreach_lerp_([average], [source], 0.005)
+        if copies:
+            torch._foreach_copy_([low], [average])
+
+    return call
+
+
+def ema(millions: int) -> Case:
+    elements = millions * 1_000_000
+    return Case(
+        "ema", {"millions": millions}, elements,
+        [Implementation("foreach and copy", partial(foreach_ema, True), eager=True)],
+        TorchOp("floor", 14 * elements), "weights read, averages read and written, copies written",
+        dtype="fp32", phase="update and bf16 copy",
+        missing=(("fastvlp", "EMA's kernels are nvcc's, of which the model reads no binary yet"),),
+    )  # fmt: skip
+
+
+def cases(quick: bool) -> list[Case]:
+    """Every op; two of them at small sizes where quick."""
+    if quick:
+        return [sigmoid(8192, 128), soft_cross_entropy(256, 128, 4096)]
+    found = [contrastive(n) for n in (8192, 32768, 65536)]
+    found += [sigmoid(n) for n in (8192, 32768)]
+    found += [momentum(65536), cross_attention(32), cross_attention(32, queries=120)]
+    return [*found, soft_cross_entropy(1000), word_patch_alignment(64), ema(145)]

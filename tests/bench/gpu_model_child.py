@@ -1,0 +1,87 @@
+"""Calls of test_gpu_model.py in a process of their own, in which Triton compiles."""
+
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+
+def _benchmarks_on_path():
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+
+
+def scaled_and_executed():
+    """A product [64, K] [K, 64] at K = 256: its profile scaled from 64 and 128, and executed."""
+    _benchmarks_on_path()
+    import gpu_sanity_kernels as kernels
+    import torch
+    from gpu_bound import Executed, profile
+    from gpu_chips import H100
+    from gpu_launches import record
+
+    def events(k):
+        a, b = torch.randn(64, k).half(), torch.randn(k, 64).half()
+        return record(partial(kernels.matmul, a, b, (64, 64, 32, 4, 2)), 90, execute=True)
+
+    small, large, true = (events(k) for k in (64, 128, 256))
+    (launch,) = true
+    scaled = Executed((64, 128), (small, large)).profile(H100, launch, 0, 256)
+    return asdict(scaled), asdict(profile(H100, launch)), asdict(launch.binary)
+
+
+def bound_of(**changes):
+    """(milliseconds, their parts, blocks on a multiprocessor, waves) of a made-up launch."""
+    _benchmarks_on_path()
+    from gpu_bound import Profile, kernel_bound
+    from gpu_chips import H100
+    from gpu_launches import Binary, KernelLaunch
+
+    given = {"blocks": 132, "bytes": 1 << 20, "fma": 1830.0, "latency": 183.0, "sectors": 3200.0}
+    given |= changes
+    launch = KernelLaunch("kernel", given["blocks"], Binary(4, 64, 0, 0), given["bytes"])
+    block = Profile({"fma": given["fma"]}, given["latency"], given["sectors"], 1.0)
+    found = kernel_bound(H100, launch, block)
+    return found.ms, found.parts, found.blocks_per_sm, found.waves
+
+
+def memory_bytes(*args):
+    _benchmarks_on_path()
+    from gpu_bound import memory_bytes
+    from gpu_chips import H100
+
+    return memory_bytes(H100, *args)
+
+
+def recorded():
+    """What eager forms and a dry run record: (name, bytes, flops) of torch's operations."""
+    _benchmarks_on_path()
+    import torch
+    from gpu_launches import record, record_eager
+
+    def make():
+        a = torch.zeros(64, 128, dtype=torch.bfloat16)
+        b = torch.zeros(128, 32, dtype=torch.bfloat16)
+        return lambda: (a @ b).T.relu()
+
+    fake = record_eager(make)
+    dry = record(make(), 90, execute=False)
+    return [(op.name, op.bytes, op.flops) for op in fake], len(dry)
+
+
+def comparison():
+    """The kernels with known times at three sizes on an A100, against what was published."""
+    _benchmarks_on_path()
+    import gpu_published as published
+    import gpu_sanity
+    import gpu_sanity_kernels as kernels
+    from gpu_chips import A100_40GB
+
+    tiles = kernels.MATMUL_TILES[1:3], kernels.ATTENTION_TILES[:1]
+    lengths = [(True, 1024), (True, 8192), (False, 8192)]
+
+    found = [
+        gpu_sanity.matmul(A100_40GB, published.MATMUL_A100, [512, 1536, 4096], tiles[0]),
+        gpu_sanity.softmax(A100_40GB, published.SOFTMAX_A100, [256, 768, 2048]),
+        gpu_sanity.attention(A100_40GB, published.ATTENTION_A100, lengths, tiles[1]),
+    ]
+    return [(each.kernel, each.rank_of_times, each.rank_of_rates, each.ratio) for each in found]

@@ -1,0 +1,210 @@
+"""bench/gpu_model.py and the model under it: rules, scaling, ranks, and the quick run."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_occupancy
+import gpu_schedule
+import pytest
+from gpu_chips import A100, CHIPS, H100
+from gpu_schedule import TracedStep
+
+BENCH = Path(gpu_occupancy.__file__).parent
+sys.path[:0] = [str(Path(__file__).parents[1] / "kernels"), str(Path(__file__).parent)]
+triton_process = importlib.import_module("triton_process")
+child = importlib.import_module("gpu_model_child")
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """A process in which Triton compiles."""
+    with triton_process.start(interpret=False, workers=1) as started:
+        yield started
+
+
+# Warps, registers, bytes of shared memory -> blocks, by CUDA's occupancy calculator.
+@pytest.mark.parametrize(
+    "chip, warps, registers, shared, blocks, limit",
+    [
+        (H100, 8, 32, 0, 8, "warps"),
+        (H100, 1, 32, 0, 32, "blocks"),
+        (H100, 4, 64, 0, 8, "registers"),
+        (H100, 4, 168, 0, 3, "registers"),
+        (H100, 8, 255, 0, 1, "registers"),
+        (H100, 4, 33, 0, 12, "registers"),
+        (H100, 4, 32, 73728, 3, "shared memory"),
+        (H100, 4, 32, 227 << 10, 1, "shared memory"),
+        (A100, 4, 32, 73728, 2, "shared memory"),
+        (A100, 4, 32, 48 << 10, 3, "shared memory"),
+    ],
+)
+def test_occupancy(chip, warps, registers, shared, blocks, limit):
+    found = gpu_occupancy.occupancy(chip, warps, registers, shared)
+    assert (found.blocks, found.limited_by) == (blocks, limit)
+
+
+@pytest.mark.parametrize(
+    "warps, registers, shared, what",
+    [(32, 65, 0, "registers"), (4, 32, (227 << 10) + 1, "shared memory")],
+)
+def test_a_block_that_does_not_fit_is_refused(warps, registers, shared, what):
+    with pytest.raises(ValueError, match=f"does not fit H100 SXM: too much for {what}"):
+        gpu_occupancy.occupancy(H100, warps, registers, shared)
+
+
+def test_chips_agree_with_their_datasheets():
+    """Products of bf16 in TFLOP/s, from multiprocessors, rate and clock."""
+    for name, tflops in {"h100": 989.4, "h200": 989.4, "a100": 312.0, "b200": 2250.0}.items():
+        chip = CHIPS[name]
+        peak = chip.tensor["bf16"] * chip.sms * chip.boost_ghz / 1e3
+        assert peak == pytest.approx(tflops, rel=3e-3)
+
+
+WGMMA = "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16"
+MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+
+
+def test_clocks_of_matrix_instructions():
+    assert gpu_schedule.matrix_clocks(H100, WGMMA) == 128
+    assert gpu_schedule.matrix_clocks(A100, MMA) == 2
+    assert gpu_schedule.matrix_clocks(H100, MMA) == pytest.approx(1 / 0.63)
+    tf32 = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+    assert gpu_schedule.matrix_clocks(A100, tf32) == 2
+
+
+def test_clocks_of_pipes():
+    counts = {"fma.rn.f32": 40, "ex2.approx.ftz.f32": 6, "mov.b32": 99, "add.s64": 8,
+              "fma.rn.bf16x2": 4, "div.full.f32": 2, MMA: 5, "ld.global.b32": 7}  # fmt: skip
+    pipes = {"fma.rn.f32": "fma", "ex2.approx.ftz.f32": "mufu", "mov.b32": "move",
+             "add.s64": "alu", "fma.rn.bf16x2": "fma", "div.full.f32": "alu", MMA: "tensor",
+             "ld.global.b32": "memory"}  # fmt: skip
+    found = gpu_schedule.pipe_clocks(A100, counts, pipes)
+    assert found["fma"] == (40 + 2 * 2) * 32 / 64
+    assert found["mufu"] == (6 + 2) * 32 / 16
+    assert found["alu"] == (8 * 2 + 2 * 2) * 32 / 64
+    assert found["half2"] == 4 * 32 / 128
+    assert found["tensor"] == 5 * 2
+    assert found["issue"] == (40 + 6 + 16 + 4 + 2 * 5 + 5 + 7) / 4
+
+
+def fma(result, *operands):
+    return TracedStep("fma.rn.f32", "fma", operands, (result,))
+
+
+def clocks(*steps, warps=4, chip=A100):
+    return gpu_schedule.block_clocks(chip, steps, warps, memory_latency=400)
+
+
+def test_dependent_instructions_wait_and_others_do_not():
+    """A warp's FMA takes 2 clocks of a quarter of an A100's lanes, its result 4 more."""
+    assert clocks(fma(1, 0), fma(2, 1), fma(3, 2)) == 3 * 6
+    assert clocks(fma(1, 0), fma(2, 0), fma(3, 0)) == 3 * 2 + 4
+    assert clocks(fma(1, 0), fma(2, 0), warps=16) == 2 * 8 + 4
+
+
+def test_loads_hide_behind_what_does_not_need_them():
+    load = TracedStep("ld.global.b32", "memory", (0,), (1,))
+    assert clocks(load, fma(2, 0)) == 404
+    assert clocks(load, fma(2, 1)) == 410
+
+
+def test_waits_and_barriers_hold_back_what_follows():
+    copy = TracedStep("cp.async.cg.shared.global", "memory", (0,), ())
+    commit = TracedStep("cp.async.commit_group", "control", (), ())
+    wait = TracedStep("cp.async.wait_group", "control", (), (), 0)
+    one_left = TracedStep("cp.async.wait_group", "control", (), (), 1)
+    arrives = 16 + 400
+    assert clocks(copy, commit, wait, fma(1, 0)) == arrives + 6
+    assert clocks(copy, commit, copy, commit, one_left, fma(1, 0)) == max(arrives + 6, 32 + 400)
+    barrier = TracedStep("bar.sync", "barrier", (), ())
+    assert clocks(fma(1, 0), barrier, fma(2, 0)) == 20 + 6
+
+
+def test_matrix_units_run_while_a_warpgroup_goes_on():
+    product = TracedStep(WGMMA, "tensor", (7,), (7,))
+    commit = TracedStep("wgmma.commit_group", "control", (), ())
+    wait = TracedStep("wgmma.wait_group", "control", (), (), 0)
+    alone = clocks(product, product, commit, wait, chip=H100)
+    assert alone == 2 * 128 + 32
+    assert clocks(product, product, commit, fma(1, 0), wait, chip=H100) == alone
+    assert clocks(product, product, commit, wait, fma(1, 0), chip=H100) == alone + 1 + 4
+
+
+def test_a_profile_is_scaled_to_what_execution_gives(pool):
+    scaled, executed, binary = pool.submit(child.scaled_and_executed).result()
+    # Sectors, matrix and shared-memory work are linear in the trips of the loop, to the last bit.
+    for pipe in ("tensor", "shared memory", "L2 port", "issue", "alu"):
+        assert scaled["clocks"][pipe] == pytest.approx(executed["clocks"][pipe], rel=1e-9)
+    assert scaled["sector_bytes"] == executed["sector_bytes"] == 32 * (2 * 64 * 256 + 64 * 64) / 16
+    assert scaled["latency"] == pytest.approx(executed["latency"], rel=0.1)
+    assert executed["touched"] == 1.0
+    assert binary["warps"] == 4 and binary["registers"] > 16 and binary["stack_bytes"] == 0
+
+
+def test_bounds_follow_waves_and_the_slowest_part(pool):
+    def bound(**changes):
+        return pool.submit(child.bound_of, **changes).result()
+
+    ms, parts, blocks, waves = bound()
+    assert blocks == 8 and waves == pytest.approx(1 / 8)
+    # One block on every multiprocessor: 1,830 clocks at 1.83 GHz, behind the launch.
+    assert parts["fma"] == pytest.approx(1e-3) and ms == pytest.approx(3.5e-3)
+    assert bound(blocks=133)[1]["fma"] == pytest.approx(2e-3)
+    assert bound(latency=5490.0)[0] == pytest.approx(5.5e-3)
+    # Nine blocks where eight fit: two rounds of the latency.
+    assert bound(blocks=132 * 9)[1]["latency"] == pytest.approx(2e-4)
+    assert bound(bytes=1 << 40)[1]["memory"] == pytest.approx(132 * 3200 / (3.35e12 * 0.92) * 1e3)
+
+
+def test_bytes_from_memory(pool):
+    def found(*args):
+        return pool.submit(child.memory_bytes, *args).result()
+
+    fits, large = 40e6, 400e6
+    assert found(10 * fits, fits, 1000, 100) == fits
+    # Ten waves of 100 blocks, each of a square patch of ten blocks' rows and as many columns.
+    assert found(4000e6, large, 1000, 100) == 10 * 10 * 4e6
+    # A kernel that streams reads nothing twice.
+    assert found(large, large, 1000, 100) == large
+
+
+def test_operations_of_torch_are_recorded_without_views(pool):
+    fake, dry = pool.submit(child.recorded).result()
+    assert fake == [
+        ("product", 2 * (64 * 128 + 128 * 32 + 64 * 32), 2 * 64 * 128 * 32),
+        ("relu", 2 * 2 * 64 * 32, 0),
+    ]
+    assert dry == 2
+
+
+def test_the_model_ranks_as_published_measurements_do(pool):
+    found = pool.submit(child.comparison).result()
+    assert [kernel for kernel, *_ in found] == ["matmul fp16", "softmax fp32", "attention fp16"]
+    for kernel, times, rates, ratio in found:
+        assert times == 1.0 and rates == 1.0, kernel
+        # A bound, and no more than twice below what was measured.
+        assert 1.0 < ratio < 2.0, kernel
+
+
+def test_quick_run(tmp_path):
+    target = tmp_path / "model.json"
+    subprocess.run(
+        [sys.executable, BENCH / "gpu_model.py", "--quick", "--threads", "1", "--json", target],
+        check=True, env={**os.environ, "TRITON_INTERPRET": "0"}, timeout=600,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    found = json.loads(target.read_text())
+    meta, rows = found["meta"], found["rows"]
+    assert meta["complete"] and "not a time" in meta["model"] and "h100" in meta["chips"]
+    assert {row["op"] for row in rows} == {"sigmoid", "soft_cross_entropy"}
+    for row in rows:
+        assert row["chip"] == "H100 SXM" and "model" in row["phase"]
+        assert row["error"] is None and row["peak_mb"] is None and math.isfinite(row["ms"])
+    for op in ("sigmoid", "soft_cross_entropy"):
+        ms = {row["impl"]: row["ms"] for row in rows if row["op"] == op}
+        assert ms["floor"] < ms["fastvlp"] < max(ms.values())
