@@ -16,6 +16,8 @@ import test_contrastive_cuda as contrastive
 import test_ema
 import torch
 from ptx_machine import cuda_device, cuda_library
+from ptx_machine.errors import HazardError
+from ptx_machine.schedule import SCHEDULES
 
 TARGETS = (80, 90)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -138,10 +140,11 @@ LAYOUTS = [("contiguous",) * 3, ("transposed", "gaps", "offset"), ("offset", "of
 ISA = "portable"  # of the CPU operators, which do not run
 
 
-@pytest.mark.parametrize("layouts", LAYOUTS, ids=" ".join)
 @pytest.mark.parametrize("momentum", DTYPES, ids=str)
 @pytest.mark.parametrize("source", DTYPES, ids=str)
-def test_momentum_update(monkeypatch, multi_tensor, gpu, layouts, momentum, source):
+def test_momentum_update(monkeypatch, multi_tensor, gpu, momentum, source):
+    # Each layout with each dtype of either list.
+    layouts = LAYOUTS[(DTYPES.index(momentum) + DTYPES.index(source)) % 3]
     copies = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float16}.get(source)
     decay = 0.3 if source == torch.float32 else 0.995
     check(test_ema.test_ema_matches_float64)(
@@ -150,10 +153,10 @@ def test_momentum_update(monkeypatch, multi_tensor, gpu, layouts, momentum, sour
     assert gpu.launches
 
 
-@pytest.mark.parametrize("layouts", [pair[:2] for pair in LAYOUTS], ids=" ".join)
 @pytest.mark.parametrize("weight", DTYPES, ids=str)
 @pytest.mark.parametrize("extras", [(0, 0, 0), (1, 1, 1), (0, 1, 0)])
-def test_adamw_step(monkeypatch, multi_tensor, gpu, layouts, weight, extras):
+def test_adamw_step(monkeypatch, multi_tensor, gpu, weight, extras):
+    layouts = LAYOUTS[(DTYPES.index(weight) + sum(extras)) % 3][:2]
     low = torch.float16 if weight == torch.bfloat16 else torch.bfloat16
     check(test_ema.test_adamw_matches_float64)(
         monkeypatch, CPU, SHAPES, (weight, low, low), layouts, extras, 7, 1.0, extras[0] == 0, ISA
@@ -193,6 +196,47 @@ def test_tables_of_addresses_are_kept_and_freed(gpu):
     for step, target in enumerate((gpu.target, *TARGETS)):
         cuda_device.CudaDevice(target).call("ema_update", *tensors, None, 0.5, None)
         np.testing.assert_array_equal(tensors[0][0], 1 - 0.5 ** (step + 1))
+
+
+def without_barriers(text):
+    return text.replace("bar.sync \t0;", "")
+
+
+def without_stores(text):
+    """Nothing is stored by tile_statistics, whose results the next kernel reads."""
+    head, name, rest = text.partition("tile_statisticsILb1ELb0E")
+    if not name:
+        return text
+    body, end, tail = rest.partition("\n}\n")
+    return head + name + body.replace("st.global.f32", "@!%p1 st.global.f32 ") + end + tail
+
+
+@pytest.mark.parametrize(
+    "change, wanted, kind",
+    [(without_barriers, "both", "shared race"), (without_stores, "rows", "unwritten")],
+)
+def test_planted_hazards_are_found(gpu, change, wanted, kind):
+    names = ("statistics", "gradient", "sigmoid")
+    broken = cuda_device.CudaDevice(gpu.target, change=change)
+    passes = SimpleNamespace(**{n: partial(broken.call, f"contrastive_cuda_{n}") for n in names})
+    with pytest.raises(HazardError, match=kind):
+        check(contrastive.test_statistics_kernel)(
+            passes, 5, 3, 0, 0, deviation=1.0, wanted=wanted, carried=False
+        )
+
+
+def test_every_schedule_gives_the_same_bits(gpu):
+    """The kernels with barriers, and those that several blocks of work share out."""
+    gpu.schedules = SCHEDULES[::4]  # all warps in step, and one after another in a random order
+    products, scale = torch.randn(40, 30), torch.tensor(2.0)
+    pairs = torch.stack((torch.full((30,), -torch.inf), torch.zeros(30)))
+    gpu.call("contrastive_cuda_statistics", products, scale, 0, torch.empty(40), torch.empty(40),
+             pairs)  # fmt: skip
+    sums = torch.zeros(2, dtype=torch.float64)
+    gpu.call("contrastive_cuda_sigmoid", products, scale, scale, 0.5, 0, sums, torch.empty(0))
+    lists = [torch.ones(100), torch.ones(5), torch.full((90,), 3.0)]
+    assert gpu.call("last_exceeding", lists, 2.0).item() == 2
+    assert sums.isfinite().all() and pairs.isfinite().all()
 
 
 def test_every_kernel_was_executed_for_every_target(executed):

@@ -2,9 +2,41 @@
 
 import numpy as np
 
+from . import machine
 from .findings import Findings
+from .hazards import watchers
 from .memory import GlobalMemory
+from .observer import Observer
+from .program import Program
 from .schedule import Schedule
+
+
+def launch(
+    program: Program,
+    grid: tuple[int, int, int],
+    parameters: np.ndarray,
+    memory: GlobalMemory,
+    findings: Findings,
+    schedules: tuple[Schedule, ...],
+    hazards: bool,
+    observers: tuple[Observer, ...],
+    **options,
+) -> None:
+    """`machine.launch` under all schedules, whose last results stay.
+
+    findings: takes hazards, if they are looked for, and results that differ. observers watch the
+    last execution.
+    """
+    compared = Comparison(memory, findings, program.kernel.name)
+    for schedule in schedules:
+        watching = watchers(findings) if hazards else ()
+        if schedule is schedules[-1]:
+            watching += observers
+        compared.begin()
+        machine.launch(
+            program, grid, parameters, memory, schedule=schedule, observers=watching, **options
+        )
+        compared.end(schedule)
 
 
 class Comparison:

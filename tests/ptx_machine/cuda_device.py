@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import cuda_library, machine, parser
+from . import comparison, cuda_library, parser
+from .findings import Findings, require_none
 from .memory import GlobalMemory
 from .observer import Observer
 from .program import Program
@@ -38,19 +39,23 @@ class _Storage:
 class CudaDevice:
     """`CudaDevice(90).call("ema_update", ...)`: an operator on CPU tensors, its kernels as PTX.
 
-    observers: called once for each launch, gives the observers of its execution. launches: the
-    kernels so far, by name, grid and observers.
+    schedules, hazards and observers: as those of `virtual_gpu.VirtualGPU`. launches: the kernels
+    so far, by name, grid and observers. change: given the text of a module, returns the one to
+    run.
     """
 
     target: int
-    schedule: Schedule = field(default_factory=Schedule)
+    schedules: tuple[Schedule, ...] = (Schedule(),)
+    hazards: bool = True
     observers: Callable[[], tuple[Observer, ...]] = tuple
+    change: Callable[[str], str] | None = None
     launches: list[tuple[str, tuple[int, int, int], tuple[Observer, ...]]] = field(
         default_factory=list
     )
 
     def call(self, name: str, *arguments):
-        """torch.ops.fastvlp_ptx.<name>(*arguments)."""
+        """torch.ops.fastvlp_ptx.<name>(*arguments). Raises HazardError for what is found."""
+        self.findings = Findings()
         given = [
             _storage(f"argument {i}", tensor)
             for i, argument in enumerate(arguments)
@@ -60,10 +65,12 @@ class CudaDevice:
         def run(launch: cuda_library.Launch) -> None:
             self._run(launch, given)
 
-        return cuda_library.load().call(name, arguments, run, _host_memory.filled)
+        result = cuda_library.load().call(name, arguments, run, _host_memory.filled)
+        require_none(self.findings)
+        return result
 
     def _run(self, launch: cuda_library.Launch, given: Iterable[_Storage]) -> None:
-        program = _program(self.target, launch.kernel)
+        program = _program(self.target, launch.kernel, self.change)
         values = [
             ctypes.string_at(at, parameter.bytes)
             for at, parameter in zip(launch.arguments, program.kernel.parameters, strict=False)
@@ -75,9 +82,9 @@ class CudaDevice:
                 found.written = storage.written
         observers = self.observers()
         self.launches.append((launch.kernel, launch.grid, observers))
-        machine.launch(
-            program, launch.grid, program.pack(values), memory, block=launch.block,
-            dynamic_shared=launch.shared_bytes, schedule=self.schedule, observers=observers,
+        comparison.launch(
+            program, launch.grid, program.pack(values), memory, self.findings, self.schedules,
+            self.hazards, observers, block=launch.block, dynamic_shared=launch.shared_bytes,
         )  # fmt: skip
 
 
@@ -121,13 +128,13 @@ def _storage(name: str, tensor: torch.Tensor) -> _Storage:
 
 
 @cache
-def _kernels(target: int) -> dict[str, parser.Kernel]:
+def _kernels(target: int, change: Callable[[str], str] | None) -> dict[str, parser.Kernel]:
     kernels = {}
     for text in cuda_library.load().ptx[target]:
-        kernels |= parser.parse(text).kernels
+        kernels |= parser.parse(change(text) if change else text).kernels
     return kernels
 
 
 @cache
-def _program(target: int, kernel: str) -> Program:
-    return Program(_kernels(target)[kernel])
+def _program(target: int, kernel: str, change: Callable[[str], str] | None) -> Program:
+    return Program(_kernels(target, change)[kernel])

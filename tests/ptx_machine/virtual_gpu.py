@@ -21,11 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 
 from . import asynchronous, parser
-from .comparison import Comparison
+from .comparison import launch
 from .findings import Findings, require_none
 from .fresh_memory import FreshMemory
-from .hazards import watchers
-from .machine import launch
 from .memory import GlobalMemory
 from .observer import Observer
 from .program import Program
@@ -145,17 +143,10 @@ class VirtualGPU:
         scratch = _scratch(memory, compiled.metadata, grid)
         left = len(program.kernel.parameters) - len(values)
         values += [scratch.ctypes.data, *[0] * left][:left]
-        compared = Comparison(memory, self.findings, compiled.name)
-        for schedule in self.schedules:
-            last = schedule is self.schedules[-1]
-            watching = watchers(self.findings) if self.hazards else ()
-            compared.begin()
-            launch(
-                program, grid, program.pack(values), memory, schedule=schedule,
-                dynamic_shared=compiled.metadata.shared,
-                observers=watching + (observers if last else ()),
-            )  # fmt: skip
-            compared.end(schedule)
+        launch(
+            program, grid, program.pack(values), memory, self.findings, self.schedules,
+            self.hazards, observers, dynamic_shared=compiled.metadata.shared,
+        )  # fmt: skip
 
     def _parameter(self, memory: GlobalMemory, name: str, kind: str, value):
         """The value of a kernel parameter; a tensor's storage becomes an allocation."""
