@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from ptx_machine import asynchronous
 from ptx_machine.errors import ProgramError, UnknownForm
-from ptx_machine.hazards import Hazards
+from ptx_machine.findings import Findings
+from ptx_machine.hazards import watchers
 from ptx_machine.schedule import SCHEDULES, Schedule
 from ptx_machine.single import execute
 
@@ -167,7 +168,7 @@ def test_tiles_go_to_global_memory_by_groups(schedule, early):
 def test_hazards_of_tiles_that_nobody_waits_for(schedule, waits):
     """Another warp reads the tile, after the phase or without waiting for it."""
     data, tensor_map = tensor(5, 8)
-    lanes, hazards = np.arange(64, dtype=np.uint32), Hazards()
+    lanes, findings = np.arange(64, dtype=np.uint32), Findings()
     wait = "mbarrier.try_wait.parity.shared.b64 q, [o], 0;" if waits else ""
     execute(
         f"{START} .reg .b32 m; mov.u32 m, %tid.x; and.b32 m, m, 15; mad.lo.u32 m, m, 4, n;"
@@ -176,10 +177,10 @@ def test_hazards_of_tiles_that_nobody_waits_for(schedule, waits):
         "ld.shared.f32 d, [m]",
         "f32", a=np.full(64, tensor_map.ctypes.data, np.uint64), b=np.zeros(64, np.int32),
         c=np.zeros(64, np.int32), p=one_of(lanes), q=one_of(lanes), buffers=[data, tensor_map],
-        block=64, schedule=schedule, observers=(hazards,),
+        block=64, schedule=schedule, observers=watchers(findings),
     )  # fmt: skip
     expected = set() if waits else {"pending"} if schedule.late else {"shared race"}
-    assert hazards.findings.kinds == expected
+    assert findings.kinds == expected
 
 
 def test_stray_copies_are_errors():

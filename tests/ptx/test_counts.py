@@ -8,8 +8,8 @@ from ptx_machine.memory import GlobalMemory
 from ptx_machine.program import Program
 
 TEXT = """
-.target sm_90
-.entry counted(.param .u64 data) .reqntid 64
+.target sm_90a
+.entry counted(.param .u64 data) .reqntid {threads}
 {{
     .reg .pred %p<4>; .reg .b32 %r<16>; .reg .b64 %rd<8>; .reg .f32 %f<4>;
     .shared .align 16 .b8 tile[16384];
@@ -26,14 +26,14 @@ TEXT = """
 """
 
 
-def count(body, step=4, blocks=3) -> Counts:
-    """Thread t of 64 has the address of its `step` * t-th byte of data in %rd2, of the tile in
+def count(body, step=4, blocks=3, threads=64) -> Counts:
+    """Thread t has the address of its `step` * t-th byte of data in %rd2, of the tile in
     %r3."""
     wide, memory, counts = np.zeros(16384 + 128, np.uint8), GlobalMemory(), Counts()
     first = -wide.ctypes.data % 128
     data = wide[first : first + 16384]
     memory.register_array("data", data)
-    (kernel,) = parser.parse(TEXT.format(step=step, body=body)).kernels.values()
+    (kernel,) = parser.parse(TEXT.format(step=step, body=body, threads=threads)).kernels.values()
     program = Program(kernel)
     machine.launch(
         program, (blocks, 1, 1), program.pack([data.ctypes.data]), memory, observers=(counts,)
@@ -84,6 +84,16 @@ def test_wavefronts_of_shared_memory(store, step, wavefronts, ideal):
     counts = count(store, step)
     assert counts.wavefronts["write"] == 3 * 2 * wavefronts
     assert counts.ideal_wavefronts["write"] == 3 * 2 * ideal
+
+
+def test_copies_of_a_part_of_the_lanes():
+    """Lanes that copy nothing touch no sector, and fill their words all the same."""
+    counts = count("setp.lt.u32 %p1, %r0, 40; selp.b32 %r4, 4, 0, %p1;"
+                   "cp.async.ca.shared.global [%r3], [%rd2], 4, %r4;"
+                   "cp.async.wait_all;")  # fmt: skip
+    assert counts.sectors["read"] == 3 * (4 + 1) and counts.requests["global", "read"] == 3 * 2
+    assert counts.bytes["global", "read"] == 3 * 40 * 4
+    assert counts.bytes["shared", "write"] == 3 * 64 * 4 and counts.wavefronts["write"] == 3 * 2
 
 
 def test_counts_of_launches_add_up():

@@ -93,8 +93,7 @@ class Execution:
         """The lanes whose guard holds; None if there are none."""
         register = lanes.registers[step.guard]
         if register is None:
-            line, text = step.instruction.line, step.instruction.text
-            raise ProgramError(f"line {line}: the guard of {text!r} is read before it is written")
+            raise ProgramError(f"{self.batch.where(step)}: the guard is read before it is written")
         holds = register[lanes.index]
         if step.instruction.guard.negated:
             holds = ~holds

@@ -212,13 +212,13 @@ class Decoder:
             raise self.error(f"{operand.name} is {operand.type}, read as {kind}")
         slot, name, dtype = operand.slot, operand.name, dtype_of(kind)
         plain = dtype is UNSIGNED[BITS[kind]]
-        line = self.instruction.line
+        where = f"{self.kernel.name}, line {self.instruction.line}"
         self.reads.add(slot)
 
         def read(lanes):
             register = lanes.registers[slot]
             if register is None:
-                raise ProgramError(f"line {line}: {name} is read before it is written")
+                raise ProgramError(f"{where}: {name} is read before it is written")
             found = register[lanes.index]
             return found if plain else found.view(dtype)
 

@@ -149,7 +149,6 @@ class Check:
     def enter_write(self, chosen: np.ndarray) -> None:
         atomic = self.access.kind == "atomic"
         tick = self.hazards.tick
-        # What went through the async proxy needs no fence: as if one had followed.
         self.shadow.record_write(self.unit[chosen], self.thread[chosen], tick, self.line, atomic)
         if self.access.space == "global":
             memory = self.hazards.batch.memory["global"]

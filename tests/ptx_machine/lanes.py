@@ -37,10 +37,6 @@ class Layout:
         # The last warp of a block may have fewer threads than lanes.
         self.threads_per_block = int(np.prod(block_size))
         self.exists = self.thread < self.threads_per_block
-        # [B, W]: the first slot of a warp of a block.
-        self.first_slot = np.empty((count, warps), np.int64)
-        where = np.arange(count)[:, None]
-        self.first_slot[where, order] = (np.arange(warps) * count + where) * WARP
 
     def complete(self, lanes: "Lanes", size: int) -> "Lanes":
         """Those of `lanes` whose warp (size 32) or warpgroup (128) is there as a whole.
