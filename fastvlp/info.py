@@ -40,6 +40,8 @@ def _build() -> list[str]:
     lines = [f"built with {facts['compiler']} against torch {facts['torch']}"]
     lines += [f"native library does not load: {reason}" for reason in _native.load()]
     lines.append(f"CPU kernels compiled for: {facts['cpu'].replace(';', ', ')}")
+    if watched := facts.get("sanitizer"):
+        lines.append(f"CPU kernels instrumented by the sanitizer of: {watched}; they are slow")
     if not _native.load():
         usable = torch.ops.fastvlp.cpu_instruction_sets().split(",")
         fault = _native.instruction_set_fault()

@@ -124,6 +124,28 @@ def test_with_a_cpu_build_of_torch(tmp_path):
     assert "Looking for a CUDA compiler" not in output
 
 
+@pytest.mark.parametrize("watched", ["undefined", "address"])
+def test_a_sanitizer_instruments_the_cpu_library(tmp_path, watched):
+    torch_here = fake_torch(tmp_path / "site", cuda=None)
+    facts, _ = configure(
+        tmp_path / "build", None, f"-DFASTVLP_SANITIZE={watched}", PYTHONPATH=torch_here
+    )
+    assert facts["sanitizer"] == watched
+    steps = (tmp_path / "build" / "build.ninja").read_text().split("\nbuild ")
+    compiled = [step for step in steps if "cpu/ema_isa.cpp.o:" in step.splitlines()[0]]
+    linked = [step for step in steps if step.startswith("_C.so")]
+    assert compiled and linked
+    assert all(f"-fsanitize={watched}" in step for step in compiled + linked)
+    facts, _ = configure(tmp_path / "plain", PYTHONPATH=torch_here)
+    assert facts["sanitizer"] == ""
+    assert "-fsanitize" not in (tmp_path / "plain" / "build.ninja").read_text()
+
+
+def test_an_unknown_sanitizer_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="FASTVLP_SANITIZE: expected undefined or address"):
+        configure(tmp_path / "build", None, "-DFASTVLP_SANITIZE=thread")
+
+
 def test_a_compiler_installed_later_is_found(tmp_path):
     torch_here = fake_torch(tmp_path / "site", cuda="13.0")
     programs = folder_of_programs(tmp_path / "programs", "nvcc")
@@ -273,6 +295,14 @@ def test_the_report(monkeypatch):
     assert "CUDA library:" not in info.report()
     monkeypatch.setattr(_native, "build_info", dict)
     assert "native library: not built" in info.report()
+
+
+def test_an_instrumented_library_is_told(monkeypatch):
+    facts = _native.build_info()
+    monkeypatch.setattr(_native, "build_info", lambda: facts | {"sanitizer": "address"})
+    assert "CPU kernels instrumented by the sanitizer of: address" in info.report()
+    monkeypatch.setattr(_native, "build_info", lambda: facts | {"sanitizer": ""})
+    assert "sanitizer" not in info.report()
 
 
 def test_the_module_prints_the_report():
