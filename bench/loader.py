@@ -33,7 +33,7 @@ from harness import BOUND, OURS, Missing
 from PIL import Image
 from run import Run
 
-from fastvlp.data import Loader
+from fastvlp.data import Loader, RgbConversion
 from fastvlp.data.image_transforms import transformed
 from fastvlp.data.recipes import RECIPES, CentreCrop, RandomCrop, Recipe, SquareResize
 from fastvlp.data.shards import Sample, write_shard
@@ -235,7 +235,9 @@ def decoding(data: Data, threads: int) -> Batches:
     """DALI's decoder and nothing else; yields no batches."""
     from fastvlp.data.image_dali import DaliBackend
 
-    backend = DaliBackend(RECIPES["clip_eval"], data.batch, threads, torch.device("cpu"))
+    backend = DaliBackend(
+        RECIPES["clip_eval"], data.batch, threads, torch.device("cpu"), RgbConversion()
+    )
 
     def epoch() -> Iterable[torch.Tensor]:
         for first in range(0, len(data.images), data.batch):

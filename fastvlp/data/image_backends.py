@@ -66,7 +66,7 @@ def choose(
     batch_size: int,
     threads: int,
     device: torch.device,
-    convert: RgbConversion = RgbConversion(),
+    convert: RgbConversion,
 ) -> Backend:
     """The backend of this name; "auto" takes DALI where it is and can run, else Pillow.
 
@@ -122,11 +122,7 @@ class Threaded:
     """What the backends on the CPU share: work on parts of a batch, one for each thread."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        threads: int,
-        device: torch.device,
-        convert: RgbConversion = RgbConversion(),
+        self, recipe: Recipe, threads: int, device: torch.device, convert: RgbConversion
     ) -> None:
         self._recipe, self._table, self._convert = recipe, value_table(recipe), convert
         self._threads, self._device = threads, device

@@ -30,16 +30,30 @@ from fastvlp.data.recipes import Plan, Recipe
 
 
 def backend(
-    recipe: Recipe,
-    batch_size: int,
-    threads: int,
-    device: torch.device,
-    convert: RgbConversion = RgbConversion(),
+    recipe: Recipe, batch_size: int, threads: int, device: torch.device, convert: RgbConversion
 ):
     """The backend for a recipe on a device."""
-    if device.type == "cuda" and not getattr(recipe, "augment", None):
-        return DaliGpuBackend(recipe, batch_size, threads, device, convert)
-    return DaliBackend(recipe, batch_size, threads, device, convert)
+    on_gpu = device.type == "cuda" and not getattr(recipe, "augment", None)
+    kind = DaliGpuBackend if on_gpu else DaliBackend
+    return kind(recipe, batch_size, threads, device, convert)
+
+
+class _WithPipeline(Threaded):
+    """A backend with a pipeline of DALI's for at most ``batch_size`` images."""
+
+    name = "dali"
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        batch_size: int,
+        threads: int,
+        device: torch.device,
+        convert: RgbConversion,
+    ) -> None:
+        super().__init__(recipe, threads, device, convert)
+        self._batch_size = batch_size
+        self._pipeline = self._built()
 
 
 def _decoder(batch_size: int, threads: int) -> Pipeline:
@@ -55,21 +69,11 @@ def _decoder(batch_size: int, threads: int) -> Pipeline:
     return pipeline
 
 
-class DaliBackend(KernelBackend):
+class DaliBackend(_WithPipeline, KernelBackend):
     """Plain JPEGs decoded by DALI, all other images by Pillow; the rest by the compiled kernel."""
 
-    name = "dali"
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        batch_size: int,
-        threads: int,
-        device: torch.device,
-        convert: RgbConversion = RgbConversion(),
-    ) -> None:
-        super().__init__(recipe, threads, device, convert)
-        self._pipeline = _decoder(batch_size, threads)
+    def _built(self) -> Pipeline:
+        return _decoder(self._batch_size, self._threads)
 
     def decode(self, contents: Sequence[bytes]) -> list[Any]:
         plain, others = _divided(contents)
@@ -91,7 +95,7 @@ class DaliBackend(KernelBackend):
         except RuntimeError:
             # One image that fails takes the batch with it. Pillow says which, and a new pipeline
             # knows nothing of it.
-            self._pipeline = _decoder(self._pipeline.max_batch_size, self._pipeline.num_threads)
+            self._pipeline = self._built()
             return super().decode(contents)
 
 
@@ -101,25 +105,11 @@ def _divided(contents: Sequence[bytes]) -> tuple[list[int], list[int]]:
     return plain, [i for i, header in enumerate(headers) if not (header and header.plain)]
 
 
-class DaliGpuBackend(Threaded):
+class DaliGpuBackend(_WithPipeline):
     """All by DALI: decoding ("mixed" on a GPU), crop, resize, window, flip, normalisation.
 
     ``device`` may be the CPU, where it gives the same as on a GPU but for the decoder.
     """
-
-    name = "dali"
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        batch_size: int,
-        threads: int,
-        device: torch.device,
-        convert: RgbConversion = RgbConversion(),
-    ) -> None:
-        super().__init__(recipe, threads, device, convert)
-        self._batch_size = batch_size
-        self._pipeline = self._built()
 
     def decode(self, contents: Sequence[bytes]) -> list[Any]:
         # Decoded together with the transform; here only what no decoder of DALI's is trusted with

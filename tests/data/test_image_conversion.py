@@ -192,7 +192,7 @@ def test_the_gpu_backend_refuses_strips_before_it_runs():
     from fastvlp.data.image_dali import DaliGpuBackend
 
     of = recipe("clip_eval")
-    backend = DaliGpuBackend(of, 2, 1, CPU)
+    backend = DaliGpuBackend(of, 2, 1, CPU, RgbConversion())
     images = backend.decode([stored(Image.new("RGB", (1, 60_000)), "PNG"), photo_shards.jpeg(1)])
     with pytest.raises(BrokenImages) as broken:
         backend.batch(images, lambda i, width, height: of.plan(width, height, ()))
