@@ -343,3 +343,29 @@ def test_unusual_scales(monkeypatch, isa, dtype, scale):
     for mask in (None, "holes"):
         case = draw([17, 3], 40, dim=64, dtype=dtype, mask=mask)
         check(case, causal=True, scale=scale)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_0_is_that_of_sdpa(monkeypatch, isa, dtype):
+    # The mean of the values; q and k have no gradient, though dS is not 0.
+    monkeypatch.setenv("FASTVLP_CPU_ISA", isa)
+    case = draw([5, 5], 7, dim=16, dtype=dtype)
+
+    def heads_first(t):
+        return t.double().view(2, -1, 2, 16).transpose(1, 2)
+
+    q, k, v = (t.clone().requires_grad_() for t in (case.q, case.k, case.v))
+    wide = [heads_first(t.detach()).requires_grad_() for t in (q, k, v)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    expected = sdpa(*wide, scale=0.0)
+    expected.backward(heads_first(case.upstream))
+    out = cross_attention(q, k, v, case.cu_q, scale=0.0)
+    out.backward(case.upstream)
+    bound = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(heads_first(out), expected, rtol=bound, atol=bound)
+    assert not q.grad.any() and not k.grad.any()
+    assert not wide[0].grad.any() and not wide[1].grad.any()
+    wanted = wide[2].grad
+    error = (heads_first(v.grad) - wanted).norm()
+    assert error <= bound * wanted.norm()

@@ -55,6 +55,14 @@ def test_bad_head(args, error, message):
             ValueError,
             "alpha: expected a value from 0 to 1, got 1.5",
         ),
+        *(
+            (
+                {"teacher_hidden": H, "teacher_weight": E, "alpha": torch.tensor(alpha)},
+                ValueError,
+                f"alpha: expected a value from 0 to 1, got {alpha}",
+            )
+            for alpha in (1.5, -0.25, float("nan"), 2)
+        ),
         (
             {"teacher_hidden": H, "teacher_weight": E, "alpha": "x"},
             TypeError,
