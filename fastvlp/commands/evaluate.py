@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
@@ -44,6 +44,10 @@ class _Common:
 
     activation: str | None = None
     """Of weights from open_clip, which do not tell it: gelu or quick_gelu."""
+
+    end_token: Literal["largest"] | int | None = None
+    """Of CLIP's weights without a configuration file, with a vocabulary of their own: where a text
+    is read. largest: at its largest id, open_clip's default. A number: at the token of this id."""
 
     batch_size: int = 128
     """Images and captions that are encoded at a time, on each rank."""
@@ -91,8 +95,16 @@ class _Common:
         return scores
 
     def _load(self) -> tuple[base.Model, LoadReport | str | None]:
+        told = {"activation": self.activation, "end_token": self.end_token}
         found = run_folder.unsaved(self.model)
-        return load_any(self.model, activation=self.activation) if found is None else found
+        if found is None:
+            return load_any(self.model, **told)
+        for name, value in told.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name}: expected none, because the run in {self.model} says all; got {value}"
+                )
+        return found
 
     def name_data(self, ranks: Ranks, **about: Any) -> None:
         """Print, and keep for the file, which data are evaluated on."""

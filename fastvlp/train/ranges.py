@@ -66,19 +66,21 @@ RANGES = {
     "queue_size": POSITIVE,
     "momentum": DECAY,
     "candidates": POSITIVE,
+    "end_token": NOT_NEGATIVE,
 }
 
 
 def check(settings: Any) -> None:
-    """Compares every number of a dataclass with its range.
+    """Compares every number of a dataclass with its range; a Literal may stand for one.
 
     Raises:
         TypeError: a value is no number where one belongs.
         ValueError: it is out of its range, infinite or NaN.
     """
+    hints = typing.get_type_hints(type(settings))
     for name, kind in numeric_fields(type(settings)).items():
         value = getattr(settings, name)
-        if value is None:
+        if value is None or (isinstance(value, str) and value in _leaves(hints[name])):
             continue
         for number in value if isinstance(value, tuple) else (value,):
             broken = kind is int and not isinstance(number, Integral)

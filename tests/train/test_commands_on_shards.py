@@ -6,7 +6,7 @@ import photo_shards
 import pytest
 import torch
 from albef_peer import PeerAlbef
-from clip_cases import transformers_model
+from clip_cases import tiny_open_clip, transformers_model
 from tiny_vocabularies import bert_vocabulary, bpe_file
 from vilt_cases import small
 
@@ -145,3 +145,24 @@ def test_zero_shot_by_a_checkpoint_with_an_ensemble_of_prompts(tmp_path, folders
                 ]
                 right.append(scores.index(max(scores)) == label)
     assert found["top-1"] == pytest.approx(sum(right) / len(right))
+
+
+@pytest.mark.parametrize("token, wanted", [("largest", None), ("7", 7)])
+def test_weights_that_do_not_tell_where_a_text_is_read_take_an_end_token(tmp_path, token, wanted):
+    weights = tmp_path / "model.pt"
+    torch.save(tiny_open_clip().state_dict(), weights)
+    options = ["retrieval", str(weights), "--activation", "gelu"]
+    with pytest.raises(ValueError, match="end_token: the weights do not tell"):
+        evaluate.parse(options).options._load()
+    model, _ = evaluate.parse([*options, "--end-token", token]).options._load()
+    assert model.config.end_token == wanted
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+@pytest.mark.parametrize("option, value", [("end-token", "7"), ("activation", "gelu")])
+def test_a_run_tells_all_about_its_model(clip_run, monkeypatch, unfinished, option, value):
+    if unfinished:
+        monkeypatch.setattr(evaluate.run_folder, "unsaved", lambda folder: (None, "a checkpoint"))
+    options = evaluate.parse(["retrieval", str(clip_run), f"--{option}", value]).options
+    with pytest.raises(ValueError, match=f"{option.replace('-', '_')}: expected none, because"):
+        options._load()
