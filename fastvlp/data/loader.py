@@ -116,7 +116,8 @@ class Loader:
         max_broken: largest bearable share of broken samples, and of refused shards.
         verify: "quick" or "decode", how the index examines images.
         cache_dir: where indexes are kept; see ``fastvlp.data.cache``.
-        progress: called with (shards indexed, shards).
+        progress: called with (shards indexed, shards), where shards that are being indexed count
+            with the share that is scanned.
 
     Raises:
         FileNotFoundError, ValueError: an argument is not as above.
@@ -144,7 +145,7 @@ class Loader:
         max_broken: float = 0.1,
         verify: Literal["quick", "decode"] = "quick",
         cache_dir: str | os.PathLike | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[float, int], None] | None = None,
     ) -> None:
         self.recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
         training = self.recipe.training
@@ -374,7 +375,8 @@ class Loader:
 
     def _check_found(self) -> None:
         share = -(-self.samples // self.world_size)
-        self._bear(list(self._found.values()), share, "samples of this rank")
+        of_rank = f" of rank {self.rank}" if self.world_size > 1 else ""
+        self._bear(list(self._found.values()), share, f"samples{of_rank}")
 
     def _bear(self, faults: Sequence[Fault], count: int, what: str) -> None:
         if len(faults) > self.max_broken * count:

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -73,13 +73,19 @@ class ShardIndex:
         return len(self.entries)
 
 
-def index_of(path: str, decode: bool = False, cache_dir: str | os.PathLike | None = None):
+def index_of(
+    path: str,
+    decode: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> ShardIndex:
     """The index of a shard, from the cache or by a scan that leaves it there.
 
     Args:
         path: the shard.
         decode: whether the scan decodes every image to be sure of it.
         cache_dir: the cache's root; see ``cache_root``.
+        progress: called with the share of the shard that is scanned, as it grows.
     """
     facts = os.stat(path)
     identity = (_FORMAT, os.path.abspath(path), facts.st_size, facts.st_mtime_ns, decode)
@@ -87,7 +93,7 @@ def index_of(path: str, decode: bool = False, cache_dir: str | os.PathLike | Non
     cached = cache_root(cache_dir) / "shard-index" / f"{name}.npz"
     index = _load(cached, path)
     if index is None:
-        index = scan_shard(path, decode)
+        index = scan_shard(path, decode, progress)
         try:
             _save(cached, index)
         except OSError:  # a cache that cannot be written costs time, not the run
@@ -95,13 +101,16 @@ def index_of(path: str, decode: bool = False, cache_dir: str | os.PathLike | Non
     return index
 
 
-def scan_shard(path: str, decode: bool = False) -> ShardIndex:
+def scan_shard(
+    path: str, decode: bool = False, progress: Callable[[float], None] | None = None
+) -> ShardIndex:
     """Scan a shard. A file that is no plain tar gives an index without samples and its fault.
 
     Members that are no part of any sample (hidden files, READMEs, names without an extension) are
     passed over.
     """
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         if reason := tar_scan.refusal(file):
             return ShardIndex(path, np.empty(0, ENTRY), (Fault("refused shard", path, "", reason),))
         entries, faults, strays = [], [], []
@@ -113,6 +122,8 @@ def scan_shard(path: str, decode: bool = False) -> ShardIndex:
             if _is_about(parts):
                 strays += parts
                 continue
+            if progress:
+                progress(parts[0].offset / size)
             kind, found = _examined(file, parts, decode)
             if kind:
                 faults.append(Fault(kind, path, key, found))

@@ -13,9 +13,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from fastvlp.data.optional import require
 from fastvlp.data.shard_index import Fault, caption_in_json, index_of
 from fastvlp.data.tar_scan import name_before
 
+# Seconds between calls that tell of progress within shards.
+_BEAT = 1.0
 # Parts of a sample that lie within this many bytes are read at once.
 _GAP = 1 << 16
 
@@ -115,7 +117,8 @@ class ShardSet:
         cache_dir: the root of the index cache.
         threads: how many shards are indexed at once.
         start: the shard to begin with; ranks that begin at different ones share the work.
-        progress: called with (shards done, shards) as indexing goes on.
+        progress: called with (shards done, shards) as indexing goes on; about every second also
+            while it is within shards, whose scanned shares are counted.
     """
 
     def __init__(
@@ -125,15 +128,23 @@ class ShardSet:
         cache_dir: str | os.PathLike | None = None,
         threads: int = 1,
         start: int = 0,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[float, int], None] | None = None,
     ) -> None:
         self.paths = list(paths)
-        self._load = lru_cache(maxsize=1024)(lambda path: index_of(path, decode, cache_dir))
+        scanned: dict[str, float] = {}
+        self._load = lru_cache(maxsize=1024)(
+            lambda path: index_of(path, decode, cache_dir, partial(scanned.__setitem__, path))
+        )
         turn = start % max(1, len(self.paths))
         facts: dict[str, tuple[int, tuple[Fault, ...]]] = {}
         with ThreadPoolExecutor(threads) as pool:
             order = self.paths[turn:] + self.paths[:turn]
-            for path, index in zip(order, pool.map(self._load, order), strict=True):
+            futures = [pool.submit(self._load, path) for path in order]
+            for path, future in zip(order, futures, strict=True):
+                while progress and wait([future], _BEAT).not_done:
+                    others = [scanned.get(path, 0.0) for path in order if path not in facts]
+                    progress(len(facts) + sum(others), len(order))
+                index = future.result()
                 facts[path] = len(index), index.faults
                 if progress:
                     progress(len(facts), len(order))

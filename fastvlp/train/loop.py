@@ -10,7 +10,7 @@ run stands is `loop.state_dict()`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ class Loop:
         empty = 0
         while self.step < self.steps:
             before = self.step
-            for batch in self.loader:
+            for batch in self._batches():
                 report = self.train_step(batch)
                 self.step += 1
                 for hook in self.hooks:
@@ -120,13 +120,24 @@ class Loop:
             if empty == 2:
                 raise ValueError("loader: an epoch has no whole batch; choose a smaller batch_size")
 
+    def _batches(self) -> Iterator[Any]:
+        """What the loader gives; last, in place of a batch, the error that it ends with."""
+        try:
+            yield from self.loader
+        except Exception as error:
+            yield error
+
     def train_step(self, batch: Any) -> Report:
         """One forward and backward pass, and the optimiser's step if its gradients are finite.
 
         A rank whose images could not be decoded takes part without pairs; where no rank has any,
-        all leave the step out.
+        all leave the step out. In place of a batch there may be the error of this rank's loader:
+        then all ranks raise it, for they would wait for this one.
         """
-        sizes = parallel.sizes(len(batch), self.group)
+        failed = isinstance(batch, Exception)
+        sizes = parallel.sizes(-1 if failed else len(batch), self.group)
+        if min(sizes) < 0:
+            parallel.raise_first(batch if failed else None, self.group)
         if not any(sizes):
             self.empty += 1
             return Report({}, self.schedule(self.step), 0.0, False, 0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import pickle
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fastvlp.distributed import all_gather_rows, group_device
+
+# Seconds between signs of life of a first rank that works alone: much less than any timeout of a
+# process group.
+_BEAT = 5.0
 
 
 @dataclass(frozen=True)
@@ -127,24 +133,88 @@ def gathered(own: dict[int, Any], ranks: Ranks) -> dict[int, Any]:
 
 
 def from_first(
-    function: Callable[[], Any], ranks: Ranks, group: dist.ProcessGroup | None = None
+    function: Callable[[], Any],
+    ranks: Ranks,
+    group: dist.ProcessGroup | None = None,
+    *,
+    takes_long: bool = False,
 ) -> Any:
     """What `function` returns, or raises, on the first rank, where alone it is called.
 
-    `group`: for the exchange, in place of that of the ranks.
+    Args:
+        group: for the exchange, in place of that of the ranks.
+        takes_long: `function` may take longer than the group's timeout. It is called in a thread of
+            its own, and the other ranks hear every few seconds that it is still at work.
     """
     if ranks.group is None:
         return function()
+    group = group or ranks.group
     found: list[Any] = [None, None]
-    if ranks.is_first:
+
+    def call() -> None:
         try:
             found[0] = function()
         except Exception as error:  # of any kind: every rank raises it
-            found[1] = error
-    dist.broadcast_object_list(found, src=0, group=group or ranks.group)
+            found[1] = _portable(error)
+
+    if takes_long:
+        _call_with_signs_of_life(call, ranks, group)
+    elif ranks.is_first:
+        call()
+    dist.broadcast_object_list(found, src=0, group=group)
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+def _call_with_signs_of_life(
+    call: Callable[[], None], ranks: Ranks, group: dist.ProcessGroup
+) -> None:
+    worker = threading.Thread(target=call, daemon=True)  # Ctrl-C does not wait for it
+    if ranks.is_first:
+        worker.start()
+    done = [False]
+    while not done[0]:
+        if ranks.is_first:
+            worker.join(_BEAT)
+            done = [not worker.is_alive()]
+        dist.broadcast_object_list(done, src=0, group=group)
+
+
+@contextlib.contextmanager
+def failing_together(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """An error in the body on any of the ranks is raised on all of them at its end.
+
+    All ranks of the group enter it, and the body has no exchange between them.
+    """
+    found = None
+    try:
+        yield
+    except Exception as error:
+        found = error
+    raise_first(found, group)
+
+
+def raise_first(error: Exception | None, group: dist.ProcessGroup | None) -> None:
+    """Raises on all ranks the error of the first rank that has one; all of them call it."""
+    errors = [error]
+    if group is not None:
+        errors = [None] * group.size()
+        dist.all_gather_object(errors, _portable(error), group=group)
+        if error is not None and not any(errors[: group.rank()]):
+            raise error  # the rank's own, with its traceback
+    for found in errors:
+        if found is not None:
+            raise found
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The error, or one that says the same where it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def sizes(rows: int, group: dist.ProcessGroup | None) -> list[int]:

@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 import tarfile
+import time
 
 import numpy as np
 import photo_shards
 import pytest
 
-from fastvlp.data import shard_index
+from fastvlp.data import shard_index, shard_set
 from fastvlp.data.image_check import ImageFault, decode_rgb, fault, jpeg_header
 from fastvlp.data.shard_index import index_of, scan_shard
 from fastvlp.data.shard_set import ShardSet, expand
@@ -261,6 +262,25 @@ def test_shards_begin_with_any_of_them(tmp_path):
     shutil.move(paths[0], tmp_path / "x.tar")
     moved = ShardSet([str(tmp_path / "x.tar"), *paths[1:]], cache_dir=tmp_path / "c")
     assert moved.fingerprint() != one.fingerprint()
+
+
+def test_progress_within_a_shard_is_told(tmp_path, monkeypatch):
+    """A shard that is scanned for long counts with the share that is done."""
+    path = expand(photo_shards.write(tmp_path, 8, 8))[0]
+    examined = shard_index._examined
+
+    def slow(*args):
+        time.sleep(0.05)
+        return examined(*args)
+
+    monkeypatch.setattr(shard_index, "_examined", slow)
+    monkeypatch.setattr(shard_set, "_BEAT", 0.02)
+    seen = []
+    ShardSet([path], cache_dir=tmp_path / "c", progress=lambda *n: seen.append(n))
+    shares = [done for done, _ in seen]
+    assert seen[-1] == (1, 1) and {count for _, count in seen} == {1}
+    assert shares == sorted(shares) and len(set(shares)) > 4
+    assert all(0 <= share < 1 for share in shares[:-1])
 
 
 def test_a_shard_that_shrank_is_an_error_of_the_read(tmp_path):

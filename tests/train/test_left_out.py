@@ -10,8 +10,8 @@ from tiny_vocabularies import bpe_file
 from fastvlp import cli
 from fastvlp.data.shard_index import Fault
 from fastvlp.train.parallel import Ranks
-from fastvlp.train.tasks import vocabularies
-from fastvlp.train.tasks.data import about_left_out, left_out
+from fastvlp.train.tasks import data, vocabularies
+from fastvlp.train.tasks.data import about_left_out, left_out, lines_of_progress, shard_loader
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
@@ -78,10 +78,36 @@ def test_all_ranks_index_the_shards_that_a_vocabulary_is_learned_from(tmp_path, 
         return made[-1]
 
     monkeypatch.setattr(vocabularies, "shard_loader", loader)
-    monkeypatch.setattr(vocabularies.parallel, "from_first", lambda function, ranks: None)
+    monkeypatch.setattr(vocabularies.parallel, "from_first", lambda *_, **__: None)
     second = Ranks(1, 2, torch.device("cpu"), None)
     config = TrainClip(folder=tmp_path, data=shards, device="cpu")
     vocabularies.learned(config, "clip_train", "tokenizer.json", list, second)
     assert [(each.rank, each.world_size, each.samples) for each in made] == [(1, 2, 4)]
     with pytest.raises(RuntimeError, match="shutdown"):  # closed
         next(iter(made[0]))
+
+
+def test_lines_say_how_far_the_examination_of_shards_is(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
+    say = lines_of_progress("photos/*.tar")
+    for seconds, done in ((1, 0.5), (6, 1.25), (2, 1.5), (4, 2), (30, 4)):
+        now[0] += seconds
+        say(done, 4)
+    # Not before some seconds have passed, nor more often, nor of the end.
+    assert capsys.readouterr().out.splitlines() == [
+        "photos/*.tar: examined 1.2 of 4 shards",
+        "photos/*.tar: examined 2.0 of 4 shards",
+    ]
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_run_says_how_far_the_examination_of_its_shards_is(
+    tmp_path, monkeypatch, capsys, progress
+):
+    monkeypatch.setenv("FASTVLP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "_LINES", 0.0)
+    shards = photo_shards.write(tmp_path, 6, 2)
+    shard_loader(shards, "clip_eval", {}, 1, None, ALONE, progress=progress).close()
+    said = [f"{shards}: examined {n}.0 of 3 shards" for n in (1, 2)]
+    assert capsys.readouterr().out.splitlines() == (said if progress else [])

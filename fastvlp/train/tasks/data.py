@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from fastvlp.train import parallel
 from fastvlp.train.parallel import Ranks
 
 HELD_OUT = ("composition", "concept")
+# Seconds between lines of progress.
+_LINES = 5.0
 # What `fastvlp shards` reads.
 _TABLES = {".csv", ".tsv", ".parquet", ".json", ".jsonl"}
 
@@ -34,7 +37,7 @@ def rows_of_a_rank(batch_size: int, ranks: Ranks) -> int:
 
 def openmoji_data(size: int, ranks: Ranks, progress: bool = True) -> openmoji.OpenMoji:
     """The built-in images, `size` pixels wide; rendered once, by one rank."""
-    parallel.from_first(lambda: _render(size, progress), ranks)
+    parallel.from_first(lambda: _render(size, progress), ranks, takes_long=True)
     return openmoji.build(size=size, progress=False)
 
 
@@ -67,10 +70,13 @@ def shard_loader(
     rows: int,
     tokenizer: Callable | None,
     ranks: Ranks,
+    *,
+    progress: bool = True,
     **options: Any,
 ):
     """Shards by `fastvlp.data.loader.Loader`, whose are the `options`; `sizes` are parameters of
-    the recipe.
+    the recipe. While they are examined, which takes long the first time, lines say how far it is,
+    unless `progress` is False. An error on any rank is raised on all.
 
     Raises:
         ValueError: it is a table of pairs that is given.
@@ -83,22 +89,39 @@ def shard_loader(
             f"data: expected WebDataset shards, got {shards}; turn it into shards with: fastvlp "
             f"shards {shards} FOLDER"
         )
-    return Loader(
-        shards,
-        recipes.recipe(recipe, **sizes),
-        rows,
-        tokenizer,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=ranks.device,
-        **options,
-    )
+    with parallel.failing_together(ranks.group):
+        loader = Loader(
+            shards,
+            recipes.recipe(recipe, **sizes),
+            rows,
+            tokenizer,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=ranks.device,
+            progress=lines_of_progress(shards) if progress and ranks.is_first else None,
+            **options,
+        )
+    return loader
+
+
+def lines_of_progress(shards: str) -> Callable[[float, int], None]:
+    """Says every few seconds how many of the shards are examined; nothing where that is quick."""
+    said = time.monotonic()
+
+    def say(done: float, count: int) -> None:
+        nonlocal said
+        if done < count and time.monotonic() - said >= _LINES:
+            said = time.monotonic()
+            print(f"{shards}: examined {done:.1f} of {count} shards", flush=True)
+
+    return say
 
 
 def image_options(config: Any) -> dict[str, Any]:
     """What the settings of a run say to `shard_loader` of images."""
     convert = RgbConversion(config.background, config.convert)
-    return {"verify": config.verify, "max_broken": config.max_broken, "convert": convert}
+    bounds = {"verify": config.verify, "max_broken": config.max_broken}
+    return {**bounds, "convert": convert, "progress": config.progress}
 
 
 def left_out(loader: Any, ranks: Ranks) -> list[Fault]:

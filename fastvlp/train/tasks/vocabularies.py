@@ -78,7 +78,7 @@ def learned(
         )
 
     try:
-        parallel.from_first(make, ranks)
+        parallel.from_first(make, ranks, takes_long=True)
     finally:
         loader.close()
     return file
