@@ -90,18 +90,18 @@ def matching(rank):
     return matching_accuracy(None, None, loader, ranks())
 
 
-def slow(outcome):
-    time.sleep(3)
+def slow(seconds, outcome):
+    time.sleep(seconds)
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
-def long_work(rank, outcome):
-    """With a group whose timeout is much shorter."""
+def long_work(rank, seconds, outcome):
+    """With a group whose timeout is shorter than the first of them take."""
     parallel._BEAT = 0.2
-    group = dist.new_group(timeout=timedelta(seconds=1))
-    return parallel.from_first(lambda: slow(outcome), ranks(), group, takes_long=True)
+    group = dist.new_group(timeout=timedelta(seconds=5))
+    return parallel.from_first(lambda: slow(seconds, outcome), ranks(), group, takes_long=True)
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +113,10 @@ def results(tmp_path_factory):
         "no pickle": (training_unsendable,),
         "shards": (missing_shards, folder),
         "matching": (matching,),
-        "long": (long_work, 7),
-        "long error": (long_work, KeyError("lost")),
+        "long": (long_work, 8, 7),
+        "long error": (long_work, 0, KeyError("lost")),
     }
-    return gloo_ranks.run(2, gloo_ranks.several, jobs, limit=120)
+    return gloo_ranks.run(2, gloo_ranks.several, jobs, limit=300)
 
 
 def training_unsendable(rank):
