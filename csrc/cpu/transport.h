@@ -58,7 +58,8 @@ struct Transport {
 
 // log2(x) within 0.01 for x > 0. Infinite for 0 and NaN: such a delta or sigma has left the range.
 inline Vec rough_log2(Vec x) {
-  const Vec linear = __builtin_convertvector(bits(x) - 0x3f800000, Vec) * 0x1p-23f;
+  const VecI exponent = (VecI)((VecU)x - 0x3f800000u);  // unsigned: what is no result may be any
+  const Vec linear = __builtin_convertvector(exponent, Vec) * 0x1p-23f;
   const Vec fraction = (Vec)((bits(x) & 0x007fffff) | 0x3f800000) - 1.0f;
   return x > 0.0f ? linear + 0.346f * fraction * (1.0f - fraction) : splat(__builtin_inff());
 }
