@@ -40,8 +40,8 @@ class CudaDevice:
     """`CudaDevice(90).call("ema_update", ...)`: an operator on CPU tensors, its kernels as PTX.
 
     schedules, hazards and observers: as those of `virtual_gpu.VirtualGPU`. launches: the kernels
-    so far, by name, grid and observers. change: given the text of a module, returns the one to
-    run.
+    so far, by name, grid and observers. findings: of the last call. change: given the text of a
+    module, returns the one to run.
     """
 
     target: int
@@ -52,6 +52,7 @@ class CudaDevice:
     launches: list[tuple[str, tuple[int, int, int], tuple[Observer, ...]]] = field(
         default_factory=list
     )
+    findings: Findings = field(default_factory=Findings)
 
     def call(self, name: str, *arguments):
         """torch.ops.fastvlp_ptx.<name>(*arguments). Raises HazardError for what is found."""
