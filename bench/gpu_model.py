@@ -20,7 +20,8 @@ import harness
 from gpu_bound import Bound, Executed, bounds, torch_bound
 from gpu_chips import CHIPS, Chip
 from gpu_launches import Event, record, record_eager
-from gpu_model_cases import Case, Implementation, cases, installed
+from gpu_model_case import Case, Implementation, installed
+from gpu_model_cases import cases
 from harness import BOUND, OURS, Contender, Missing
 from run import Run
 
