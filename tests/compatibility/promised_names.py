@@ -6,7 +6,9 @@ check_versions.py compares the lists with the versions themselves and writes the
 """
 
 import ast
+import inspect
 import re
+import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +19,8 @@ TRITON_LIST = Path(__file__).with_name("triton_3.6_names.txt")
 # What csrc may include: relative to torch's folder of headers.
 TORCH_HEADERS = ("torch/csrc/stable", "torch/csrc/inductor/aoti_torch/c", "torch/headeronly")
 
+# Symbols of torch's C++ classes and functions, which change from one version to the next.
+_CPP_OF_TORCH = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "_ZNK5torch")
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _MACRO = r"(?:STABLE_TORCH|STD_TORCH|STD_CUDA|TORCH|AOTI_TORCH|C10)_[A-Z0-9_]+"
 _FUNCTION = r"(?:aoti_torch|torch)_[a-z0-9_]+"
@@ -83,6 +87,16 @@ def torch_names_of(include: Path) -> set[str]:
     return names
 
 
+def needed_of_torch(built: Path, *options: str) -> set[str]:
+    """What an object file or a library (with "-D") needs torch to export. Weak symbols not."""
+    listed = subprocess.run(
+        ["nm", *options, "--undefined-only", built], check=True, capture_output=True, text=True
+    ).stdout
+    symbols = [line.split()[-2:] for line in listed.splitlines()]
+    prefixes = ("aoti_torch_", "torch_", *_CPP_OF_TORCH)
+    return {symbol for kind, symbol in symbols if kind == "U" and symbol.startswith(prefixes)}
+
+
 def triton_names_used(files: Iterable[Path]) -> dict[str, set[str]]:
     """Every name of Triton in Python files, with the files that use it.
 
@@ -137,7 +151,9 @@ def triton_names_here() -> set[str]:
             names |= {f"triton.knobs.{name}.{knob}" for knob in _public(type(group))}
     for kind in (tl.tensor, tl.constexpr, tl.dtype, tl.pointer_type, tl.tensor_descriptor):
         names |= {f".{name}" for name in _public(kind)}
-    return names | {".element_ty"}
+        written = re.findall(r"self\.([a-z]\w*)", inspect.getsource(kind.__init__))
+        names |= {f".{name}" for name in written}
+    return names
 
 
 def _public(of: object) -> list[str]:

@@ -3,9 +3,6 @@
 `python tests/compatibility/check_versions.py` compiles everything with the versions themselves.
 """
 
-import shutil
-import subprocess
-
 import promised_names as names
 import pytest
 
@@ -13,8 +10,6 @@ from fastvlp import _native
 
 CSRC = [p for p in (names.ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu"}]
 KERNELS = sorted((names.ROOT / "kernels").glob("*.py"))
-# Symbols of torch's C++ classes and functions, which change from one version to the next.
-CPP_OF_TORCH = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "_ZNK5torch")
 
 
 def newer(used, has):
@@ -43,15 +38,7 @@ def test_the_shim_defines_only_what_the_oldest_torch_lacks():
 @pytest.mark.parametrize("name", ["_C", *(["_C_cuda"] if _native._library("_C_cuda") else [])])
 def test_the_libraries_need_only_what_the_oldest_torch_exports(name):
     """What headers newer than 2.10 call must not depend on the version they belong to."""
-    listed = subprocess.run(
-        [shutil.which("nm"), "-D", "--undefined-only", _native._library(name)],
-        check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    needed = [line.split()[-2:] for line in listed.splitlines()]
-    of_torch = {
-        symbol for kind, symbol in needed
-        if kind == "U" and symbol.startswith(("aoti_torch_", "torch_", *CPP_OF_TORCH))
-    }  # fmt: skip
+    of_torch = names.needed_of_torch(_native._library(name), "-D")
     assert of_torch - names.read_list(names.TORCH_LIST) == set()
     assert "torch_call_dispatcher" in of_torch
 
