@@ -1,6 +1,7 @@
 """Shared test settings: the device, poisoned memory, and the draws of random inputs."""
 
 import inspect
+import os
 from contextlib import ExitStack
 
 import kernel_counts as counts
@@ -18,6 +19,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("fastvlp")
+
+
+# Fixtures that take a test to the device of --device.
+ON_DEVICE = {"device", "run_kernel", "run_kernel_with"}
 
 
 def pytest_addoption(parser):
@@ -38,6 +43,15 @@ def pytest_configure(config):
     stack = ExitStack()
     stack.enter_context(seeds.shifted(config.getoption("--seed-offset")))
     config.add_cleanup(stack.close)
+    if config.getoption("--device") == "cuda":
+        # cuBLAS needs it for the deterministic algorithms that `poisoned_memory` asks for.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_itemcollected(item):
+    """The marker `gpu` for tests that run on the device of --device."""
+    if not ON_DEVICE.isdisjoint(item.fixturenames):
+        item.add_marker(pytest.mark.gpu)
 
 
 @pytest.hookimpl(wrapper=True)
