@@ -13,6 +13,7 @@ from torch import Tensor
 
 # Shortest and longest drawn caption; peers pad all of them to the longest.
 CAPTION = (5, 30)
+SEED = 0
 PARTS = ("cross", "ragged", "self")
 
 
@@ -77,16 +78,13 @@ class Inputs:
 
 def draw(case: Case) -> Inputs:
     """The inputs of a case; the same for the same case."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(SEED)
 
     def normal(*shape: int) -> Tensor:
         drawn = torch.randn(*shape, case.heads, case.dim, generator=generator)
         return drawn.to(case.device, DTYPES[case.dtype])
 
-    captions = max(1, case.queries // CAPTION[1]) if case.part == "ragged" else 1
-    low, high = CAPTION
-    drawn = torch.randint(low, high + 1, (case.images, captions), generator=generator).sum(1)
-    lengths = [case.queries] * case.images if case.part == "cross" else drawn.tolist()
+    lengths = query_lengths(case, generator)
     total = sum(lengths)
     cu_q = cumulative(lengths, case.device)
     keys = (total,) if case.part == "self" else (case.images, case.keys)
@@ -105,6 +103,14 @@ def draw(case: Case) -> Inputs:
         upstream=normal(total),
         dropout=case.dropout,
     )
+
+
+def query_lengths(case: Case, generator: torch.Generator) -> list[int]:
+    """How many query rows each image, or each caption, has; drawn first of all that is drawn."""
+    captions = max(1, case.queries // CAPTION[1]) if case.part == "ragged" else 1
+    low, high = CAPTION
+    drawn = torch.randint(low, high + 1, (case.images, captions), generator=generator).sum(1)
+    return [case.queries] * case.images if case.part == "cross" else drawn.tolist()
 
 
 def cumulative(lengths: Sequence[int], device: str) -> Tensor:
@@ -199,12 +205,18 @@ def float64_reference(backward: bool, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def work(inputs: Inputs) -> dict[str, float]:
+    """Arithmetic and least traffic of the attention, see `work_of`."""
+    heads, dim = inputs.q.shape[1:]
+    return work_of(inputs.q_lengths, inputs.k_lengths, heads, dim, inputs.q.element_size())
+
+
+def work_of(
+    q_lengths: Sequence[int], k_lengths: Sequence[int], heads: int, dim: int, element: int
+) -> dict[str, float]:
     """Arithmetic and least traffic of the attention: GFLOP of one of its products (two forward,
     four or five backward), MB read and written forward, and forward and backward."""
-    heads, dim = inputs.q.shape[1:]
-    pairs = sum(q * k for q, k in zip(inputs.q_lengths, inputs.k_lengths, strict=True))
-    element = inputs.q.element_size()
-    queries, keys = inputs.q.numel() * element, inputs.k.numel() * element
+    pairs = sum(q * k for q, k in zip(q_lengths, k_lengths, strict=True))
+    queries, keys = (sum(lengths) * heads * dim * element for lengths in (q_lengths, k_lengths))
     return {
         "gflop_per_product": 2e-9 * pairs * heads * dim,
         "mb_forward": 1e-6 * (2 * queries + 2 * keys),

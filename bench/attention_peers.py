@@ -22,6 +22,11 @@ from timing import Call, CpuClock, CudaClock
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+SDPA_BACKENDS = {
+    "sdpa flash": "FLASH_ATTENTION",
+    "sdpa cudnn": "CUDNN_ATTENTION",
+    "sdpa efficient": "EFFICIENT_ATTENTION",
+}
 NEEDS_GPU = "pip install 'fastvlp[gpu]', then --device cuda"
 
 
@@ -80,6 +85,17 @@ def sdpa(use_mask: bool, given: Padded, dropout: float) -> Attend:
             mask = torch.ones(given.k.shape[:2], dtype=torch.bool, device=given.k.device)
         mask = mask[:, None, None, :]
     return functools.partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout)
+
+
+def sdpa_backend(name: str, given: Padded, dropout: float) -> Attend:
+    """SDPA restricted to one of its backends, on a GPU."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, name)):
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+    return attend
 
 
 def eager(given: Padded, dropout: float) -> Attend:
@@ -199,6 +215,10 @@ def contenders(case: Case, backward: bool) -> tuple[list[Contender], list[Missin
         found.append(add("sdpa mask", functools.partial(sdpa, True)))
         found.append(add("eager", eager))
         found.append(add("eager compiled", eager_compiled, compiled=True))
+    if case.device == "cuda" and not masked:
+        for name, kind in SDPA_BACKENDS.items():
+            make = functools.partial(sdpa_backend, kind)
+            found.append(_padded(name, make, "heads first", backward))
     if case.dropout:
         missing.append(Missing("flex_attention", "has no dropout"))
     elif backward and case.device == "cpu":

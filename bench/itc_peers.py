@@ -37,6 +37,17 @@ class Inputs:
     scale: Tensor
 
 
+def forward(make_loss: Callable[[], Loss], inputs: Inputs) -> Callable[[], dict]:
+    """A call that computes the loss alone."""
+    loss = make_loss()
+
+    @torch.no_grad()
+    def call() -> dict[str, Tensor]:
+        return {"loss": loss(inputs.image, inputs.text, inputs.scale)}
+
+    return call
+
+
 def forward_backward(make_loss: Callable[[], Loss], inputs: Inputs) -> Callable[[], dict]:
     """A call that computes loss and gradients on fresh leaves over the same storage."""
     loss = make_loss()
@@ -154,6 +165,17 @@ def infcl() -> Loss:
     def call(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         one_way = functools.partial(cal_flash_loss, scale=scale)
         return (one_way(image, text).mean() + one_way(text, image).mean()) / 2
+
+    return call
+
+
+def transformers_clip() -> Loss:
+    """The loss of transformers' CLIPModel."""
+    from transformers.models.clip.modeling_clip import contrastive_loss
+
+    def call(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        logits = scale * text @ image.T
+        return (contrastive_loss(logits) + contrastive_loss(logits.T)) / 2
 
     return call
 

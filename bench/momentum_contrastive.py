@@ -98,9 +98,16 @@ def tuned(image, text, teacher, queues, temperature):
     return total / 2
 
 
-def gradients(loss: Callable[[Tensor, Tensor, Tensor], Tensor], leaves: Sequence[Tensor]):
-    """A call that computes the loss and its gradients on fresh leaves over the same storage."""
-    leaves = [t.detach().requires_grad_() for t in leaves]
+def gradients(
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    leaves: Sequence[Tensor],
+    backward: bool = True,
+):
+    """A call that computes the loss and, if asked, its gradients on fresh leaves over the same
+    storage."""
+    leaves = [t.detach().requires_grad_(backward) for t in leaves]
+    if not backward:
+        return lambda: {"loss": loss(*leaves)}
 
     def call() -> dict[str, Tensor]:
         value = loss(*leaves)
@@ -115,16 +122,16 @@ def gradients(loss: Callable[[Tensor, Tensor, Tensor], Tensor], leaves: Sequence
     return call
 
 
-def ours(data: Inputs):
+def ours(backward: bool, data: Inputs):
     from fastvlp.ops import momentum_contrastive
 
     def loss(image, text, temperature):
         return momentum_contrastive(image, text, *data.low[2:], temperature, ALPHA, seed=0).loss
 
-    return gradients(loss, (*data.low[:2], data.temperature))
+    return gradients(loss, (*data.low[:2], data.temperature), backward)
 
 
-def formula(name: str, autocast: bool, compiled: bool, data: Inputs):
+def formula(name: str, autocast: bool, compiled: bool, backward: bool, data: Inputs):
     """A PyTorch formulation, in fp32 or under bf16 autocast."""
     function, queues = {"paper": (paper, data.columns), "tuned": (tuned, data.queues)}[name]
     if compiled:
@@ -136,7 +143,7 @@ def formula(name: str, autocast: bool, compiled: bool, data: Inputs):
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             return function(image, text, data.features[2:], queues, temperature)
 
-    return gradients(loss, (*data.features[:2], data.temperature))
+    return gradients(loss, (*data.features[:2], data.temperature), backward)
 
 
 def products(data: Inputs):
@@ -166,16 +173,19 @@ def float64(data: Inputs) -> Mapping[str, Tensor]:
     return gradients(loss, leaves)()
 
 
-def contenders(dtype: str, compiled: bool) -> list[Contender]:
-    note = "torch.mm for the logits against both queues and for the gradients alone"
-    found = [Contender(OURS, ours), Contender(BOUND, products, bound=True, note=note)]
+def contenders(dtype: str, compiled: bool, backward: bool = True) -> list[Contender]:
+    """Ours, with a backward pass the bound, and the peers, compiled as well if asked."""
+    found = [Contender(OURS, functools.partial(ours, backward))]
+    if backward:
+        note = "torch.mm for the logits against both queues and for the gradients alone"
+        found.append(Contender(BOUND, products, bound=True, note=note))
     for name in ("paper", "tuned"):
         for autocast in (False, True) if dtype != "fp32" else (False,):
             label = f"{name} {'autocast' if autocast else 'fp32'}"
-            make = functools.partial(formula, name, autocast, False)
+            make = functools.partial(formula, name, autocast, False, backward)
             found.append(Contender(label, make, note=NOTES[name]))
             if compiled:
-                make = functools.partial(formula, name, autocast, True)
+                make = functools.partial(formula, name, autocast, True, backward)
                 found.append(Contender(f"{label} compiled", make, compiled=True))
     return found
 

@@ -70,16 +70,19 @@ def draw(rows: int, width: int, vocabulary: int, dtype: str, device: str) -> Inp
     )
 
 
-def forward_backward(make_loss: Callable[[], Loss], teacher: bool, inputs: Inputs) -> Callable:
-    """A call that computes loss and gradients on leaves over the same storage."""
+def forward_backward(
+    make_loss: Callable[[], Loss], teacher: bool, inputs: Inputs, backward: bool = True
+) -> Callable:
+    """A call that computes the loss and, if asked, gradients on leaves over the same storage."""
     loss = make_loss()
-    leaves = [t.detach().requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias)]
+    tensors = (inputs.hidden, inputs.weight, inputs.bias)
+    leaves = [t.detach().requires_grad_(backward) for t in tensors]
     rest = (inputs.labels, inputs.teacher if teacher else None)
 
     def call() -> dict[str, Tensor]:
         value = loss(*leaves, *rest)
-        gradients = torch.autograd.grad(value, leaves)
-        return dict(zip(RESULTS, (value.detach(), *gradients), strict=True))
+        gradients = torch.autograd.grad(value, leaves) if backward else ()
+        return dict(zip(RESULTS, (value.detach(), *gradients), strict=False))
 
     return call
 
