@@ -1,0 +1,197 @@
+"""bench/gpu_check.py: dry runs without a GPU, the folder that travels, the floor, the marker."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu_check
+import gpu_check_folder
+import gpu_check_ops
+import pytest
+import torch
+from gpu_check_worker import is_sticky
+from sigmoid_peers import draw, eager, float64_reference, run
+from tolerance import assert_as_accurate
+
+BENCH = Path(gpu_check.__file__).parent
+OPS = {
+    "contrastive", "sigmoid_contrastive", "momentum_contrastive", "cross_attention",
+    "soft_cross_entropy", "word_patch_alignment", "ema", "adamw_ema",
+}  # fmt: skip
+
+
+def python(folder, *arguments, **variables):
+    """A Python process in `folder`, without what the surrounding tests set."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)} | variables
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=folder, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def travelled(tmp_path_factory):
+    """A quick dry run in a folder that holds only what travels: the folder, its cache, the run's
+    output and its JSON."""
+    home = tmp_path_factory.mktemp("travelled")
+    folder, cache, target = home / "folder", home / "cache", home / "found.json"
+    gpu_check_folder.copy_sources(BENCH.parent, folder)
+    done = python(
+        folder, "bench/gpu_check.py", "--dry-run", "--quick", "--workers", 1, "--cache", cache,
+        "--json", target, "--seconds", 1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, cache, done.stdout, json.loads(target.read_text())
+
+
+def test_a_dry_run_goes_through_every_stage_where_only_what_travels_is(travelled):
+    folder, _, output, found = travelled
+    assert gpu_check_folder.report_size(folder) == 0
+    meta, rows = found["meta"], found["rows"]
+    assert meta["complete"] and meta["dry_run"] and not meta["tests"]["trouble"]
+    assert meta["libraries"] == "the libraries load"
+    assert set(meta["stages"]) == {"libraries", "tests", "measurements"}
+    assert not any("error" in stage for stage in meta["stages"].values())
+    # One test for each layout and instruction set, and not the test that stays on the CPU.
+    assert meta["tests"]["counts"] == {"passed": 7}
+    ours = {row["op"]: row for row in rows if row["impl"] == "fastvlp"}
+    assert set(ours) == OPS and meta["launches"] > 20
+    for op, row in ours.items():
+        group = [each for each in rows if each["op"] == op]
+        (floor,) = (each for each in group if each["impl"] == "floor, counted")
+        assert row["share_of_floor"] == pytest.approx(floor["ms"] / row["ms"])
+        assert any(not each["impl"].startswith(("fastvlp", "floor")) for each in group)
+    assert "made up" in output and "word_patch_alignment fwd+bwd bf16" in output
+    assert not list((folder / "bench").glob("results/*"))
+
+
+def test_a_packed_cache_serves_at_another_place(travelled, tmp_path):
+    folder, cache, *_ = travelled
+    there = tmp_path / "there"
+    there.mkdir()
+    archive = there / gpu_check_folder.ARCHIVE
+    kernels = gpu_check_folder.pack_cache(cache, archive)
+    assert kernels > 10 and archive.stat().st_size < 10 << 20
+    unpacked = gpu_check_folder.unpack_cache(there, None)
+    before = {path.name for path in unpacked.iterdir()}
+    assert len(before) == kernels
+    for group in unpacked.glob("*/__grp__*.json"):
+        paths = json.loads(group.read_text())["child_paths"]
+        assert all(
+            Path(path).exists() and unpacked in Path(path).parents for path in paths.values()
+        )
+    # The first comparison again: what it launches is all there.
+    lines = tmp_path / "lines"
+    done = python(
+        folder, "bench/gpu_check_measure.py", "--quick", "--dry-run", "--out", lines,
+        "--seconds", 0.1, "--ceilings", json.dumps({"copy_gb_s": 1, "matmul_bf16_tflop_s": 1}),
+        TRITON_CACHE_DIR=str(unpacked),
+    )  # fmt: skip
+    entries = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert done.returncode == 0, done.stderr
+    assert any(row["op"] == "contrastive" for each in entries for row in each.get("rows", []))
+    assert {"out of time"} <= {m["reason"] for each in entries for m in each.get("missing", [])}
+    assert {path.name for path in unpacked.iterdir()} == before
+
+
+def test_tests_past_the_deadline_are_named_and_known_ones_not_run_again(tmp_path):
+    lines = tmp_path / "lines"
+    known = "tests/ops/test_packing.py::test_a_pad_of_an_earlier_process"
+    lines.write_text(json.dumps({"test": known, "outcome": "unfinished"}) + "\n")
+
+    def run(share):
+        done = python(
+            BENCH.parent, "-m", "pytest", "-q", "-p", "gpu_check_worker", "-m", "gpu",
+            "--gpu-results", lines, "--gpu-deadline", time.time() - 1, "--gpu-share", share,
+            "tests/ops/test_packing.py", PYTHONPATH=str(BENCH),
+        )  # fmt: skip
+        assert done.returncode in (0, 5), done.stdout + done.stderr
+        return [json.loads(line) for line in lines.read_text().splitlines()][1:]
+
+    found = run("1/4")
+    assert found and {each["outcome"] for each in found} == {"out of time"}
+    assert all(each["test"].startswith("tests/ops/test_packing.py::") for each in found)
+    names = [each["test"] for each in run("0/1")]
+    assert len(names) == len(set(names)) > len(found)
+
+
+def test_a_lost_process_of_the_tests_is_replaced(tmp_path):
+    lines, log = tmp_path / "lines", tmp_path / "log"
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "path = sys.argv[sys.argv.index('--gpu-results') + 1]\n"
+        "count = open(path, 'a+').write('x') and os.path.getsize(path)\n"
+        "sys.exit(3) if count == 1 else None\n"
+        "os.kill(os.getpid(), signal.SIGKILL) if count == 2 else None\n"
+    )
+    share = gpu_check.Share([sys.executable, str(script)], [], dict(os.environ), lines, log)
+    while share.is_running():
+        time.sleep(0.02)
+    assert share.starts == 3 and share.process.returncode == 0
+    assert is_sticky("torch.AcceleratorError: CUDA error: an illegal memory access was encountered")
+    assert not is_sticky("CUDA error: out of memory") and not is_sticky("an illegal memory access")
+
+
+def test_a_folder_that_is_too_large_fails(tmp_path, monkeypatch, capsys):
+    (tmp_path / "big").write_bytes(bytes(3000))
+    monkeypatch.setattr(gpu_check_folder, "LIMIT", 2000)
+    assert gpu_check_folder.report_size(tmp_path) == 1
+    assert "too large" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dry-run", "--json", str(BENCH / "results" / "x.json")],
+        ["--seconds", "0"],
+        ["--workers", "0"],
+    ],
+)
+def test_flags_that_cannot_be(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu_check.parse(flags)
+    assert stop.value.code == 2 and flags[-2] in capsys.readouterr().err
+
+
+def test_comparisons_cover_every_op_dtype_and_size():
+    found = gpu_check_ops.comparisons(quick=False)
+    seen = {(each.op, each.dtype, each.phase) for each in found}
+    for op in OPS - {"ema", "adamw_ema"}:
+        for dtype in ("bf16", "fp32", "fp16"):
+            assert {(op, dtype, "fwd"), (op, dtype, "fwd+bwd")} <= seen
+    assert {each.shape["n"] for each in found if each.op == "contrastive"} == {8192, 32768, 65536}
+    assert {("ema", "fp32", "step"), ("adamw_ema", "fp32", "adamw")} <= seen
+    # Slow compilation comes after all that is measured in bfloat16 without it.
+    compiled = [
+        number for number, each in enumerate(found) if any(c.compiled for c in each.contenders)
+    ]
+    plain = [n for n, each in enumerate(found) if each.dtype == "bf16" and n not in compiled]
+    assert compiled and max(plain) < min(compiled)
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_traffic():
+    each = next(
+        each for each in gpu_check_ops.comparisons(quick=False)
+        if (each.op, each.phase, each.dtype) == ("contrastive", "fwd+bwd", "bf16")
+    )  # fmt: skip
+    n, d = each.shape["n"], each.shape["d"]
+    rates = {"copy_gb_s": 4000.0, "matmul_bf16_tflop_s": 800.0}
+    floor = gpu_check_ops.floor_row(each, rates)
+    assert floor["ms"] == pytest.approx(3 * 2 * n * n * d / 800e12 * 1e3)
+    slow = gpu_check_ops.floor_row(each, rates | {"copy_gb_s": 1.0})
+    assert slow["ms"] == pytest.approx(4 * n * d * 2 / 1e9 * 1e3) and "traffic" in slow["note"]
+
+
+def test_the_reference_of_the_sigmoid_loss():
+    inputs = draw(40, 16, "fp32", "cpu")
+    wide = type(inputs)(*(t.double() for t in vars(inputs).values()))
+    found, exact = float64_reference(True, inputs, rows=16), run(eager, True, wide)()
+    near = run(eager, True, inputs)()
+    for name, value in exact.items():
+        assert_as_accurate(name, found[name], near[name].double(), value, 0.0)
+    assert torch.equal(float64_reference(False, inputs, rows=16)["loss"], found["loss"])
