@@ -39,7 +39,7 @@ def call(temperature=0.1, alpha=0.4, **kwargs):
         ({"alpha": 1.5}, ValueError, "alpha: expected a value from 0 to 1, got 1.5"),
         ({"alpha": torch.tensor(1.5)}, ValueError, "alpha: .*from 0 to 1, got 1.5"),
         ({"alpha": torch.tensor(-0.25)}, ValueError, "alpha: .*from 0 to 1, got -0.25"),
-        ({"alpha": torch.tensor(float("nan"))}, ValueError, "alpha: .*from 0 to 1, got nan"),
+        ({"alpha": torch.tensor(float("nan"))}, ValueError, "alpha: .*finite value, got nan"),
         ({"alpha": torch.zeros(2)}, ValueError, "alpha: expected one value"),
         ({"alpha": torch.zeros((), requires_grad=True)}, ValueError, "alpha: .*no gradient"),
         ({"queue_ids": QUEUE_IDS}, ValueError, "queue_ids: given without ids"),
