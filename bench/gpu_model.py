@@ -78,8 +78,6 @@ def compare(
         try:
             found = machine.bounds(chip, each, case.size)
         except Exception as error:
-            if each.name == OURS:
-                raise
             first = (str(error).strip().splitlines() or [""])[0][:200]
             missing.append(Missing(each.name, f"{type(error).__name__}: {first}"))
             continue
