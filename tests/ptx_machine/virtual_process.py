@@ -27,6 +27,30 @@ def count(capability: int, options: dict, module: str, function: str, *args, **k
     return result, [(launch.kernel, launch.grid, *launch.observers) for launch in gpu.launches]
 
 
+def list_settings(capability: int, options: dict, overrides: dict, module: str, *args, **kwargs):
+    """(what `run` gives, the settings of its launches, of `ptx_machine.settings.Setting`).
+
+    While it runs, attributes of the module have the values of `overrides`.
+    """
+    import triton_process
+
+    from . import settings
+    from .virtual_gpu import VirtualGPU
+
+    with VirtualGPU(capability, **options) as gpu:
+        result = triton_process.call_with(overrides, module, *args, **kwargs)
+    return result, [settings.of_launch(capability, launch) for launch in gpu.launches]
+
+
+def table_settings(capabilities: tuple[int, ...]):
+    """The settings of every ahead-of-time case for these compute capabilities."""
+    from fastvlp.kernels import aot
+
+    from . import settings
+
+    return [settings.of_case(case) for case in aot.all_cases() if case.capability in capabilities]
+
+
 def call(module: str, function: str, *args):
     """<module>.<function>(*args), which makes a virtual GPU itself."""
     return getattr(importlib.import_module(module), function)(*args)
