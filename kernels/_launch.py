@@ -19,6 +19,11 @@ TILE_INTERPRETED = (32, 16, 32, 2, 4, 1)
 ALIGNMENT = 16
 
 
+# For kernels that sum products between lanes. Fused into the first exchange of such a sum, a
+# product is rounded by one of two lanes only: their sums differ, and which is stored is undefined.
+UNFUSED = {"enable_fp_fusion": False}
+
+
 @dataclass(frozen=True)
 class Tile:
     """One launch configuration: tile sizes, L2 grouping (row blocks), warps, pipeline stages."""

@@ -73,7 +73,9 @@ def tile_constants(tile: Tile, width: int, dtype: torch.dtype, precision: str) -
     }
 
 
-def aot_kinds(kernel, label, types, constants, warps=None, tensor_cores=True) -> list[aot.Case]:
+def aot_kinds(
+    kernel, label, types, constants, warps=None, tensor_cores=True, fusion=True
+) -> list[aot.Case]:
     """The cases of one kernel for every GPU and every dtype of `types`."""
     signature = {
         k: v for k, v in _SIGNATURE.items() if k in kernel.arg_names and k not in constants
@@ -96,6 +98,7 @@ def aot_kinds(kernel, label, types, constants, warps=None, tensor_cores=True) ->
                     stages=tile.stages,
                     aligned=("D", *(k for k in own if k.startswith("stride_"))),
                     tensor_cores=tensor_cores and kind != "fp32",
+                    fusion=fusion,
                 )
             )
     return cases

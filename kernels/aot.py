@@ -60,6 +60,7 @@ class Case:
     stages: int
     aligned: tuple[str, ...] = ()
     tensor_cores: bool = False
+    fusion: bool = True
 
     def error_row(self, error: BaseException) -> str:
         """The table's row for a case that does not compile: the end of a long message tells."""
@@ -122,7 +123,7 @@ def binary_of(case: Case) -> Any:
         options={
             "num_warps": case.warps,
             "num_stages": case.stages,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": case.fusion,
         },
     )
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import aot
-from ._launch import INTERPRETED, launch_options, on_device
+from ._launch import INTERPRETED, UNFUSED, launch_options, on_device
 from ._momentum_tiles import AOT_TILED, aot_kinds, load_rows, tile_constants, tile_of
 from ._tiles import LOG2E, exp_difference
 from .contrastive_sigmoid import log1p_unit
@@ -248,10 +248,7 @@ def _direction(
         losses, gradient, by_temperature, rows, width,
         student.stride(0), teacher.stride(0), batch.stride(0), 0.5 / rows,
         SLICES=SLICES, TEACHER=teach, POSITIVES=with_ids, FACTOR=weight_factor(student.dtype),
-        BLOCK_D=triton.next_power_of_2(width), num_warps=FINISH_WARPS,
-        # Fused into the first exchange of a sum between lanes, a product is rounded by one of two
-        # lanes only; their sums differ, and which of them is stored is not defined.
-        enable_fp_fusion=False,
+        BLOCK_D=triton.next_power_of_2(width), num_warps=FINISH_WARPS, **UNFUSED,
     )  # fmt: skip
     return losses, gradient.to(student.dtype), by_temperature
 
@@ -323,6 +320,12 @@ def aot_cases() -> list[aot.Case]:
         cases += aot_kinds(keys_kernel, label, types, constants)
     finish = {"SLICES": SLICES, "TEACHER": True, "POSITIVES": True, "FACTOR": 1.0, "BLOCK_D": 256}
     cases += aot_kinds(
-        finish_kernel, "finish", ("bf16", "fp32"), finish, warps=FINISH_WARPS, tensor_cores=False
+        finish_kernel,
+        "finish",
+        ("bf16", "fp32"),
+        finish,
+        warps=FINISH_WARPS,
+        tensor_cores=False,
+        fusion=False,
     )
     return cases

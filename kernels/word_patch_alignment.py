@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import aot
-from ._launch import CAPABILITIES, INTERPRETED, on_device
+from ._launch import CAPABILITIES, INTERPRETED, UNFUSED, on_device
 from .support import alignment_block, alignment_supported
 
 SMALLEST_NORM = tl.constexpr(1e-5)
@@ -37,7 +37,7 @@ BLOCK_ROWS, BLOCK_COLS = 64, 32  # of every product's tile
 # tile that registers are loaded from while wgmma may still read it.
 COSINE = {2: Launch(64, 4, 1), 4: Launch(16, 4, 2)}
 GRADIENT = Launch(16, 4, 2)
-THREAD_ELEMENTS = 16  # of a pair's matrix that a thread keeps
+THREAD_ELEMENTS = 32  # of a pair's matrix that a thread keeps
 
 
 @triton.jit
@@ -227,12 +227,12 @@ def word_patch_alignment(
                 x.stride(0), x.stride(1), y.stride(0), y.stride(1),
                 PLAN_X=block_x, PLAN_Y=block_y,
                 BLOCK_X=BLOCK_ROWS, BLOCK_Y=BLOCK_COLS, BLOCK_K=launch.block_k,
-                UPCAST=INTERPRETED and x.dtype is torch.bfloat16, **_options(launch),
+                UPCAST=INTERPRETED and x.dtype is torch.bfloat16, **(_options(launch) | UNFUSED),
             )  # fmt: skip
             transport_kernel[(pairs,)](
                 *masks, distance, plan, x_rows, y_rows, words, patches, 1.0 / beta, iterations,
                 inner, BLOCK_X=block_x, BLOCK_Y=block_y,
-                num_warps=_transport_warps(block_x * block_y), enable_fp_fusion=True,
+                num_warps=_transport_warps(block_x * block_y), **UNFUSED,
             )  # fmt: skip
     return distance, plan[:, :words, :patches].contiguous(), x_rows, y_rows
 
@@ -307,6 +307,7 @@ def _cosine_case(capability: int, kind: str, launch: Launch) -> aot.Case:
         stages=launch.stages,
         aligned=("D", *strides),
         tensor_cores=kind != "fp32",
+        fusion=False,
     )
 
 
@@ -325,6 +326,7 @@ def _transport_case(capability: int, block_x: int, block_y: int) -> aot.Case:
         capability=capability,
         warps=_transport_warps(block_x * block_y),
         stages=3,
+        fusion=False,
     )
 
 
