@@ -23,8 +23,9 @@ class Trace(Observer):
         number = self.number
         if number is None:
             number = int(np.prod(batch.grid)) // 2
-        at = np.flatnonzero(batch.numbers == number)
-        self._first = int(batch.layout.first_slot[at[0], 0]) if len(at) else None
+        layout = batch.layout
+        here = (batch.numbers == number)[layout.block] & (layout.thread == 0)
+        self._first = int(np.argmax(here)) if here.any() else None
 
     def executes(self, step: Step, lanes: Lanes) -> None:
         if self._first is not None and _meets(lanes, self._first):
