@@ -122,15 +122,17 @@ NEAREST = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}
 @pytest.mark.parametrize("target", INTEGERS[2:])
 @pytest.mark.parametrize("source", ["f16", "f32", "f64"])
 def test_floats_to_integers(source, target, mode):
-    """Clamped to the range of the type."""
+    """Clamped to the range of the type; NaN is 0, or the top bit alone where 64 bits take part."""
     dtype = {"f16": np.float16, "f32": np.float32, "f64": np.float64}[source]
     with np.errstate(over="ignore"):
-        x = np.array([*FLOAT_SAMPLES, *(RNG.standard_normal(50) * 1000)]).astype(dtype)
+        x = np.array([*FLOAT_SAMPLES, NAN, *(RNG.standard_normal(50) * 1000)]).astype(dtype)
     a = x.view(np.uint16) if source == "f16" else x
     got = execute(f"cvt.{mode}.{target}.{source} d, a", f"b{target[1:]}", a=a)
     low, high = limits(target)
     for found, value in zip(got, x.tolist(), strict=True):
-        if math.isinf(value):
+        if math.isnan(value):
+            wanted = 1 << int(target[1:]) - 1 if source == "f64" or target[1:] == "64" else 0
+        elif math.isinf(value):
             wanted = high if value > 0 else low
         else:
             wanted = max(low, min(high, NEAREST[mode](value)))

@@ -127,11 +127,15 @@ def _widened(source: str):
 
 
 def _to_integer(target: str, source: str, mode: str, ftz: bool):
-    """Values outside the range become its ends, NaN becomes 0 (the top bit alone for 64 bits)."""
+    """Values outside the range become its ends.
+
+    NaN becomes the top bit alone where either type has 64 bits, as the ISA has it, otherwise 0.
+    """
     dtype, widen = _integer(target), _widened(source)
     nearest = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[mode]
     limits = np.iinfo(dtype)
-    nan_value = dtype.type(1 << 63 if target == "u64" else -(1 << 63) if target == "s64" else 0)
+    top_bit = limits.min if target[0] == "s" else limits.max // 2 + 1
+    nan_value = dtype.type(top_bit if BITS[source] == 64 or BITS[target] == 64 else 0)
 
     def function(x):
         x = widen(np.atleast_1d(x))
