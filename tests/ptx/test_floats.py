@@ -190,6 +190,19 @@ def test_divisions_by_an_approximate_reciprocal():
         assert (np.abs(got - wanted) <= 2.0**-21 * np.abs(wanted)).all()
 
 
+def test_an_approximate_division_loses_divisors_above_2_to_the_126():
+    top = 2.0**127
+    a = np.float32([top, top, -1, 1, INF, -INF, 1, INF, NAN])
+    b = np.float32([2.0**126, 1.5 * 2.0**126, top, -top, top, -top, INF, INF, top])
+    true = [2.0, 4 / 3, -1 / top, -1 / top, INF, INF, 0.0, NAN, NAN]
+    for ftz in ("", ".ftz"):
+        lost = [2.0, 0.0, -0.0, -0.0, NAN, NAN, 0.0, NAN, NAN]
+        got = execute(f"div.approx{ftz}.f32 d, a, b", "f32", a=a, b=b).tolist()
+        assert all(map(same, got, lost)), got
+    full = execute("div.full.f32 d, a, b", "f32", a=a, b=b)
+    assert all(map(same, full.tolist(), np.float32(true).tolist())), full
+
+
 @pytest.mark.parametrize("kind, dtype", [("f32", np.float32), ("f64", np.float64)])
 def test_extremes(kind, dtype):
     """A number wins over NaN; of two zeros -0 is the smaller one."""

@@ -175,6 +175,36 @@ def test_atomic_sums_of_floats_round_at_every_step():
         assert word[0] == expected
 
 
+@pytest.mark.parametrize("name", ["atom.global", "red.global", "atom", "red"])
+def test_atomic_sums_in_global_memory_flush_subnormal_values(name):
+    """Inputs and results, to zeros of their signs; what was there is returned as it was."""
+    least, tiny = np.float32(2.0**-126), np.float32(2.0**-130)
+    words = np.resize(np.float32([tiny, -tiny, 1.5 * least, 0, -0.0, least]), 32)
+    values = np.resize(np.float32([tiny, -tiny, -least, tiny, -tiny, tiny]), 32)
+    before, at = words.copy(), addresses(words)
+    target = "d, " if name.startswith("atom") else ""
+    got = execute(f"{name}.add.f32 {target}[a], b", "f32" if target else (), a=at, b=values,
+                  buffers=[words])  # fmt: skip
+    wanted = np.resize(np.float32([0, -0.0, 0, 0, -0.0, least]), 32)
+    assert words.view(np.uint32).tolist() == wanted.view(np.uint32).tolist()
+    if target:
+        assert got.tolist() == before.tolist()
+
+
+@pytest.mark.parametrize("space", [".shared", ""])
+def test_atomic_sums_in_shared_memory_keep_subnormal_values(space):
+    tiny = np.float32(2.0**-130)
+    address = "mov.b32 n, slots;" if space else "mov.b64 n, slots; cvta.shared.u64 n, n;"
+    got, total = execute(
+        f"{SLOTS}; .reg .b{32 if space else 64} n; {address}"
+        f"st{space}.f32 [n], 0f00000000; bar.sync 0;"
+        f"atom{space}.add.f32 d, [n], a; bar.sync 0; ld{space}.f32 e, [n]",
+        ("f32", "f32"), a=np.full(32, tiny),
+    )  # fmt: skip
+    assert got.tolist() == (np.arange(32) * tiny).tolist()
+    assert (total == 32 * tiny).all()
+
+
 def test_compare_and_swap():
     words = np.array([3, 5], np.uint32)
     at = addresses(words)[[0, 0, 1]]

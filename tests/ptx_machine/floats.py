@@ -2,8 +2,9 @@
 
 add, sub, mul and fma are rounded once. The approximate instructions (ex2, lg2, rcp, rsqrt, tanh,
 sin, cos, and div and sqrt with .approx or .full) give the true value rounded to nearest, which is
-within the error that the ISA allows a device; a device's own last bits differ. NaNs that arithmetic
-makes carry the payload of the machine at hand.
+within the error that the ISA allows a device; a device's own last bits differ. div.approx alone
+loses divisors above 2**126, as the ISA says. NaNs that arithmetic makes carry the payload of the
+machine at hand.
 """
 
 import numpy as np
@@ -126,7 +127,14 @@ def quotient(d: Decoder):
     kind = d.need("f32", "f64") if mode == "rn" else d.need("f32")
     if kind == "f64" and ftz:
         raise d.error("f64 without .ftz only")
-    return _apply(d, kind, 2, _finished(np.divide, kind, ftz, False))
+    divide = _divide_by_reciprocal if mode == "approx" else np.divide
+    return _apply(d, kind, 2, _finished(divide, kind, ftz, False))
+
+
+def _divide_by_reciprocal(a, b):
+    """a * (1 / b), whose reciprocal is flushed to zero where |b| is above 2**126."""
+    lost = np.abs(b) > np.float32(2.0**126)
+    return np.where(lost, a * np.copysign(np.float32(0), b), a / b)
 
 
 def _through_float64(function):

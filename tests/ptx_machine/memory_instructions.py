@@ -3,6 +3,7 @@
 import numpy as np
 
 from .errors import ProgramError
+from .floats import flush
 from .forms import UNSIGNED, Decoder, Source, form
 from .memory import WINDOWS
 from .observer import Access
@@ -185,6 +186,13 @@ _ATOMIC = {
     "inc": lambda old, b: old.dtype.type(0) if old >= b else old + old.dtype.type(1),
     "dec": lambda old, b: b if old == 0 or old > b else old - old.dtype.type(1),
 }
+
+
+def _add_flushing(old, b):
+    """The sum of float32 in global memory: subnormal inputs and results count as zero."""
+    return flush(flush(old) + flush(b))
+
+
 _ATOMIC_TYPES = {
     "add": ("u32", "s32", "u64", "f32", "f64"),
     "min": ("u32", "s32", "u64", "s64"),
@@ -214,6 +222,7 @@ def _atomic(d: Decoder):
     write = d.destination(0, kind) if returns else None
     size, dtype = BITS[kind] // 8, np.dtype(f"{_letter(kind)}{BITS[kind] // 8}")
     instruction, what = d.instruction, describe(d)
+    flushes = (name, kind) == ("add", "f32")
 
     def change(lanes, addresses, memory):
         places = memory.locate(lanes, addresses, size, what)
@@ -226,6 +235,8 @@ def _atomic(d: Decoder):
         before = np.empty(lanes.count, dtype)
         current = places.load(dtype, 1)[:, 0]
         _, word = np.unique(places.positions, return_inverse=True)
+        # What lies in shared memory keeps its subnormal values.
+        combine = _add_flushing if flushes and memory.name == "global" else _ATOMIC.get(name)
         latest: dict[int, np.generic] = {}
         for i in range(lanes.count):
             old = latest.get(word[i], current[i])
@@ -233,7 +244,7 @@ def _atomic(d: Decoder):
             if name == "cas":
                 latest[word[i]] = swap[i] if old == operand[i] else old
             else:
-                latest[word[i]] = _ATOMIC[name](old, operand[i])
+                latest[word[i]] = combine(old, operand[i])
         final = np.array([latest[w] for w in word], dtype)
         places.store(final[:, None])
         if write is not None:
