@@ -188,14 +188,17 @@ class Execution:
 
     def arrive(self, at: int, step: Step, lanes: Lanes) -> None:
         if not step.control.waits:
+            self.batch.reports(lanes, self.barriers.numbers(step, lanes))
             self.resume(lanes, at + 1)
         self.release(self.barriers.arrive(at, step, lanes))
 
-    def release(self, released: list[tuple[Step, Lanes, list[tuple[int, Lanes]]]]) -> None:
-        """Of each barrier that is complete: all who came, and those who waited and where."""
-        for step, came, waiting in released:
-            self.batch.synchronized(step, came)
-            for at, lanes in waiting:
+    def release(self, released: list["Release"]) -> None:
+        for leaving in released:
+            if leaving.waited.count:
+                self.batch.synchronized(leaving.step, leaving.waited)
+            for (block, number), lanes in leaving.reported.items():
+                self.batch.hears(block, number, lanes)
+            for at, lanes in leaving.positions.items():
                 self.resume(lanes, at + 1)
 
     def raise_deadlock(self) -> None:
@@ -215,6 +218,21 @@ class Execution:
         raise ProgramError("divergent threads wait for ever: " + "; ".join(lines))
 
 
+# How many barriers a block has.
+BARRIERS = 16
+
+
+@dataclass
+class Release:
+    """A barrier instruction that is complete in some blocks: who waited, by position of the
+    instruction too, and, by (block, barrier) at which others only reported, who waited there."""
+
+    step: Step
+    waited: Lanes
+    positions: dict[int, Lanes]
+    reported: dict[tuple[int, int], Lanes]
+
+
 class Barriers:
     """Who has come to which barrier of which block."""
 
@@ -224,14 +242,18 @@ class Barriers:
         # By (block, barrier): arrivals as (step, position of the step, lanes, expected count).
         self.waiting: dict[tuple[int, int], list[tuple[Step, int, Lanes, int | None]]] = {}
 
-    def arrive(self, at: int, step: Step, lanes: Lanes) -> list:
-        barrier = step.control
-        number = np.broadcast_to(barrier.number(lanes), lanes.count)
+    @staticmethod
+    def numbers(step: Step, lanes: Lanes) -> np.ndarray:
+        """[lanes]: the barrier at which each arrives."""
+        return np.broadcast_to(step.control.number(lanes), lanes.count)
+
+    def arrive(self, at: int, step: Step, lanes: Lanes) -> list[Release]:
+        barrier, number = step.control, self.numbers(step, lanes)
         count = None
         if barrier.count is not None:
             count = np.broadcast_to(barrier.count(lanes), lanes.count)
         if whole := self._all_at_once(step, lanes, number, count):
-            return [(step, lanes, [(at, lanes)])] if whole else []
+            return [Release(step, lanes, {at: lanes}, {})] if whole else []
         block = lanes.block
         for b in np.unique(block):
             for n in np.unique(number[block == b]):
@@ -257,13 +279,13 @@ class Barriers:
         return bool((np.bincount(lanes.block, minlength=len(self.alive))[lanes.block]
                      == self.alive[lanes.block]).all())  # fmt: skip
 
-    def end(self, lanes: Lanes) -> list:
+    def end(self, lanes: Lanes) -> list[Release]:
         np.subtract.at(self.alive, lanes.block, 1)
         return self._complete(np.unique(lanes.block)) if self.waiting else []
 
-    def _complete(self, blocks) -> list:
+    def _complete(self, blocks) -> list[Release]:
         chosen = set(int(b) for b in blocks)
-        released: dict[Step, list[tuple[int, Lanes]]] = {}
+        released: dict[Step, dict[tuple[int, int], list]] = {}
         for key in [key for key in self.waiting if key[0] in chosen]:
             arrivals = self.waiting[key]
             expected = {self.alive[key[0]] if e is None else e for *_, e in arrivals}
@@ -280,20 +302,24 @@ class Barriers:
                 )
             if present == next(iter(expected)):
                 del self.waiting[key]
-                released.setdefault(arrivals[0][0], []).append(arrivals)
-        return [self._merged(step, lists) for step, lists in released.items()]
+                released.setdefault(arrivals[0][0], {})[key] = arrivals
+        return [self._merged(step, complete) for step, complete in released.items()]
 
     @staticmethod
-    def _merged(step: Step, lists: list) -> tuple:
+    def _merged(step: Step, complete: dict[tuple[int, int], list]) -> Release:
         """Blocks that leave the same barrier, put together again."""
-        waiting: dict[int, Lanes] = {}
-        came = None
-        for arrivals in lists:
+        nobody = complete[next(iter(complete))][0][2].nobody()
+        leaving = Release(step, nobody, {}, {})
+        for key, arrivals in complete.items():
+            here = nobody
             for own, at, lanes, _ in arrivals:
-                came = lanes if came is None else came.union(lanes)
                 if own.control.waits:
-                    waiting[at] = waiting[at].union(lanes) if at in waiting else lanes
-        return step, came, list(waiting.items())
+                    here = here.union(lanes)
+                    leaving.positions[at] = leaving.positions.get(at, nobody).union(lanes)
+            leaving.waited = leaving.waited.union(here)
+            if not all(own.control.waits for own, *_ in arrivals):
+                leaving.reported[key] = here
+        return leaving
 
     def describe(self, batch) -> list[str]:
         return [

@@ -62,6 +62,9 @@ class Counts(Observer):
     def synchronizes(self, step, lanes: Lanes) -> None:
         self.barriers += lanes.warp_count
 
+    def reports(self, lanes: Lanes, barriers) -> None:
+        self.barriers += lanes.warp_count
+
     def accesses(self, access: Access) -> None:
         key = (access.space, access.kind)
         if access.asynchronous == "wgmma":

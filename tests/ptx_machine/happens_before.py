@@ -29,7 +29,7 @@ class HappensBefore:
         return present
 
     def barrier(self, lanes: Lanes, tick: int) -> None:
-        """The warps of each block that are among `lanes` meet."""
+        """The warps of each block that are among `lanes` wait for one another."""
         present = self._present(lanes)
         blocks = np.flatnonzero(present.any(1))
         here = present[blocks]
@@ -50,7 +50,13 @@ class HappensBefore:
         self.fenced[block, warp] = np.maximum(self.fenced[block, warp], self.known[block, warp])
         self.fenced[block, warp, warp] = tick
 
+    def told(self, block: int, warps: np.ndarray, tick: int) -> np.ndarray:
+        """What warps of a block tell when they arrive somewhere: rows like `known`, `fenced`."""
+        told = np.stack([self.known[block, warps].max(0), self.fenced[block, warps].max(0)])
+        told[0, warps] = tick
+        return told
+
     def learns(self, block, warp, known: np.ndarray, fenced: np.ndarray) -> None:
-        """A warp learns what others knew when they arrived at an mbarrier."""
+        """Warps learn what others knew when they arrived."""
         self.known[block, warp] = np.maximum(self.known[block, warp], known)
         self.fenced[block, warp] = np.maximum(self.fenced[block, warp], fenced)

@@ -44,6 +44,8 @@ class Hazards(Observer):
         self.batch, layout = batch, batch.layout
         self.kernel = batch.program.kernel.name
         self.order = HappensBefore(layout)
+        # What those knew who have reported at a barrier, by (block, barrier), that is incomplete.
+        self.reported: dict[tuple[int, int], np.ndarray] = {}
         # What those who arrived at an mbarrier object knew: rows `known` and `fenced`.
         self.phases: dict[int, np.ndarray] = {}
         threads = layout.warps_per_block * WARP
@@ -65,19 +67,32 @@ class Hazards(Observer):
         else:
             self.order.barrier(lanes, self.tick)
 
+    def reports(self, lanes, barriers: np.ndarray) -> None:
+        self.tick += 1
+        keys = np.stack([lanes.block, barriers.astype(np.int64)], 1)
+        for block, barrier in np.unique(keys, axis=0).tolist():
+            here = (keys == (block, barrier)).all(1)
+            told = self.order.told(block, np.unique(lanes.warp[here]), self.tick)
+            known = self.reported.get((block, barrier), -1)
+            self.reported[block, barrier] = np.maximum(told, known)
+
+    def hears(self, block: int, barrier: int, lanes) -> None:
+        told = self.reported.pop((block, barrier))
+        for warp in np.unique(lanes.warp):
+            self.order.learns(block, warp, *told)
+
     def fences(self, fence: str, lanes) -> None:
         if fence == "proxy.async":
             self.order.fence(lanes, self.tick)
 
     def arrives(self, lanes, objects: np.ndarray, copied: bool) -> None:
         self.tick += 1
-        order = self.order
         for number in np.unique(objects).tolist():
             here = objects == number
             block, warps = lanes.block[here][0], np.unique(lanes.warp[here])
-            told = np.stack([order.known[block, warps].max(0), order.fenced[block, warps].max(0)])
-            # A copy's own writes need no fence.
-            told[: 2 if copied else 1, warps] = self.tick
+            told = self.order.told(block, warps, self.tick)
+            if copied:  # a copy's own writes need no fence
+                told[1, warps] = self.tick
             self.phases[number] = np.maximum(told, self.phases.get(number, -1))
 
     def passes(self, lanes, objects: np.ndarray) -> None:

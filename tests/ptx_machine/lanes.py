@@ -119,6 +119,10 @@ class Lanes:
             return self
         return Lanes(self.batch, self.slots[mask])
 
+    def nobody(self) -> "Lanes":
+        """No lanes of the same batch."""
+        return Lanes(self.batch, self.slots[:0])
+
     def union(self, other: "Lanes") -> "Lanes":
         return Lanes(self.batch, np.sort(np.concatenate([self.slots, other.slots])))
 

@@ -112,6 +112,14 @@ class Batch:
         for observer in self.observers:
             observer.synchronizes(step, lanes)
 
+    def reports(self, lanes: Lanes, barriers: np.ndarray) -> None:
+        for observer in self.observers:
+            observer.reports(lanes, barriers)
+
+    def hears(self, block: int, barrier: int, lanes: Lanes) -> None:
+        for observer in self.observers:
+            observer.hears(block, barrier, lanes)
+
     def completed(self, access: Access, done: np.ndarray) -> None:
         for observer in self.observers:
             observer.completes(access, done)

@@ -61,7 +61,13 @@ class Observer:
         """Those of the access's lanes for which done [lanes] is true have waited for it."""
 
     def synchronizes(self, step: "Step", lanes: Lanes) -> None:
-        """`lanes` leave a barrier of their block (or warp) together."""
+        """`lanes`, which waited at a barrier of their block (or warp), leave it together."""
+
+    def reports(self, lanes: Lanes, barriers: np.ndarray) -> None:
+        """`lanes` report at barriers [lanes] of their blocks and go on without waiting."""
+
+    def hears(self, block: int, barrier: int, lanes: Lanes) -> None:
+        """`lanes` leave a barrier of a block of the batch at which others have reported."""
 
     def fences(self, fence: str, lanes: Lanes) -> None:
         """`lanes` execute a fence: "proxy.async" or "wgmma"."""
