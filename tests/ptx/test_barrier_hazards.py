@@ -1,8 +1,6 @@
 """Accesses that barriers at which only a part of the threads waits do, or do not, order."""
 
-import numpy as np
-import pytest
-from test_hazards import EVERY_SCHEDULE, kinds, run
+from test_hazards import EVERY_SCHEDULE, kinds
 
 # Warp 0 runs the first part, warp 1 the second.
 TWO_WARPS = """
@@ -48,3 +46,34 @@ def test_a_second_barrier_orders_what_came_after_the_first(schedule):
     assert "shared race" in two_warps(first.format(""), second.format(""), schedule)
     again = first.format("bar.arrive 2, 64;"), second.format("bar.sync 2, 64;")
     assert not two_warps(*again, schedule)
+
+
+# Warp 0 makes an mbarrier object of 64 arrivals, in the last bytes of the tile.
+OBJECT = """
+    setp.eq.u32 %p2, %r0, 0;
+    @%p2 mbarrier.init.shared.b64 [tile+8184], 64;
+    bar.sync 0;
+"""
+ARRIVE = "mbarrier.arrive.shared.b64 _, [tile+8184], {};"
+WAIT = "mbarrier.try_wait.parity.shared.b64 %p3, [tile+8184], {};"
+STORE, READ = "st.shared.u32 [%r4], %r0;", "ld.shared.u32 %r6, [%r4+-128];"
+
+
+@EVERY_SCHEDULE
+def test_a_phase_orders_no_arrivals_of_the_next(schedule):
+    first, second = ARRIVE.format(2) + STORE + ARRIVE.format(1), WAIT.format(0)
+    assert "shared race" in two_warps(first, second + READ, schedule, OBJECT)
+    assert not two_warps(STORE + ARRIVE.format(2), second + READ, schedule, OBJECT)
+    both = second + ARRIVE.format(1) + WAIT.format(1) + READ
+    assert not two_warps(first, both, schedule, OBJECT)
+
+
+@EVERY_SCHEDULE
+def test_a_state_names_one_phase(schedule):
+    """Warp 1 waits for phase 0 by its state, when phase 1 may be over too; then for phase 1."""
+    first = ARRIVE.format(1) + WAIT.format(0) + STORE + ARRIVE.format(2)
+    second = "mbarrier.arrive.shared.b64 %rd5, [tile+8184], 1;"
+    second += "mbarrier.try_wait.shared.b64 %p3, [tile+8184], {};" + READ
+    assert "shared race" in two_warps(first, second.format("%rd5"), schedule, OBJECT)
+    later = second.replace("mbarrier.try", "add.u64 %rd5, %rd5, 1; mbarrier.try").format("%rd5")
+    assert not two_warps(first, later, schedule, OBJECT)

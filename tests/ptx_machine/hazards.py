@@ -44,10 +44,11 @@ class Hazards(Observer):
         self.batch, layout = batch, batch.layout
         self.kernel = batch.program.kernel.name
         self.order = HappensBefore(layout)
-        # What those knew who have reported at a barrier, by (block, barrier), that is incomplete.
+        # What those knew who have reported at an incomplete barrier, by (block, barrier): rows
+        # `known` and `fenced`.
         self.reported: dict[tuple[int, int], np.ndarray] = {}
-        # What those who arrived at an mbarrier object knew: rows `known` and `fenced`.
-        self.phases: dict[int, np.ndarray] = {}
+        # What those knew who had arrived at an mbarrier object by the end of each of its phases.
+        self.phases: dict[int, list[np.ndarray]] = {}
         threads = layout.warps_per_block * WARP
         # [slots]: the number of each thread in the grid, from 1 on.
         self.thread = (batch.numbers[layout.block] * threads + layout.thread + 1).astype(np.int32)
@@ -85,7 +86,11 @@ class Hazards(Observer):
         if fence == "proxy.async":
             self.order.fence(lanes, self.tick)
 
-    def arrives(self, lanes, objects: np.ndarray, copied: bool) -> None:
+    def initializes(self, objects: np.ndarray) -> None:
+        for number in np.unique(objects).tolist():
+            self.phases[number] = []
+
+    def arrives(self, lanes, objects: np.ndarray, phases: np.ndarray, copied: bool) -> None:
         self.tick += 1
         for number in np.unique(objects).tolist():
             here = objects == number
@@ -93,15 +98,16 @@ class Hazards(Observer):
             told = self.order.told(block, warps, self.tick)
             if copied:  # a copy's own writes need no fence
                 told[1, warps] = self.tick
-            self.phases[number] = np.maximum(told, self.phases.get(number, -1))
+            known, phase = self.phases[number], phases[here][0]
+            told = np.maximum(told, known[-1] if known else -1)
+            known[phase:] = [told]
 
-    def passes(self, lanes, objects: np.ndarray) -> None:
+    def passes(self, lanes, objects: np.ndarray, phases: np.ndarray) -> None:
         self.tick += 1
-        for number in np.unique(objects).tolist():
-            if number in self.phases:
-                here = objects == number
-                for warp in np.unique(lanes.warp[here]):
-                    self.order.learns(lanes.block[here][0], warp, *self.phases[number])
+        seen = np.stack([objects, phases, lanes.block, lanes.warp], 1)
+        for number, phase, block, warp in np.unique(seen, axis=0).tolist():
+            if phase >= 0:  # before the first phase nobody has arrived
+                self.order.learns(block, warp, *self.phases[number][phase])
 
     def accesses(self, access: Access) -> None:
         if access.space not in self.shadows or not len(access.positions):

@@ -128,13 +128,19 @@ class Batch:
         for observer in self.observers:
             observer.fences(fence, lanes)
 
-    def arrives(self, lanes: Lanes, objects: np.ndarray, copied: bool = False) -> None:
+    def initializes(self, objects: np.ndarray) -> None:
         for observer in self.observers:
-            observer.arrives(lanes, objects, copied)
+            observer.initializes(objects)
 
-    def passes(self, lanes: Lanes, objects: np.ndarray) -> None:
+    def arrives(
+        self, lanes: Lanes, objects: np.ndarray, phases: np.ndarray, copied: bool = False
+    ) -> None:
         for observer in self.observers:
-            observer.passes(lanes, objects)
+            observer.arrives(lanes, objects, phases, copied)
+
+    def passes(self, lanes: Lanes, objects: np.ndarray, phases: np.ndarray) -> None:
+        for observer in self.observers:
+            observer.passes(lanes, objects, phases)
 
     def deliver(self) -> bool:
         """Let bulk copies arrive; whether any were under way."""

@@ -80,7 +80,12 @@ def _change(d: Decoder, objects: Source, change: Callable) -> Callable:
 def _init(d: Decoder):
     _take_order(d)
     objects, count = object_reader(d, 0, make=True), d.source(1, "u32")
-    return _change(d, objects, lambda state, which, lanes: state.init(which, _signed(count(lanes))))
+
+    def change(state, which, lanes):
+        state.init(which, _signed(count(lanes)))
+        lanes.batch.initializes(which)
+
+    return _change(d, objects, change)
 
 
 @form("mbarrier.inval", pipe="barrier")
@@ -111,7 +116,7 @@ def _arrive(d: Decoder):
     def change(state, which, lanes):
         many = np.broadcast_to(_signed(count(lanes)) if count else 1, lanes.count)
         phase = (state.arrive_expect if expects else state.arrive)(which, many)
-        lanes.batch.arrives(lanes, which)
+        lanes.batch.arrives(lanes, which, phase)
         write(lanes, phase.astype(np.uint64))
 
     return _change(d, objects, change)
@@ -136,17 +141,22 @@ def _wait(d: Decoder):
         d.source(3, "u32")  # for how long at most
     what = describe(d)
 
+    def asked(lanes):
+        return np.broadcast_to(_signed(phase(lanes)), lanes.count)
+
     def passed(lanes):
         with told_where(what, lanes):
             state, which = lanes.batch.mbarriers.state, objects(lanes)
-            asked = np.broadcast_to(_signed(phase(lanes)), lanes.count)
-            return (state.passed_parity if parity else state.passed)(which, asked)
+            return (state.passed_parity if parity else state.passed)(which, asked(lanes))
 
     def finish(lanes, over):
         write(lanes, over)
         if over.any():
             some = lanes.where(over)
-            some.batch.passes(some, objects(some))
+            which = objects(some)
+            # A parity that is not the present phase's is that of the phase before.
+            seen = some.batch.mbarriers.state.phase[which] - 1 if parity else asked(some)
+            some.batch.passes(some, which, seen)
 
     if waits:
         return PhaseWait(passed, lambda lanes: finish(lanes, np.ones(lanes.count, bool)))

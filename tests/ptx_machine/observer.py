@@ -72,8 +72,12 @@ class Observer:
     def fences(self, fence: str, lanes: Lanes) -> None:
         """`lanes` execute a fence: "proxy.async" or "wgmma"."""
 
-    def arrives(self, lanes: Lanes, objects: np.ndarray, copied: bool) -> None:
-        """`lanes` arrive at mbarrier objects [lanes], or copies do that they have started."""
+    def initializes(self, objects: np.ndarray) -> None:
+        """mbarrier objects [n] begin their first phase, which is phase 0."""
 
-    def passes(self, lanes: Lanes, objects: np.ndarray) -> None:
-        """`lanes` see that a phase of mbarrier objects [lanes] is over."""
+    def arrives(self, lanes: Lanes, objects: np.ndarray, phases: np.ndarray, copied: bool) -> None:
+        """`lanes` arrive in phases [lanes] of mbarrier objects [lanes], or copies do that they
+        have started."""
+
+    def passes(self, lanes: Lanes, objects: np.ndarray, phases: np.ndarray) -> None:
+        """`lanes` see that phases [lanes] of mbarrier objects [lanes] are over."""

@@ -176,7 +176,8 @@ def _copy_to_shared(d: Decoder, dimensions: int):
                 for access in accesses:
                     batch.completed(access, done)
                 own = which[part.rows]
-                batch.arrives(lanes.where(done), own, copied=True)
+                phases = batch.mbarriers.state.phase[own]
+                batch.arrives(lanes.where(done), own, phases, copied=True)
                 with told_where(what, lanes):
                     batch.mbarriers.state.complete(own, np.full(len(own), part.copy_bytes))
 
