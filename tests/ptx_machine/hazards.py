@@ -24,7 +24,7 @@ from .happens_before import HappensBefore
 from .lanes import WARP
 from .observer import Access, Observer
 from .register_hazards import RegisterHazards
-from .shadow import Shadow
+from .shadow import Accesses, Shadow
 
 
 def watchers(findings: Findings) -> tuple[Observer, ...]:
@@ -140,19 +140,20 @@ class Check:
         self.check_pending()
         if access.kind == "read":
             self.check_written()
-            self.check_order(shadow.writer, shadow.write_tick, shadow.write_line, "wrote")
             if access.proxy == "async":
-                self.check_proxy()
-        else:
-            self.check_order(shadow.writer, shadow.write_tick, shadow.write_line, "wrote")
-            self.check_order(shadow.reader, shadow.read_tick, shadow.read_line, "read")
-            self.check_order(shadow.other, shadow.other_tick, None, "read")
+                self.check_proxy(shadow.writer, shadow.write_tick, shadow.write_line)
+                self.check_proxy(shadow.atomics.last, shadow.atomics.tick, shadow.atomics.line)
+        self.check_order(shadow.writer, shadow.write_tick, shadow.write_line, "wrote")
+        if access.kind != "atomic":
+            self.check_both(shadow.atomics, "changed")
+        if access.kind != "read":
+            self.check_both(shadow.reads, "read")
             self.check_same_instruction()
         if access.asynchronous:
             counts = shadow.read_by if access.kind == "read" else shadow.written_by
             np.add.at(counts, self.unit, 1)
         elif access.kind == "read":
-            shadow.record_read(self.unit, self.thread, tick, self.line)
+            shadow.record_shared(shadow.reads, self.unit, self.thread, tick, self.line)
         else:
             self.enter_write(np.ones(len(self.unit), bool))
 
@@ -163,14 +164,18 @@ class Check:
         counts = shadow.read_by if access.kind == "read" else shadow.written_by
         np.subtract.at(counts, unit, 1)
         if access.kind == "read":
-            shadow.record_read(unit, self.thread[chosen], self.hazards.tick, self.line)
+            tick = self.hazards.tick
+            shadow.record_shared(shadow.reads, unit, self.thread[chosen], tick, self.line)
         else:
             self.enter_write(chosen)
 
     def enter_write(self, chosen: np.ndarray) -> None:
-        atomic = self.access.kind == "atomic"
-        tick = self.hazards.tick
-        self.shadow.record_write(self.unit[chosen], self.thread[chosen], tick, self.line, atomic)
+        shadow, tick = self.shadow, self.hazards.tick
+        unit, thread = self.unit[chosen], self.thread[chosen]
+        if self.access.kind == "atomic":
+            shadow.record_shared(shadow.atomics, unit, thread, tick, self.line)
+        else:
+            shadow.record_write(unit, thread, tick, self.line)
         if self.access.space == "global":
             memory = self.hazards.batch.memory["global"]
             positions = self.access.positions[chosen[:: self.each]]
@@ -191,7 +196,9 @@ class Check:
 
     def check_written(self) -> None:
         if self.access.space == "shared":
-            fresh = (self.shadow.writer[self.unit] == 0) & (self.shadow.written_by[self.unit] == 0)
+            shadow, unit = self.shadow, self.unit
+            fresh = (shadow.writer[unit] == 0) & (shadow.atomics.last[unit] == 0)
+            fresh &= shadow.written_by[unit] == 0
         else:
             memory = self.hazards.batch.memory["global"]
             fresh = memory.unwritten(self.access.positions, self.access.width)
@@ -200,6 +207,10 @@ class Check:
             fresh = np.repeat(fresh, self.each)
         if fresh.any():
             self.report("unwritten", fresh, 0, lambda i: "that nothing has written")
+
+    def check_both(self, table: Accesses, verb: str) -> None:
+        self.check_order(table.last, table.tick, table.line, verb)
+        self.check_order(table.other, table.other_tick, None, verb)
 
     def check_order(self, who, ticks, lines, verb: str) -> None:
         shadow, hazards = self.shadow, self.hazards
@@ -212,8 +223,7 @@ class Check:
         foreign = shadow.block_of(prior) != shadow.block_of(thread)
         prior_warp = (prior - 1) % shadow.threads // WARP
         known = hazards.order.known[layout.block[slot], layout.warp[slot], prior_warp]
-        both_atomic = shadow.atomic[unit] & (self.access.kind == "atomic") & (verb == "wrote")
-        bad = (foreign | (ticks[unit] > known)) & ~both_atomic
+        bad = foreign | (ticks[unit] > known)
         if bad.any() and verb == "wrote" and self.access.kind != "read":
             bad &= ~self.stores_the_same()[candidates]
         if not bad.any():
@@ -239,15 +249,15 @@ class Check:
             "with nothing to order the two"
         )
 
-    def check_proxy(self) -> None:
+    def check_proxy(self, who, ticks, lines) -> None:
         """Only what the generic proxy wrote: the async proxy's own writes carry no line."""
         shadow, layout, order = self.shadow, self.hazards.batch.layout, self.hazards.order
-        prior = shadow.writer[self.unit]
+        prior = who[self.unit]
         warp = (prior - 1) % shadow.threads // WARP
         fenced = order.fenced[layout.block[self.slot], layout.warp[self.slot], warp]
-        bad = (prior > 0) & (shadow.write_tick[self.unit] > fenced)
+        bad = (prior > 0) & (ticks[self.unit] > fenced)
         if bad.any():
-            line = int(shadow.write_line[self.unit[np.argmax(bad)]])
+            line = int(lines[self.unit[np.argmax(bad)]])
             self.report(
                 "proxy", bad, line,
                 lambda i: f"through the async proxy that line {line} wrote through the generic "

@@ -1,14 +1,27 @@
 """A shadow of a memory space: who last touched each unit of it, and when.
 
 A unit is as many bytes as the narrowest access of a kernel to the space. Threads are numbered over
-the whole grid, from 1 on; 0 is nobody. Of the readers two are kept, of different warps, and of
-different blocks if there are any: with barriers of the whole block that is enough to find every
-race; with barriers of parts of a block a third reader may be forgotten.
+the whole grid, from 1 on; 0 is nobody. Of the plain writers the last is kept: whoever wrote before
+it was ordered before it, or was reported. Accesses that do not conflict among themselves may all
+conflict with a later one: of the readers, and of those who change a unit atomically, two are kept,
+of different warps, and of different blocks if there are any. With barriers of the whole block a
+race between warps is found by these; with barriers of parts of a block a third one may be
+forgotten. Within a warp the last one alone is kept: a race with the read of an earlier lane is
+missed.
 """
 
 import numpy as np
 
 from .lanes import WARP
+
+
+class Accesses:
+    """Of accesses to each unit that do not conflict: the last thread, its tick and line, and
+    another thread."""
+
+    def __init__(self, units: int):
+        self.last, self.tick, self.line = np.zeros((3, units), np.int32)
+        self.other, self.other_tick = np.zeros((2, units), np.int32)
 
 
 class Shadow:
@@ -17,12 +30,9 @@ class Shadow:
     def __init__(self, size: int, unit: int, threads: int):
         self.unit, self.threads = unit, threads
         units = -(-size // unit) + 1
-        # The last writer, its tick and line, and whether the write was atomic.
+        # The last plain writer, its tick and line.
         self.writer, self.write_tick, self.write_line = np.zeros((3, units), np.int32)
-        self.atomic = np.zeros(units, bool)
-        # The last reader, and another.
-        self.reader, self.read_tick, self.read_line = np.zeros((3, units), np.int32)
-        self.other, self.other_tick = np.zeros((2, units), np.int32)
+        self.reads, self.atomics = Accesses(units), Accesses(units)
         # How many asynchronous operations that write, or read, are not done.
         self.written_by, self.read_by = np.zeros((2, units), np.int16)
 
@@ -39,27 +49,26 @@ class Shadow:
     def block_of(self, thread: np.ndarray) -> np.ndarray:
         return (thread - 1) // self.threads
 
-    def record_write(self, units, thread, tick: int, line: int, atomic: bool) -> None:
+    def record_write(self, units, thread, tick: int, line: int) -> None:
         self.writer[units] = thread
         self.write_tick[units] = tick
         self.write_line[units] = line
-        self.atomic[units] = atomic
 
-    def record_read(self, units, thread, tick: int, line: int) -> None:
-        """Of threads that read a unit at once, the last becomes its reader, the first the other."""
-        before, before_tick = self.reader[units], self.read_tick[units]
-        self.reader[units] = thread
-        last = self.reader[units]
-        other, other_tick = self.other[units], self.other_tick[units]
-        # What was another warp's read stays, and rather one of another block.
+    def record_shared(self, table: "Accesses", units, thread, tick: int, line: int) -> None:
+        """Of threads that access a unit at once, the last is the last, the first the other."""
+        before, before_tick = table.last[units], table.tick[units]
+        table.last[units] = thread
+        last = table.last[units]
+        other, other_tick = table.other[units], table.other_tick[units]
+        # What was another warp's access stays, and rather one of another block.
         keep_other = (other > 0) & (self.block_of(other) != self.block_of(last))
         keep_other |= self.warp_of(before) == self.warp_of(last)
         keep_other |= before == 0
-        self.other[units] = np.where(keep_other, other, before)
-        self.other_tick[units] = np.where(keep_other, other_tick, before_tick)
-        self.read_tick[units] = tick
-        self.read_line[units] = line
+        table.other[units] = np.where(keep_other, other, before)
+        table.other_tick[units] = np.where(keep_other, other_tick, before_tick)
+        table.tick[units] = tick
+        table.line[units] = line
         several = self.warp_of(thread) != self.warp_of(last)
         if several.any():
-            self.other[units[several]] = thread[several]
-            self.other_tick[units[several]] = tick
+            table.other[units[several]] = thread[several]
+            table.other_tick[units[several]] = tick
