@@ -39,3 +39,20 @@ def test_atomics_of_a_block_hide_no_store(schedule):
     assert not kinds(body.format(meet, meet), schedule=schedule)
     assert "shared race" in kinds(body.format("", meet), schedule=schedule)
     assert "shared race" in kinds(body.format(meet, ""), schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    "change", ["red.global.add.u32 [%rd2], 1;", "atom.global.cas.b32 %r5, [%rd2], 0, 1;"]
+)
+def test_a_change_of_fresh_global_memory(change):
+    assert kinds(change, written=False) == {"unwritten"}
+    assert not kinds(STORE + change, written=False)
+    assert not kinds("atom.global.exch.b32 %r5, [%rd2], 1;" + change, written=False)
+    assert not kinds(change, written=True)
+
+
+def test_a_change_of_fresh_shared_memory():
+    change = "atom.shared.add.u32 %r5, [%r4], 1;"
+    assert kinds(change) == {"unwritten"}
+    assert not kinds("st.shared.u32 [%r4], 1;" + change)
+    assert not kinds("atom.shared.exch.b32 %r5, [%r4], 1;" + change)

@@ -10,7 +10,7 @@ Kinds of findings:
     shared race, global race    two threads of a block, not ordered by a barrier
     block conflict              two blocks, not both atomic
     conflicting stores          lanes of a warp store different values in one instruction
-    unwritten                   a read of bytes that nothing has written
+    unwritten                   a read, or an atomic change, of bytes that nothing has written
     pending                     an access to what an asynchronous operation still writes, or a
                                 write to what one still reads
     proxy                       the async proxy reads what was written through the generic one,
@@ -138,8 +138,9 @@ class Check:
     def run(self) -> None:
         access, shadow, tick = self.access, self.shadow, self.hazards.tick
         self.check_pending()
-        if access.kind == "read":
+        if access.kind != "write" and not self.exchanges():
             self.check_written()
+        if access.kind == "read":
             if access.proxy == "async":
                 self.check_proxy(shadow.writer, shadow.write_tick, shadow.write_line)
                 self.check_proxy(shadow.atomics.last, shadow.atomics.tick, shadow.atomics.line)
@@ -211,6 +212,10 @@ class Check:
     def check_both(self, table: Accesses, verb: str) -> None:
         self.check_order(table.last, table.tick, table.line, verb)
         self.check_order(table.other, table.other_tick, None, verb)
+
+    def exchanges(self) -> bool:
+        """Whether what is stored depends on nothing that is read: atom.exch may be the first."""
+        return ".exch" in self.access.instruction.opcode
 
     def check_order(self, who, ticks, lines, verb: str) -> None:
         shadow, hazards = self.shadow, self.hazards
