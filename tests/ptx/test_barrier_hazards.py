@@ -1,5 +1,7 @@
 """Accesses that barriers at which only a part of the threads waits do, or do not, order."""
 
+import pytest
+from ptx_machine.errors import ProgramError
 from test_hazards import EVERY_SCHEDULE, kinds
 
 # Warp 0 runs the first part, warp 1 the second.
@@ -77,3 +79,10 @@ def test_a_state_names_one_phase(schedule):
     assert "shared race" in two_warps(first, second.format("%rd5"), schedule, OBJECT)
     later = second.replace("mbarrier.try", "add.u64 %rd5, %rd5, 1; mbarrier.try").format("%rd5")
     assert not two_warps(first, later, schedule, OBJECT)
+
+
+@pytest.mark.parametrize("barrier", ["bar.sync {};", "bar.sync {}, 64;", "bar.arrive {}, 128;"])
+def test_a_block_has_sixteen_barriers(barrier):
+    with pytest.raises(ProgramError, match=r"barriers 0 to 15, not 16 \(block \(0, 0, 0\)"):
+        kinds(barrier.format(16))
+    assert not kinds(barrier.format(15) + "bar.sync 15, 128;" * ("arrive" in barrier))

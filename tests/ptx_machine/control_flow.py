@@ -245,7 +245,14 @@ class Barriers:
     @staticmethod
     def numbers(step: Step, lanes: Lanes) -> np.ndarray:
         """[lanes]: the barrier at which each arrives."""
-        return np.broadcast_to(step.control.number(lanes), lanes.count)
+        number = np.broadcast_to(step.control.number(lanes), lanes.count)
+        stray = np.flatnonzero(number >= BARRIERS)
+        if len(stray):
+            raise ProgramError(
+                f"{lanes.batch.where(step)}: a block has barriers 0 to {BARRIERS - 1}, not "
+                f"{number[stray[0]]} ({lanes.name(int(stray[0]))})"
+            )
+        return number
 
     def arrive(self, at: int, step: Step, lanes: Lanes) -> list[Release]:
         barrier, number = step.control, self.numbers(step, lanes)
