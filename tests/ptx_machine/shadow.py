@@ -2,12 +2,13 @@
 
 A unit is as many bytes as the narrowest access of a kernel to the space. Threads are numbered over
 the whole grid, from 1 on; 0 is nobody. Of the plain writers the last is kept: whoever wrote before
-it was ordered before it, or was reported. Accesses that do not conflict among themselves may all
-conflict with a later one: of the readers, and of those who change a unit atomically, two are kept,
-of different warps, and of different blocks if there are any. With barriers of the whole block a
-race between warps is found by these; with barriers of parts of a block a third one may be
-forgotten. Within a warp the last one alone is kept: a race with the read of an earlier lane is
-missed.
+it was ordered before it, was reported, or stored the same value. Accesses that do not conflict
+among themselves may all conflict with a later one: of the readers, and of those who change a unit
+atomically, two are kept, of different warps, and of different blocks if there are any. With
+barriers of the whole block a race between warps is found by these; with barriers of parts of a
+block a third one may be forgotten. Of the lanes of a warp the last one alone is kept: when it goes
+on to write what it and other lanes of its warp have read, their reads are forgotten and no race is
+found.
 """
 
 import numpy as np
@@ -55,7 +56,7 @@ class Shadow:
         self.write_line[units] = line
 
     def record_shared(self, table: "Accesses", units, thread, tick: int, line: int) -> None:
-        """Of threads that access a unit at once, the last is the last, the first the other."""
+        """Of threads that access a unit at once the last is entered, and one of another warp."""
         before, before_tick = table.last[units], table.tick[units]
         table.last[units] = thread
         last = table.last[units]
