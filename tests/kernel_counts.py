@@ -55,13 +55,13 @@ def summary(reports: Iterable) -> str:
 
     kernel cases: 312 interpreted, 140 executed as PTX (sm_80 70, sm_90 70)
     """
-    counts = Counter(
-        tuple(value.split("|")[:2])
-        for report in reports
-        if report.when == "call"
-        for name, value in report.user_properties
-        if name == PROPERTY
-    )
+    cases = set()
+    for report in reports:
+        if report.when == "call":
+            told = [value for name, value in report.user_properties if name == PROPERTY]
+            for kind, target, case in (value.split("|", 2) for value in told):
+                cases.add((kind, target, case or report.nodeid))
+    counts = Counter((kind, target) for kind, target, _ in cases)
     parts = []
     for kind, words in _WORDS.items():
         targets = {target: n for (of, target), n in counts.items() if of == kind}

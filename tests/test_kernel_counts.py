@@ -8,10 +8,10 @@ import pytest
 pytest_plugins = ("pytester",)
 
 
-def report(tell, when="call"):
+def report(tell, when="call", nodeid="tests/test_a.py::test_kernel"):
     recorder = counts.Recorder(properties := [("compiled", "a row of the register table")])
     tell(recorder)
-    return SimpleNamespace(when=when, user_properties=properties)
+    return SimpleNamespace(when=when, nodeid=nodeid, user_properties=properties)
 
 
 def test_cases_are_counted_by_kind_and_target():
@@ -19,8 +19,8 @@ def test_cases_are_counted_by_kind_and_target():
         report(lambda r: r.compiled(120)),
         report(lambda r: r.interpreted()),
         report(lambda r: [r.executed(90, "one"), r.executed(90, "two"), r.executed(80)]),
-        report(lambda r: r.compiled(90)),
-        report(lambda r: r.compiled(90)),
+        report(lambda r: r.compiled(90), nodeid="tests/test_a.py::test_kernel[one]"),
+        report(lambda r: r.compiled(90), nodeid="tests/test_a.py::test_kernel[two]"),
     ]
     assert counts.summary(reports) == (
         "kernel cases: 1 interpreted, 3 executed as PTX (sm_80 1, sm_90 2), "
@@ -31,6 +31,12 @@ def test_cases_are_counted_by_kind_and_target():
 def test_a_case_told_twice_counts_once():
     twice = report(lambda r: [r.interpreted("forward"), r.interpreted("forward")])
     assert counts.summary([twice]) == "kernel cases: 1 interpreted"
+
+
+def test_a_named_case_of_two_tests_counts_once_for_each_target():
+    first = report(lambda r: [r.executed(80, "a|b"), r.executed(90, "a|b")], nodeid="one")
+    second = report(lambda r: [r.executed(80, "a|b"), r.executed(80, "a|c")], nodeid="two")
+    assert counts.summary([first, second]) == ("kernel cases: 3 executed as PTX (sm_80 2, sm_90 1)")
 
 
 def test_only_the_call_of_a_test_counts():
