@@ -94,8 +94,11 @@ class Worker:
 
 
 def is_sticky(message: str) -> bool:
-    """Whether it is of an error after which the process can use CUDA no more."""
-    return "CUDA error" in message and any(sign in message for sign in STICKY)
+    """Whether it is of an error after which the process can use CUDA no more.
+
+    torch, Triton and this package's own kernels each word it in their way; all name CUDA.
+    """
+    return "CUDA" in message and any(sign in message for sign in STICKY)
 
 
 def _message(report) -> str:

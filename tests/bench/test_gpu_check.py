@@ -133,8 +133,31 @@ def test_a_lost_process_of_the_tests_is_replaced(tmp_path):
     while share.is_running():
         time.sleep(0.02)
     assert share.starts == 3 and share.process.returncode == 0
-    assert is_sticky("torch.AcceleratorError: CUDA error: an illegal memory access was encountered")
-    assert not is_sticky("CUDA error: out of memory") and not is_sticky("an illegal memory access")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
+        "RuntimeError: Triton Error [CUDA]: an illegal memory access was encountered",
+        "RuntimeError: fastvlp's CUDA kernels could not be queued: unspecified launch failure",
+    ],
+)
+def test_a_lost_context_is_recognized(message):
+    assert is_sticky(message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: invalid argument",
+        "fastvlp's CUDA kernels could not be queued: out of memory",
+        "an illegal memory access",
+    ],
+)
+def test_other_errors_leave_the_context_as_it_is(message):
+    assert not is_sticky(message)
 
 
 def test_a_folder_that_is_too_large_fails(tmp_path, monkeypatch, capsys):
