@@ -52,10 +52,12 @@ def compile_against(source: Path, include: Path) -> list[str]:
         built = Path(folder) / "built.o"
         done = subprocess.run(
             ["g++", *FLAGS, "-isystem", include, "-c", source, "-o", built],
-            capture_output=True, text=True,
+            capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"},
         )  # fmt: skip
         if done.returncode:
-            return [line for line in done.stderr.splitlines() if "error:" in line][:3]
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            errors = [line for line in said if "error:" in line][:3] or said[-3:]
+            return errors or [f"g++ exited with {done.returncode} and said nothing"]
         needed = names.needed_of_torch(built)
     newer = sorted(needed - names.read_list(names.TORCH_LIST))
     return [f"needs {name}, which torch {OLDEST} lacks" for name in newer]
