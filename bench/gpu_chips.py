@@ -1,4 +1,4 @@
-"""Constants of the GPUs that the performance model knows, each with its source.
+"""Constants of the GPUs that the performance model knows, each with its source or as assumed.
 
 Sources by name:
   [A100]   NVIDIA A100 Tensor Core GPU datasheet (SXM) and architecture whitepaper.
@@ -37,7 +37,7 @@ class Chip:
     mma_share: float
     lanes: dict[str, int]
     hbm_tb_s: float
-    # Of that: the best copy or triad that was published.
+    # Of that: the best copy or triad that was published, or assumed.
     hbm_share: float
     l2_bytes: int
     l2_tb_s: float
@@ -48,7 +48,7 @@ class Chip:
     block_shared_bytes: int
     l2_latency: int
     hbm_latency: int
-    # Of peak: the best product of the vendor's library that was published.
+    # Of peak: the best product of the vendor's library that was published, or assumed.
     vendor_share: float
     registers: int = 65_536
     warps: int = 64
@@ -69,8 +69,8 @@ def _hopper(name: str, hbm_tb_s: float, hbm_share: float) -> Chip:
         capability=90,
         sms=132,  # [H100]
         boost_ghz=1.83,  # [H100]: 989.4 TFLOP/s = 132 x 4,096 x 1.83 GHz
-        # torch.mm reaches 780 TFLOP/s in bf16 on an H100 SXM (the public gist "H100 peak matmul
-        # FLOPS"): at full occupation of the units that is this clock.
+        # Assumed: that torch.mm reaches 780 TFLOP/s in bf16 on an H100 SXM, for which no address is
+        # known; at full occupation of the units that is this clock.
         sustained_ghz=1.44,
         tensor={"f16": 4096, "bf16": 4096, "tf32": 2048, "e4m3": 8192, "s8": 8192},  # [H100]
         mma_share=0.63,  # [Luo]: mma.sync reaches 62.9% of peak on Hopper on average
@@ -87,7 +87,7 @@ def _hopper(name: str, hbm_tb_s: float, hbm_share: float) -> Chip:
         block_shared_bytes=227 << 10,  # [CUDA]
         l2_latency=260,  # [Luo]
         hbm_latency=480,  # [Luo]
-        vendor_share=0.79,  # 780 of 989 TFLOP/s, as above
+        vendor_share=0.79,  # assumed: 780 of 989 TFLOP/s, as above
     )  # fmt: skip
 
 
@@ -103,7 +103,9 @@ A100 = Chip(
     lanes={"fma": 64, "alu": 64, "imad": 64, "mufu": 16, "convert": 16, "shuffle": 32,
            "half2": 128},
     hbm_tb_s=2.039,  # [A100]
-    hbm_share=0.85,  # assumed, as the best of [triton] on the 40 GB card: 1.32 of 1.555 TB/s
+    # Assumed, as the best of [triton] on the 40 GB card, 1.32 of 1.555 TB/s: tables with which the
+    # model is compared in their turn.
+    hbm_share=0.85,
     l2_bytes=40 << 20,  # [A100]
     l2_tb_s=4.8,  # [A100]: 5,120 bytes a clock are 7.2 TB/s; measured two thirds of it [Luo]
     l2_port=64,  # [A100]
@@ -119,7 +121,7 @@ A100 = Chip(
 # are those of an A100, which fits the card of 40 GB, whose memory is slower.
 A100_40GB = Chip(**{**vars(A100), "name": "A100 40GB SXM", "hbm_tb_s": 1.555})
 
-# A public copy and triad on an H100 SXM sustain 3.02 and 3.09 TB/s.
+# Assumed: that a copy and a triad on an H100 SXM sustain 3.02 and 3.09 TB/s; no address is known.
 H100 = _hopper("H100 SXM", 3.35, 0.92)
 H200 = _hopper("H200 SXM", 4.8, 0.90)  # [H200]; the share assumed, as H100's
 

@@ -5,7 +5,8 @@
 Nothing here is a time. Kernels are compiled for the GPU, their PTX is executed on the CPU and
 counted, and the counts are turned into a bound by the chip's rates (gpu_chips.py, gpu_bound.py).
 Operations of torch and products of vendors' libraries are bounded by their bytes and by the share
-of peak that is published. --sanity compares the model with published times of three kernels.
+of peak that is published; the floor has the chip's peak, which our own kernels may reach. --sanity
+compares the model with published times of three kernels.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from collections.abc import Mapping, Sequence
 
 import gpu_sanity
 import harness
-from gpu_bound import Bound, Executed, bounds, torch_bound
+from gpu_bound import Bound, Executed, bounds, floor_bound, torch_bound
 from gpu_chips import CHIPS, Chip
 from gpu_launches import Event, record, record_eager
 from gpu_model_case import Case, Implementation, installed
 from gpu_model_cases import cases
 from harness import BOUND, OURS, Contender, Missing
+from ptx_machine.errors import ProgramError, UnknownForm
 from run import Run
+from triton.runtime.errors import OutOfResources
 
 LEGEND = "Every ms is a model's bound, not a time; nothing ran on a GPU."
+# What an implementation that cannot be modelled raises: a tile that does not fit or changes with
+# the size, PTX that the machine does not know or a program that it refuses.
+UNMODELLED = (ValueError, NotImplementedError, UnknownForm, ProgramError, OutOfResources)
 PEERS = ("inf-cl", "memeff", "liger-kernel", "siglip-kernel", "triton")
 
 
@@ -77,12 +83,12 @@ def compare(
             continue
         try:
             found = machine.bounds(chip, each, case.size)
-        except Exception as error:
+        except UNMODELLED as error:
             first = (str(error).strip().splitlines() or [""])[0][:200]
             missing.append(Missing(each.name, f"{type(error).__name__}: {first}"))
             continue
         rows.append(_row(case, chip, each.name, found))
-    floor = torch_bound(chip, case.floor)
+    floor = floor_bound(chip, case.floor)
     rows.append(_row(case, chip, BOUND, [floor], note=case.note))
     return rows, missing
 
@@ -102,7 +108,9 @@ def _row(case: Case, chip: Chip, name: str, found: Sequence[Bound], note: str = 
     }
     contender = Contender(name, None, bound=name == BOUND, note=note, extra=extra)
     phase = f"{case.phase} (model of {chip.name})"
-    return harness.row(case.op, contender, case.dtype, case.shape, phase, [total], None)
+    row = harness.row(case.op, contender, case.dtype, case.shape, phase, [total], None)
+    # Nothing was measured: no rounds, and no quartiles of them.
+    return {**row, "rounds": 0, "ms_q1": None, "ms_q3": None}
 
 
 def summary(rows: Sequence[Mapping]) -> str:

@@ -231,8 +231,8 @@ def cross_attention(images: int, queries=30, keys=577, heads=12, width=64) -> Ca
     return Case(
         "cross_attention", {"b": images, "h": heads, "q": queries, "k": keys, "d": width}, images,
         implementations,
-        TorchOp("floor", 2 * each * (6 * keys + 5 * queries), 14 * each * queries * keys, "bf16"),
-        "7 products; keys, values and queries read for each pass and the gradients written",
+        TorchOp("floor", 2 * each * (6 * keys + 5 * queries), 12 * each * queries * keys, "bf16"),
+        "6 products; keys, values and queries read for each pass and the gradients written",
         missing=(("FlashAttention", "is CUDA C++ of its own, which is not compiled here"),),
     )  # fmt: skip
 

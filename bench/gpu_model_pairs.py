@@ -96,8 +96,8 @@ def contrastive(n: int, dim: int = 512) -> Case:
     ]
     return Case(
         "contrastive", {"n": n, "d": dim}, n, implementations,
-        products(4, n, n, dim, 4 * 2 * n * dim),
-        "4 products, as in itc_throughput.py, and the features and gradients once",
+        products(3, n, n, dim, 4 * 2 * n * dim),
+        "3 products: the logits and two gradients, and the features and gradients once",
     )  # fmt: skip
 
 

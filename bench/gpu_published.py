@@ -1,9 +1,10 @@
 """Published measurements of Triton's tutorial kernels, with which the model is compared.
 
 A100: tables of Triton's documentation, built on an A100 (its kernels' rates are under its peak, and
-copies under the 1.56 TB/s of the 40 GB card, so that is the candidate). HOPPER: outputs that users
-of the tutorials keep in public repositories and that only a chip of the H100 class reaches; which
-card is not said.
+copies under the 1.56 TB/s of the 40 GB card, so that is the candidate):
+triton-lang.org/main/getting-started/tutorials, pages 02, 03 and 06. HOPPER: assumed. They are
+outputs of the same tutorials that only a chip of the H100 class reaches, but neither an address nor
+the card is known.
 """
 
 # Matrix product of fp16 [N, N]: TFLOP/s of Triton's kernel by N.

@@ -1,5 +1,6 @@
 """Calls of test_gpu_model.py in a process of their own, in which Triton compiles."""
 
+import math
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -85,3 +86,63 @@ def comparison():
         gpu_sanity.attention(A100_40GB, published.ATTENTION_A100, lengths, tiles[1]),
     ]
     return [(each.kernel, each.rank_of_times, each.rank_of_rates, each.ratio) for each in found]
+
+
+def floor_products():
+    """Products in the floors of the model and of gpu_check.py, forward and backward, by op."""
+    _benchmarks_on_path()
+    import attention_inputs
+    import gpu_check_ops
+    import gpu_model_cases as cases
+
+    models = {
+        "contrastive": cases.contrastive(8192),
+        "sigmoid": cases.sigmoid(8192),
+        "cross_attention": cases.cross_attention(32),
+    }
+    ours = {}
+    for op, case in models.items():
+        n, d = (case.shape.get(name) for name in ("n", "d"))
+        one = 2 * n * n * d if n else 2 * math.prod(case.shape.values())
+        ours[op] = case.floor.flops / one
+    attention = attention_inputs.Case(images=2, heads=2, keys=40, dtype="bf16", device="cuda")
+    work = gpu_check_ops._attention_work(attention)
+    small = 2 * 128**2 * gpu_check_ops.WIDTH
+    checked = {
+        "contrastive": next(gpu_check_ops.contrastive("bf16", True)).flops / small,
+        "sigmoid": next(gpu_check_ops.sigmoid("bf16", True)).flops / small,
+        "cross_attention": next(gpu_check_ops.cross_attention("bf16", True)).flops
+        / (1e9 * work["gflop_per_product"]),
+    }
+    return ours, checked
+
+
+def floor(moved, flops):
+    """(name, milliseconds, limit) of the floor of that many bytes and operations on an H100."""
+    _benchmarks_on_path()
+    from gpu_bound import floor_bound
+    from gpu_chips import H100
+    from gpu_launches import TorchOp
+
+    found = floor_bound(H100, TorchOp("floor", moved, flops, "bf16"))
+    return found.name, found.ms, found.limited_by
+
+
+def compare_raising(name):
+    """(implementations with a row, what is missing) where ours raises the error of that name."""
+    _benchmarks_on_path()
+    import builtins
+
+    import gpu_model
+    import gpu_model_case
+    from gpu_chips import H100
+
+    def fail(size):
+        error = getattr(gpu_model, name, None) or getattr(builtins, name)
+        raise error(1, 2, "shared memory") if name == "OutOfResources" else error("a reason")
+
+    ours = gpu_model_case.Implementation("fastvlp", partial(fail), (1, 2))
+    least = gpu_model_case.products(1, 8, 8, 8, 8)
+    case = gpu_model_case.Case("op", {"n": 8}, 8, [ours], least, "one product")
+    rows, missing = gpu_model.compare(gpu_model.Machine(), H100, case)
+    return [row["impl"] for row in rows], [(each.name, each.reason) for each in missing]

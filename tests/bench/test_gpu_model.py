@@ -191,6 +191,38 @@ def test_the_model_ranks_as_published_measurements_do(pool):
         assert 1.0 < ratio < 2.0, kernel
 
 
+def test_floors_count_the_products_that_gpu_check_counts(pool):
+    ours, checked = pool.submit(child.floor_products).result()
+    products = {"contrastive": 3, "sigmoid": 3, "cross_attention": 6}
+    assert ours == pytest.approx(products) and checked == pytest.approx(products)
+
+
+def test_a_floor_has_products_at_peak(pool):
+    """989 TFLOP/s, whatever share of them the vendor's library reaches; or the bytes."""
+    name, ms, limited_by = pool.submit(child.floor, 10**9, 3 * 10**13).result()
+    assert (name, limited_by) == ("floor", "products at peak")
+    assert ms == pytest.approx(0.0025 + 3e13 / 989.4e9, rel=1e-3)
+    _, ms, limited_by = pool.submit(child.floor, 10**11, 10**12).result()
+    assert limited_by == "memory" and ms == pytest.approx(0.0025 + 1e11 / (3.35e9 * 0.92))
+
+
+@pytest.mark.parametrize(
+    "error", ["ValueError", "NotImplementedError", "UnknownForm", "ProgramError", "OutOfResources"]
+)
+def test_what_cannot_be_modelled_is_missing_with_its_reason(pool, error):
+    rows, missing = pool.submit(child.compare_raising, error).result()
+    assert rows == ["floor"] and len(missing) == 1
+    name, reason = missing[0]
+    assert name == "fastvlp" and reason.startswith(f"{error}: ")
+
+
+@pytest.mark.parametrize("error", ["KeyError", "AssertionError", "TypeError"])
+def test_a_fault_of_the_model_ends_the_run(pool, error):
+    with pytest.raises((KeyError, AssertionError, TypeError)) as fault:
+        pool.submit(child.compare_raising, error).result()
+    assert fault.type.__name__ == error
+
+
 def test_quick_run(tmp_path):
     target = tmp_path / "model.json"
     subprocess.run(
@@ -203,6 +235,7 @@ def test_quick_run(tmp_path):
     assert meta["complete"] and "not a time" in meta["model"] and "h100" in meta["chips"]
     assert {row["op"] for row in rows} == {"sigmoid", "soft_cross_entropy"}
     for row in rows:
+        assert (row["rounds"], row["ms_q1"], row["ms_q3"]) == (0, None, None)
         assert row["chip"] == "H100 SXM" and "model" in row["phase"]
         assert row["error"] is None and row["peak_mb"] is None and math.isfinite(row["ms"])
     for op in ("sigmoid", "soft_cross_entropy"):
