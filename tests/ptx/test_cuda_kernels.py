@@ -236,8 +236,8 @@ def test_every_schedule_gives_the_same_bits(gpu):
     gpu.schedules = SCHEDULES[::4]  # all warps in step, and one after another in a random order
     products, scale = torch.randn(40, 30), torch.tensor(2.0)
     pairs = torch.stack((torch.full((30,), -torch.inf), torch.zeros(30)))
-    gpu.call("contrastive_cuda_statistics", products, scale, 0, torch.empty(40), torch.empty(40),
-             pairs)  # fmt: skip
+    rows = torch.empty(40, dtype=torch.float64), torch.empty(40)
+    gpu.call("contrastive_cuda_statistics", products, scale, 0, *rows, pairs)
     sums = torch.zeros(2, dtype=torch.float64)
     gpu.call("contrastive_cuda_sigmoid", products, scale, scale, 0.5, 0, sums, torch.empty(0))
     lists = [torch.ones(100), torch.ones(5), torch.full((90,), 3.0)]
