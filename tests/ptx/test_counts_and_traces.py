@@ -47,6 +47,12 @@ def test_a_load_between_sectors_touches_one_more():
     assert found.sectors == {"read": 5}
 
 
+def test_sectors_of_a_load_of_vectors():
+    found = count("mad.wide.u32 a, t, 16, p; ld.global.v4.b32 {x, y, u, v}, [a];")
+    assert found.sectors == {"read": 16} and found.requests["global", "read"] == 1
+    assert found.bytes["global", "read"] == 512
+
+
 def test_sectors_are_counted_for_each_warp_and_distinct_bytes_once():
     found = count(
         "mad.wide.u32 a, t, 0, p; ld.global.b32 x, [a]; st.global.b32 [a+64], t;",
@@ -79,6 +85,14 @@ def test_bank_conflicts_of_vectors(bytes_apart, taken):
     assert found.ideal_wavefronts == {"write": 4}
 
 
+def test_bank_conflicts_of_pairs_and_of_one_word():
+    """Eight bytes a lane go sixteen lanes at a time; lanes that write one word share a pass."""
+    pairs = count("mad.lo.u32 u, t, 8, s; st.shared.v2.b32 [u], {t, t};")
+    assert pairs.wavefronts == pairs.ideal_wavefronts == {"write": 2}
+    one = count("st.shared.b32 [slots], 1;")
+    assert one.wavefronts == one.ideal_wavefronts == {"write": 1}
+
+
 def test_bank_conflicts_of_ldmatrix():
     """Rows of 128 bytes lie in the same banks, rows of 144 do not."""
     load = "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {x}, [u];"
@@ -95,11 +109,14 @@ def test_asynchronous_copies_count_on_both_sides():
 
 
 def test_copies_that_some_lanes_leave_out_count_for_the_others():
+    """Lanes that copy nothing touch no sector, and fill their words all the same."""
     found = count(
         "mad.wide.u32 a, t, 16, p; mad.lo.u32 u, t, 16, s; setp.lt.u32 q, t, 6;"
         "selp.b32 v, 16, 0, q; cp.async.cg.shared.global [u], [a], 16, v; cp.async.wait_all;"
     )
     assert found.sectors == {"read": 3} and found.bytes["global", "read"] == 96
+    assert found.requests["global", "read"] == 1
+    assert found.bytes["shared", "write"] == 512 and found.wavefronts == {"write": 4}
 
 
 def test_atomics():
@@ -124,6 +141,12 @@ def test_an_instruction_counts_for_warps_with_a_lane_that_executes_it():
     assert found.instructions["add.s32"] == 2 and found.lanes["add.s32"] == 40
 
 
+def test_a_branch_counts_for_warps_that_take_it():
+    found = count("setp.lt.u32 q, t, 7; @q bra over; add.s32 x, t, t; over:", threads=64)
+    assert found.instructions["add.s32"] == 2 and found.lanes["add.s32"] == 57
+    assert found.instructions["ret"] == 2 and found.pipes["control"] == 1 + 2
+
+
 def test_matrix_instructions_count_by_shape_and_by_warpgroup():
     mma = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
     found = count(
@@ -142,6 +165,7 @@ def test_counts_of_launches_add_up():
     one, two = count(body), count(body, blocks=2)
     two.merge(one)
     assert two.blocks == 3 and two.barriers == 3 and two.sectors == {"read": 12}
+    assert two.requests["global", "read"] == 3
 
 
 def test_the_trace_is_that_of_one_warp():
