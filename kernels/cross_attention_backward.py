@@ -180,7 +180,9 @@ def query_gradient_kernel(
     q = load_rows(q_base, start, inside, stride_qt * UNIT, BLOCK_M, D, WIDTH, UPCAST)
     do = load_rows(do_base, start, inside, heads * D, BLOCK_M, D, WIDTH, UPCAST)
     out = load_rows(out_base, start, inside, heads * D, BLOCK_M, D, WIDTH, UPCAST)
-    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    # The choice keeps the product out of the sum's first exchange between lanes, see UNFUSED.
+    terms = tl.where(inside[:, None], do.to(tl.float32) * out.to(tl.float32), 0.0)
+    delta = tl.sum(terms, 1)
     at = head.to(tl.int64) * total_q + first_row + row
     lse2 = load_log2_sums(lse_ptr, at, inside)
     if not FUSED:

@@ -14,10 +14,12 @@ from momentum_cases import draw as draw_step
 from ptx_machine.schedule import Schedule
 
 CPU = torch.device("cpu")
-pytestmark = [
-    pytest.mark.parametrize("capability", [80, 90]),
-    pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str),
-]
+# Each GPU and each dtype once; every_tile.py has all of both.
+pytestmark = pytest.mark.parametrize(
+    "capability, dtype",
+    [(80, torch.float16), (90, torch.bfloat16), (90, torch.float32)],
+    ids=["sm_80-float16", "sm_90-bfloat16", "sm_90-float32"],
+)
 # Rows, columns, width: ragged, and aligned with more than one step along the width.
 SIZES = pytest.mark.parametrize("m, n, width", [(150, 170, 40), (140, 130, 128)])
 
@@ -57,6 +59,12 @@ def test_attention(run_on_ptx, capability, dtype, queries):
         queries, [70, 33, 90][: len(queries)], CPU, heads=2, dim=64, dtype=dtype, packed=True,
         masked=True, causal=True, dropout_p=0.1,
     )  # fmt: skip
+    attention.check(with_overrides(run_on_ptx(capability)), problem, {})
+
+
+def test_attention_of_odd_heads(run_on_ptx, capability, dtype):
+    """Heads whose rows are loaded an element at a time, each lane one element of a sum."""
+    problem = attention.draw([20, 7], [40, 33], CPU, dim=17, dtype=dtype, packed=True)
     attention.check(with_overrides(run_on_ptx(capability)), problem, {})
 
 
