@@ -7,7 +7,7 @@ import functools
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,6 +193,20 @@ def failing_together(group: dist.ProcessGroup | None) -> Iterator[None]:
     except Exception as error:
         found = error
     raise_first(found, group)
+
+
+def loading_together(batches: Iterable, group: dist.ProcessGroup | None) -> Iterator:
+    """The batches, of which all ranks of the group have the same number.
+
+    An error in loading one on any rank is raised on all, before any of them computes with theirs.
+    """
+    iterator = iter(batches)
+    while True:
+        with failing_together(group):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def raise_first(error: Exception | None, group: dist.ProcessGroup | None) -> None:

@@ -130,13 +130,12 @@ def matching_accuracy(
     """
     loader.load_state_dict({**loader.state_dict(), "epoch": 0, "place": 0})
     parts, pairs = [], {}
-    with parallel.failing_together(ranks.group):
-        for batch in loader:
-            # Also where it has no pairs: a sharded model computes on all ranks together.
-            images = model.embed_images(ImageBatch(batch.images, batch.pixel_mask))
-            parts.append((batch.index.tolist(), images))
-            about = zip(batch.ids.tolist(), batch.captions, strict=True)
-            pairs |= zip(batch.index.tolist(), about, strict=True)
+    for batch in parallel.loading_together(loader, ranks.group):
+        # Also where it has no pairs: a sharded model computes on all ranks together.
+        images = model.embed_images(ImageBatch(batch.images, batch.pixel_mask))
+        parts.append((batch.index.tolist(), images))
+        about = zip(batch.ids.tolist(), batch.captions, strict=True)
+        pairs |= zip(batch.index.tolist(), about, strict=True)
     pairs = parallel.gathered(pairs, ranks)
     if not pairs:
         raise ValueError("loader: expected at least one pair to judge, got none")
