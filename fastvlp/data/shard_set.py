@@ -140,14 +140,18 @@ class ShardSet:
         with ThreadPoolExecutor(threads) as pool:
             order = self.paths[turn:] + self.paths[:turn]
             futures = [pool.submit(self._load, path) for path in order]
-            for path, future in zip(order, futures, strict=True):
-                while progress and wait([future], _BEAT).not_done:
-                    others = [scanned.get(path, 0.0) for path in order if path not in facts]
-                    progress(len(facts) + sum(others), len(order))
-                index = future.result()
-                facts[path] = len(index), index.faults
-                if progress:
-                    progress(len(facts), len(order))
+            try:
+                for path, future in zip(order, futures, strict=True):
+                    while progress and wait([future], _BEAT).not_done:
+                        others = [scanned.get(path, 0.0) for path in order if path not in facts]
+                        progress(len(facts) + sum(others), len(order))
+                    index = future.result()
+                    facts[path] = len(index), index.faults
+                    if progress:
+                        progress(len(facts), len(order))
+            finally:  # an error does not wait for the shards that nobody has begun
+                for future in futures:
+                    future.cancel()
         counts = [facts[path][0] for path in self.paths]
         self.faults = [fault for path in self.paths for fault in facts[path][1]]
         # Number of the first sample of each shard, and of all samples at the end.

@@ -290,3 +290,19 @@ def test_a_shard_that_shrank_is_an_error_of_the_read(tmp_path):
     with pytest.raises(OSError, match="shorter"):
         shards.read(1)
     assert shards.name(1)[0] == shards.paths[0]
+
+
+def test_an_error_does_not_wait_for_the_other_shards(tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"{n}.tar") for n in range(9)]
+    begun = []
+
+    def index_of(path, *_):
+        begun.append(path)
+        if path == paths[0]:
+            raise OSError(f"{path}: cannot be read")
+        time.sleep(0.2)
+
+    monkeypatch.setattr(shard_set, "index_of", index_of)
+    with pytest.raises(OSError, match=r"0\.tar: cannot be read"):
+        ShardSet(paths)
+    assert len(begun) < len(paths)
