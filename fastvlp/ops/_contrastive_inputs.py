@@ -87,8 +87,10 @@ def as_scalar(name: str, value, like: torch.Tensor, finite: bool = True) -> torc
     if not isinstance(value, torch.Tensor):
         if not isinstance(value, Real):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-        # Filled on the device: a copy from the host would wait for it.
-        value = torch.full((), _as_float(name, value), dtype=dtype, device=like.device)
+        # Filled on the device: a copy from the host would wait for it. Rounded there, too, which
+        # makes what float32 cannot hold infinite.
+        number = _as_float(name, value)
+        value = torch.full((), number, dtype=torch.float64, device=like.device).to(dtype)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one value, got shape {tuple(value.shape)}")
     if not value.is_floating_point():

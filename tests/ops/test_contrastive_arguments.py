@@ -24,6 +24,7 @@ X = torch.zeros(4, 8)
         ((X, X.to("meta"), 1.0), ValueError, "text_features: expected the device"),
         ((X, X, float("nan")), ValueError, "logit_scale: expected a finite value, got nan"),
         ((X, X, torch.tensor(float("inf"))), ValueError, "logit_scale: expected a finite value"),
+        ((X, X, 1e39), ValueError, "logit_scale: expected a finite value, got inf"),
         ((X, X, torch.ones(2)), ValueError, r"logit_scale: expected one value, got shape \(2,\)"),
         ((X, X, torch.ones((), dtype=torch.int)), TypeError, "logit_scale: .*floating-point"),
         ((X, X, "1"), TypeError, "logit_scale: expected a number or a tensor, got str"),
