@@ -100,6 +100,8 @@ def cosine_kernel(
             x, y = x_wide, y_wide
         product = tl.dot(x, tl.trans(y), product, input_precision="ieee")
     cosine = product * factor_of(x_square)[:, None] * factor_of(y_square)[None, :]
+    # Where a row beside padding is not finite, too.
+    cosine = tl.where(x_valid[:, None] & y_valid[None, :], cosine, 0.0)
     at = plan_ptr + (pair * PLAN_X + i)[:, None] * PLAN_Y + j[None, :]
     tl.store(at, cosine, mask=(i < PLAN_X)[:, None] & (j < PLAN_Y)[None, :])
     if tl.program_id(2) == 0:

@@ -155,7 +155,8 @@ inline void iterate(const Transport& t, int64_t iterations, int64_t inner) {
 // Whether an entry of the plan is 0 that would be above 2^-70, or one of delta and sigma has left
 // the range of float.
 inline bool left_range(const Transport& t, const float* cosine, float beta, int64_t iterations) {
-  constexpr float kTiny = -70.0f;
+  // The error of rough_log2 may be the same in every iteration.
+  const float tiny = -70.0f - 0.02f * static_cast<float>(iterations);
   const float rate = 1.44269504f * static_cast<float>(iterations) / beta;
   for (int64_t j = t.cols; j < t.stride; ++j) t.delta_log[j] = -__builtin_inff();
   VecI left = {};
@@ -166,7 +167,7 @@ inline bool left_range(const Transport& t, const float* cosine, float beta, int6
       const Vec expected =
           (load(cosine + at) - 1.0f) * rate + t.sigma_log[i] + load(t.delta_log + j);
       const Vec plan = load(t.q + at) * load(t.delta + j) * t.sigma[i];
-      left |= ~((plan > 0.0f) | (expected < kTiny));
+      left |= ~((plan > 0.0f) | (expected < tiny));
     }
   }
   for (int lane = 0; lane < kLanes; ++lane)
