@@ -53,7 +53,7 @@ def _load_cuda() -> tuple[str, ...]:
     library = _library("_C_cuda")
     if library is None:
         built = build_info().get("cuda", "not built")
-        return (f"the CUDA library was {built}; mend that and run `pip install -e .` again",)
+        return (f"the CUDA library was {built}; fix that and run `pip install -e .` again",)
     try:
         torch.ops.load_library(str(library))
     except OSError as error:

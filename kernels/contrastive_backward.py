@@ -136,8 +136,8 @@ def contrastive_gradients(
     leaves that term out (give it the weight 0). positive_gradient [M]: with respect to the
     positives' logits.
     weights: float32 tensor (w_row, w_col) on the device, upstream gradient included.
-    `workspace_bytes` bounds the chunk of g; the products take 4 bytes for each element of dY and of
-    the chunk's dX besides.
+    `workspace_bytes` bounds the chunk of g; the products take 4 bytes for each element of dY and 8
+    for each of the chunk's dX besides.
 
     Returns (dX, dY, dscale), None for what is not needed; dscale comes with dX. Raises ValueError
     when the inputs are not taken, when both log-sum-exps are None or when the workspace holds not

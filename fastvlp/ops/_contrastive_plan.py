@@ -61,12 +61,12 @@ def make_gpu_plan(
     """Chunks of rows against all columns; nothing is kept.
 
     Counted against the budget: the gradients of a chunk's logits in the features' dtype, fp32
-    gradients of its rows, and the fp32 sums of half-precision gradients of the columns. A tile of
-    rows is always taken.
+    gradients of its rows and their products with the rows, and the fp32 sums of half-precision
+    gradients of the columns. A tile of rows is always taken.
     """
     if not rows or not cols:
         return Plan(_GRAIN, _GRAIN, 0, 0, 0)
-    row_bytes = aligned(cols) * dtype.itemsize + 4 * dim
+    row_bytes = aligned(cols) * dtype.itemsize + 8 * dim
     sums_bytes = 0 if dtype == torch.float32 else 4 * dim * cols
     most = rows_within(workspace_bytes, row_bytes, sums_bytes, device)
     return Plan(even_chunks(rows, max(TILE, most)), cols, 0, 1, 1)

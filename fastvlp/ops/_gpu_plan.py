@@ -10,7 +10,8 @@ import torch
 
 from .._tracing import constant_result
 
-# Without a bound from the caller: one part in so many of the memory that is free at first.
+# Without a bound from the caller: the power of two below one part in so many of the memory that is
+# free at first.
 SHARE_OF_FREE_MEMORY = 20
 # And as many rows at least: a chunk of them keeps every multiprocessor at work for several tiles.
 LEAST_ROWS = 4096

@@ -63,6 +63,8 @@ def make_gpu_plan(
 ) -> Plan:
     """Groups of rows whose gradients memory holds, in chunks whose logits, fp32 and of `heads`
     models, stay in the second-level cache from the product that makes them to the pass over them.
+
+    float32 logits of the student lie where their gradients will, and are made for a group at once.
     """
     logits_bytes = products.row_length(cols, _SINGLE) * _SINGLE.itemsize * heads
     gradient_bytes = products.row_length(cols, dtype) * dtype.itemsize

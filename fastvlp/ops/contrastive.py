@@ -71,7 +71,7 @@ def contrastive(
         logit_bias: b, a number or a tensor of one element. It changes neither loss nor gradient.
         direction: "both" is the mean of "image_to_text" and "text_to_image".
         workspace_bytes: bound on the extra memory; on a CPU more of it keeps more logits for
-            backward, on a GPU it makes chunks taller. None: 288 MB on a CPU; on a GPU about 5% of
+            backward, on a GPU it makes chunks taller. None: 288 MB on a CPU; on a GPU 2.5 to 5% of
             the memory that is free at the first call, or more if 4,096 rows take more.
         group: a process group whose ranks each hold a part of the global batch, of any sizes, 0
             included. Every rank calls with its own pairs and the same options, and backpropagates

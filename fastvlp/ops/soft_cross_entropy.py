@@ -83,7 +83,7 @@ def soft_cross_entropy(
         reduction: "mean" over the labelled rows, "sum", or "none" ([..], 0 at ignored rows).
         workspace_bytes: bound on the derivatives of logits kept for the backward pass; less of it
             than for all rows is shared with the logits that exist at a time. None: 96 MB on a CPU;
-            on a GPU about 5% of the memory that is free at the first call, or more if 4,096 rows
+            on a GPU 2.5 to 5% of the memory that is free at the first call, or more if 4,096 rows
             take more.
 
     Returns:
