@@ -49,7 +49,8 @@ def test_every_kernel_is_in_the_ptx_of_every_target(library):
 
 def test_statistics_of_tiles_then_of_rows_and_columns(launches):
     products, scale = torch.randn(130, 300), torch.tensor(2.0)
-    rows, positive, pairs = torch.empty(130), torch.empty(130), torch.zeros(2, 300)
+    rows, positive = torch.empty(130, dtype=torch.float64), torch.empty(130)
+    pairs = torch.zeros(2, 300)
     name = "contrastive_cuda_statistics"
     assert launches(name, products, scale, 0, rows, positive, pairs) == [
         ("tile_statistics", (4, 1, 1), BLOCK, 0),
@@ -64,8 +65,8 @@ def test_statistics_of_tiles_then_of_rows_and_columns(launches):
 
 def test_gradients_of_tiles(launches):
     products, scale = torch.randn(33, 257), torch.tensor(2.0)
-    rows, cols, weights = torch.zeros(33), torch.zeros(257), torch.ones(2)
-    arguments = products, scale, rows, cols, rows, weights, 0, products
+    rows, cols = (torch.zeros(n, dtype=torch.float64) for n in products.shape)
+    arguments = products, scale, rows, cols, torch.zeros(33), torch.ones(2), 0, products
     assert launches("contrastive_cuda_gradient", *arguments) == [
         ("write_softmax_gradient", (4, 1, 1), BLOCK, 0)
     ]

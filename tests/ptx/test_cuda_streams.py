@@ -28,8 +28,17 @@ def calls():
     lists = [[torch.ones(5)] for _ in range(4)]
     factors = 1e-3, 0.9, 0.99, 1e-8, 0.1, 1.0, False, None, 0.5, None
     return {
-        "contrastive_cuda_statistics": (x, scale, 0, vector, vector, pairs),
-        "contrastive_cuda_gradient": (x, scale, vector, columns, vector, torch.ones(2), 0, x),
+        "contrastive_cuda_statistics": (x, scale, 0, vector.double(), vector, pairs),
+        "contrastive_cuda_gradient": (
+            x,
+            scale,
+            vector.double(),
+            columns.double(),
+            vector,
+            torch.ones(2),
+            0,
+            x,
+        ),
         "contrastive_cuda_sigmoid": (x, scale, scale, 0.5, 0, sums, torch.empty(0)),
         "cuda_kernels_unavailable": (0,),
         "ema_update": ([torch.zeros(5)], [torch.ones(5)], [], None, 0.5, None),

@@ -12,17 +12,16 @@ import torch
 TILE = 128, 64
 WIDTH = 128
 KERNEL = "statistics_kernel"
-SHAPE = re.compile(r"^(wg)?mma\S*\.m(\d+)n(\d+)k(\d+)\.")
+SHAPE = re.compile(r"^(?:wg)?mma\S*\.m(\d+)n(\d+)k(\d+)\.")
 
 
 def multiply_adds(executed):
-    """Of the matrix instructions, counted for each warp: wgmma is one of four warps together."""
-    total = 0
-    for opcode, times in executed.items():
-        if found := SHAPE.match(opcode):
-            warps = 4 if found.group(1) else 1
-            total += math.prod(map(int, found.groups()[1:])) * times // warps
-    return total
+    """Of the matrix instructions, of a warp or a warpgroup each."""
+    return sum(
+        math.prod(map(int, found.groups())) * times
+        for opcode, times in executed.items()
+        if (found := SHAPE.match(opcode))
+    )
 
 
 def features(kind, rows):
