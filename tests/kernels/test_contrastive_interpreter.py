@@ -115,19 +115,19 @@ def check_sigmoid(run_kernel, problem, workspace_bytes, weight=1.0):
     return ours
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(**PROBLEMS)
 def test_statistics(run_kernel, device, **drawn):
     check_statistics(run_kernel, draw(device=device, **drawn))
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(workspace=st.sampled_from([1 << 12, 1 << 14, 1 << 20]), **PROBLEMS)
 def test_gradients(run_kernel, device, workspace, **drawn):
     check_gradients(run_kernel, draw(device=device, **drawn), [0.3, 0.2], workspace)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     bias=st.sampled_from([-10.0, 0.0, 5.0]),
     workspace=st.sampled_from([1 << 12, 1 << 14, 1 << 20]),
