@@ -9,7 +9,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "kernels")]
 
 import triton_process  # noqa: E402
-from ptx_machine import virtual_process  # noqa: E402
+from ptx_machine import cuda_library, virtual_process  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +51,12 @@ def _caller(pools, function):
         return call
 
     return on
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The host code of csrc/cuda for CPU tensors; a test that needs it says what is missing."""
+    try:
+        return cuda_library.load()
+    except cuda_library.Missing as missing:
+        pytest.skip(str(missing))

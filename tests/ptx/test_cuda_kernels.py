@@ -15,7 +15,7 @@ import pytest
 import test_contrastive_cuda as contrastive
 import test_ema
 import torch
-from ptx_machine import cuda_device, cuda_library
+from ptx_machine import cuda_device
 from ptx_machine.errors import HazardError
 from ptx_machine.schedule import SCHEDULES
 
@@ -35,15 +35,6 @@ KERNELS = {
 def executed():
     """What this module has executed: kernels as (target, kernel), and the names of its tests."""
     return SimpleNamespace(kernels=set(), tests=set())
-
-
-@pytest.fixture(scope="module")
-def library():
-    """The CUDA sources, compiled; tests skip where they cannot be."""
-    try:
-        cuda_library.load()
-    except cuda_library.Missing as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.fixture(params=TARGETS, ids=lambda target: f"sm_{target}")

@@ -4,15 +4,6 @@ import ctypes
 
 import pytest
 import torch
-from ptx_machine import cuda_library
-
-
-@pytest.fixture(scope="module")
-def library():
-    try:
-        return cuda_library.load()
-    except cuda_library.Missing as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.fixture

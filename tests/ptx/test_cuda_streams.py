@@ -3,15 +3,6 @@ tensors are copied to the device."""
 
 import pytest
 import torch
-from ptx_machine import cuda_library
-
-
-@pytest.fixture(scope="module")
-def library():
-    try:
-        return cuda_library.load()
-    except cuda_library.Missing as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.fixture
