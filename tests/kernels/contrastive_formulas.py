@@ -63,10 +63,11 @@ def gradient_inputs(problem: Problem, weights):
 
 
 def softmax_gradient(problem: Problem, weights, dtype: torch.dtype):
-    """The gradient of the logits."""
+    """The gradient of the logits; a term of weight 0 is left out, whatever its logits are."""
     z = problem.logits(dtype)
-    w_row, w_col = weights.to(dtype)
-    return w_row * z.softmax(1) + w_col * z.softmax(0) - (w_row + w_col) * problem.is_pair()
+    weights = weights.to(dtype)
+    terms = [w * z.softmax(dim) for dim, w in zip((1, 0), weights, strict=True) if w != 0]
+    return sum(terms) - weights.sum() * problem.is_pair()
 
 
 def sigmoid_terms(problem: Problem, dtype: torch.dtype):

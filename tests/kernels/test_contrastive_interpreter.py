@@ -338,11 +338,12 @@ def test_nan_spreads_as_far_as_it_reaches(run_kernel, device, dtype):
     assert torch.equal(positive.isnan(), hit)
     assert torch.equal(cols.isnan(), ~hit[:50])  # the positive of column 33 is in none of its sums
     weights = torch.tensor([0.5, 0.0], device=device)
-    dx, dy = run_kernel(
+    row_lse, _, positive_gradient = formulas.gradient_inputs(problem, weights)
+    dx, dy, dscale = run_kernel(
         "contrastive_backward", "contrastive_gradients", problem.x, problem.y, problem.scale,
-        rows, None, positive, weights, workspace_bytes=1 << 14,
+        row_lse, None, positive_gradient, weights, workspace_bytes=1 << 14,
     )  # fmt: skip
-    assert torch.equal(dx.isnan().any(1), hit) and dy.isnan().all()
+    assert torch.equal(dx.isnan().any(1), hit) and dy.isnan().all() and dscale.isnan()
     result = run_kernel(
         "contrastive_sigmoid", "sigmoid_contrastive", problem.x, problem.y, problem.scale,
         problem.bias, workspace_bytes=1 << 14,
@@ -359,8 +360,8 @@ def test_same_bits_twice(run_kernel, device):
         found = run_kernel("contrastive", "contrastive_statistics", *args)
         weights = torch.tensor([0.5, 0.5], device=device)
         found += run_kernel(
-            "contrastive_backward", "contrastive_gradients", *args, *found, weights,
-            workspace_bytes=1 << 14,
+            "contrastive_backward", "contrastive_gradients", *args,
+            *formulas.gradient_inputs(problem, weights), weights, workspace_bytes=1 << 14,
         )  # fmt: skip
         return found + tuple(
             run_kernel(
