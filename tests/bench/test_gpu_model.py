@@ -15,7 +15,7 @@ from gpu_chips import A100, CHIPS, H100
 from gpu_schedule import TracedStep
 
 BENCH = Path(gpu_occupancy.__file__).parent
-sys.path[:0] = [str(Path(__file__).parents[1] / "kernels"), str(Path(__file__).parent)]
+sys.path += [str(Path(__file__).parents[1] / "kernels"), str(Path(__file__).parent)]
 triton_process = importlib.import_module("triton_process")
 child = importlib.import_module("gpu_model_child")
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 # Ranks find the module by its name, as they find the benchmarks.
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parent))
 import exchanges  # noqa: E402
 
 BENCH = Path(itc_distributed.__file__).parent
