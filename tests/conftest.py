@@ -1,6 +1,7 @@
-"""Shared test settings: the device, poisoned memory, and the draws of random inputs."""
+"""Shared test settings: the device, threads, poisoned memory, logging, draws of random inputs."""
 
 import inspect
+import logging
 import os
 from contextlib import ExitStack
 
@@ -95,3 +96,20 @@ def poisoned_memory(monkeypatch):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def kept_logging():
+    """Levels and handlers that a test sets, as scripts with logs do, end with it."""
+    root, known = logging.root, logging.root.manager.loggerDict
+    # A name that only has loggers below it, and no logger yet, has no level of its own.
+    levels = {name: getattr(each, "level", logging.NOTSET) for name, each in known.items()}
+    root_level, handlers = root.level, set(root.handlers)
+    yield
+    root.setLevel(root_level)
+    for name, level in levels.items():
+        if isinstance(logger := known[name], logging.Logger):
+            logger.setLevel(level)
+    for handler in set(root.handlers) - handlers:
+        root.removeHandler(handler)
+        handler.close()
