@@ -1,11 +1,12 @@
 """What the multi-tensor operators share: their lists, the decay, and the search for NaN.
 
-The compiled operators check everything before they write anything. Only when they refuse does
-`explained` look again, to say which argument is wrong; a step in order pays for no check here.
+Lists are checked before an operator is called; lists in order cost one look at each tensor. The
+compiled operators check memory (overlaps, tied tensors) themselves before they write anything.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from numbers import Real
 
 import torch
@@ -20,6 +21,26 @@ LARGEST = torch.finfo(torch.float32).max
 
 def check_lists(lists: dict[str, Sequence[torch.Tensor]], optional: tuple[str, ...]) -> None:
     """Raises TypeError or ValueError unless the lists go together; the first sets the measure."""
+    given = [tensors for name, tensors in lists.items() if tensors or name not in optional]
+    if not _plainly_alike(given):
+        _check_each(lists, optional)
+
+
+def _plainly_alike(lists: list[Sequence[torch.Tensor]]) -> bool:
+    """Whether these are plain tensors in order, of one device; quick enough for every step."""
+    tensors = list(chain(*lists))
+    classes = {type(t) for t in tensors}
+    if not all(issubclass(c, torch.Tensor) and not issubclass(c, DTensor) for c in classes):
+        return False
+    if len({t.device for t in tensors}) > 1 or {t.layout for t in tensors} - {torch.strided}:
+        return False
+    if not all(dtype.is_floating_point for dtype in {t.dtype for t in tensors}):
+        return False
+    shapes = [t.shape for t in lists[0]]
+    return all([t.shape for t in tensors] == shapes for tensors in lists[1:])
+
+
+def _check_each(lists: dict[str, Sequence[torch.Tensor]], optional: tuple[str, ...]) -> None:
     first_name, first = next(iter(lists.items()))
     for name, tensors in lists.items():
         if name in optional and not tensors:
@@ -65,12 +86,6 @@ def _check_tensor(name: str, t: torch.Tensor, model_name: str, model: torch.Tens
                 f"{name}: expected shards or replicas, got placements {t.placements}; "
                 "redistribute it"
             )
-
-
-def is_mixed(lists: Iterable[Sequence[torch.Tensor]]) -> bool:
-    """Whether there are DTensors or several devices, which the operators cannot see or compare."""
-    tensors = [t for tensors in lists for t in tensors]
-    return len({t.device for t in tensors}) > 1 or any(isinstance(t, DTensor) for t in tensors)
 
 
 def local(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -139,18 +154,6 @@ def native_reasons(*lists: Sequence[torch.Tensor] | None) -> list[str]:
     for dtype in sorted({t.dtype for t in tensors} - set(NATIVE_DTYPES), key=str):
         reasons.append(f"dtype {dtype} has no kernel; float32, bfloat16, float16 have")
     return reasons
-
-
-def explained(operator: Callable, check: Callable[[], None], *args) -> None:
-    """Runs `operator(*args)`; where it refuses, `check()` has the first word."""
-    if torch.compiler.is_compiling():
-        check()
-        return operator(*args)
-    try:
-        return operator(*args)
-    except RuntimeError:
-        check()
-        raise
 
 
 def last_exceeding(

@@ -64,28 +64,23 @@ def adamw_ema(
     }  # fmt: skip
     lists = {name: list(tensors) for name, tensors in lists.items()}
 
-    def check():
-        multi.check_lists(lists, optional=("momentum", "weight_copies", "momentum_copies"))
-        if momentum_copies and not momentum:
-            raise ValueError("momentum_copies: expected none without momentum")
-
+    multi.check_lists(lists, optional=("momentum", "weight_copies", "momentum_copies"))
+    if lists["momentum_copies"] and not lists["momentum"]:
+        raise ValueError("momentum_copies: expected none without momentum")
     if not multi.checked_number("step", step) >= 1:
         raise ValueError(f"step: expected at least 1, got {step!r}")
     multi.check_adamw(lr, betas, eps, weight_decay)
     if not lists["weights"]:
-        return check()
-    if multi.is_mixed(lists.values()):
-        check()
+        return
     decay_tensor, decay_value = multi.checked_decay(decay, lists["weights"][0])
     parts = [multi.local(tensors) for tensors in lists.values()]
     if choose("adamw_ema", *parts) == "native":
-        multi.explained(
-            torch.ops.fastvlp.adamw_ema, check, *parts, float(lr), *map(float, betas), float(eps),
-            float(weight_decay), float(step), maximize, decay_tensor, decay_value, nonfinite,
+        torch.ops.fastvlp.adamw_ema(
+            *parts, float(lr), *map(float, betas), float(eps), float(weight_decay), float(step),
+            maximize, decay_tensor, decay_value, nonfinite,
         )  # fmt: skip
         multi.bump_versions(parts[0], *parts[2:])
         return
-    check()
     if not torch.compiler.is_compiling():
         parts = without_ties(dict(zip(lists, parts, strict=True)), read=("gradients",))
     if nonfinite is None or nonfinite.item() < 0:

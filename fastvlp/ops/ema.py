@@ -59,29 +59,17 @@ def ema(
     momentum, source, copies = list(momentum), list(source), list(copies or ())
     lists = {"momentum": momentum, "source": source, "copies": copies}
 
-    def check():
-        multi.check_lists(lists, optional=("copies",))
-
-    if not all(len(tensors) == len(momentum) for tensors in (source, copies or source)):
-        check()
+    multi.check_lists(lists, optional=("copies",))
     if not momentum:
         return torch.tensor(-1) if check_finite else None
-    if not all(isinstance(t, torch.Tensor) for tensors in lists.values() for t in tensors):
-        check()
-    if multi.is_mixed(lists.values()):
-        check()
     decay_tensor, decay_value = multi.checked_decay(decay, momentum[0])
     native = choose("ema", momentum, source, decay, copies) == "native"
-    if not native:
-        check()
     found = (
         multi.last_exceeding(source, native=native, limit=_limit(source)) if check_finite else None
     )
     parts = [multi.local(tensors) for tensors in (momentum, source, copies)]
     if native:
-        multi.explained(
-            torch.ops.fastvlp.ema_update, check, *parts, decay_tensor, decay_value, found
-        )
+        torch.ops.fastvlp.ema_update(*parts, decay_tensor, decay_value, found)
         multi.bump_versions(parts[0], parts[2])
         return found
     if not torch.compiler.is_compiling():
