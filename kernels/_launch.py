@@ -9,15 +9,12 @@ import torch
 import triton
 
 from . import aot
-from .support import interpreting, supported
+from .support import ALIGNMENT, align, interpreting, supported
 
 INTERPRETED = interpreting()
 CAPABILITIES = (80, 90, 100, 120)
 # Small enough that a test with a few dozen rows crosses several tiles in each direction.
 TILE_INTERPRETED = (32, 16, 32, 2, 4, 1)
-# Elements; what Triton's launcher takes as the sign that whole vectors can be loaded.
-ALIGNMENT = 16
-
 
 # For kernels that sum products between lanes. Fused into the first exchange of such a sum, a
 # product is rounded by one of two lanes only: their sums differ, and which is stored is undefined.
@@ -111,11 +108,6 @@ def rows_per_chunk(rows: int, cols: int, element: int, workspace_bytes: int, til
     if tile.block_m < height < rows:
         height -= height % tile.block_m
     return height
-
-
-def align(count: int) -> int:
-    """`count` rounded up to a multiple of `ALIGNMENT`."""
-    return triton.cdiv(count, ALIGNMENT) * ALIGNMENT
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,16 @@ import torch
 from fastvlp._tracing import constant_result
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Elements. Rows that begin at multiples of it are loaded by whole vectors, as matrix units want
+# them and as Triton's launcher specialises a kernel for.
+ALIGNMENT = 16
 # The widest head of the attention kernels: their tiles span a head.
 LARGEST_HEAD = 128
+
+
+def align(count: int) -> int:
+    """`count` elements rounded up to a multiple of `ALIGNMENT`."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 @constant_result

@@ -16,7 +16,8 @@ import torch
 
 from .. import _native
 from .._tracing import constant_result
-from ._gpu_plan import TILE, aligned
+from ..kernels.support import align
+from ._gpu_plan import TILE
 
 # Products that the statistics make at once: the pass over them finds them in the second-level
 # cache, 40 MB on the smallest GPU the default build is for.
@@ -184,4 +185,4 @@ def _floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
 
 def _workspace(like: torch.Tensor, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
     # Whole vectors of a half-precision dtype, as the matrix units want them.
-    return torch.empty((rows, aligned(cols)), dtype=dtype, device=like.device)[:, :cols]
+    return torch.empty((rows, align(cols)), dtype=dtype, device=like.device)[:, :cols]

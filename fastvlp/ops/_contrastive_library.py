@@ -7,9 +7,9 @@ Triton runs or the compiled passes, whichever `fastvlp.ops.explain` names.
 import torch
 
 from .. import _native
+from ..kernels.support import align
 from . import _contrastive_cuda
 from ._dispatch import choose
-from ._gpu_plan import aligned
 from ._implement import implement
 from ._saved_gradients import SECOND_DERIVATIVE
 
@@ -94,7 +94,7 @@ def _sigmoid_triton(
 
 def _workspace(x: torch.Tensor, y: torch.Tensor, rows: int) -> int:
     """What a chunk of so many rows, the plan's, takes."""
-    return rows * aligned(len(y)) * x.element_size()
+    return rows * align(len(y)) * x.element_size()
 
 
 def _on_cuda(op, triton, native):

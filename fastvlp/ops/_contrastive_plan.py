@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from .._tracing import constant_result
-from ._gpu_plan import TILE, aligned, even_chunks, rows_within
+from ..kernels.support import align
+from ._gpu_plan import TILE, even_chunks, rows_within
 
 # On a CPU. Keeps every logit of 8192 x 8192 pairs: such a batch costs three products, not four.
 DEFAULT_WORKSPACE_BYTES = 288 << 20
@@ -66,7 +67,7 @@ def make_gpu_plan(
     """
     if not rows or not cols:
         return Plan(_GRAIN, _GRAIN, 0, 0, 0)
-    row_bytes = aligned(cols) * dtype.itemsize + 8 * dim
+    row_bytes = align(cols) * dtype.itemsize + 8 * dim
     sums_bytes = 0 if dtype == torch.float32 else 4 * dim * cols
     most = rows_within(workspace_bytes, row_bytes, sums_bytes, device)
     return Plan(even_chunks(rows, max(TILE, most)), cols, 0, 1, 1)

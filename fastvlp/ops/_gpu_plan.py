@@ -17,8 +17,6 @@ SHARE_OF_FREE_MEMORY = 20
 LEAST_ROWS = 4096
 # Rows of a matrix unit's tile: a chunk of whole ones leaves none of it idle.
 TILE = 128
-# Rows of a workspace begin at multiples of so many elements.
-ALIGNMENT = 16
 # Of the smallest GPU that the default build is for; where a trace has no GPU to ask.
 SMALLEST_L2_BYTES = 40 << 20
 
@@ -68,8 +66,3 @@ def even_chunks(rows: int, most: int) -> int:
     whole = most - most % TILE if most >= TILE else most
     even = -(-rows // -(-rows // whole))
     return min(whole, -(-even // TILE) * TILE)
-
-
-def aligned(count: int) -> int:
-    """`count` rounded up to a multiple of ALIGNMENT."""
-    return -(-count // ALIGNMENT) * ALIGNMENT

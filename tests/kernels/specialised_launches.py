@@ -1,7 +1,6 @@
 """The host code of every kernel on inputs whose sizes and strides the runtime specialises; for
 child processes."""
 
-import recorded_launches
 import torch
 
 # The lengths of every axis that a caller chooses: 1 becomes a constant of the kernel, a multiple of
@@ -128,11 +127,14 @@ CALLS = {
 
 def compile_launches(call: str, sizes: str) -> list[tuple[str, set]]:
     """(kernel, arguments that became constants, being 1) of every launch, once compiled."""
-    launches = recorded_launches.record(lambda: CALLS[call](**SIZES[sizes]))
+    from ptx_machine.virtual_gpu import VirtualGPU
+
+    with VirtualGPU(90, execute=False, hazards=False) as gpu:
+        CALLS[call](**SIZES[sizes])
     found = []
-    for launch in launches:
-        assert launch.compile().asm["cubin"]
-        specialised = {at for (at,) in launch.constants} - set(launch.kernel.constexprs)
-        names = {launch.kernel.arg_names[at] for at in specialised}
-        found.append((launch.kernel.__name__, names))
+    for compiled in {id(launch.compiled): launch.compiled for launch in gpu.launches}.values():
+        assert compiled.asm["cubin"]
+        kernel = compiled.src.fn
+        specialised = {at for (at,) in compiled.src.constants} - set(kernel.constexprs)
+        found.append((kernel.__name__, {kernel.arg_names[at] for at in specialised}))
     return found

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fastvlp.kernels import contrastive_backward, contrastive_sigmoid
 from fastvlp.kernels._launch import Tile
+from fastvlp.kernels.support import align
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -101,7 +102,7 @@ def test_chunks_are_whole_tiles_within_the_budget(rows, cols, dim, dtype, worksp
     plan = make_gpu_plan(rows, cols, dim, dtype, workspace, DEVICE)
     height = plan.block_rows
     assert height == rows or (height % 128 == 0 and height < rows)
-    used = height * (_gpu_plan.aligned(cols) * dtype.itemsize + 4 * dim)
+    used = height * (align(cols) * dtype.itemsize + 4 * dim)
     if dtype != torch.float32:
         used += 4 * dim * cols
     assert used <= workspace or height <= 128

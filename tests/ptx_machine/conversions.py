@@ -3,7 +3,7 @@
 import numpy as np
 
 from .floats import CANONICAL_NAN, flush, saturate
-from .forms import Decoder, form
+from .forms import Decoder, dtype_of, form
 from .rounding import to_float32
 from .syntax import BITS
 
@@ -109,17 +109,13 @@ def _function(d: Decoder, target: str, source: str, mode: str | None, ftz: bool,
 
 
 def _between_integers(target: str, source: str, sat: bool):
-    dtype = _integer(target)
+    dtype = dtype_of(target)
     if not sat:
         return lambda x: x.astype(dtype)
     limits = np.iinfo(dtype)
-    own = np.iinfo(_integer(source))
+    own = np.iinfo(dtype_of(source))
     low, high = max(limits.min, own.min), min(limits.max, own.max)
     return lambda x: np.clip(x, x.dtype.type(low), x.dtype.type(high)).astype(dtype)
-
-
-def _integer(kind: str) -> np.dtype:
-    return np.dtype(f"{'i' if kind[0] == 's' else 'u'}{BITS[kind] // 8}")
 
 
 def _widened(source: str):
@@ -131,7 +127,7 @@ def _to_integer(target: str, source: str, mode: str, ftz: bool):
 
     NaN becomes the top bit alone where either type has 64 bits, as the ISA has it, otherwise 0.
     """
-    dtype, widen = _integer(target), _widened(source)
+    dtype, widen = dtype_of(target), _widened(source)
     nearest = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[mode]
     limits = np.iinfo(dtype)
     top_bit = limits.min if target[0] == "s" else limits.max // 2 + 1

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .forms import SIGNED, UNSIGNED, Decoder, form
+from .forms import UNSIGNED, Decoder, dtype_of, form
 from .syntax import BITS, Immediate
 
 INTEGERS = tuple(f"{sign}{bits}" for bits in (16, 32, 64) for sign in "us")
@@ -56,16 +56,12 @@ def _product(d: Decoder):
     function = {
         "lo": np.multiply,
         "hi": _high_product,
-        "wide": lambda a, b: a.astype(_dtype(wide)) * b.astype(_dtype(wide)),
+        "wide": lambda a, b: a.astype(dtype_of(wide)) * b.astype(dtype_of(wide)),
     }[part]
     result = wide if part == "wide" else kind
     if name == "mul":
         return _elementwise(d, (kind, kind), function, result)
     return _elementwise(d, (kind, kind, result), lambda a, b, c: function(a, b) + c, result)
-
-
-def _dtype(kind: str):
-    return SIGNED[BITS[kind]] if kind[0] == "s" else UNSIGNED[BITS[kind]].type
 
 
 def _high_product(a, b):
@@ -166,7 +162,7 @@ def _shift_left(d: Decoder):
 def _shift_right(d: Decoder):
     """Amounts from the width of the type on leave the sign, or zeros."""
     kind = d.need(*INTEGERS, "b16", "b32", "b64")
-    bits, dtype = BITS[kind], _dtype(kind)
+    bits, dtype = BITS[kind], dtype_of(kind).type
 
     def function(a, amount):
         shifted = a >> np.minimum(amount, bits - 1).astype(dtype)
@@ -196,7 +192,7 @@ def _funnel_shift(d: Decoder):
 def _extract_bits(d: Decoder):
     """`length` bits from `position` on; past the end, and above the field, zeros or its sign."""
     kind = d.need("u32", "s32", "u64", "s64")
-    bits, unsigned, dtype = BITS[kind], UNSIGNED[BITS[kind]].type, _dtype(kind)
+    bits, unsigned, dtype = BITS[kind], UNSIGNED[BITS[kind]].type, dtype_of(kind).type
 
     def function(a, position, length):
         position, length = position & np.uint32(255), length & np.uint32(255)
