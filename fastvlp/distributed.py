@@ -5,7 +5,7 @@ different numbers of rows.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -137,28 +137,39 @@ def reporting(group: dist.ProcessGroup | None, call: str) -> Iterator[None]:
 
 
 @contextmanager
-def together(groups: Iterable[dist.ProcessGroup], call: str) -> Iterator[None]:
-    """All ranks run the body; an error in it, of any type, is raised on all ranks of all groups.
-
-    Without groups the error passes unchanged.
-    """
+def exchanged(exchange: Callable[[Exception | None], None]) -> Iterator[None]:
+    """Hands the body's error, or None, to `exchange`, which raises what all ranks shall raise."""
     own = None
     try:
         yield
     except Exception as error:
         own = error
-    found = own
-    for group in groups:
-        if _is_known(own, group):
-            continue
-        try:
-            agree(group, call, error=found)
-        except RuntimeError as error:
-            found = error
-    if found is own is not None:
-        raise own
-    if found is not None:
-        raise found from own
+    exchange(own)
+
+
+@contextmanager
+def together(groups: Iterable[dist.ProcessGroup], call: str) -> Iterator[None]:
+    """All ranks run the body; an error in it, of any type, is raised on all ranks of all groups.
+
+    Without groups the error passes unchanged.
+    """
+
+    def exchange(own: Exception | None) -> None:
+        found = own
+        for group in groups:
+            if _is_known(own, group):
+                continue
+            try:
+                agree(group, call, error=found)
+            except RuntimeError as error:
+                found = error
+        if found is own is not None:
+            raise own
+        if found is not None:
+            raise found from own
+
+    with exchanged(exchange):
+        yield
 
 
 def _is_known(error: Exception | None, group: dist.ProcessGroup) -> bool:

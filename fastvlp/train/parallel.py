@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fastvlp.distributed import all_gather_rows, group_device
+from fastvlp.distributed import all_gather_rows, exchanged, group_device
 
 # Seconds between signs of life of a first rank that works alone: much less than any timeout of a
 # process group.
@@ -181,18 +181,12 @@ def _call_with_signs_of_life(
         dist.broadcast_object_list(done, src=0, group=group)
 
 
-@contextlib.contextmanager
-def failing_together(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """An error in the body on any of the ranks is raised on all of them at its end.
+def failing_together(group: dist.ProcessGroup | None) -> contextlib.AbstractContextManager[None]:
+    """An error in the body on any of the ranks is raised on all of them at its end, in its type.
 
     All ranks of the group enter it, and the body has no exchange between them.
     """
-    found = None
-    try:
-        yield
-    except Exception as error:
-        found = error
-    raise_first(found, group)
+    return exchanged(functools.partial(raise_first, group=group))
 
 
 def loading_together(batches: Iterable, group: dist.ProcessGroup | None) -> Iterator:
