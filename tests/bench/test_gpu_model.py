@@ -227,7 +227,7 @@ def test_quick_run(tmp_path):
     target = tmp_path / "model.json"
     subprocess.run(
         [sys.executable, BENCH / "gpu_model.py", "--quick", "--threads", "1", "--json", target],
-        check=True, env={**os.environ, "TRITON_INTERPRET": "0"}, timeout=600,
+        check=True, env={**os.environ, "TRITON_INTERPRET": "0"}, timeout=900,
         stdout=subprocess.PIPE,
     )  # fmt: skip
     found = json.loads(target.read_text())

@@ -165,7 +165,7 @@ def test_a_small_run_writes_every_row(tmp_path):
         [*command, "--batch", "64", "--dim", "32", "--json", str(target)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr

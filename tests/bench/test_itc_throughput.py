@@ -257,7 +257,7 @@ def test_a_quick_run_writes_every_row(tmp_path):
         command,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
         env={**os.environ, "FASTVLP_CACHE": str(tmp_path)},
     )

@@ -59,7 +59,7 @@ def test_a_quick_run_writes_every_row(tmp_path):
         "--words", "8", "--patches", "12", "--dim", "64", "--text", "captions", "--threads", "1",
         "--json", str(target),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(target.read_text())["rows"]
 

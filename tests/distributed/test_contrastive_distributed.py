@@ -123,7 +123,7 @@ FAULTS = [
 def complaints():
     # One group for all faults: it has to be of use after each of them.
     jobs = {index: (bad_rank, fault) for index, (fault, _) in enumerate(FAULTS)}
-    return gloo_ranks.run(3, gloo_ranks.several, jobs, limit=60)
+    return gloo_ranks.run(3, gloo_ranks.several, jobs)
 
 
 @pytest.mark.parametrize("index", range(len(FAULTS)))
@@ -364,7 +364,7 @@ def jobs_of_two():
 
 @pytest.fixture(scope="module")
 def pair():
-    return gloo_ranks.run(2, gloo_ranks.several, jobs_of_two(), limit=120)
+    return gloo_ranks.run(2, gloo_ranks.several, jobs_of_two())
 
 
 @pytest.mark.parametrize("sizes", EMPTY)

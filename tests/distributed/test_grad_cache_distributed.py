@@ -210,7 +210,7 @@ def scenarios(rank):
 
 @pytest.fixture(scope="module")
 def ranks():
-    found = gloo_ranks.run(WORLD_SIZE, scenarios, limit=120)
+    found = gloo_ranks.run(WORLD_SIZE, scenarios)
     assert all(isinstance(results, dict) for results in found), found
     return found
 

@@ -20,7 +20,7 @@ def runs(tmp_path_factory):
     script = Path(__file__).parent / "kill_server.py"
     done = subprocess.run(
         [sys.executable, script, folder, str(BY_TIME), str(BY_EVENT), "tiny_pretraining"],
-        capture_output=True, text=True, timeout=240,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, json.loads(done.stdout.splitlines()[-1])

@@ -94,7 +94,7 @@ def every_system(rank, folder):
 
 
 def test_two_ranks_share_scores_and_queues_and_one_goes_on_from_there(tmp_path):
-    found = gloo_ranks.run(2, every_system, tmp_path, limit=120)
+    found = gloo_ranks.run(2, every_system, tmp_path)
     assert isinstance(found[0], dict) and found[0] == found[1], found
     for system in SYSTEMS:
         _, task = fit(tmp_path / system, system, steps=9)

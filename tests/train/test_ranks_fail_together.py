@@ -118,7 +118,7 @@ def results(tmp_path_factory):
         "long": (long_work, 8, 7),
         "long error": (long_work, 0, KeyError("lost")),
     }
-    return gloo_ranks.run(2, gloo_ranks.several, jobs, limit=300)
+    return gloo_ranks.run(2, gloo_ranks.several, jobs)
 
 
 def training_unsendable(rank):

@@ -67,7 +67,7 @@ def interrupted(folder):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    found = gloo_ranks.run(2, every_kind, folder, limit=120)
+    found = gloo_ranks.run(2, every_kind, folder)
     assert all(isinstance(scores, dict) for scores in found), found
     scores, _ = train(folder / "one", PlainTask, **COMMON)
     train(folder / "wide", PlainTask, torch.float64, **COMMON)
@@ -132,7 +132,7 @@ def test_two_ranks_end_what_one_began(runs):
     folder, _, _ = runs
     one = weights(folder / "one")
     (folder / "one" / "checkpoints" / "step-00000008").rename(folder / "one last")
-    found = gloo_ranks.run(2, two_ranks_end, folder, limit=60)
+    found = gloo_ranks.run(2, two_ranks_end, folder)
     assert all(isinstance(scores, dict) for scores in found), found
     ours = weights(folder / "one")
     from safetensors.torch import save_file

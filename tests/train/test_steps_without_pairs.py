@@ -105,7 +105,7 @@ def ranks(tmp_path_factory):
     bert_vocabulary(folder, ["caption", *"01234567"])
     jobs = {kind: (one_kind, kind) for kind in KINDS}
     jobs["run"] = (one_pair_a_rank, folder)
-    return folder, gloo_ranks.run(2, gloo_ranks.several, jobs, limit=300)
+    return folder, gloo_ranks.run(2, gloo_ranks.several, jobs)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
