@@ -44,9 +44,25 @@ def pytest_configure(config):
     stack = ExitStack()
     stack.enter_context(seeds.shifted(config.getoption("--seed-offset")))
     config.add_cleanup(stack.close)
+    # pytest-xdist: the processes share the cores, and so do those that their tests start.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     if config.getoption("--device") == "cuda":
         # cuBLAS needs it for the deterministic algorithms that `poisoned_memory` asks for.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`pytest -n 2`: the tests of a file stay together, so that its fixtures are made once."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 def pytest_itemcollected(item):
@@ -96,6 +112,14 @@ def poisoned_memory(monkeypatch):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def kept_threads():
+    """The number of threads that a test sets, as benchmarks do, ends with it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ CASES = aot.all_cases()
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The futures of all cases, in the background on two processes."""
-    with triton_process.start(interpret=False, workers=2) as pool:
+    """The futures of all cases, compiled in the background."""
+    with triton_process.start(interpret=False, workers=triton_process.compilers()) as pool:
         yield [pool.submit(triton_process.compile_by_index, i) for i in range(len(CASES))]
         pool.shutdown(cancel_futures=True)
 

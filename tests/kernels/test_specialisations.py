@@ -26,7 +26,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def compiling():
-    with triton_process.start(interpret=False, workers=2) as pool:
+    with triton_process.start(interpret=False, workers=triton_process.compilers()) as pool:
         found = {case: pool.submit(triton_process.compile_launches, *case) for case in CASES}
         yield lambda *case: found[case].result()
         pool.shutdown(cancel_futures=True)

@@ -20,6 +20,11 @@ def start(interpret: bool, workers: int) -> ProcessPoolExecutor:
     )
 
 
+def compilers() -> int:
+    """Processes that compile at once: two, which pytest-xdist's processes share."""
+    return max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+
+
 def _prepare(interpret: bool) -> None:
     if "triton" in sys.modules:
         raise RuntimeError("triton was imported before the mode of this process was set")

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).parent / "cuda"
@@ -162,11 +163,11 @@ def _built() -> Path:
     for path in sorted(inputs):
         digest.update(path.read_bytes())
     folder = ROOT / "build" / "ptx_machine" / digest.hexdigest()[:16]
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-            _build(Path(made) / "library")
-            if not folder.exists():  # another process may have been faster
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):  # of several processes one builds it
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+                _build(Path(made) / "library")
                 os.rename(Path(made) / "library", folder)
     return folder
 
