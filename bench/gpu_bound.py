@@ -4,7 +4,8 @@
 
 A launch of a size that cannot be executed is scaled from two that can: everything that a block does
 is taken to be linear in the size (the trips of its loops are), and the number of blocks, their
-registers and shared memory are those of the true launch, which is compiled but not executed.
+registers and shared memory are those of the true launch, which is compiled but not executed. Where
+the size is only the number of blocks, one that can be executed is enough.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Profile:
     """The average block of a launch on a chip.
 
     clocks: of its multiprocessor, by pipe. latency: clocks of a block that is alone. sector_bytes:
-    between it and L2. touched: share of the arguments' bytes that the launch as a whole touches.
+    between L1 and L2. touched: share of the arguments' bytes that the launch as a whole touches.
     """
 
     clocks: dict[str, float]
@@ -59,10 +60,11 @@ def profile(chip: Chip, launch: KernelLaunch) -> Profile:
 def _profile(chip: Chip, launch: KernelLaunch) -> Profile:
     counts, blocks = launch.counts, launch.blocks
     clocks = pipe_clocks(chip, counts.instructions, launch.pipes)
-    sector_bytes = SECTOR * counts.sectors.total()
+    sector_bytes = SECTOR * counts.l2_sectors.total()
     clocks["shared memory"] = (
         counts.wavefronts.total() + counts.tensor_shared_bytes / chip.shared_port
     )
+    clocks["L1"] = SECTOR * counts.sectors.total() / chip.shared_port
     clocks["L2 port"] = sector_bytes / chip.l2_port
     again = sector_bytes > 2 * counts.distinct_bytes["any"]
     memory_latency = chip.l2_latency if again else chip.hbm_latency
@@ -145,22 +147,27 @@ def peak(chip: Chip, kind: str) -> float:
 
 @dataclass(frozen=True)
 class Executed:
-    """What was executed at two sizes, smaller first, as `record` gives it."""
+    """What was executed at two sizes, smaller first, as `record` gives it; or at one, where a block
+    does the same at every size."""
 
-    sizes: tuple[int, int]
-    events: tuple[list[Event], list[Event]]
+    sizes: tuple[int, ...]
+    events: tuple[list[Event], ...]
 
     def __post_init__(self) -> None:
-        small, large = ({n: len(ls) for n, ls in kernels(events).items()} for events in self.events)
-        if small != large:
-            raise ValueError(f"the launches at sizes {self.sizes} differ: {small} and {large}")
+        small, *large = (
+            {n: len(ls) for n, ls in kernels(events).items()} for events in self.events
+        )
+        if large and small != large[0]:
+            raise ValueError(f"the launches at sizes {self.sizes} differ: {small} and {large[0]}")
 
     def profile(self, chip: Chip, launch: KernelLaunch, index: int, size: float) -> Profile:
         """The block of a kernel's launch number `index`, at another size.
 
         Raises ValueError where what was executed has other tiles than the launch.
         """
-        launches = [kernels(events)[launch.kernel] for events in self.events]
+        launches = [kernels(events).get(launch.kernel, []) for events in self.events]
+        if not all(launches):
+            raise ValueError(f"{launch.kernel} runs at {size} and not at sizes {self.sizes}")
         launches = [each[index % len(each)] for each in launches]
         shapes = {(k.binary.warps, k.binary.shared_bytes) for k in (launch, *launches)}
         if len(shapes) > 1:
@@ -168,9 +175,11 @@ class Executed:
                 f"{launch.kernel} has other tiles at sizes {self.sizes} than at {size}: "
                 f"(warps, bytes of shared memory) {sorted(shapes)}"
             )
+        first, *others = (profile(chip, each) for each in launches)
+        if not others:
+            return first
         a, b = self.sizes
-        first, second = (profile(chip, each) for each in launches)
-        return first.towards(second, (size - a) / (b - a))
+        return first.towards(others[0], (size - a) / (b - a))
 
 
 def bounds(chip: Chip, executed: Executed, true: Sequence[Event], size: float) -> list[Bound]:

@@ -46,6 +46,8 @@ class Chip:
     shared_port: int
     shared_bytes: int
     block_shared_bytes: int
+    # Of L1, which shared memory is taken from.
+    l1_bytes: int
     l2_latency: int
     hbm_latency: int
     # Of peak: the best product of the vendor's library that was published, or assumed.
@@ -85,6 +87,7 @@ def _hopper(name: str, hbm_tb_s: float, hbm_share: float) -> Chip:
         shared_port=128,  # [CUDA]: 32 banks of 4 bytes
         shared_bytes=228 << 10,  # [CUDA]
         block_shared_bytes=227 << 10,  # [CUDA]
+        l1_bytes=256 << 10,  # [H100]
         l2_latency=260,  # [Luo]
         hbm_latency=480,  # [Luo]
         vendor_share=0.79,  # assumed: 780 of 989 TFLOP/s, as above
@@ -112,6 +115,7 @@ A100 = Chip(
     shared_port=128,  # [CUDA]
     shared_bytes=164 << 10,  # [CUDA]
     block_shared_bytes=163 << 10,  # [CUDA]
+    l1_bytes=192 << 10,  # [A100]
     l2_latency=261,  # [Luo]
     hbm_latency=466,  # [Luo]
     vendor_share=0.73,  # [triton]: cuBLAS at its best, 228.6 of 312 TFLOP/s
@@ -143,6 +147,7 @@ B200 = Chip(
     shared_port=128,  # [CUDA]
     shared_bytes=228 << 10,  # [CUDA]
     block_shared_bytes=227 << 10,  # [CUDA]
+    l1_bytes=256 << 10,  # [CUDA] 10.0
     l2_latency=300,  # assumed: the dies double the way, [C&C] sees more than H100's
     hbm_latency=600,  # assumed
     vendor_share=0.75,  # assumed

@@ -11,11 +11,13 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
 import torch
+from gpu_chips import A100, H100
+from gpu_occupancy import l1_share
 from gpu_schedule import TracedStep
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -23,7 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
-from ptx_machine.counts import Counts  # noqa: E402
+from ptx_machine.counts import SECTOR, Counts  # noqa: E402
+from ptx_machine.l1_cache import L1Cache  # noqa: E402
+from ptx_machine.program import Program  # noqa: E402
 from ptx_machine.syntax import Immediate  # noqa: E402
 from ptx_machine.trace import Trace  # noqa: E402
 from ptx_machine.virtual_gpu import VirtualGPU, program_of  # noqa: E402
@@ -55,6 +59,11 @@ class KernelLaunch:
     steps: list[TracedStep] = field(default_factory=list)
     # What `gpu_bound` makes of it, by the name of the chip.
     profiles: dict[str, object] = field(default_factory=dict)
+
+    def watched(self, program: Program, counts: Counts, trace: Trace) -> None:
+        """The launch has been executed."""
+        self.counts, self.steps = counts, [_traced(step) for step in trace.steps]
+        self.pipes = {step.instruction.opcode: step.pipe for step in program.steps}
 
 
 @dataclass(frozen=True)
@@ -119,10 +128,7 @@ def _products():
 
 class _Recorder(VirtualGPU):
     def __init__(self, capability: int, execute: bool, processors: int | None):
-        super().__init__(
-            capability, execute, hazards=False, processors=processors,
-            observers=lambda: (Counts(), Trace()),
-        )  # fmt: skip
+        super().__init__(capability, execute, hazards=False, processors=processors)
         self.events: list[Event] = []
 
     def launch(self, compiled, x, y, z, stream, function, packed, metadata, enter, leave, *values):
@@ -131,18 +137,24 @@ class _Recorder(VirtualGPU):
             for value in values
             if isinstance(value, torch.Tensor)
         }
+        binary = _inspect(compiled)
+        self.observers = partial(_observers, self.capability, binary)
         # Torch's operations inside the machine are none of the program's.
         with _disable_current_modes():
             super().launch(
                 compiled, x, y, z, stream, function, packed, metadata, enter, leave, *values
             )
-        found = KernelLaunch(compiled.name, x * y * z, _inspect(compiled), sum(given.values()))
+        found = KernelLaunch(compiled.name, x * y * z, binary, sum(given.values()))
         if self.execute:
-            found.counts, trace = self.launches[-1].observers
-            found.steps = [_traced(step) for step in trace.steps]
-            program = program_of(compiled.asm["ptx"])
-            found.pipes = {step.instruction.opcode: step.pipe for step in program.steps}
+            found.watched(program_of(compiled.asm["ptx"]), *self.launches[-1].observers)
         self.events.append(found)
+
+
+def _observers(capability: int, binary: Binary) -> tuple[Counts, Trace]:
+    """They watch an execution, with the L1 cache of a chip of that capability."""
+    chip = {80: A100, 90: H100}[capability]
+    share = l1_share(chip, binary.warps, binary.registers, binary.shared_bytes)
+    return Counts(l1=L1Cache(share // SECTOR)), Trace()
 
 
 @cache

@@ -46,5 +46,11 @@ def occupancy(chip: Chip, warps: int, registers: int, shared_bytes: int) -> Occu
     return found
 
 
+def l1_share(chip: Chip, warps: int, registers: int, shared_bytes: int) -> int:
+    """Bytes of L1 for each block of those that a multiprocessor holds."""
+    blocks = occupancy(chip, warps, registers, shared_bytes).blocks
+    return chip.l1_bytes // blocks - _up(shared_bytes, SHARED_UNIT) - SYSTEM_SHARED
+
+
 def _up(value: int, unit: int) -> int:
     return -(-value // unit) * unit

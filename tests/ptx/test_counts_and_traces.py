@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from ptx_machine import machine, parser
 from ptx_machine.counts import Counts
+from ptx_machine.l1_cache import L1Cache
 from ptx_machine.memory import GlobalMemory
 from ptx_machine.program import Program
 from ptx_machine.trace import Trace
@@ -17,13 +18,13 @@ ld.param.u64 p, [data]; mov.u32 t, %tid.x; mov.u32 s, slots;
 """
 
 
-def count(body, *, blocks=1, threads=32, size=1 << 16, trace=None):
+def count(body, *, blocks=1, threads=32, size=1 << 16, trace=None, l1=None):
     program = Program(parser.parse(f"{HEAD}{body} ret; }}").kernels["one"])
     data = np.zeros(size + 128, np.uint8)
     start = -(-data.ctypes.data // 128) * 128
     memory = GlobalMemory()
     memory.register_array("data", data)
-    counts = Counts()
+    counts = Counts(l1=l1)
     observers = (counts,) if trace is None else (counts, trace)
     machine.launch(
         program, (blocks, 1, 1), program.pack([start]), memory, block=(threads, 1, 1),
@@ -66,6 +67,42 @@ def test_sectors_are_counted_for_each_warp_and_distinct_bytes_once():
 def test_what_is_read_and_written_is_one_place():
     found = count("mad.wide.u32 a, t, 4, p; ld.global.b32 x, [a]; st.global.b32 [a], x;")
     assert found.distinct_bytes == {"read": 128, "write": 128, "any": 128}
+
+
+SCALARS = "mad.wide.u32 a, t, 16, p;" + "".join(f"ld.global.b32 x, [a+{4 * i}];" for i in range(4))
+
+
+def test_a_load_finds_in_l1_what_its_block_has_read():
+    """Each of four loads touches the same 16 sectors of a warp; another block reads its own."""
+    found = count(SCALARS, blocks=2, threads=64, l1=L1Cache(64))
+    assert found.sectors == {"read": 4 * 64} and found.l2_sectors == {"read": 64}
+    assert count(SCALARS).l2_sectors == {"read": 64}
+
+
+@pytest.mark.parametrize("places, misses", [(64, 64), (48, 80), (32, 96)])
+def test_l1_holds_as_many_sectors_as_it_has_places(places, misses):
+    """Thirty-two sectors, as many others, and the first ones again."""
+    loads = "".join(f"ld.global.b32 x, [a+{offset}];" for offset in (0, 1024, 0))
+    found = count(f"mad.wide.u32 a, t, 32, p; {loads}", l1=L1Cache(places))
+    assert found.sectors == {"read": 96} and found.l2_sectors == {"read": misses}
+
+
+@pytest.mark.parametrize(
+    "access, expected",
+    [
+        ("ld.global.cg.b32 x, [a];", {"read": 8}),
+        ("ld.relaxed.gpu.global.b32 x, [a];", {"read": 8}),
+        ("ld.global.nc.b32 x, [a];", {"read": 4}),
+        ("st.global.b32 [a], t;", {"write": 8}),
+        ("red.global.add.u32 [a], t;", {"atomic": 8}),
+        ("cp.async.ca.shared.global [u], [a], 4;", {"read": 4}),
+        ("mad.wide.u32 a, t, 16, p; mad.lo.u32 u, t, 16, s;"
+         "cp.async.cg.shared.global [u], [a], 16;", {"read": 32}),
+    ],
+)  # fmt: skip
+def test_what_goes_past_l1(access, expected):
+    head, tail = "mad.wide.u32 a, t, 4, p; mad.lo.u32 u, t, 4, s;", "cp.async.wait_all;"
+    assert count(head + 2 * access + tail, l1=L1Cache(64)).l2_sectors == expected
 
 
 @pytest.mark.parametrize(

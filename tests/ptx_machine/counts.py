@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .l1_cache import L1Cache, goes_through_l1
 from .lanes import WARP, Lanes
 from .observer import Access, Observer
 
@@ -26,6 +27,9 @@ class Counts(Observer):
     wavefront is one pass over the banks: what a request takes without conflicts is in
     `ideal_wavefronts`. Matrix instructions that read shared memory themselves are in
     `tensor_shared_bytes`.
+
+    `l2_sectors` are the sectors that go on to L2: all of them, or with an `l1` those that loads do
+    not find there. Lanes of several warps that load a sector at the same time get it once.
     """
 
     instructions: Counter = field(default_factory=Counter)  # by opcode
@@ -34,6 +38,7 @@ class Counts(Observer):
     tensor: Counter = field(default_factory=Counter)  # by opcode, of the matrix units
     requests: Counter = field(default_factory=Counter)  # by (space, kind)
     sectors: Counter = field(default_factory=Counter)  # by kind, of global memory
+    l2_sectors: Counter = field(default_factory=Counter)  # the same, past L1
     wavefronts: Counter = field(default_factory=Counter)  # by kind, of shared memory
     ideal_wavefronts: Counter = field(default_factory=Counter)
     bytes: Counter = field(default_factory=Counter)  # by (space, kind): what lanes asked for
@@ -41,6 +46,7 @@ class Counts(Observer):
     tensor_shared_bytes: int = 0
     barriers: int = 0  # of a warp
     blocks: int = 0
+    l1: L1Cache | None = None
 
     def __post_init__(self) -> None:
         # Marks of the sectors of a page, by kind and page.
@@ -48,6 +54,8 @@ class Counts(Observer):
 
     def batch_begins(self, batch) -> None:
         self.blocks += len(batch.numbers)
+        if self.l1:
+            self.l1.begin(len(batch.numbers))
 
     def executes(self, step, lanes: Lanes) -> None:
         opcode, warps = step.instruction.opcode, lanes.warp_count
@@ -73,12 +81,20 @@ class Counts(Observer):
         self.bytes[key] += access.width * len(access.positions)
         self.requests[key] += len(np.unique(_slots(access) // WARP))
         if access.space == "global":
-            self.sectors[access.kind] += sectors(access)
+            touched = sectors(access)
+            self.sectors[access.kind] += touched
+            cached = self.l1 and goes_through_l1(access)
+            self.l2_sectors[access.kind] += self._misses(access) if cached else touched
             self._touch(access)
         elif access.space == "shared":
             taken, ideal = wavefronts(access)
             self.wavefronts[access.kind] += taken
             self.ideal_wavefronts[access.kind] += ideal
+
+    def _misses(self, access: Access) -> int:
+        numbers = access.addresses.astype(np.int64) // SECTOR
+        blocks = access.lanes.block if access.rows is None else access.lanes.block[access.rows]
+        return self.l1.misses(*_distinct_pairs(blocks, numbers))
 
     def _touch(self, access: Access) -> None:
         steps = np.arange(0, max(1, access.width // SECTOR))
@@ -116,7 +132,7 @@ def sectors(access: Access) -> int:
     number = access.addresses.astype(np.int64) // SECTOR
     if access.width > SECTOR:
         return len(number) * access.width // SECTOR
-    return _distinct(_slots(access) // WARP, number)
+    return len(_distinct_pairs(_slots(access) // WARP, number)[0])
 
 
 def wavefronts(access: Access) -> tuple[int, int]:
@@ -140,7 +156,8 @@ def wavefronts(access: Access) -> tuple[int, int]:
     return int(load.reshape(-1, BANKS).max(1).sum()), len(groups)
 
 
-def _distinct(a: np.ndarray, b: np.ndarray) -> int:
+def _distinct_pairs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     low = int(b.min())
     span = int(b.max()) - low + 1
-    return len(np.unique(a * span + (b - low)))
+    pairs = np.unique(a * span + (b - low))
+    return pairs // span, pairs % span + low
