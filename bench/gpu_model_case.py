@@ -19,8 +19,9 @@ WORKSPACE = 4 << 30
 
 @dataclass(frozen=True)
 class Implementation:
-    """`run(size)` makes a call that launches kernels, at sizes that all its launches share.
+    """`run(size)` makes a call that launches kernels, which is executed at two small sizes.
 
+    sizes: two that are executed, or one where the size is the number of equal blocks of a launch.
     needs: a distribution that must be installed. around: operations of torch that belong to it and
     that its launcher does not do. eager: run(size) is recorded on fake tensors instead.
     processors: multiprocessors of the device on which a size is executed, where the launcher
@@ -29,7 +30,7 @@ class Implementation:
 
     name: str
     run: Callable[[int], Callable[[], object]]
-    sizes: tuple[int, int] = (0, 0)
+    sizes: tuple[int, ...] = ()
     needs: str | None = None
     around: tuple[TorchOp, ...] = ()
     eager: bool = False

@@ -189,11 +189,11 @@ def word_patch_alignment(pairs: int, words=40, patches=200, width=768) -> Case:
     )  # fmt: skip
 
 
-def our_attention(queries: int, keys: int, heads: int, width: int, images: int):
+def our_attention(queries, keys, heads, width, backward: bool, images: int):
     from fastvlp.kernels.cross_attention import cross_attention_forward
     from fastvlp.kernels.cross_attention_backward import cross_attention_backward
 
-    q = torch.full((images * queries, heads, width), 0.05, dtype=BF16)
+    q, grad = torch.full((2, images * queries, heads, width), 0.05, dtype=BF16)
     k, v = torch.full((2, images, keys, heads, width), 0.05, dtype=BF16)
     starts = torch.arange(images + 1, dtype=torch.int32) * queries
     given = (starts, None, None, torch.tensor([0]))
@@ -202,37 +202,48 @@ def our_attention(queries: int, keys: int, heads: int, width: int, images: int):
 
     def call():
         out, lse = cross_attention_forward(q, k, v, *given, **options)
-        cross_attention_backward(q, q, k, v, out, lse, *given, **options)
+        if backward:
+            cross_attention_backward(grad, q, k, v, out, lse, *given, **options)
 
     return call
 
 
-def eager_attention(queries: int, keys: int, heads: int, width: int, images: int):
+def eager_attention(queries, keys, heads, width, backward: bool, images: int):
     shapes = [(images, heads, rows, width) for rows in (queries, keys, keys)]
     q, k, v = leaves(*shapes)
 
     def call():
         p = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(width), -1)
-        gradient((p @ v).sum(), q, k, v)
+        out = p @ v
+        if backward:
+            gradient(out.sum(), q, k, v)
 
     return call
 
 
-def cross_attention(images: int, queries=30, keys=577, heads=12, width=64) -> Case:
-    sizes = (queries, keys, heads, width)
+def cross_attention(images: int, queries=30, keys=577, heads=12, width=64, backward=True) -> Case:
+    sizes = (queries, keys, heads, width, backward)
     implementations = [
         Implementation(
-            "fastvlp", partial(our_attention, *sizes), (2, 4),
+            # The tiles are those of all the images: of the multiprocessors each has its share.
+            "fastvlp", partial(our_attention, *sizes), (1,),
             processors=lambda size: max(1, round(132 * size / images)),
         ),
         Implementation("eager attention", partial(eager_attention, *sizes), eager=True),
     ]  # fmt: skip
     each = images * heads * width
+    one = 2 * each * queries * keys
+    read = 2 * each * 2 * (keys + queries)
     return Case(
         "cross_attention", {"b": images, "h": heads, "q": queries, "k": keys, "d": width}, images,
         implementations,
-        TorchOp("floor", 2 * each * (6 * keys + 5 * queries), 12 * each * queries * keys, "bf16"),
-        "6 products; keys, values and queries read for each pass and the gradients written",
+        TorchOp("floor", 2 * each * (6 * keys + 5 * queries), 6 * one, "bf16")
+        if backward
+        else TorchOp("floor", read, 2 * one, "bf16"),
+        "6 products; keys, values and queries read for each pass and the gradients written"
+        if backward
+        else "2 products; keys, values and queries read once and the output written",
+        phase="fwd+bwd" if backward else "fwd",
         missing=(("FlashAttention", "is CUDA C++ of its own, which is not compiled here"),),
     )  # fmt: skip
 
@@ -266,5 +277,6 @@ def cases(quick: bool) -> list[Case]:
         return [sigmoid(8192, 128), soft_cross_entropy(256, 128, 4096)]
     found = [contrastive(n) for n in (8192, 32768, 65536)]
     found += [sigmoid(n) for n in (8192, 32768)]
-    found += [momentum(65536), cross_attention(32), cross_attention(32, queries=120)]
+    found.append(momentum(65536))
+    found += [cross_attention(32, q, backward=b) for q in (30, 120) for b in (False, True)]
     return [*found, soft_cross_entropy(1000), word_patch_alignment(64), ema(145)]

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,43 @@ def scaled_and_executed():
     (launch,) = true
     scaled = Executed((64, 128), (small, large)).profile(H100, launch, 0, 256)
     return asdict(scaled), asdict(profile(H100, launch)), asdict(launch.binary)
+
+
+def of_one_size():
+    """A softmax of 1,024 columns by a block for each row: the profile at eight rows from that at
+    two, and executed; and what a kernel that did not run at two rows raises."""
+    _benchmarks_on_path()
+    import gpu_sanity_kernels as kernels
+    import torch
+    from gpu_bound import Executed, profile
+    from gpu_chips import H100
+    from gpu_launches import record
+
+    (small,), (true,) = (
+        record(partial(kernels.softmax, torch.randn(rows, 1024), rows), 90, execute=True)
+        for rows in (2, 8)
+    )
+    executed = Executed((2,), ([small],))
+    scaled = executed.profile(H100, true, 0, 8)
+    try:
+        executed.profile(H100, replace(true, kernel="other"), 0, 8)
+    except ValueError as error:
+        return asdict(scaled), asdict(profile(H100, true)), str(error)
+
+
+def attention_launches():
+    """(kernel, blocks, warps) of cross-attention of 32 images, and of one on a small GPU."""
+    _benchmarks_on_path()
+    import gpu_model_cases as cases
+    from gpu_launches import record
+
+    ours = cases.cross_attention(32, queries=120).implementations[0]
+    (size,) = ours.sizes
+    found = (
+        record(ours.run(32), 90, execute=False),
+        record(ours.run(size), 90, execute=False, processors=ours.processors(size)),
+    )
+    return [[(e.kernel, e.blocks, e.binary.warps) for e in events] for events in found]
 
 
 def bound_of(**changes):

@@ -57,6 +57,13 @@ def test_a_block_that_does_not_fit_is_refused(warps, registers, shared, what):
         gpu_occupancy.occupancy(H100, warps, registers, shared)
 
 
+def test_each_block_has_its_share_of_l1():
+    """Three blocks by registers share 256 KiB; of each, shared memory and a KiB are taken."""
+    assert gpu_occupancy.l1_share(H100, 4, 168, 0) == (256 << 10) // 3 - 1024
+    assert gpu_occupancy.l1_share(H100, 4, 168, 1000) == (256 << 10) // 3 - 2048
+    assert gpu_occupancy.l1_share(A100, 4, 32, 73728) == (192 << 10) // 2 - 73728 - 1024
+
+
 def test_chips_agree_with_their_datasheets():
     """Products of bf16 in TFLOP/s, from multiprocessors, rate and clock."""
     for name, tflops in {"h100": 989.4, "h200": 989.4, "a100": 312.0, "b200": 2250.0}.items():
@@ -144,6 +151,19 @@ def test_a_profile_is_scaled_to_what_execution_gives(pool):
     assert scaled["latency"] == pytest.approx(executed["latency"], rel=0.1)
     assert executed["touched"] == 1.0
     assert binary["warps"] == 4 and binary["registers"] > 16 and binary["stack_bytes"] == 0
+
+
+def test_one_size_is_enough_where_blocks_are_equal(pool):
+    scaled, executed, error = pool.submit(child.of_one_size).result()
+    assert scaled == executed and scaled["sector_bytes"] == 4 * 2 * 1024
+    assert error == "other runs at 8 and not at sizes (2,)"
+
+
+def test_a_small_size_is_executed_with_the_tiles_of_the_true_one(pool):
+    """Blocks of cross-attention, and warps of each, with as many multiprocessors as images."""
+    true, small = pool.submit(child.attention_launches).result()
+    assert true == [("attention_kernel", 384, 8), ("query_gradient_kernel", 384, 8)]
+    assert small == [("attention_kernel", 12, 8), ("query_gradient_kernel", 12, 8)]
 
 
 def test_bounds_follow_waves_and_the_slowest_part(pool):

@@ -88,10 +88,11 @@ class VirtualGPU:
 
     def __enter__(self) -> "VirtualGPU":
         capability = self.device.capability
+        processors = self.processors or self.device.multi_processor_count
         properties = SimpleNamespace(
             name=self.device.name, major=self.device.capability[0],
             minor=self.device.capability[1], total_memory=self.device.total_memory,
-            multi_processor_count=self.processors or self.device.multi_processor_count,
+            multi_processor_count=processors,
         )  # fmt: skip
         self._patches = [
             mock.patch.object(triton.runtime.driver, "_active", _Driver(self)),
@@ -102,6 +103,8 @@ class VirtualGPU:
             mock.patch("torch.cuda.get_device_capability", lambda device=None: capability),
             mock.patch("torch.cuda.get_device_properties", lambda device=None: properties),
             mock.patch("fastvlp.kernels.support.device_reasons", lambda device: []),
+            # What was asked of the device before stays in a cache there.
+            mock.patch("fastvlp.kernels._attention._processors", lambda device: processors),
         ]
         for patch in self._patches:
             patch.start()
