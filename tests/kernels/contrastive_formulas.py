@@ -1,8 +1,15 @@
-"""The contrastive formulas in plain PyTorch, at the dtype of their inputs."""
+"""The contrastive formulas in plain PyTorch, at the dtype of their inputs, and checks by them.
 
+The checks take `run_kernel(module, function, *args, **kwargs)`, whichever way it runs a kernel.
+"""
+
+import math
 from dataclasses import dataclass
 
 import torch
+from tolerance import assert_as_accurate, epsilon
+
+SINGLE = epsilon(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,19 @@ def draw(m, n, width, dtype, device, *, offset=0, scale=10.0, bias=0.0, norm=1.0
         pair.append(wide.to(device)[:, :width])
     scalars = (torch.tensor([v], dtype=torch.float32, device=device) for v in (scale, bias))
     return Problem(*pair, *scalars, offset)
+
+
+def in_classes(rows, width, cosine, dtype, device):
+    """Unit rows of four classes in turn, of which those of one class have about this cosine."""
+    g = torch.Generator().manual_seed(5)
+    centres, noise = (
+        torch.nn.functional.normalize(
+            torch.randn(n, width, generator=g, dtype=torch.float64), dim=1
+        )
+        for n in (4, rows)
+    )
+    mixed = cosine**0.5 * centres[torch.arange(rows) % 4] + (1 - cosine) ** 0.5 * noise
+    return torch.nn.functional.normalize(mixed, dim=1).to(dtype).to(device)
 
 
 def statistics(problem: Problem, dtype: torch.dtype):
@@ -90,3 +110,92 @@ def scale_gradient(problem: Problem, g: torch.Tensor):
     x, y = (t.to(g.dtype).contiguous() for t in (problem.x, problem.y))
     terms = g * (x @ y.T)
     return terms.sum(), terms.double().abs().sum().item(), terms.double().norm().item()
+
+
+def sharpness(problem):
+    """Relative rounding of exp(z) when z itself is right to a float32 rounding."""
+    z = problem.logits(torch.float64) + problem.bias  # the bias is 0 but for the sigmoid loss
+    return SINGLE * (1 + z.abs().max().item())
+
+
+def check_statistics(run_kernel, problem, **wanted):
+    ours = run_kernel(
+        "contrastive", "contrastive_statistics", problem.x, problem.y, problem.scale,
+        offset=problem.offset, **wanted,
+    )  # fmt: skip
+    eager = statistics(problem, problem.x.dtype)
+    exact = statistics(problem, torch.float64)
+    for name, our, near, true in zip(("rows", "cols", "positive"), ours, eager, exact, strict=True):
+        if wanted.get(name) is False:
+            assert our is None
+            continue
+        assert our.dtype == (torch.float32 if name == "positive" else torch.float64)
+        some = true > -torch.inf  # the log-sum-exp of no negatives
+        assert torch.equal(our > -torch.inf, some)
+        floor = sharpness(problem) * math.sqrt(true.numel())
+        assert_as_accurate(name, our[some], near[some], true[some], floor)
+    return ours
+
+
+def check_product(names, ours, eager, exact, problem, g):
+    """dX and dY, `g` being the exact gradient of the logits."""
+    dtype = problem.x.dtype
+    sides = through_product(
+        Problem(problem.x.abs(), problem.y.abs(), problem.scale, problem.bias, 0), g.abs()
+    )
+    for name, our, near, true, terms in zip(names, ours, eager, exact, sides, strict=True):
+        assert our.dtype == dtype
+        # Rounding of p and of the result; and of g, whose roundings add up with random signs.
+        floor = sharpness(problem) * terms.norm().item() + epsilon(dtype) * true.norm().item()
+        if dtype != torch.float32:
+            floor += epsilon(dtype) * terms.norm().item() / math.sqrt(min(problem.size))
+        assert_as_accurate(name, our, near, true, floor)
+
+
+def check_scale_gradient(ours, problem, eager, exact):
+    """`eager` and `exact` are gradients of the logits."""
+    (near, _, _), (true, size, spread) = (scale_gradient(problem, g)
+                                          for g in (eager, exact))  # fmt: skip
+    floor = sharpness(problem) * size
+    if problem.x.dtype != torch.float32:
+        floor += epsilon(problem.x.dtype) * spread
+    assert ours.shape == () and ours.dtype == torch.float32
+    assert_as_accurate("dscale", ours, near, true, floor)
+
+
+def check_gradients(run_kernel, problem, weights, workspace_bytes, *, rows=True, cols=True):
+    weights = torch.tensor(weights, device=problem.x.device)
+    used = weights * torch.tensor([rows, cols], device=weights.device)
+    row_lse, col_lse, positives = gradient_inputs(problem, used)
+    ours = run_kernel(
+        "contrastive_backward", "contrastive_gradients", problem.x, problem.y, problem.scale,
+        row_lse if rows else None, col_lse if cols else None, positives, weights,
+        offset=problem.offset, workspace_bytes=workspace_bytes,
+    )  # fmt: skip
+    g = softmax_gradient(problem, used, torch.float64)
+    eager = softmax_gradient(problem, used, problem.x.dtype)
+    check_product(
+        ("dx", "dy"), ours[:2], through_product(problem, eager),
+        through_product(problem, g), problem, g,
+    )  # fmt: skip
+    check_scale_gradient(ours[2], problem, eager, g)
+    return ours[:2]
+
+
+def check_sigmoid(run_kernel, problem, workspace_bytes, weight=1.0):
+    ours = run_kernel(
+        "contrastive_sigmoid", "sigmoid_contrastive", problem.x, problem.y, problem.scale,
+        problem.bias, offset=problem.offset, weight=weight, workspace_bytes=workspace_bytes,
+    )  # fmt: skip
+    loss, g = sigmoid_terms(problem, torch.float64)
+    near_loss, near_g = sigmoid_terms(problem, problem.x.dtype)
+    size = loss.sum().item() + problem.logits(torch.float64).abs().sum().item()
+    assert_as_accurate("loss", ours.loss_sum, near_loss.sum(), loss.sum(), SINGLE * size)
+    floor = sharpness(problem) * g.abs().sum().item()
+    assert_as_accurate("g", ours.g_sum, near_g.sum(), g.sum(), floor)
+    check_product(
+        ("dx", "dy"), (ours.dx, ours.dy), through_product(problem, weight * near_g),
+        through_product(problem, weight * g), problem, weight * g,
+    )  # fmt: skip
+    check_scale_gradient(ours.dscale, problem, weight * near_g, weight * g)
+    return ours

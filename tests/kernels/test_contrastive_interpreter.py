@@ -6,7 +6,14 @@ import contrastive_formulas as formulas
 import pytest
 import torch
 from contrastive_cases import eager_contrastive, well_fitted
-from contrastive_formulas import draw
+from contrastive_formulas import (
+    SINGLE,
+    check_gradients,
+    check_sigmoid,
+    check_statistics,
+    draw,
+    in_classes,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_accurate, epsilon
@@ -23,96 +30,6 @@ PROBLEMS = {
     "gap": st.sampled_from([0, 3, 16]),
     "seed": st.integers(0, 3),
 }
-SINGLE = epsilon(torch.float32)
-
-
-def sharpness(problem):
-    """Relative rounding of exp(z) when z itself is right to a float32 rounding."""
-    z = problem.logits(torch.float64) + problem.bias  # the bias is 0 but for the sigmoid loss
-    return SINGLE * (1 + z.abs().max().item())
-
-
-def check_statistics(run_kernel, problem, **wanted):
-    ours = run_kernel(
-        "contrastive", "contrastive_statistics", problem.x, problem.y, problem.scale,
-        offset=problem.offset, **wanted,
-    )  # fmt: skip
-    eager = formulas.statistics(problem, problem.x.dtype)
-    exact = formulas.statistics(problem, torch.float64)
-    for name, our, near, true in zip(("rows", "cols", "positive"), ours, eager, exact, strict=True):
-        if wanted.get(name) is False:
-            assert our is None
-            continue
-        assert our.dtype == (torch.float32 if name == "positive" else torch.float64)
-        some = true > -torch.inf  # the log-sum-exp of no negatives
-        assert torch.equal(our > -torch.inf, some)
-        floor = sharpness(problem) * math.sqrt(true.numel())
-        assert_as_accurate(name, our[some], near[some], true[some], floor)
-    return ours
-
-
-def check_product(names, ours, eager, exact, problem, g):
-    """dX and dY, `g` being the exact gradient of the logits."""
-    dtype = problem.x.dtype
-    sides = formulas.through_product(
-        formulas.Problem(problem.x.abs(), problem.y.abs(), problem.scale, problem.bias, 0), g.abs()
-    )
-    for name, our, near, true, terms in zip(names, ours, eager, exact, sides, strict=True):
-        assert our.dtype == dtype
-        # Rounding of p and of the result; and of g, whose roundings add up with random signs.
-        floor = sharpness(problem) * terms.norm().item() + epsilon(dtype) * true.norm().item()
-        if dtype != torch.float32:
-            floor += epsilon(dtype) * terms.norm().item() / math.sqrt(min(problem.size))
-        assert_as_accurate(name, our, near, true, floor)
-
-
-def check_scale_gradient(ours, problem, eager, exact):
-    """`eager` and `exact` are gradients of the logits."""
-    (near, _, _), (true, size, spread) = (formulas.scale_gradient(problem, g)
-                                          for g in (eager, exact))  # fmt: skip
-    floor = sharpness(problem) * size
-    if problem.x.dtype != torch.float32:
-        floor += epsilon(problem.x.dtype) * spread
-    assert ours.shape == () and ours.dtype == torch.float32
-    assert_as_accurate("dscale", ours, near, true, floor)
-
-
-def check_gradients(run_kernel, problem, weights, workspace_bytes, *, rows=True, cols=True):
-    weights = torch.tensor(weights, device=problem.x.device)
-    used = weights * torch.tensor([rows, cols], device=weights.device)
-    row_lse, col_lse, positives = formulas.gradient_inputs(problem, used)
-    ours = run_kernel(
-        "contrastive_backward", "contrastive_gradients", problem.x, problem.y, problem.scale,
-        row_lse if rows else None, col_lse if cols else None, positives, weights,
-        offset=problem.offset, workspace_bytes=workspace_bytes,
-    )  # fmt: skip
-    g = formulas.softmax_gradient(problem, used, torch.float64)
-    eager = formulas.softmax_gradient(problem, used, problem.x.dtype)
-    check_product(
-        ("dx", "dy"), ours[:2], formulas.through_product(problem, eager),
-        formulas.through_product(problem, g), problem, g,
-    )  # fmt: skip
-    check_scale_gradient(ours[2], problem, eager, g)
-    return ours[:2]
-
-
-def check_sigmoid(run_kernel, problem, workspace_bytes, weight=1.0):
-    ours = run_kernel(
-        "contrastive_sigmoid", "sigmoid_contrastive", problem.x, problem.y, problem.scale,
-        problem.bias, offset=problem.offset, weight=weight, workspace_bytes=workspace_bytes,
-    )  # fmt: skip
-    loss, g = formulas.sigmoid_terms(problem, torch.float64)
-    near_loss, near_g = formulas.sigmoid_terms(problem, problem.x.dtype)
-    size = loss.sum().item() + problem.logits(torch.float64).abs().sum().item()
-    assert_as_accurate("loss", ours.loss_sum, near_loss.sum(), loss.sum(), SINGLE * size)
-    floor = sharpness(problem) * g.abs().sum().item()
-    assert_as_accurate("g", ours.g_sum, near_g.sum(), g.sum(), floor)
-    check_product(
-        ("dx", "dy"), (ours.dx, ours.dy), formulas.through_product(problem, weight * near_g),
-        formulas.through_product(problem, weight * g), problem, weight * g,
-    )  # fmt: skip
-    check_scale_gradient(ours.dscale, problem, weight * near_g, weight * g)
-    return ours
 
 
 @settings(max_examples=25)
@@ -216,19 +133,6 @@ def test_far_rows_and_columns_do_not_underflow(run_kernel, device, dtype):
         side[index, 0] = -1
     check_statistics(run_kernel, problem)
     check_gradients(run_kernel, problem, [0.5, 0.5], 1 << 14)
-
-
-def in_classes(rows, width, cosine, dtype, device):
-    """Unit rows of four classes in turn, of which those of one class have about this cosine."""
-    g = torch.Generator().manual_seed(5)
-    centres, noise = (
-        torch.nn.functional.normalize(
-            torch.randn(n, width, generator=g, dtype=torch.float64), dim=1
-        )
-        for n in (4, rows)
-    )
-    mixed = cosine**0.5 * centres[torch.arange(rows) % 4] + (1 - cosine) ** 0.5 * noise
-    return torch.nn.functional.normalize(mixed, dim=1).to(dtype).to(device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from tolerance import assert_as_accurate
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -80,10 +81,33 @@ def compiled(folder: Path) -> SimpleNamespace:
     return SimpleNamespace(statistics=statistics, gradient=gradient, sigmoid=sigmoid)
 
 
+def floats(*values):
+    return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.float32)
+
+
+def matrix(rows, cols, gap, *, deviation=1.0, dtype=torch.float32, seed=0):
+    """[rows, cols] with rows of cols + gap elements, the gap full of NaN."""
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.full((rows, cols + gap), torch.nan, dtype=dtype)
+    wide[:, :cols] = deviation * torch.randn(rows, cols, generator=g)
+    return wide[:, :cols]
+
+
 def is_positive(products: torch.Tensor, offset: int) -> torch.Tensor:
     """[M, N]: whether the element is its row's positive."""
     rows, cols = (torch.arange(size) for size in products.shape)
     return cols[None, :] == rows[:, None] + offset
+
+
+def without_positives(z, offset):
+    return torch.where(is_positive(z, offset), -torch.inf, z)
+
+
+def assert_log_sum_exp(name, ours, eager, exact, floor):
+    """Of nothing it is -inf."""
+    assert torch.equal(ours == -torch.inf, exact == -torch.inf)
+    some = exact > -torch.inf
+    assert_as_accurate(name, ours[some], eager[some], exact[some], floor)
 
 
 def _statistics(products, scale, offset, row_negatives, positive, col_pairs):

@@ -8,6 +8,7 @@ import cuda_passes
 import pytest
 import torch
 from contrastive_cases import eager_contrastive, features, well_fitted
+from cuda_passes import assert_log_sum_exp, floats, matrix, without_positives
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_accurate, epsilon
@@ -32,18 +33,6 @@ def passes(request):
         chosen = request.getfixturevalue("kernels")
     with cuda_passes.installed(chosen):
         yield
-
-
-def floats(*values):
-    return torch.tensor(values[0] if len(values) == 1 else values, dtype=torch.float32)
-
-
-def matrix(rows, cols, gap, *, deviation=1.0, dtype=torch.float32, seed=0):
-    """[rows, cols] with rows of cols + gap elements, the gap full of NaN."""
-    g = torch.Generator().manual_seed(seed)
-    wide = torch.full((rows, cols + gap), NAN, dtype=dtype)
-    wide[:, :cols] = deviation * torch.randn(rows, cols, generator=g)
-    return wide[:, :cols]
 
 
 def empty_pairs(cols):
@@ -90,17 +79,6 @@ def test_statistics_kernel(kernels, rows, cols, gap, offset, deviation, wanted, 
         assert torch.equal(col_pairs[0], seen.float().amax(0))
         floor = SINGLE * (size + 2.5 * before.abs().sum().item()) * math.sqrt(cols)
         assert_log_sum_exp("cols", ours, seen.float().logsumexp(0), seen.logsumexp(0), floor)
-
-
-def without_positives(z, offset):
-    return torch.where(cuda_passes.is_positive(z, offset), -INF, z)
-
-
-def assert_log_sum_exp(name, ours, eager, exact, floor):
-    """Of nothing it is -inf."""
-    assert torch.equal(ours == -INF, exact == -INF)
-    some = exact > -INF
-    assert_as_accurate(name, ours[some], eager[some], exact[some], floor)
 
 
 def statistics_of(kernels, products):

@@ -10,9 +10,9 @@ kernels. The last test holds what was executed against the tables and lists it.
 
 from functools import partial
 
+import contrastive_formulas as contrastive
 import momentum_cases
 import pytest
-import test_contrastive_interpreter as contrastive
 import test_cross_attention_interpreter as attention
 import test_momentum_contrastive_interpreter as momentum
 import test_soft_cross_entropy_interpreter as soft_cross_entropy
@@ -88,8 +88,8 @@ def test_sigmoid(run, dtype, m, n, width):
         problem.bias, offset=problem.offset, weight=0.25, need_gradients=False,
         workspace_bytes=1 << 16,
     )  # fmt: skip
-    true = contrastive.formulas.sigmoid_terms(problem, torch.float64)[0].sum()
-    near = contrastive.formulas.sigmoid_terms(problem, dtype)[0].sum()
+    true = contrastive.sigmoid_terms(problem, torch.float64)[0].sum()
+    near = contrastive.sigmoid_terms(problem, dtype)[0].sum()
     size = true.item() + problem.logits(torch.float64).abs().sum().item()
     assert_as_accurate("loss", loss.loss_sum, near, true, SINGLE * size)
 

@@ -4,8 +4,8 @@ features are."""
 import math
 import re
 
+import contrastive_formulas as contrastive
 import pytest
-import test_contrastive_interpreter as contrastive
 import torch
 
 # Rows and columns of a tile in half precision, and the width of the features.

@@ -3,8 +3,8 @@
 The checks are those of the interpreted kernels. Sizes cross a tile in every direction.
 """
 
+import contrastive_formulas as contrastive
 import pytest
-import test_contrastive_interpreter as contrastive
 import test_cross_attention_interpreter as attention
 import test_momentum_contrastive_interpreter as momentum
 import test_soft_cross_entropy_interpreter as soft_cross_entropy
