@@ -82,6 +82,7 @@ MOVE_NOTHING = ("empty", "new_empty", "_local_scalar", "prim::", "_unsafe_view",
 # In-place operations that do not look at what they overwrite.
 WRITE_ONLY = ("copy_", "fill_", "zero_")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 KINDS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 # Where the host code of fastvlp.kernels multiplies matrices, for which a CPU lacks the operation
 # that a GPU has (fp32 results of half precision operands).
@@ -185,6 +186,9 @@ class _TorchOps(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
+        if func.namespace == "fastvlp":
+            with self:  # it is made of others
+                return func.redispatch(_CPU, *args, **kwargs)
         if name.rstrip("_") in PRODUCTS:
             return self._multiply(name, func, args, kwargs)
         result = func(*args, **kwargs)
@@ -197,13 +201,17 @@ class _TorchOps(TorchDispatchMode):
         return result
 
     def _multiply(self, name, func, args, kwargs):
-        a, b = args[:2] if name in ("mm", "bmm") else args[1:3]
-        self.events.append(product_of(a, b))
-        if self.execute:
+        adds = "add" in name
+        a, b = args[1:3] if adds else args[:2]
+        dtype = next((arg for arg in args if isinstance(arg, torch.dtype)), a.dtype)
+        self.events.append(product_of(a, b, dtype.itemsize, _bytes(args[:1]) if adds else 0))
+        out = args[0] if name.endswith("_") else kwargs.get("out")
+        if self.execute and dtype == a.dtype:
             return func(*args, **kwargs)
-        if kwargs.get("out") is not None or name.endswith("_"):
-            return kwargs.get("out", args[0])
-        return a.new_empty(*a.shape[:-1], b.shape[-1])
+        if self.execute:  # a CPU has no products with wider results
+            made = torch.matmul(a.to(dtype), b.to(dtype))
+            return made if out is None else out.copy_(made)
+        return a.new_empty(*a.shape[:-1], b.shape[-1], dtype=dtype) if out is None else out
 
     def product(self, original):
         """In place of fastvlp.kernels' own `product`: one product with fp32 results."""
@@ -219,11 +227,12 @@ class _TorchOps(TorchDispatchMode):
         return multiply
 
 
-def product_of(a, b, result: int | None = None) -> TorchOp:
-    """The operation a @ b; result: bytes of its elements, by default those of a's."""
+def product_of(a, b, result: int | None = None, added: int = 0) -> TorchOp:
+    """The operation a @ b; result: bytes of its elements, by default those of a's. added: bytes of
+    what is read to be added to it."""
     rows, depth, columns = a.shape[:-1].numel(), a.shape[-1], b.shape[-1]
     out = rows * columns * (result or a.element_size())
-    moved = a.numel() * a.element_size() + b.numel() * b.element_size() + out
+    moved = a.numel() * a.element_size() + b.numel() * b.element_size() + out + added
     return TorchOp("product", moved, 2 * rows * depth * columns, KINDS[a.dtype])
 
 

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from gpu_launches import TorchOp
 from gpu_model_case import BF16, Case, Implementation, gradient, leaves, products
+from gpu_model_heads import soft_cross_entropy
 from gpu_model_pairs import contrastive, sigmoid
 
 
@@ -63,84 +64,6 @@ def momentum(queue: int, batch: int = 64, dim: int = 256) -> Case:
         products(6, batch, queue, dim, 2 * 2 * queue * dim),
         "both queues once, and for each direction two products of logits and one of gradients",
         missing=(("peers", "no kernel library has this loss"),),
-    )  # fmt: skip
-
-
-def our_soft_cross_entropy(vocabulary: int, rows: int):
-    from fastvlp.kernels.soft_cross_entropy import soft_cross_entropy_rows
-
-    length = -(-vocabulary // 16) * 16
-    logits, taught = torch.zeros(2, rows, length)[:, :, :vocabulary]
-    bias = torch.zeros(2, vocabulary)
-    labels, alpha = torch.arange(rows) % vocabulary, torch.tensor([0.4])
-    losses = torch.empty(rows)
-    slopes = torch.empty(rows, length, dtype=BF16)[:, :vocabulary]
-
-    def call():
-        soft_cross_entropy_rows(
-            logits, bias[0], taught, bias[1], labels, alpha, -100, losses, slopes
-        )
-
-    return call
-
-
-def head_products(rows: int, width: int, vocabulary: int) -> tuple[TorchOp, ...]:
-    """Of a language-model head with a teacher: two of logits in fp32, two of gradients."""
-    logits, weight, hidden = rows * vocabulary, width * vocabulary, rows * width
-    flops = 2 * rows * width * vocabulary
-    forward = TorchOp("logits", 4 * logits + 2 * weight + 2 * hidden, flops, "bf16")
-    backward = TorchOp("gradient", 2 * (logits + weight + hidden), flops, "bf16")
-    return forward, forward, backward, backward
-
-
-def liger_cross_entropy(width: int, vocabulary: int, rows: int):
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-    hidden, weight, bias = leaves((rows, width), (vocabulary, width), (vocabulary,))
-    labels = torch.arange(rows) % vocabulary
-
-    def call():
-        loss = LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, bias)
-        gradient(loss[0] if isinstance(loss, tuple) else loss, hidden, weight, bias)
-
-    return call
-
-
-def eager_soft_cross_entropy(width: int, vocabulary: int, rows: int):
-    import soft_cross_entropy as bench
-
-    given = leaves((rows, width), (vocabulary, width), (vocabulary,))
-    teacher = leaves((rows, width), (vocabulary, width), (vocabulary,))
-    labels = torch.zeros(rows, dtype=torch.int64)
-
-    def call():
-        with torch.autocast("cpu", BF16):
-            loss = bench.eager()(*given, labels, [t.detach() for t in teacher])
-        gradient(loss, *given)
-
-    return call
-
-
-def soft_cross_entropy(rows: int, width: int = 768, vocabulary: int = 30522) -> Case:
-    implementations = [
-        Implementation(
-            "fastvlp", partial(our_soft_cross_entropy, vocabulary), (4, 8),
-            around=head_products(rows, width, vocabulary),
-        ),
-        Implementation(
-            "liger-kernel, without teacher", partial(liger_cross_entropy, width, vocabulary),
-            (4, 8), needs="liger_kernel",
-        ),
-        Implementation(
-            "ALBEF's formula, autocast", partial(eager_soft_cross_entropy, width, vocabulary),
-            eager=True,
-        ),
-    ]  # fmt: skip
-    moved = 2 * (3 * vocabulary * width)
-    return Case(
-        "soft_cross_entropy", {"m": rows, "d": width, "v": vocabulary}, rows, implementations,
-        products(4, rows, vocabulary, width, moved),
-        "4 products, of logits of student and teacher and two of gradients, and the weights once",
     )  # fmt: skip
 
 
@@ -279,4 +202,5 @@ def cases(quick: bool) -> list[Case]:
     found += [sigmoid(n) for n in (8192, 32768)]
     found.append(momentum(65536))
     found += [cross_attention(32, q, backward=b) for q in (30, 120) for b in (False, True)]
-    return [*found, soft_cross_entropy(1000), word_patch_alignment(64), ema(145)]
+    found += [soft_cross_entropy(1000, teacher=teacher) for teacher in (True, False)]
+    return [*found, word_patch_alignment(64), ema(145)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import gpu_occupancy
 import gpu_schedule
 import pytest
+import torch
 from gpu_chips import A100, CHIPS, H100
 from gpu_schedule import TracedStep
 
@@ -194,12 +195,32 @@ def test_bytes_from_memory(pool):
 
 
 def test_operations_of_torch_are_recorded_without_views(pool):
-    fake, dry = pool.submit(child.recorded).result()
+    fake, wide, dry, result = pool.submit(child.recorded).result()
     assert fake == [
         ("product", 2 * (64 * 128 + 128 * 32 + 64 * 32), 2 * 64 * 128 * 32),
         ("relu", 2 * 2 * 64 * 32, 0),
     ]
     assert dry == 2
+    # Wider results, and what a product is added to.
+    one = 2 * 4 * 8 * 2
+    assert wide == [
+        ("product", 2 * (32 + 16) + 4 * 8, one), ("product", 4 * (32 + 16) + 2 * 4 * 8, one),
+    ]  # fmt: skip
+    assert result.dtype == torch.float32 and (result == 16).all()
+
+
+def test_operators_of_fastvlp_are_recorded_as_what_they_are_made_of(pool):
+    """Soft cross entropy: two products of logits in fp32, a pass, and three of gradients in fp32,
+    the last of which, with respect to the bias, has 16 columns."""
+    launches, products = pool.submit(child.soft_cross_entropy_launches).result()
+    m, d, v = 300, 64, 1000
+    assert launches == [m]
+    assert products == [
+        *[(2 * (m * d + v * d) + 4 * m * v, 2 * m * d * v)] * 2,
+        (2 * (m * v + v * d) + 4 * m * d, 2 * m * d * v),
+        (2 * (m * v + m * d) + 4 * v * d, 2 * m * d * v),
+        (2 * (m * v + 16 * m) + 4 * 16 * v, 2 * m * 16 * v),
+    ]
 
 
 def test_the_model_ranks_as_published_measurements_do(pool):
