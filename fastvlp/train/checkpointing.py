@@ -82,6 +82,7 @@ class Checkpoints:
         """The newest whole checkpoint, the same on every rank.
 
         Damaged ones that are newer are named, and renamed, so that the run can write them again.
+        Old ones that a killed run has left are removed.
 
         Raises:
             ValueError: all are damaged; or one is no checkpoint that may be read.
@@ -92,6 +93,7 @@ class Checkpoints:
             fault = self._damage(path)
             if fault is None:
                 self._from_first(lambda: _set_aside(damaged, path))  # noqa: B023
+                self._from_first(self._remove_old)
                 return path
             damaged[path] = fault
         if damaged:
@@ -193,13 +195,16 @@ class Checkpoints:
                 checkpoint_files.write_checksums(part)
                 os.rename(part, place)
                 sync_folder(self.folder)
-                for old in checkpoint_files.steps(self.folder)[: -self.keep]:
-                    # Its name goes first, so that no half of it is taken for a checkpoint.
-                    shutil.rmtree(old.rename(old.with_name(f"{old.name}.part")))
+                self._remove_old()
         except Exception as error:  # raised by `wait`, of which this thread knows nothing
             self._error = error
         finally:
             self._published.set()
+
+    def _remove_old(self) -> None:
+        for old in checkpoint_files.steps(self.folder)[: -self.keep]:
+            # Its name goes first, so that no half of it is taken for a checkpoint.
+            shutil.rmtree(old.rename(old.with_name(f"{old.name}.part")))
 
 
 def _set_aside(damaged: dict[Path, str], used: Path) -> None:

@@ -71,6 +71,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(whole, run,
     assert same(last_state(whole, tmp_path), last_state_of(checkpoint(run), tmp_path))
 
 
+def test_a_finished_run_removes_old_checkpoints_that_it_was_killed_before_removing(run):
+    shutil.copytree(checkpoint(run, 2), checkpoint(run, 1))
+    train(run, **CHANGES)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-00000002", "step-00000004",
+    ]  # fmt: skip
+
+
 def last_state_of(path, tmp_path):
     kept = tmp_path / "kept" / "checkpoints"
     shutil.copytree(path, kept / path.name)
