@@ -2,7 +2,8 @@
 
     python kill_server.py FOLDER SECONDS_KILLS EVENT_KILLS [MODULE]
 
-Everything is imported once, and each run is a fork. FOLDER/whole is the run that nobody kills. Run
+A first run imports everything, and each other run is a fork; an empty file stands for the image of
+the curve, which takes long to draw. FOLDER/whole is the run that nobody kills. Run
 `time-i` is killed after a share of its time, drawn at random; run `event-i` kills itself at one of
 the moments when it opens, renames, makes or removes something in its folder, among which are all
 those inside of writing a checkpoint. MODULE.train(folder) is what runs, tiny_run.train unless said.
@@ -23,10 +24,9 @@ import seeds  # noqa: E402
 
 seeds.inherit()
 
-import matplotlib.backends.backend_agg  # noqa: E402, F401
-import safetensors.torch  # noqa: E402, F401
 import torch  # noqa: E402
-import torch.utils.tensorboard  # noqa: E402, F401
+
+from fastvlp.train import logging  # noqa: E402
 
 tiny = importlib.import_module(sys.argv[4] if len(sys.argv) > 4 else "tiny_run")
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -69,6 +69,8 @@ def train(folder, at=None, counts=None):
 def main():
     folder, by_time, by_event = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
+    logging.draw_curve = lambda folder: (folder / "curve.png").write_bytes(b"")
+    tiny.train(folder / "first")
     counts = folder / "count"
     begin = time.monotonic()
     assert status(forked(train, folder / "whole", None, counts)) == 0

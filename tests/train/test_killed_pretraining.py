@@ -11,6 +11,7 @@ import torch
 from run_state import last_state, same
 from tiny_run import weights
 
+pytestmark = pytest.mark.thorough
 BY_TIME, BY_EVENT = 3, 5
 
 

@@ -13,6 +13,7 @@ from tiny_run import weights
 
 from fastvlp.train.logging import read_log
 
+pytestmark = pytest.mark.thorough
 BY_TIME, BY_EVENT = 7, 13
 
 
