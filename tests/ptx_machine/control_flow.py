@@ -94,6 +94,7 @@ class Execution:
         register = lanes.registers[step.guard]
         if register is None:
             raise ProgramError(f"{self.batch.where(step)}: the guard is read before it is written")
+        self.batch.guards(step, lanes)
         holds = register[lanes.index]
         if step.instruction.guard.negated:
             holds = ~holds

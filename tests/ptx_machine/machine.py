@@ -100,6 +100,10 @@ class Batch:
             observer.executes(step, lanes)
         step.operation(lanes)
 
+    def guards(self, step: Step, lanes: Lanes) -> None:
+        for observer in self.observers:
+            observer.guards(step, lanes)
+
     def observe(self, step: Step, lanes: Lanes) -> None:
         for observer in self.observers:
             observer.executes(step, lanes)

@@ -51,6 +51,9 @@ class Observer:
     def batch_ends(self, batch) -> None:
         """All threads of the batch have ended."""
 
+    def guards(self, step: "Step", lanes: Lanes) -> None:
+        """`lanes` read the guard of an instruction."""
+
     def executes(self, step: "Step", lanes: Lanes) -> None:
         """`lanes` execute an instruction: those whose guard is true."""
 

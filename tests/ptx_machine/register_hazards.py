@@ -1,6 +1,8 @@
-"""Finds misuse of the registers that wgmma works on while the warpgroup goes on.
+"""Finds reads of registers without a value, and misuse of those that wgmma works on meanwhile.
 
 Kinds of findings:
+    unwritten register  a read by lanes that have not written the register, which others have;
+                        accumulators of wgmma are left out, since it may be told to ignore them
     pending registers   an access to accumulators before the products that add to them were waited
                         for, or a change of registers that such a product still reads
     wgmma.fence         registers of a product that were written after the last wgmma.fence
@@ -19,7 +21,7 @@ WGMMA = "wgmma.mma_async"
 
 
 class RegisterHazards(Observer):
-    """Watches one launch of a kernel; does nothing where it has no wgmma."""
+    """Watches one launch of a kernel."""
 
     def __init__(self, findings: Findings):
         self.findings = findings
@@ -35,8 +37,20 @@ class RegisterHazards(Observer):
         self.read: dict[int, np.ndarray] = {}
         self.written = defaultdict(lambda: np.full(size, -1, np.int64))
         self.fenced = np.full(size, -1, np.int64)
+        # Registers that all threads have written at once; by whom the others were.
+        self.whole: set[int] = set()
+        self.partly: dict[int, np.ndarray] = {}
+        self.threads = int(batch.layout.exists.sum())
+
+    def guards(self, step, lanes: Lanes) -> None:
+        self.check_written(step, lanes, frozenset({step.guard}))
 
     def executes(self, step, lanes: Lanes) -> None:
+        reads = step.reads
+        if step.instruction in self.slots:
+            reads = reads - self.slots[step.instruction][1]
+        self.check_written(step, lanes, reads)
+        self.mark_written(step.writes - self.whole, lanes)
         if not self.watched:
             return
         self.tick += 1
@@ -49,6 +63,23 @@ class RegisterHazards(Observer):
             self.check_pending(step, lanes, register, self.added_to)
         for register in (step.reads - step.writes) & self.added_to.keys():
             self.check_pending(step, lanes, register, self.added_to)
+
+    def check_written(self, step, lanes: Lanes, registers: frozenset[int]) -> None:
+        """Registers that nobody has written end the execution, in whatever reads them."""
+        for register in (registers - self.whole) & self.partly.keys():
+            missing = ~self.partly[register][lanes.index]
+            if missing.any():
+                self.report("unwritten register", step.instruction, lanes, missing,
+                            "reads a register that it has not written")  # fmt: skip
+
+    def mark_written(self, registers: frozenset[int], lanes: Lanes) -> None:
+        if lanes.count == self.threads:
+            self.whole |= registers
+            return
+        for register in registers:
+            if register not in self.partly:
+                self.partly[register] = np.zeros(self.batch.layout.size, bool)
+            self.partly[register][lanes.index] = True
 
     def fences(self, fence: str, lanes: Lanes) -> None:
         if fence == "wgmma":
