@@ -39,6 +39,8 @@ MODULES = (
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 # One SASS line: optional predicate, then the opcode with its dotted modifiers.
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+# Of a case's name what comes before dtype and tile.
+_KERNEL = re.compile(r"\S+( (?!bf16|fp16|fp32|\d)\S+)*")
 _TENSOR_CORE = re.compile(r"^([HIQDO]MMA|[HIQ]GMMA|UTC\w*MMA)$")
 
 
@@ -206,11 +208,12 @@ def faults(case: Case, compiled: Compiled) -> list[str]:
 
 
 class Summary:
-    """By GPU: how many cases, what is wrong with how many, how close to the limits."""
+    """How many cases, and what is wrong with how many: by kernel and GPU, and by GPU how close
+    they come to the limits."""
 
     def __init__(self):
         self.faults = 0
-        self._of: dict[int, list[tuple[Compiled | None, list[str]]]] = {}
+        self._of: dict[int, list[tuple[str, Compiled | None, list[str]]]] = {}
 
     def add(self, case: Case, compiled: Compiled | None) -> None:
         """`compiled` is None for a case that does not compile."""
@@ -218,12 +221,25 @@ class Summary:
         self.faults += len(found)
         if compiled and is_refused(case, compiled):
             found = ["refused (TF32)"]
-        self._of.setdefault(case.capability, []).append((compiled, found))
+        kernel = _KERNEL.match(case.name).group()
+        self._of.setdefault(case.capability, []).append((kernel, compiled, found))
+
+    def table(self) -> Iterator[str]:
+        """A Markdown table of the cases of each kernel by GPU, with what is wrong with how many."""
+        yield "| kernel |" + "".join(f" sm_{capability} |" for capability in sorted(self._of))
+        yield "|---" * (1 + len(self._of)) + "|"
+        for kernel in dict.fromkeys(k for of in self._of.values() for k, _, _ in of):
+            cells = []
+            for _, of in sorted(self._of.items()):
+                found = [found for k, _, found in of if k == kernel]
+                counts = Counter(fault for each in found for fault in each)
+                cells.append(f"{len(found)}" + "".join(f", {n} {f}" for f, n in counts.items()))
+            yield f"| {kernel} | " + " | ".join(cells) + " |"
 
     def lines(self) -> Iterator[str]:
         for capability, of in sorted(self._of.items()):
-            done = [compiled for compiled, _ in of if compiled]
-            counts = Counter(fault for _, found in of for fault in found)
+            done = [compiled for _, compiled, _ in of if compiled]
+            counts = Counter(fault for _, _, found in of for fault in found)
             notes = "".join(f", {n} {name}" for name, n in counts.items())
             yield (
                 f"sm_{capability}: {len(of)} cases{notes}; at most "
@@ -234,7 +250,7 @@ class Summary:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the register table and a summary of it; status 1 when a kernel does not compile,
+    """Print the register table and summaries of it; status 1 when a kernel does not compile,
     spills, does not fit or takes the wrong units."""
     parser = argparse.ArgumentParser(prog="python -m fastvlp.kernels.aot", description=__doc__)
     parser.add_argument("-j", "--jobs", type=int, default=1, help="processes that compile")
@@ -249,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
         error = future.exception()
         summary.add(case, None if error else future.result())
         print(case.error_row(error) if error else future.result().row(), flush=True)
-    print(*summary.lines(), sep="\n")
+    print("", *summary.table(), "", *summary.lines(), sep="\n")
     return 1 if summary.faults else 0
 
 

@@ -29,3 +29,30 @@ def test_compiles_within_budget(compiled, index, record_property, kernel_counts)
     assert (result.name, result.capability) == (case.name, case.capability)
     assert 0 < result.registers <= 255
     assert aot.faults(case, result) == [], result.row()
+
+
+def test_the_summary_counts_cases_and_faults_by_kernel():
+    def case(name, capability):
+        return aot.Case(name, None, {}, {}, capability, warps=4, stages=1)
+
+    def made(case, spilled):
+        return aot.Compiled(case.name, case.capability, 1024, 40, 0, 0, local_stores=spilled)
+
+    summary = aot.Summary()
+    for name, capability, spilled in [
+        ("merge last 64x64", 80, 0),
+        ("rows-loss bf16 8x16", 80, 3),
+        ("rows-loss fp32 8x16", 80, 0),
+        ("rows-loss bf16 8x16", 90, 0),
+    ]:
+        each = case(name, capability)
+        summary.add(each, made(each, spilled))
+    summary.add(case("merge last 64x64", 90), None)
+    assert summary.faults == 2
+    assert list(summary.table()) == [
+        "| kernel | sm_80 | sm_90 |",
+        "|---|---|---|",
+        "| merge last | 1 | 1, 1 not compiled |",
+        "| rows-loss | 2, 1 spills | 1 |",
+    ]
+    assert next(summary.lines()).startswith("sm_80: 3 cases, 1 spills; at most 40 of 255 registers")
