@@ -13,10 +13,12 @@
 // that match hold different shares of the mass, the rest has to take a route whose entries die out
 // first and return once delta and sigma have grown. A float that became 0 stays 0. So the products
 // of all deltas and of all sigmas are followed as logarithms, which tell at the end what each entry
-// would be; where one that is 0 would not be tiny, the pair is solved again in double.
+// would be; where one that is 0 would not be tiny, the pair is solved again with all entries as
+// logarithms, in double. (Plain doubles would lose such entries too, a few times later.)
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "simd.h"
 
@@ -175,51 +177,67 @@ inline bool left_range(const Transport& t, const float* cosine, float beta, int6
   return false;
 }
 
-// The same iterations in double, in the order of the reference. `wide` has room for two matrices
-// [rows][cols] and for delta and sigma. Leaves the plan in Q, and ones in delta and sigma.
-inline void solve_in_double(const Transport& t, const float* cosine, float beta,
-                            int64_t iterations, int64_t inner, double* wide) {
-  double *a = wide, *q = a + t.rows * t.cols, *delta = q + t.rows * t.cols;
-  double* sigma = delta + t.cols;
-  for (int64_t i = 0; i < t.rows; ++i) {
-    sigma[i] = 1.0 / static_cast<double>(t.rows);
-    for (int64_t j = 0; j < t.cols; ++j) {
-      a[i * t.cols + j] = std::exp((cosine[i * t.stride + j] - 1.0) / beta);
-      q[i * t.cols + j] = 1.0;
+// log(sum_k exp(z_k)), fed value by value.
+class LogSum {
+ public:
+  void add(double z) {
+    if (z > top_) {
+      sum_ = sum_ * std::exp(top_ - z) + 1.0;
+      top_ = z;
+    } else {
+      sum_ += std::exp(z - top_);
     }
   }
+  double value() const { return top_ + std::log(sum_); }
+
+ private:
+  double top_ = -std::numeric_limits<double>::infinity(), sum_ = 0.0;
+};
+
+// The same iterations on logarithms in double, in the order of the reference. `wide` has room for
+// wide_doubles. Leaves the plan in Q, and ones in delta and sigma.
+inline void solve_in_logarithms(const Transport& t, const float* cosine, float beta,
+                                int64_t iterations, int64_t inner, double* wide) {
+  double *q = wide, *delta = q + t.rows * t.cols, *sigma = delta + t.cols;
+  const double log_rows = std::log(static_cast<double>(t.rows));
+  const double log_cols = std::log(static_cast<double>(t.cols));
+  for (int64_t k = 0; k < t.rows * t.cols; ++k) q[k] = 0.0;
+  for (int64_t i = 0; i < t.rows; ++i) sigma[i] = -log_rows;
   for (int64_t n = 0; n < iterations; ++n) {
-    for (int64_t k = 0; k < t.rows * t.cols; ++k) q[k] *= a[k];
+    for (int64_t i = 0; i < t.rows; ++i)
+      for (int64_t j = 0; j < t.cols; ++j)
+        q[i * t.cols + j] += (cosine[i * t.stride + j] - 1.0) / beta;
     for (int64_t k = 0; k < inner; ++k) {
-      for (int64_t j = 0; j < t.cols; ++j) delta[j] = 0.0;
-      for (int64_t i = 0; i < t.rows; ++i)
-        for (int64_t j = 0; j < t.cols; ++j) delta[j] += q[i * t.cols + j] * sigma[i];
-      for (int64_t j = 0; j < t.cols; ++j) delta[j] = 1.0 / (static_cast<double>(t.cols) * delta[j]);
+      for (int64_t j = 0; j < t.cols; ++j) {
+        LogSum sum;
+        for (int64_t i = 0; i < t.rows; ++i) sum.add(q[i * t.cols + j] + sigma[i]);
+        delta[j] = -log_cols - sum.value();
+      }
       for (int64_t i = 0; i < t.rows; ++i) {
-        double sum = 0.0;
-        for (int64_t j = 0; j < t.cols; ++j) sum += q[i * t.cols + j] * delta[j];
-        sigma[i] = 1.0 / (static_cast<double>(t.rows) * sum);
+        LogSum sum;
+        for (int64_t j = 0; j < t.cols; ++j) sum.add(q[i * t.cols + j] + delta[j]);
+        sigma[i] = -log_rows - sum.value();
       }
     }
     for (int64_t i = 0; i < t.rows; ++i)
-      for (int64_t j = 0; j < t.cols; ++j) q[i * t.cols + j] *= sigma[i] * delta[j];
+      for (int64_t j = 0; j < t.cols; ++j) q[i * t.cols + j] += sigma[i] + delta[j];
   }
   for (int64_t i = 0; i < t.rows; ++i) {
     t.sigma[i] = 1.0f;
     for (int64_t j = 0; j < t.stride; ++j)
-      t.q[i * t.stride + j] = j < t.cols ? static_cast<float>(q[i * t.cols + j]) : 0.0f;
+      t.q[i * t.stride + j] = j < t.cols ? static_cast<float>(std::exp(q[i * t.cols + j])) : 0.0f;
   }
   for (int64_t j = 0; j < t.stride; ++j) t.delta[j] = 1.0f;
 }
 
-inline int64_t wide_doubles(int64_t rows, int64_t cols) { return 2 * rows * cols + rows + cols; }
+inline int64_t wide_doubles(int64_t rows, int64_t cols) { return rows * cols + rows + cols; }
 
 // Leaves Q, delta and sigma whose product is the plan for the costs 1 - cosine.
 inline void solve_transport(const Transport& t, const float* cosine, float beta,
                             int64_t iterations, int64_t inner, double* wide) {
   iterate(t, iterations, inner);
   if (left_range(t, cosine, beta, iterations))
-    solve_in_double(t, cosine, beta, iterations, inner, wide);
+    solve_in_logarithms(t, cosine, beta, iterations, inner, wide);
 }
 
 }  // namespace

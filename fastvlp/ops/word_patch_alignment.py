@@ -14,13 +14,16 @@ Distance", arXiv 1802.04307, algorithm 1.
 The distance is differentiable by the features once, through the costs with the plan held fixed, as
 ViLT trains it (at the optimum that is the derivative of the whole); the plan itself carries no
 gradient. Costs and plans are float32 whatever the features are. Entries of a plan may leave the
-range of float32 and come back (many iterations, small beta, words and patches of few directions):
-on a CPU such a pair is solved again in float64.
+range of float32, or of float64, and come back (many iterations, small beta, words and patches of
+few directions): on a CPU and in the reference such a pair is solved again with logarithms in place
+of entries, or is NaN where the reference is compiled. The GPU kernel keeps float32 and loses them.
 
 Cost of a pair with n words, m patches, width D: 2 n m D FLOP forward, 4 n m D backward and about
 5 n m a iteration, on the valid rows only. Memory beyond results and gradients: the plans,
 4 B Lx Ly bytes, and a few MB for each thread.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +36,7 @@ from ._tensor_checks import check_count, check_tensor
 from ._word_patch_alignment_inputs import CANDIDATES, check_inputs
 
 SMALLEST_NORM = 1e-5
+LOG_OF_NOTHING = -50.0  # of an entry that changes no distance
 PADDING_TERM = 1e4  # keeps the scaling of a padded row finite; its plan is 0 whatever it is
 
 
@@ -123,13 +127,41 @@ def _transport_plan(cost, x_padding, y_padding, outside, beta, iterations, inner
     y_term = PADDING_TERM * y_padding[:, None, :].to(cost)
     sigma = (1 / x_count).expand(-1, cost.shape[1], 1)
     plan = torch.ones_like(cost)
+    smallest, x_log, y_log = plan, 0, 0
     for _ in range(iterations):
         q = kernel * plan
+        smallest = torch.minimum(smallest, q)
         for _ in range(inner_iterations):
             delta = 1 / (y_count * (q * sigma).sum(1, keepdim=True) + y_term)
             sigma = 1 / (x_count * (q * delta).sum(2, keepdim=True) + x_term)
         plan = sigma * q * delta
+        x_log, y_log = x_log + sigma.log(), y_log + delta.log()
+    logarithms = x_log + y_log - cost * (iterations / beta)  # of the plan, in any range
+    left = (smallest < torch.finfo(cost.dtype).tiny) & (logarithms > LOG_OF_NOTHING)
+    lost = ((left | ~plan.isfinite()) & ~outside).flatten(1).any(1)
+    if torch.compiler.is_compiling():  # which cannot choose by a value
+        plan = plan.masked_fill(lost[:, None, None], math.nan)
+    elif lost.any():
+        again = (t[lost] for t in (cost, x_padding, y_padding))
+        plan[lost] = _logarithmic_plan(*again, beta, iterations, inner_iterations).to(plan)
     return plan.masked_fill(outside, 0)
+
+
+def _logarithmic_plan(cost, x_padding, y_padding, beta, iterations, inner_iterations):
+    """The plan of the same iterations on the logarithms of its entries, in float64."""
+    x_padding, y_padding = x_padding[:, :, None], y_padding[:, None, :]
+    x_log, y_log = ((~t).sum((1, 2), keepdim=True).double().log() for t in (x_padding, y_padding))
+    step = (-cost.double() / beta).masked_fill(x_padding | y_padding, -math.inf)
+    plan, sigma = torch.zeros_like(step), -x_log
+    for _ in range(iterations):
+        q = plan + step
+        for _ in range(inner_iterations):
+            delta = -(y_log + (q + sigma).logsumexp(1, keepdim=True))
+            delta = delta.masked_fill(y_padding, 0)
+            sigma = -(x_log + (q + delta).logsumexp(2, keepdim=True))
+            sigma = sigma.masked_fill(x_padding, 0)
+        plan = sigma + q + delta
+    return plan.exp()
 
 
 def word_patch_alignment_loss(
