@@ -18,14 +18,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import attention_inputs
-import attention_peers
-import fusion_layer_peers
-import harness
-import report
-from attention_inputs import PARTS, Case
-from harness import BOUND, OURS
-from run import Run
+from _harness import measure as harness
+from _harness import report
+from _harness.measure import BOUND, OURS
+from _harness.run import Run
+from baselines.cross_attention import attention as attention_peers
+from baselines.cross_attention import fusion_layer as fusion_layer_peers
+from baselines.cross_attention import inputs as attention_inputs
+from baselines.cross_attention.inputs import PARTS, Case
 
 PACKAGES = ("transformers", "flash-attn", "xformers", "triton", "numpy")
 PHASES = ("fwd", "fwd+bwd")

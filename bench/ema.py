@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import harness
 import torch
-from harness import BOUND, OURS, Contender, Missing
-from run import Run
+from _harness import measure as harness
+from _harness.measure import BOUND, OURS, Contender, Missing
+from _harness.run import Run
 
 from fastvlp import EmaModel
 from fastvlp.optim import AdamWEma

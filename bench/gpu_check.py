@@ -29,8 +29,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gpu_check_folder
-from gpu_check_worker import LOST
+from _gpu import check_folder as gpu_check_folder
+from _gpu.check_worker import LOST
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
@@ -47,7 +47,7 @@ OURS, BOUND = "fastvlp", "floor"  # harness's, without importing torch
 
 
 class Results:
-    """The JSON, rewritten whole after everything that comes; rows as bench/run.py has them."""
+    """The JSON, rewritten whole after everything that comes; rows as those of every benchmark."""
 
     def __init__(self, path: Path | None, dry_run: bool):
         self.path, self.dry_run = path, dry_run
@@ -56,7 +56,7 @@ class Results:
         self.missing: list[dict[str, str]] = []
 
     def take(self, entry: Mapping[str, Any]) -> None:
-        """A line of gpu_check_measure.py."""
+        """A line of _gpu/check_measure.py."""
         self.meta |= entry.get("meta", {})
         self.meta |= {key: entry[key] for key in ("ceilings", "launches") if key in entry}
         self.rows += entry.get("rows", [])
@@ -91,7 +91,7 @@ def run_tests(args: argparse.Namespace, results: Results, scratch: Path, seconds
     if args.quick:
         files = [QUICK_TESTS]
     deadline = time.time() + seconds - GRACE_S
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_check_worker", "--tb=short",
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "_gpu.check_worker", "--tb=short",
                "-p", "no:cacheprovider", "--continue-on-collection-errors", "--device", "cuda",
                "-m", "gpu", "--gpu-deadline", str(deadline)]  # fmt: skip
     if args.quick:
@@ -141,7 +141,7 @@ def outcomes(shares: Sequence[Share], known: Sequence[str]) -> dict[str, Any]:
     }
 
 
-QUICK_TESTS, QUICK_SELECTION = "tests/ops/test_ema.py", "thousand or between_elements"
+QUICK_TESTS, QUICK_SELECTION = "tests/ops/ema/test_ema.py", "thousand or between_elements"
 NOT_RUN = ("out of time", "unfinished", "lost")
 
 
@@ -181,10 +181,10 @@ class Share:
 def run_measurements(
     args: argparse.Namespace, results: Results, scratch: Path, seconds: float
 ) -> None:
-    """gpu_check_measure.py, again after errors that end its process."""
+    """_gpu/check_measure.py, again after errors that end its process."""
     ends = time.monotonic() + seconds
     lines, log = scratch / "measure.jsonl", scratch / "measure.log"
-    command = [sys.executable, str(BENCH / "gpu_check_measure.py"), "--out", str(lines)]
+    command = [sys.executable, "-m", "_gpu.check_measure", "--out", str(lines)]
     command += ["--quick"] * args.quick + ["--dry-run"] * args.dry_run
     first = 0
     for _ in range(RESTARTS + 1):

@@ -16,16 +16,16 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import gpu_sanity
-import harness
-from gpu_bound import Bound, Executed, bounds, floor_bound, torch_bound
-from gpu_chips import CHIPS, Chip
-from gpu_launches import Event, record, record_eager
-from gpu_model_case import Case, Implementation, installed
-from gpu_model_cases import cases
-from harness import BOUND, OURS, Contender, Missing
+from _gpu import sanity as gpu_sanity
+from _gpu.bound import Bound, Executed, bounds, floor_bound, torch_bound
+from _gpu.chips import CHIPS, Chip
+from _gpu.launches import Event, record, record_eager
+from _gpu.model_case import Case, Implementation, installed
+from _gpu.model_cases import cases
+from _harness import measure as harness
+from _harness.measure import BOUND, OURS, Contender, Missing
+from _harness.run import Run
 from ptx_machine.errors import ProgramError, UnknownForm
-from run import Run
 from triton.runtime.errors import OutOfResources
 
 LEGEND = "Every ms is a model's bound, not a time; nothing ran on a GPU."

@@ -18,21 +18,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import harness
-import itc_features
-import itc_peers
-import memory
-import ranks
-import report
 import torch
 import torch.distributed as dist
-from distributed_peers import PEER, contenders
-from distributed_projection import TITLE, Products, Rates, print_projection, project
-from distributed_traffic import RULE, Traffic, loopback_bytes
-from harness import DTYPES, OURS, Contender, Missing, Settings, dtypes, positives
-from itc_peers import Inputs
-from run import Run
-from timing import status
+from _harness import measure as harness
+from _harness import memory, ranks, report
+from _harness.measure import DTYPES, OURS, Contender, Missing, Settings, dtypes, positives
+from _harness.run import Run
+from _harness.timing import status
+from baselines.contrastive import features as itc_features
+from baselines.contrastive import softmax as itc_peers
+from baselines.contrastive.distributed import PEER, contenders
+from baselines.contrastive.projection import TITLE, Products, Rates, print_projection, project
+from baselines.contrastive.softmax import Inputs
+from baselines.contrastive.traffic import RULE, Traffic, loopback_bytes
 
 from fastvlp.distributed import all_gather_rows
 

@@ -17,14 +17,14 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import harness
-import itc_features
-import itc_peers
-import memory
 import torch
-from harness import BOUND, OURS
-from run import Run
-from timing import status
+from _harness import measure as harness
+from _harness import memory
+from _harness.measure import BOUND, OURS
+from _harness.run import Run
+from _harness.timing import status
+from baselines.contrastive import features as itc_features
+from baselines.contrastive import softmax as itc_peers
 
 OP = "contrastive"
 # By size of the run: pairs of the comparisons, of fastvlp alone, and which features are taken.

@@ -24,19 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import harness
 import numpy as np
-import report
-import timing
 import torch
-from harness import BOUND, OURS, Missing
+from _harness import measure as harness
+from _harness import report, timing
+from _harness.measure import BOUND, OURS, Missing
+from _harness.run import Run
 from PIL import Image
-from run import Run
 
 from fastvlp.data import Loader, RgbConversion
-from fastvlp.data.image_transforms import transformed
-from fastvlp.data.recipes import RECIPES, CentreCrop, RandomCrop, Recipe, SquareResize
-from fastvlp.data.shards import Sample, write_shard
+from fastvlp.data.images.recipes import RECIPES, CentreCrop, RandomCrop, Recipe, SquareResize
+from fastvlp.data.images.transforms import transformed
+from fastvlp.data.shards.write import Sample, write_shard
 
 OP, PHASE = "loader", "epoch"
 PACKAGES = ("torchvision", "pillow", "nvidia-dali-cuda130", "webdataset", "scikit-image")
@@ -233,7 +232,7 @@ class TensorTransform:
 
 def decoding(data: Data, threads: int) -> Batches:
     """DALI's decoder and nothing else; yields no batches."""
-    from fastvlp.data.image_dali import DaliBackend
+    from fastvlp.data.images.dali import DaliBackend
 
     backend = DaliBackend(
         RECIPES["clip_eval"], data.batch, threads, torch.device("cpu"), RgbConversion()

@@ -14,13 +14,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import harness
-import report
 import torch
 import torch.nn.functional as F
-from harness import BOUND, OURS, Contender
-from run import Run
-from timing import Call
+from _harness import measure as harness
+from _harness import report
+from _harness.measure import BOUND, OURS, Contender
+from _harness.run import Run
+from _harness.timing import Call
 
 OP, PARTS = "matmul", 6
 

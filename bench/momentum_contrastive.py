@@ -15,11 +15,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import harness
 import torch
 import torch.nn.functional as F
-from harness import BOUND, OURS, Contender, Missing
-from run import Run
+from _harness import measure as harness
+from _harness.measure import BOUND, OURS, Contender, Missing
+from _harness.run import Run
 from torch import Tensor
 
 OP = "momentum_contrastive"

@@ -20,12 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import harness
-import report
 import torch
 import torch.nn.functional as F
-from harness import BOUND, DTYPES, OURS, Contender, Missing
-from run import Run
+from _harness import measure as harness
+from _harness import report
+from _harness.measure import BOUND, DTYPES, OURS, Contender, Missing
+from _harness.run import Run
 from torch import Tensor
 
 OP = "soft_cross_entropy"

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import harness
-import report
-from comparison_table import Column, print_grid
-from harness import OURS
-from run import Run
-from timing import print_line
+from _harness import measure as harness
+from _harness import report
+from _harness.measure import OURS
+from _harness.run import Run
+from _harness.table import Column, print_grid
+from _harness.timing import print_line
 
 from fastvlp.commands.train import SYSTEMS
 from fastvlp.train.logging import read_log

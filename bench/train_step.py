@@ -9,7 +9,7 @@ training. `error` is that of the losses without dropout before the first step ag
 in float64; peak memory is that of a later step, above weights and optimiser state.
 
 A model is an adapter: a module of this folder with `build`, `draw`, `use`, `losses`, `momentum`,
-`timed_parts`, `work` and `shape`, as train_step_albef.py has, and with the forms it knows: the
+`timed_parts`, `work` and `shape`, as _train_step/albef.py has, and with the forms it knows: the
 `ATTENTIONS` of its plain form, and whether it has a `MOMENTUM` twin.
 """
 
@@ -26,12 +26,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import harness
-import report
 import torch
-from comparison_table import Column, print_grid
-from harness import OURS, Contender, Missing
-from run import Run
+from _harness import measure as harness
+from _harness import report
+from _harness.measure import OURS, Contender, Missing
+from _harness.run import Run
+from _harness.table import Column, print_grid
 
 from fastvlp.optim import AdamWEma
 
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def adapter(self) -> Any:
-        return importlib.import_module(f"train_step_{self.model}")
+        return importlib.import_module(f"_train_step.{self.model}")
 
     def draw(self) -> Any:
         return self.adapter.draw(self.size, self.batch, self.full)

@@ -15,13 +15,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import harness
-import report
 import torch
-import word_patch_alignment_peers as peers
-from harness import OURS, Contender
-from run import Run
-from timing import alternate, status
+from _harness import measure as harness
+from _harness import report
+from _harness.measure import OURS, Contender
+from _harness.run import Run
+from _harness.timing import alternate, status
+from baselines.word_patch_alignment import peers
 
 OP = "word_patch_alignment"
 LAYERS = "step"  # the phase of the row of a whole transformer without the op

@@ -10,9 +10,9 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import losses, ops, optim
-from .ema import EmaModel, EmaWarmup
-from .feature_queue import FeatureQueue
 from .grad_cache import GradCache
+from .nn.ema_model import EmaModel, EmaWarmup
+from .nn.feature_queue import FeatureQueue
 
 try:
     __version__ = version("fastvlp")

@@ -9,7 +9,7 @@ import torch
 import fastvlp
 from fastvlp import _native
 from fastvlp.ops import explain
-from fastvlp.ops._dispatch import operators
+from fastvlp.ops._core.dispatch import operators
 
 
 def report() -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .ema import EmaModel, unwrap
+from .nn.ema_model import EmaModel, unwrap
 from .ops import adamw_ema, last_exceeding
-from .ops._multi_tensor import check_adamw, square_limit
+from .ops.ema.multi_tensor import check_adamw, square_limit
 
 _REFUSED = ("amsgrad", "capturable", "differentiable")
 # In the groups of a state: how many updates the EmaModel beside it had.

@@ -6,6 +6,6 @@ so this package imports on a machine that has none. The kernel modules themselve
 (`fastvlp.kernels.contrastive`, ...) import Triton at the top.
 """
 
-from .support import alignment_supported, attention_supported, supported
+from ._core.support import alignment_supported, attention_supported, supported
 
 __all__ = ["alignment_supported", "attention_supported", "supported"]

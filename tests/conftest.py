@@ -5,11 +5,10 @@ import logging
 import os
 from contextlib import ExitStack
 
-import kernel_counts as counts
 import pytest
-import seeds
-import tolerance
 import torch
+from fastvlp_tests import kernel_counts as counts
+from fastvlp_tests import seeds, tolerance
 from hypothesis import HealthCheck, settings
 
 # Timings on a shared machine must not fail a property test; the examples are the same every run.

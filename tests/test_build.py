@@ -132,7 +132,7 @@ def test_a_sanitizer_instruments_the_cpu_library(tmp_path, watched):
     )
     assert facts["sanitizer"] == watched
     steps = (tmp_path / "build" / "build.ninja").read_text().split("\nbuild ")
-    compiled = [step for step in steps if "cpu/ema_isa.cpp.o:" in step.splitlines()[0]]
+    compiled = [step for step in steps if "cpu/ema/isa.cpp.o:" in step.splitlines()[0]]
     linked = [step for step in steps if step.startswith("_C.so")]
     assert compiled and linked
     assert all(f"-fsanitize={watched}" in step for step in compiled + linked)

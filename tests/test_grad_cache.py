@@ -4,11 +4,8 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tolerance import assert_as_accurate, epsilon
-from torch import nn
-from two_towers import (
+from fastvlp_tests.tolerance import assert_as_accurate, epsilon
+from fastvlp_tests.two_towers import (
     WIDTH,
     Towers,
     assert_equal_to_rounding,
@@ -19,6 +16,9 @@ from two_towers import (
     rounding,
     towers,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 from fastvlp import GradCache
 from fastvlp.losses import ClipLoss, SigLipLoss

@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-import kernel_counts as counts
 import pytest
+from fastvlp_tests import kernel_counts as counts
 
 pytest_plugins = ("pytester",)
 

@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_cases import features, run
-from tolerance import assert_as_accurate, epsilon
+from fastvlp_tests.contrastive_cases import features, run
+from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPConfig, CLIPModel
 

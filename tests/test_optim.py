@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tolerance import assert_as_accurate, epsilon
+from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 from torch import nn
 
 import fastvlp.optim
@@ -182,7 +182,7 @@ def test_a_momentum_that_fails_after_the_step_says_what_was_written(monkeypatch)
     def failing(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(sys.modules["fastvlp.ema"], "ema", failing)
+    monkeypatch.setattr(sys.modules["fastvlp.nn.ema_model"], "ema", failing)
     message = "taken for all 6 parameters .*rest of the momentum model .*num_updates: no room"
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()

@@ -1,14 +1,19 @@
-"""tests/tolerance.py and tests/seeds.py: how errors are judged, and other draws of inputs."""
+"""How errors are judged, and other draws of inputs (fastvlp_tests.tolerance, .seeds)."""
 
 import os
 
-import gloo_ranks
 import numpy as np
 import pytest
-import seeds
 import torch
 import torch.nn.functional as F
-from tolerance import AddedTerms, TooInaccurate, assert_as_accurate, epsilon, judge_over_draws
+from fastvlp_tests import gloo_ranks, seeds
+from fastvlp_tests.tolerance import (
+    AddedTerms,
+    TooInaccurate,
+    assert_as_accurate,
+    epsilon,
+    judge_over_draws,
+)
 
 
 def compare(error, near=1.0, name="x"):

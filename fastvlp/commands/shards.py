@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastvlp.data.make_shards import Result, make_shards
 from fastvlp.data.optional import require
-from fastvlp.data.pair_sources import Columns, Kind, read_pairs
+from fastvlp.data.shards.build import Result, make_shards
+from fastvlp.data.shards.sources import Columns, Kind, read_pairs
 
 # Between lines of progress where there is no terminal for a bar.
 _SECONDS = 10.0

@@ -4,7 +4,7 @@ Every part imports its optional dependencies where they are used, so that a plai
 can import those whose own are present: ``from fastvlp.data import Loader, openmoji``.
 """
 
-from fastvlp.data.image_conversion import RgbConversion
+from fastvlp.data.images.conversion import RgbConversion
 from fastvlp.data.loader import Loader
 
 __all__ = ["Loader", "RgbConversion"]

@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvlp.data.folder_walk import Unread, walk
-from fastvlp.data.image_backends import BrokenImages, plans_of
-from fastvlp.data.image_check import ImageFault, open_rgb
-from fastvlp.data.image_conversion import RgbConversion
-from fastvlp.data.image_transforms import into_batch_by_pillow, value_table
-from fastvlp.data.pairs import IMAGE_SUFFIXES
-from fastvlp.data.recipes import CLIP_MEAN as MEAN
-from fastvlp.data.recipes import CLIP_STD as STD
-from fastvlp.data.recipes import CentreCrop
-from fastvlp.data.stray_files import is_hidden
+from fastvlp.data.images.backend import BrokenImages, plans_of
+from fastvlp.data.images.conversion import RgbConversion
+from fastvlp.data.images.integrity import ImageFault, open_rgb
+from fastvlp.data.images.recipes import CLIP_MEAN as MEAN
+from fastvlp.data.images.recipes import CLIP_STD as STD
+from fastvlp.data.images.recipes import CentreCrop
+from fastvlp.data.images.transforms import into_batch_by_pillow, value_table
+from fastvlp.data.shards.folder_walk import Unread, walk
+from fastvlp.data.shards.pairs import IMAGE_SUFFIXES
+from fastvlp.data.shards.stray_files import is_hidden
 
 
 def find(folder: Path) -> dict[str, list[Path]]:

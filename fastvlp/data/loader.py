@@ -29,16 +29,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fastvlp.data import image_backends
-from fastvlp.data.background import ahead
-from fastvlp.data.draws import bits, uniforms
-from fastvlp.data.image_backends import BrokenImages
-from fastvlp.data.image_check import ImageFault
-from fastvlp.data.image_conversion import RgbConversion
-from fastvlp.data.recipes import Recipe
-from fastvlp.data.recipes import recipe as recipe_named
-from fastvlp.data.shard_index import Fault
-from fastvlp.data.shard_set import EpochOrder, RawSample, ShardSet, expand
+from fastvlp.data.images import backend as image_backends
+from fastvlp.data.images.backend import BrokenImages
+from fastvlp.data.images.conversion import RgbConversion
+from fastvlp.data.images.integrity import ImageFault
+from fastvlp.data.images.recipes import Recipe
+from fastvlp.data.images.recipes import recipe as recipe_named
+from fastvlp.data.prefetch import ahead
+from fastvlp.data.rng import bits, uniforms
+from fastvlp.data.shards.dataset import EpochOrder, RawSample, ShardSet, expand
+from fastvlp.data.shards.index import Fault
 
 _STATE_VERSION = 1
 # Samples that are mixed with each other: enough that a batch holds many shards' samples.
@@ -92,7 +92,7 @@ class Loader:
 
     Args:
         shards: a path, a folder, a glob or brace pattern, or several of them.
-        recipe: a name of ``fastvlp.data.recipes.RECIPES`` or a recipe.
+        recipe: a name of ``fastvlp.data.images.recipes.RECIPES`` or a recipe.
         batch_size: samples for each rank and step.
         tokenizer: takes the list of captions, gives ``batch.tokens``. Called in a background
             thread. One whose attribute ``needs_keys`` is true is given int64 ``[n]`` besides:

@@ -1,6 +1,6 @@
 """Layers on the operators: attention, layer norm, and the fusion layer of text and images."""
 
-from .attention import attention, attention_reference
+from ..ops.cross_attention.self_attention import attention, attention_reference
 from .dropout import Dropout
 from .feed_forward import Norm, feed_forward, norm_linear
 from .fusion import FusionLayer, PaddedFusionLayer, load_bert_layer

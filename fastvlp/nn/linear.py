@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlp.ops._tensor_checks import check_tensor
-from fastvlp.ops.matmul import product, runs_natively
+from fastvlp.ops._core.tensor_checks import check_tensor
+from fastvlp.ops.matmul.api import product, runs_natively
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

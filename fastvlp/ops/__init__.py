@@ -1,19 +1,19 @@
 """The operators: one public function each, its reference beside it, and `explain`."""
 
-from ._dispatch import explain
-from ._multi_tensor import last_exceeding
-from ._workspace import release_workspace
-from .adamw_ema import adamw_ema, adamw_ema_reference
+from ._core.dispatch import explain
+from ._core.workspace import release_workspace
 from .contrastive import contrastive, contrastive_reference
+from .contrastive.sigmoid import sigmoid_contrastive, sigmoid_contrastive_reference
 from .cross_attention import cross_attention, cross_attention_reference
 from .ema import ema, ema_reference
+from .ema.adamw import adamw_ema, adamw_ema_reference
+from .ema.multi_tensor import last_exceeding
 from .matmul import matmul, matmul_reference
 from .momentum_contrastive import (
     MomentumContrastive,
     momentum_contrastive,
     momentum_contrastive_reference,
 )
-from .sigmoid_contrastive import sigmoid_contrastive, sigmoid_contrastive_reference
 from .soft_cross_entropy import (
     select_rows,
     soft_cross_entropy,

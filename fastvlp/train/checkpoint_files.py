@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from fastvlp.data.shards import atomic_file
+from fastvlp.data.shards.write import atomic_file
 
 _CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"step-(\d{8,})")

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from fastvlp.data.shards import sync_folder
-from fastvlp.ema import EmaModel
+from fastvlp.data.shards.write import sync_folder
+from fastvlp.nn.ema_model import EmaModel
 from fastvlp.train import checkpoint_files, parallel
 from fastvlp.train.loop import Loop, Report
 from fastvlp.train.parallel import Ranks

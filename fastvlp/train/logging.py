@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from fastvlp.data.optional import require
-from fastvlp.data.shards import atomic_file
+from fastvlp.data.shards.write import atomic_file
 from fastvlp.train.loop import Loop, Report
 from fastvlp.train.parallel import Ranks
 

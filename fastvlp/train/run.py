@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from fastvlp.ema import EmaModel, unwrap
+from fastvlp.nn.ema_model import EmaModel, unwrap
 from fastvlp.optim import AdamWEma
 from fastvlp.train import parallel, run_folder
 from fastvlp.train.checkpointing import Checkpoints

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlp.data.optional import require
-from fastvlp.data.shards import atomic_file
+from fastvlp.data.shards.write import atomic_file
 from fastvlp.models import base
 from fastvlp.train import checkpoint_files, parallel
 from fastvlp.train.config import TrainConfig, from_mapping, read_yaml, to_yaml

@@ -1,9 +1,9 @@
-"""bench/comparison_table.py: whatever the width, every number is whole and names fold."""
+"""bench/_harness/table.py: whatever the width, every number is whole and names fold."""
 
 import re
 
-import comparison_table
 import pytest
+from _harness import table as comparison_table
 from hypothesis import given
 from hypothesis import strategies as st
 

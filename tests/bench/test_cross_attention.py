@@ -4,18 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import attention_inputs
-import attention_peers
 import cross_attention
-import fusion_layer_peers
-import harness
 import pytest
 import torch
-from attention_inputs import PARTS, Case
-from tolerance import assert_as_accurate, epsilon
+from _harness import measure as harness
+from baselines.cross_attention import attention as attention_peers
+from baselines.cross_attention import fusion_layer as fusion_layer_peers
+from baselines.cross_attention import inputs as attention_inputs
+from baselines.cross_attention.inputs import PARTS, Case
+from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 from torch.utils.flop_counter import FlopCounterMode
 
-BENCH = Path(attention_peers.__file__).parent
+BENCH = Path(__file__).parents[2] / "bench"
 SMALL = Case(images=3, heads=2, dim=8, keys=20, queries=7)
 FIELDS = {"op", "impl", "dtype", "shape", "phase", "ms", "peak_mb", "error"}
 

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-import timing
+from _harness import timing
 
 CYCLES_PER_MS = 2e6
 

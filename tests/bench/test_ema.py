@@ -1,10 +1,10 @@
 """bench/ema.py: what it compares computes the same, and a quick run writes every row."""
 
 import ema
-import harness
 import pytest
 import torch
-from bench_runs import missing_names, quick_rows
+from _harness import measure as harness
+from fastvlp_tests.bench_runs import missing_names, quick_rows
 
 
 @pytest.fixture(autouse=True)

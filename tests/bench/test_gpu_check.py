@@ -8,15 +8,15 @@ import time
 from pathlib import Path
 
 import gpu_check
-import gpu_check_folder
-import gpu_check_ops
 import pytest
 import torch
-from gpu_check_worker import is_sticky
-from sigmoid_peers import draw, eager, float64_reference, run
-from tolerance import assert_as_accurate
+from _gpu import check_folder as gpu_check_folder
+from _gpu import check_ops as gpu_check_ops
+from _gpu.check_worker import is_sticky
+from baselines.contrastive.sigmoid import draw, eager, float64_reference, run
+from fastvlp_tests.tolerance import assert_as_accurate
 
-BENCH = Path(gpu_check.__file__).parent
+BENCH = Path(__file__).parents[2] / "bench"
 OPS = {
     "contrastive", "sigmoid_contrastive", "momentum_contrastive", "cross_attention",
     "soft_cross_entropy", "word_patch_alignment", "ema", "adamw_ema",
@@ -87,9 +87,9 @@ def test_a_packed_cache_serves_at_another_place(travelled, tmp_path):
     # The first comparison again: what it launches is all there.
     lines = tmp_path / "lines"
     done = python(
-        folder, "bench/gpu_check_measure.py", "--quick", "--dry-run", "--out", lines,
+        folder, "-m", "_gpu.check_measure", "--quick", "--dry-run", "--out", lines,
         "--seconds", 0.1, "--ceilings", json.dumps({"copy_gb_s": 1, "matmul_bf16_tflop_s": 1}),
-        TRITON_CACHE_DIR=str(unpacked),
+        TRITON_CACHE_DIR=str(unpacked), PYTHONPATH="bench",
     )  # fmt: skip
     entries = [json.loads(line) for line in lines.read_text().splitlines()]
     assert done.returncode == 0, done.stderr
@@ -100,21 +100,21 @@ def test_a_packed_cache_serves_at_another_place(travelled, tmp_path):
 
 def test_tests_past_the_deadline_are_named_and_known_ones_not_run_again(tmp_path):
     lines = tmp_path / "lines"
-    known = "tests/ops/test_packing.py::test_a_pad_of_an_earlier_process"
+    known = "tests/ops/packing/test_packing.py::test_a_pad_of_an_earlier_process"
     lines.write_text(json.dumps({"test": known, "outcome": "unfinished"}) + "\n")
 
     def run(share):
         done = python(
-            BENCH.parent, "-m", "pytest", "-q", "-p", "gpu_check_worker", "-m", "gpu",
+            BENCH.parent, "-m", "pytest", "-q", "-p", "_gpu.check_worker", "-m", "gpu",
             "--gpu-results", lines, "--gpu-deadline", time.time() - 1, "--gpu-share", share,
-            "tests/ops/test_packing.py", PYTHONPATH=str(BENCH),
+            "tests/ops/packing/test_packing.py", PYTHONPATH=str(BENCH),
         )  # fmt: skip
         assert done.returncode in (0, 5), done.stdout + done.stderr
         return [json.loads(line) for line in lines.read_text().splitlines()][1:]
 
     found = run("1/4")
     assert found and {each["outcome"] for each in found} == {"out of time"}
-    assert all(each["test"].startswith("tests/ops/test_packing.py::") for each in found)
+    assert all(each["test"].startswith("tests/ops/packing/test_packing.py::") for each in found)
     names = [each["test"] for each in run("0/1")]
     assert len(names) == len(set(names)) > len(found)
 

@@ -1,6 +1,5 @@
 """bench/gpu_model.py and the model under it: rules, scaling, ranks, and the quick run."""
 
-import importlib
 import json
 import math
 import os
@@ -8,17 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_occupancy
-import gpu_schedule
 import pytest
 import torch
-from gpu_chips import A100, CHIPS, H100
-from gpu_schedule import TracedStep
+from _gpu import occupancy as gpu_occupancy
+from _gpu import schedule as gpu_schedule
+from _gpu.chips import A100, CHIPS, H100
+from _gpu.schedule import TracedStep
+from fastvlp_tests import gpu_model_child as child
+from fastvlp_tests import triton_process
 
-BENCH = Path(gpu_occupancy.__file__).parent
-sys.path += [str(Path(__file__).parents[1] / "kernels"), str(Path(__file__).parent)]
-triton_process = importlib.import_module("triton_process")
-child = importlib.import_module("gpu_model_child")
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 @pytest.fixture(scope="module")

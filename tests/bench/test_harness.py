@@ -3,13 +3,11 @@ import json
 import math
 import os
 
-import comparison_table
-import harness
-import memory
 import pytest
-import report
-import timing
 import torch
+from _harness import measure as harness
+from _harness import memory, report, timing
+from _harness import table as comparison_table
 
 SETTINGS = harness.Settings(threads=1, quick=True, min_rounds=2, max_rounds=2, budget_s=0.0)
 

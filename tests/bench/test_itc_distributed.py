@@ -3,21 +3,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import distributed_traffic
 import itc_distributed
 import pytest
-import ranks
 import torch
-from distributed_projection import Products, Rates, project
-from harness import Settings
+from _harness import ranks
+from _harness.measure import Settings
+from baselines.contrastive import traffic as distributed_traffic
+from baselines.contrastive.projection import Products, Rates, project
+from fastvlp_tests import exchanges
 from hypothesis import given
 from hypothesis import strategies as st
 
-# Ranks find the module by its name, as they find the benchmarks.
-sys.path.append(str(Path(__file__).resolve().parent))
-import exchanges  # noqa: E402
-
-BENCH = Path(itc_distributed.__file__).parent
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 @pytest.fixture(scope="module", params=[2, 3])

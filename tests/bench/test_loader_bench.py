@@ -2,12 +2,12 @@
 
 import json
 
-import harness
 import loader as bench
 import pytest
 import torch
+from _harness import measure as harness
 
-from fastvlp.data.recipes import RECIPES
+from fastvlp.data.images.recipes import RECIPES
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """bench/matmul.py: its contenders compute the same, and a quick run writes every row."""
 
-import harness
 import matmul as bench
 import pytest
-from bench_runs import missing_names, quick_rows
+from _harness import measure as harness
+from fastvlp_tests.bench_runs import missing_names, quick_rows
 
 LAYERS = ["--rows", "40", "--layers", "32x48,48x32"]
 

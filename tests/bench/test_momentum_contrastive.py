@@ -1,10 +1,10 @@
 """bench/momentum_contrastive.py: every contender computes the loss, a quick run every row."""
 
-import harness
 import momentum_contrastive as bench
 import pytest
 import torch
-from bench_runs import missing_names, quick_rows
+from _harness import measure as harness
+from fastvlp_tests.bench_runs import missing_names, quick_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 SIZES = {"batch": 6, "queue": 40, "dim": 24}

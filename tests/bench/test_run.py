@@ -1,4 +1,4 @@
-"""bench/run.py: every benchmark shows and keeps a comparison before it measures the next one."""
+"""bench/_harness/run.py: every benchmark shows and keeps a comparison before the next one."""
 
 import importlib
 import io
@@ -10,27 +10,27 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import harness
 import pytest
-import run
 import torch
+from _harness import measure as harness
+from _harness import run
 
-HERE = Path(__file__).parent
-BENCH = Path(run.__file__).parent
+BENCH = Path(__file__).parents[2] / "bench"
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture
 def waiting(tmp_path):
     """A benchmark whose standard output is a pipe, waiting after its first comparison."""
     target = tmp_path / "new" / "found.json"
-    command = [sys.executable, HERE / "waiting_bench.py", "--quick", "--json", target]
+    command = [sys.executable, "-m", "fastvlp_tests.waiting_bench", "--quick", "--json", target]
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(BENCH)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(BENCH), str(SUPPORT)))},
         # Shells make what they run in the background ignore Ctrl-C, and children inherit that.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )

@@ -2,11 +2,11 @@
 
 import functools
 
-import harness
 import pytest
 import soft_cross_entropy as bench
 import torch
-from bench_runs import missing_names, quick_rows
+from _harness import measure as harness
+from fastvlp_tests.bench_runs import missing_names, quick_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 

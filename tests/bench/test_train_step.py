@@ -1,10 +1,10 @@
 """bench/train_step.py: its contenders train the same model, and a quick run writes every row."""
 
-import harness
 import pytest
 import torch
 import train_step
-from bench_runs import quick_rows
+from _harness import measure as harness
+from fastvlp_tests.bench_runs import quick_rows
 
 
 @pytest.fixture(params=train_step.MODELS)

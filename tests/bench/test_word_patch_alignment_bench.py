@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import word_patch_alignment as bench
-import word_patch_alignment_peers as peers
+from baselines.word_patch_alignment import peers
 
-BENCH = Path(peers.__file__).parent
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 def small(text):

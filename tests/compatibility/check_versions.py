@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import promised_names as names
-import wheels
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
+from fastvlp_tests import promised_names as names  # noqa: E402
+from fastvlp_tests import wheels  # noqa: E402
 
 OLDEST = "2.10"
 FLAGS = (
@@ -80,7 +82,7 @@ def check_torch(found: list[wheels.Wheel], jobs: int) -> Iterator[str]:
 
 def with_triton(wheel: wheels.Wheel, *command: str) -> list[str | Path]:
     """The command line of a Python program that imports the unpacked Triton and this checkout."""
-    path = os.pathsep.join(map(str, (wheel.unpack(), names.ROOT, Path(__file__).parent)))
+    path = os.pathsep.join(map(str, (wheel.unpack(), names.ROOT, names.ROOT / "tests" / "support")))
     return ["env", f"PYTHONPATH={path}", "TRITON_INTERPRET=0", sys.executable, *command]
 
 
@@ -88,13 +90,16 @@ def check_triton(wheel: wheels.Wheel, oldest: bool, jobs: int, pattern: str) -> 
     """Prints the register table as it grows, and its summary; gives every fault."""
     print(f"\nkernels by Triton {wheel.version}", flush=True)
     if oldest:
-        listing = "import promised_names as n; print(*sorted(n.triton_names_here()), sep='\\n')"
+        listing = (
+            "from fastvlp_tests import promised_names as n; "
+            "print(*sorted(n.triton_names_here()), sep='\\n')"
+        )
         has = subprocess.run(
             with_triton(wheel, "-c", listing), capture_output=True, text=True, check=True
         ).stdout.split()
         if set(has) != names.read_list(names.TRITON_LIST):
             yield f"{names.TRITON_LIST.name} is not what Triton {wheel.version} has"
-    table = ("-m", "fastvlp.kernels.aot", "-j", str(jobs), "-k", pattern)
+    table = ("-m", "fastvlp.kernels", "-j", str(jobs), "-k", pattern)
     if subprocess.run(with_triton(wheel, *table)).returncode:
         yield f"Triton {wheel.version}: kernels that fail, spill or do not fit, see above"
 
@@ -105,7 +110,7 @@ def write_lists(torch_wheel: wheels.Wheel, triton_wheel: wheels.Wheel) -> None:
         names.TORCH_LIST, f"torch {OLDEST}'s stable ABI", names.torch_names_of(include)
     )
     listing = (
-        "import promised_names as n; "
+        "from fastvlp_tests import promised_names as n; "
         "n.write_list(n.TRITON_LIST, 'Triton 3.6', n.triton_names_here())"
     )
     subprocess.run(with_triton(triton_wheel, "-c", listing), check=True)

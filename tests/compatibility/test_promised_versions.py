@@ -3,14 +3,15 @@
 `python tests/compatibility/check_versions.py` compiles everything with the versions themselves.
 """
 
-import check_versions
-import promised_names as names
 import pytest
+from fastvlp_tests import promised_names as names
+from fastvlp_tests import test_files
 
 from fastvlp import _native
 
+check_versions = test_files.load("compatibility/check_versions.py")
 CSRC = [p for p in (names.ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu"}]
-KERNELS = sorted((names.ROOT / "kernels").glob("*.py"))
+KERNELS = sorted((names.ROOT / "kernels").rglob("*.py"))
 
 
 def newer(used, has):

@@ -1,8 +1,8 @@
 """Shards, and loaders of them, for the tests of the loader."""
 
-import photo_shards
 import pytest
-from loader_cases import SMALL, lengths
+from fastvlp_tests import photo_shards
+from fastvlp_tests.loader_cases import SMALL, lengths
 
 from fastvlp.data import Loader
 

@@ -2,13 +2,13 @@
 
 import os
 
-import photo_shards
 import pytest
 import torch
+from fastvlp_tests import photo_shards
 from PIL import Image
 
 from fastvlp.data import RgbConversion, class_folders
-from fastvlp.data.image_check import ImageFault
+from fastvlp.data.images.integrity import ImageFault
 
 
 def test_hidden_files_are_passed_over_and_linked_folders_read(tmp_path):

@@ -3,14 +3,15 @@
 import sys
 import threading
 
-import photo_shards
 import pytest
 import torch
-from loader_cases import SMALL, content, indices, lengths
+from fastvlp_tests import photo_shards
+from fastvlp_tests.loader_cases import SMALL, content, indices, lengths
 
-from fastvlp.data import RgbConversion, image_backends
-from fastvlp.data.recipes import recipe
-from fastvlp.data.shards import Sample, write_shard
+from fastvlp.data import RgbConversion
+from fastvlp.data.images import backend as image_backends
+from fastvlp.data.images.recipes import recipe
+from fastvlp.data.shards.write import Sample, write_shard
 
 
 def test_a_batch_holds_what_the_samples_say(make, shards):
@@ -148,7 +149,7 @@ def test_dalis_own_resize_is_near_pillows(name, largest, mean, tmp_path):
 
     Measured, of 255: clip_eval 0.150 on average and 7 at most, vilt_eval 0.111 and 11.
     """
-    from fastvlp.data.image_dali import DaliGpuBackend
+    from fastvlp.data.images.dali import DaliGpuBackend
 
     of, cpu = recipe(name), torch.device("cpu")
     images = [

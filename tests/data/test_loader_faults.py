@@ -2,18 +2,18 @@
 
 import gzip
 
-import photo_shards
 import pytest
 import torch
-from loader_cases import content, indices
-from tiny_vocabularies import bert_vocabulary
+from fastvlp_tests import photo_shards
+from fastvlp_tests.loader_cases import content, indices
+from fastvlp_tests.tiny_vocabularies import bert_vocabulary
 
-from fastvlp.data.image_backends import BrokenImages
-from fastvlp.data.image_check import ImageFault
+from fastvlp.data.images.backend import BrokenImages
+from fastvlp.data.images.integrity import ImageFault
 from fastvlp.data.loader import TooManyBroken
-from fastvlp.data.masking import MaskingTokenizer
-from fastvlp.data.shards import Sample, write_shard
+from fastvlp.data.shards.write import Sample, write_shard
 from fastvlp.data.text import BertTokenizer
+from fastvlp.data.text.masked import MaskingTokenizer
 
 
 def broken_set(folder, count=400):
@@ -130,7 +130,7 @@ def test_a_shard_that_vanishes_costs_its_samples(make, tmp_path):
 
 
 def test_an_image_that_fails_on_a_gpu_costs_only_itself(make, tmp_path, monkeypatch):
-    from fastvlp.data import image_dali
+    from fastvlp.data.images import dali as image_dali
 
     monkeypatch.setattr(image_dali, "backend", image_dali.DaliGpuBackend)
 

@@ -1,11 +1,11 @@
 """The loader's ids are those of the samples as they are written; what is wholly bad says why."""
 
-import photo_shards
 import pytest
+from fastvlp_tests import photo_shards
 
 from fastvlp.data import Loader
 from fastvlp.data.loader import TooManyBroken
-from fastvlp.data.shards import Sample, write_shard
+from fastvlp.data.shards.write import Sample, write_shard
 
 
 def load(path, cache, **options):

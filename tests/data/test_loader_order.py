@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import numpy as np
-import photo_shards
 import pytest
-from loader_cases import content, indices
+from fastvlp_tests import photo_shards
+from fastvlp_tests.loader_cases import content, indices
 
-from fastvlp.data.draws import bits, permutation, uniforms
-from fastvlp.data.shard_set import EpochOrder
+from fastvlp.data.rng import bits, permutation, uniforms
+from fastvlp.data.shards.dataset import EpochOrder
 
 
 def test_epochs_and_seeds_differ_and_repeat(make, shards):
@@ -137,7 +137,7 @@ RUN = """
 import pathlib, pickle, sys
 import numpy as np
 from fastvlp.data import Loader
-from fastvlp.data.recipes import recipe
+from fastvlp.data.images.recipes import recipe
 shards, state, log, cache = sys.argv[1:]
 loader = Loader(shards, recipe("albef_pretrain", size=32), 8, seed=6, last_batch="partial",
                 threads=2, backend="pil", device="cpu", cache_dir=cache)

@@ -3,11 +3,11 @@
 import re
 from types import SimpleNamespace
 
-import gloo_ranks
 import pytest
 import torch
 import torch.distributed as dist
-from contrastive_cases import features
+from fastvlp_tests import gloo_ranks
+from fastvlp_tests.contrastive_cases import features
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -4,12 +4,12 @@ import itertools
 import re
 from unittest import mock
 
-import gloo_ranks
 import pytest
 import torch
 import torch.distributed as dist
-from contrastive_cases import features, run
-from tolerance import assert_as_accurate, epsilon
+from fastvlp_tests import gloo_ranks
+from fastvlp_tests.contrastive_cases import features, run
+from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 
 SIZES = {2: (37, 70), 3: (64, 1, 40), 4: (16, 33, 0, 50)}
 SCALE, BIAS, DIM = 14.3, -9.0, 48

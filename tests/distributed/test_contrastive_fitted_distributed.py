@@ -1,10 +1,10 @@
 """Pairs that are nearly fitted, over ranks: a small loss keeps its relative accuracy."""
 
-import gloo_ranks
 import pytest
 import torch
 import torch.distributed as dist
-from contrastive_cases import run, well_fitted
+from fastvlp_tests import gloo_ranks
+from fastvlp_tests.contrastive_cases import run, well_fitted
 
 from fastvlp.ops import contrastive_reference
 

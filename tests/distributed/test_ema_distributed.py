@@ -3,8 +3,8 @@
 import copy
 import math
 
-import gloo_ranks
 import torch
+from fastvlp_tests import gloo_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

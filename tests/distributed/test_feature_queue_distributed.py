@@ -1,9 +1,9 @@
 """FeatureQueue over a process group: parts of any size enter in rank order, or none does."""
 
-import gloo_ranks
 import pytest
 import torch
 import torch.distributed as dist
+from fastvlp_tests import gloo_ranks
 
 from fastvlp import FeatureQueue
 

@@ -1,13 +1,11 @@
 """GradCache over ranks: the gradients of the unchunked step, under DDP and FSDP2."""
 
-import gloo_ranks
 import pytest
 import torch
 import torch.distributed as dist
-from tolerance import assert_as_accurate, epsilon
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from two_towers import (
+from fastvlp_tests import gloo_ranks
+from fastvlp_tests.tolerance import assert_as_accurate, epsilon
+from fastvlp_tests.two_towers import (
     WIDTH,
     Towers,
     assert_equal_to_rounding,
@@ -17,6 +15,8 @@ from two_towers import (
     plain_step,
     towers,
 )
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastvlp import GradCache, ops
 

@@ -1,12 +1,12 @@
 """Training with the loss over ranks: the weights that one process with the full batch gets."""
 
-import gloo_ranks
 import pytest
 import torch
 import torch.distributed as dist
-from tolerance import assert_as_accurate, epsilon
+from fastvlp_tests import gloo_ranks
+from fastvlp_tests.tolerance import assert_as_accurate, epsilon
+from fastvlp_tests.two_towers import batch, contrastive, gradients, towers
 from torch.nn.parallel import DistributedDataParallel
-from two_towers import batch, contrastive, gradients, towers
 
 STEPS, ROWS = 2, 12
 OWN = (slice(0, 5), slice(5, None))

@@ -2,11 +2,11 @@
 
 from types import SimpleNamespace
 
-import gloo_ranks
 import pytest
 import torch
 import torch.nn.functional as F
-from labelled_features import drawn
+from fastvlp_tests import gloo_ranks
+from fastvlp_tests.labelled_features import drawn
 
 from fastvlp.evaluate.features import encode
 from fastvlp.evaluate.retrieval import retrieval

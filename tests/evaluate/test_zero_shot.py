@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from labelled_features import drawn
+from fastvlp_tests.labelled_features import drawn
 
 from fastvlp.evaluate.zero_shot import TEMPLATES, accuracy, classifier, prompts, read_templates
 

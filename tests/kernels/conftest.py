@@ -1,14 +1,7 @@
 """Kernels run interpreted in a child process, or on the GPU with `--device cuda`."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-# The helpers beside this file; child processes inherit the path and find them too.
-sys.path.insert(0, str(Path(__file__).parent))
-
-import triton_process  # noqa: E402
+from fastvlp_tests import triton_process
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,8 @@ The interpreter runs the elements of a block in step, so a warp that is ahead of
 in the compiled code only.
 """
 
-import ptx_text
 import pytest
-import triton_process
+from fastvlp_tests import ptx_text, triton_process
 
 # Kernel, and (parameter that is read, parameter that may be the same memory and is written).
 IN_PLACE = [

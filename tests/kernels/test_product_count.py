@@ -3,9 +3,8 @@
 import math
 import re
 
-import ptx_text
 import pytest
-import triton_process
+from fastvlp_tests import ptx_text, triton_process
 
 TILE = re.compile(r" (\w+) (\d+)x(\d+)x(\d+)")
 # One per warp of the block, or one per group of four warps.
@@ -24,7 +23,7 @@ def multiply_adds(ptx, warps):
 
 @pytest.fixture(scope="module")
 def cases():
-    from fastvlp.kernels import aot
+    from fastvlp.kernels._core import aot
 
     return {(case.name, case.capability): case for case in aot.all_cases()}
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastvlp.models import albef, layers, vilt
+from fastvlp.models import albef, vilt
+from fastvlp.models.clip import transformer as layers
 from fastvlp.nn.feed_forward import quick_gelu
 
 

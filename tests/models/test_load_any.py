@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from albef_peer import CONFIG, PeerAlbef
-from clip_cases import tiny_open_clip
-from vilt_cases import small
+from fastvlp_tests.albef_peer import CONFIG, PeerAlbef
+from fastvlp_tests.clip_cases import tiny_open_clip
+from fastvlp_tests.vilt_cases import small
 
 from fastvlp.models import base, clip
 from fastvlp.models.albef import Albef

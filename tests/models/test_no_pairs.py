@@ -5,17 +5,13 @@ What a rank passes through a wrapped model that has to communicate with the othe
 
 import pytest
 import torch
-from tiny_pretraining import ALBEF, VILT
+from fastvlp_tests.tiny_pretraining import ALBEF, VILT
 
-from fastvlp.models import (
-    albef,
-    albef_classifier,
-    albef_retrieval,
-    albef_vqa,
-    clip,
-    vilt,
-)
-from fastvlp.models.vilt_patches import ImageBatch
+from fastvlp.models import albef, clip, vilt
+from fastvlp.models.albef.tasks import classification as albef_classifier
+from fastvlp.models.albef.tasks import retrieval as albef_retrieval
+from fastvlp.models.albef.tasks import vqa as albef_vqa
+from fastvlp.models.vilt.patches import ImageBatch
 
 IDS, NUMBERS = torch.empty(0, 6, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
 IMAGES = torch.empty(0, 3, 8, 8)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fastvlp_tests.leaves import with_gradients
+from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from leaves import with_gradients
-from tolerance import assert_as_accurate, epsilon
 
 from fastvlp.nn import Dropout
 from fastvlp.nn.feed_forward import ACTIVATIONS, Norm, feed_forward, norm_linear

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fusion_cases import (
+from fastvlp_tests.fusion_cases import (
     IMAGES,
     PAIRS,
     case,
@@ -15,7 +15,7 @@ from fusion_cases import (
     padded_forward,
     text_mask,
 )
-from tolerance import AddedTerms, assert_as_accurate, epsilon
+from fastvlp_tests.tolerance import AddedTerms, assert_as_accurate, epsilon
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fusion_cases import PAIRS, case, layers, layout
+from fastvlp_tests.fusion_cases import PAIRS, case, layers, layout
 
 # Of the 29 rows: some in no order, two of them in one pair; one; none; all.
 ROWS = [[6, 2, 25, 11], [0], [], list(range(28, -1, -1))]

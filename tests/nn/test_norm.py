@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from fastvlp_tests.leaves import with_gradients
+from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 from hypothesis import given
 from hypothesis import strategies as st
-from leaves import with_gradients
-from tolerance import assert_as_accurate, epsilon
 
 from fastvlp.nn import LayerNorm
 

@@ -1,8 +1,8 @@
 """torch.compile(fullgraph=True) of every operator on CUDA tensors, traced without a GPU."""
 
-import fake_cuda
 import pytest
 import torch
+from fastvlp_tests import fake_cuda
 
 OPERATORS = {
     "contrastive": ["contrastive_statistics", "contrastive_gradients"],

@@ -2,9 +2,9 @@
 
 import contextlib
 
-import fake_cuda
 import pytest
 import torch
+from fastvlp_tests import fake_cuda
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,

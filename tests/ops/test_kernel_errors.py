@@ -73,7 +73,7 @@ def test_an_enclosed_kernel_is_found(call):
 
 @pytest.mark.parametrize("folder", ["fastvlp/ops", "fastvlp/nn", "kernels"])
 def test_no_try_encloses_a_kernel(folder):
-    files = sorted((ROOT / folder).glob("*.py"))
+    files = sorted((ROOT / folder).rglob("*.py"))
     assert files
-    found = [f"{path.name}:{each}" for path in files for each in enclosed_kernels(path.read_text())]
+    found = [f"{path}:{each}" for path in files for each in enclosed_kernels(path.read_text())]
     assert not found

@@ -1,15 +1,8 @@
 """Kernels run on the PTX machine, in a child process for each compute capability."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-# The helpers beside this file and of the kernels' own tests; child processes inherit the path.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "kernels")]
-
-import triton_process  # noqa: E402
-from ptx_machine import cuda_library, virtual_process  # noqa: E402
+from fastvlp_tests import triton_process
+from ptx_machine import cuda_library, virtual_process
 
 
 @pytest.fixture(scope="session")

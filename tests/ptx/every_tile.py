@@ -10,16 +10,17 @@ kernels. The last test holds what was executed against the tables and lists it.
 
 from functools import partial
 
-import contrastive_formulas as contrastive
-import momentum_cases
 import pytest
-import test_cross_attention_interpreter as attention
-import test_momentum_contrastive_interpreter as momentum
-import test_soft_cross_entropy_interpreter as soft_cross_entropy
-import test_word_patch_alignment_interpreter as alignment
 import torch
+from fastvlp_tests import contrastive_formulas as contrastive
+from fastvlp_tests import momentum_cases, test_files
+from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 from ptx_machine import virtual_process
-from tolerance import assert_as_accurate, epsilon
+
+attention = test_files.load("kernels/cross_attention/test_interpreter.py")
+momentum = test_files.load("kernels/momentum_contrastive/test_interpreter.py")
+soft_cross_entropy = test_files.load("kernels/soft_cross_entropy/test_interpreter.py")
+alignment = test_files.load("kernels/word_patch_alignment/test_interpreter.py")
 
 CPU = torch.device("cpu")
 SINGLE = epsilon(torch.float32)
@@ -84,7 +85,7 @@ def test_sigmoid(run, dtype, m, n, width):
     problem = contrastive.draw(m, n, width, dtype, CPU, offset=3, bias=-10.0)
     contrastive.check_sigmoid(run, problem, 1 << 16, weight=0.25)
     loss = run(
-        "contrastive_sigmoid", "sigmoid_contrastive", problem.x, problem.y, problem.scale,
+        "contrastive.sigmoid", "sigmoid_contrastive", problem.x, problem.y, problem.scale,
         problem.bias, offset=problem.offset, weight=0.25, need_gradients=False,
         workspace_bytes=1 << 16,
     )  # fmt: skip

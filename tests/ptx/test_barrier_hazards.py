@@ -1,8 +1,11 @@
 """Accesses that barriers at which only a part of the threads waits do, or do not, order."""
 
 import pytest
+from fastvlp_tests import test_files
 from ptx_machine.errors import ProgramError
-from test_hazards import EVERY_SCHEDULE, kinds
+
+hazards = test_files.load("ptx/test_hazards.py")
+EVERY_SCHEDULE, kinds = hazards.EVERY_SCHEDULE, hazards.kinds
 
 # Warp 0 runs the first part, warp 1 the second.
 TWO_WARPS = """

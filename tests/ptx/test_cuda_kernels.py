@@ -1,23 +1,24 @@
 """The kernels of csrc/cuda through their host code, compiled for two GPUs and executed as PTX.
 
-The checks are those of the kernels that the host compiler builds (tests/ops/test_contrastive_cuda)
-and of the CPU operators (tests/ops/test_ema), at sizes around the tiles: 128 x 256 for statistics,
-32 x 256 for gradients, chunks of 8,192 elements for lists of tensors.
+The checks are those of the kernels that the host compiler builds (tests/ops/contrastive/test_cuda)
+and of the CPU operators (tests/ops/ema/test_ema), at sizes around the tiles: 128 x 256 for
+statistics, 32 x 256 for gradients, chunks of 8,192 elements for lists of tensors.
 """
 
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
-import cuda_passes
 import numpy as np
 import pytest
-import test_contrastive_cuda as contrastive
-import test_ema
 import torch
+from fastvlp_tests import cuda_passes, test_files
 from ptx_machine import cuda_device
 from ptx_machine.errors import HazardError
 from ptx_machine.schedule import SCHEDULES
+
+contrastive = test_files.load("ops/contrastive/test_cuda.py")
+test_ema = test_files.load("ops/ema/test_ema.py")
 
 TARGETS = (80, 90)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -4,9 +4,9 @@ features are."""
 import math
 import re
 
-import contrastive_formulas as contrastive
 import pytest
 import torch
+from fastvlp_tests import contrastive_formulas as contrastive
 
 # Rows and columns of a tile in half precision, and the width of the features.
 TILE = 128, 64
@@ -36,7 +36,7 @@ def features(kind, rows):
 def test_statistics_make_one_product(count_on_ptx, capability, kind):
     x, y = features(kind, 150), features(kind, 150).roll(4, 0)
     _, launches = count_on_ptx(capability)(
-        "contrastive", "contrastive_statistics", x, y, torch.tensor([100.0])
+        "contrastive.forward", "contrastive_statistics", x, y, torch.tensor([100.0])
     )
     ((grid, counts),) = [(grid, counts) for name, grid, counts in launches if name == KERNEL]
     assert math.prod(grid) == 2 * 3

@@ -3,15 +3,17 @@
 The checks are those of the interpreted kernels. Sizes cross a tile in every direction.
 """
 
-import contrastive_formulas as contrastive
 import pytest
-import test_cross_attention_interpreter as attention
-import test_momentum_contrastive_interpreter as momentum
-import test_soft_cross_entropy_interpreter as soft_cross_entropy
-import test_word_patch_alignment_interpreter as alignment
 import torch
-from momentum_cases import draw as draw_step
+from fastvlp_tests import contrastive_formulas as contrastive
+from fastvlp_tests import test_files
+from fastvlp_tests.momentum_cases import draw as draw_step
 from ptx_machine.schedule import Schedule
+
+attention = test_files.load("kernels/cross_attention/test_interpreter.py")
+momentum = test_files.load("kernels/momentum_contrastive/test_interpreter.py")
+soft_cross_entropy = test_files.load("kernels/soft_cross_entropy/test_interpreter.py")
+alignment = test_files.load("kernels/word_patch_alignment/test_interpreter.py")
 
 CPU = torch.device("cpu")
 # Each GPU and each dtype once; every_tile.py has all of both.

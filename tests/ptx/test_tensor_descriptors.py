@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 from ptx_machine import virtual_process
-from tolerance import assert_as_accurate, epsilon
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -12,7 +12,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 def run(virtual_gpus):
     def call(function, *args):
         return virtual_gpus(90).submit(
-            virtual_process.call, "tensor_kernels", function, *args
+            virtual_process.call, "fastvlp_tests.tensor_kernels", function, *args
         ).result()  # fmt: skip
 
     return call

@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from fastvlp_tests.run_state import last_state, same
+from fastvlp_tests.tiny_run import train, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_state import last_state, same
-from tiny_run import train, weights
 
 from fastvlp.train import checkpoint_files
 from fastvlp.train.checkpoint_files import RefusedError

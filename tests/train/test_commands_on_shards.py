@@ -2,13 +2,13 @@
 
 import json
 
-import photo_shards
 import pytest
 import torch
-from albef_peer import PeerAlbef
-from clip_cases import tiny_open_clip, transformers_model
-from tiny_vocabularies import bert_vocabulary, bpe_file
-from vilt_cases import small
+from fastvlp_tests import photo_shards
+from fastvlp_tests.albef_peer import PeerAlbef
+from fastvlp_tests.clip_cases import tiny_open_clip, transformers_model
+from fastvlp_tests.tiny_vocabularies import bert_vocabulary, bpe_file
+from fastvlp_tests.vilt_cases import small
 
 from fastvlp import cli
 from fastvlp.commands import evaluate
@@ -119,7 +119,8 @@ def test_zero_shot_by_a_checkpoint_with_an_ensemble_of_prompts(tmp_path, folders
     ]  # fmt: skip
     found = evaluate.parse(["zero-shot", str(tmp_path / "clip"), *arguments]).run()
     # By definition, one picture and one prompt at a time.
-    from fastvlp.data import class_folders, recipes
+    from fastvlp.data import class_folders
+    from fastvlp.data.images import recipes
     from fastvlp.data.text import ClipTokenizer
     from fastvlp.models.checkpoints import load_any
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from tiny_run import settings
+from fastvlp_tests.tiny_run import settings
 
 from fastvlp.commands.train import SYSTEMS, parse
 from fastvlp.train import ranges

@@ -1,10 +1,10 @@
 """An evaluation that fails costs neither the steps before it nor the model."""
 
-import photo_shards
 import pytest
 import torch
-from tiny_run import PlainTask, train, weights
-from tiny_vocabularies import bpe_file
+from fastvlp_tests import photo_shards
+from fastvlp_tests.tiny_run import PlainTask, train, weights
+from fastvlp_tests.tiny_vocabularies import bpe_file
 
 from fastvlp.commands import evaluate
 from fastvlp.commands import train as command

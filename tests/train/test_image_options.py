@@ -1,13 +1,13 @@
 """The options of `fastvlp train` and `fastvlp evaluate` that say how images become 8-bit RGB."""
 
-import photo_shards
 import pytest
 import torch
+from fastvlp_tests import photo_shards
 from PIL import Image
 
 from fastvlp.commands import evaluate, train
 from fastvlp.data import RgbConversion
-from fastvlp.data.shards import Sample, write_shard
+from fastvlp.data.shards.write import Sample, write_shard
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.data import image_options, shard_loader
 

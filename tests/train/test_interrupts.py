@@ -4,9 +4,9 @@ import os
 import signal
 
 import pytest
-import tiny_pretraining
 import torch
-from tiny_run import MODEL, NoisyTask, train, weights
+from fastvlp_tests import tiny_pretraining
+from fastvlp_tests.tiny_run import MODEL, NoisyTask, train, weights
 
 from fastvlp.train import checkpoint_files, parallel, run_folder
 from fastvlp.train.checkpointing import Checkpoints

@@ -1,15 +1,12 @@
 """A run that was killed at any moment and resumed ends with the weights of one that was not."""
 
-import json
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from run_state import last_state, same
-from tiny_run import weights
+from fastvlp_tests.killed_runs import kill_and_resume
+from fastvlp_tests.run_state import last_state, same
+from fastvlp_tests.tiny_run import weights
 
 from fastvlp.train.logging import read_log
 
@@ -20,13 +17,7 @@ BY_TIME, BY_EVENT = 7, 13
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    script = Path(__file__).parent / "kill_server.py"
-    done = subprocess.run(
-        [sys.executable, script, folder, str(BY_TIME), str(BY_EVENT)],
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder, json.loads(done.stdout.splitlines()[-1])
+    return folder, kill_and_resume(folder, BY_TIME, BY_EVENT)
 
 
 def test_the_runs_were_killed_and_then_ended(runs):

@@ -2,13 +2,13 @@
 
 import json
 
-import photo_shards
 import pytest
 import torch
-from tiny_vocabularies import bpe_file
+from fastvlp_tests import photo_shards
+from fastvlp_tests.tiny_vocabularies import bpe_file
 
 from fastvlp import cli
-from fastvlp.data.shard_index import Fault
+from fastvlp.data.shards.index import Fault
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks import data, vocabularies
 from fastvlp.train.tasks.data import about_left_out, left_out, lines_of_progress, shard_loader

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from tiny_run import PlainTask, build, settings
+from fastvlp_tests.tiny_run import PlainTask, build, settings
 
-from fastvlp.ema import EmaModel
+from fastvlp.nn.ema_model import EmaModel
 from fastvlp.optim import AdamWEma
 from fastvlp.train import parallel
 from fastvlp.train.loop import Loop, LossScale

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastvlp.losses
-from fastvlp.data.shards import Sample, write_shard
+from fastvlp.data.shards.write import Sample, write_shard
 
 SHARDS, PER_SHARD, BATCH = 2, 16, 8
 

@@ -4,15 +4,15 @@ import json
 import os
 import signal
 
-import photo_shards
 import pytest
-from tiny_vocabularies import bert_vocabulary
+from fastvlp_tests import photo_shards
+from fastvlp_tests.tiny_vocabularies import bert_vocabulary
 
 from fastvlp import cli
 from fastvlp.commands import evaluate
 from fastvlp.commands.evaluate import own_data
-from fastvlp.data import tokenizer_files
 from fastvlp.data.text import BertTokenizer
+from fastvlp.data.text import files as tokenizer_files
 from fastvlp.train import parallel
 from fastvlp.train.config import TrainAlbef, TrainClip
 from fastvlp.train.tasks import albef_setup, clip_setup

@@ -3,11 +3,11 @@
 from functools import partial
 from types import SimpleNamespace
 
-import gloo_ranks
 import pytest
 import torch
-from tiny_pretraining import ALBEF, TOKENIZER, VILT, build, fit, settings
-from tiny_run import weights
+from fastvlp_tests import gloo_ranks
+from fastvlp_tests.tiny_pretraining import ALBEF, TOKENIZER, VILT, build, fit, settings
+from fastvlp_tests.tiny_run import weights
 
 from fastvlp.evaluate.retrieval import retrieval_from_scores
 from fastvlp.models import albef, base
@@ -75,7 +75,7 @@ def test_kernels_and_plain_pytorch_have_one_curve(tmp_path, system, monkeypatch)
     # Dropout draws in another order where texts are padded.
     from dataclasses import replace
 
-    import tiny_pretraining
+    from fastvlp_tests import tiny_pretraining
 
     monkeypatch.setattr(tiny_pretraining, "VILT", replace(VILT, dropout=0.0))
     monkeypatch.setattr(

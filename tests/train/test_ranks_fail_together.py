@@ -3,11 +3,10 @@
 import time
 from datetime import timedelta
 
-import gloo_ranks
-import photo_shards
 import pytest
 import torch
 import torch.distributed as dist
+from fastvlp_tests import gloo_ranks, photo_shards
 
 from fastvlp.data.loader import TooManyBroken
 from fastvlp.optim import AdamWEma

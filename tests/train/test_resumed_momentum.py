@@ -5,7 +5,10 @@ The trainers, callbacks and checkpoints are those of the page docs/other_trainer
 
 import pytest
 import torch
-from test_other_trainers_page import blocks
+from fastvlp_tests import test_files
+
+other_trainers_page = test_files.load("train/test_other_trainers_page.py")
+blocks = other_trainers_page.blocks
 
 
 def page_of(trainer):

@@ -7,8 +7,8 @@ import filelock
 import pytest
 import torch
 import yaml
-from tiny_pretraining import settings as pretraining
-from tiny_run import settings, train, weights
+from fastvlp_tests.tiny_pretraining import settings as pretraining
+from fastvlp_tests.tiny_run import settings, train, weights
 
 from fastvlp.commands.train import SYSTEMS
 from fastvlp.train import parallel, run_folder

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_run import PlainTask, build, settings, train, weights
+from fastvlp_tests.tiny_run import PlainTask, build, settings, train, weights
 
 from fastvlp.train import parallel
 from fastvlp.train.logging import read_log

@@ -6,12 +6,12 @@ import os
 import signal
 
 import filelock
-import gloo_ranks
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_run import PlainTask, train, weights
-from tolerance import assert_as_accurate, epsilon
+from fastvlp_tests import gloo_ranks
+from fastvlp_tests.tiny_run import PlainTask, train, weights
+from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 
 from fastvlp.train import run_folder
 from fastvlp.train.interrupts import Interrupted

@@ -2,11 +2,11 @@
 
 import copy
 
-import gloo_ranks
 import pytest
 import torch
-from run_state import same
-from tiny_pretraining import build, settings
+from fastvlp_tests import gloo_ranks
+from fastvlp_tests.run_state import same
+from fastvlp_tests.tiny_pretraining import build, settings
 
 from fastvlp.optim import AdamWEma
 from fastvlp.train import parallel

@@ -2,14 +2,10 @@
 
 import json
 
-import gloo_ranks
-import photo_shards
 import pytest
-import tiny_pretraining
-import tiny_run
 import torch
-from test_loop import Regression
-from tiny_vocabularies import bert_vocabulary
+from fastvlp_tests import gloo_ranks, photo_shards, test_files, tiny_pretraining, tiny_run
+from fastvlp_tests.tiny_vocabularies import bert_vocabulary
 
 from fastvlp.commands import train as command
 from fastvlp.train import parallel
@@ -17,6 +13,9 @@ from fastvlp.train.logging import read_log
 from fastvlp.train.loop import Loop
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.data import split_pairs
+
+loop = test_files.load("train/test_loop.py")
+Regression = loop.Regression
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 PAIRS = 5

@@ -11,8 +11,8 @@ import re
 from torch import Tensor
 
 from fastvlp.models.albef import Albef
-from fastvlp.models.albef_classifier import AlbefClassifier, AlbefTextAssignment
-from fastvlp.models.albef_vqa import AlbefVqa
+from fastvlp.models.albef.tasks.classification import AlbefClassifier, AlbefTextAssignment
+from fastvlp.models.albef.tasks.vqa import AlbefVqa
 
 from ._report import LoadReport, apply
 from .albef import (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastvlp.data.text import BertTokenizer
 from fastvlp.evaluate.features import encode
 from fastvlp.evaluate.retrieval import retrieval, retrieval_from_scores
-from fastvlp.models import albef_rerank
+from fastvlp.models.albef.tasks import rerank as albef_rerank
 from fastvlp.ops.packing import TextLayout
 from fastvlp.train.parallel import Ranks, gathered
 

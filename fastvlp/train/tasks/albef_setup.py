@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastvlp.data.cleaning import clean_albef
-from fastvlp.data.masking import MaskingTokenizer
 from fastvlp.data.text import BertTokenizer, albef_tokenizer
+from fastvlp.data.text.cleaning import clean_albef
+from fastvlp.data.text.masked import MaskingTokenizer
 from fastvlp.models import albef
 from fastvlp.train.config import TrainAlbef
 from fastvlp.train.parallel import Ranks

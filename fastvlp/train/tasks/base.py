@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvlp.ema import EmaModel
 from fastvlp.grad_cache import unsynchronised
+from fastvlp.nn.ema_model import EmaModel
 
 
 class Task:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlp.data.openmoji_batches import OpenMojiLoader
+from fastvlp.data.openmoji.loader import OpenMojiLoader
 from fastvlp.evaluate import zero_shot
 from fastvlp.evaluate.features import Features, encode
 from fastvlp.evaluate.retrieval import retrieval

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastvlp.data import tokenizer_files
 from fastvlp.data.text import ClipTokenizer, train_tokenizer
+from fastvlp.data.text import files as tokenizer_files
 from fastvlp.models import clip
 from fastvlp.train.config import TrainClip
 from fastvlp.train.parallel import Ranks

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastvlp.data import RgbConversion, openmoji
-from fastvlp.data.openmoji_batches import OpenMojiLoader
-from fastvlp.data.shard_index import Fault
+from fastvlp.data.openmoji.loader import OpenMojiLoader
+from fastvlp.data.shards.index import Fault
 from fastvlp.train import parallel
 from fastvlp.train.parallel import Ranks
 
@@ -81,7 +81,7 @@ def shard_loader(
     Raises:
         ValueError: it is a table of pairs that is given.
     """
-    from fastvlp.data import recipes
+    from fastvlp.data.images import recipes
     from fastvlp.data.loader import Loader
 
     if Path(shards).suffix.lower() in _TABLES and Path(shards).is_file():

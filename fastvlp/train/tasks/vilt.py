@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastvlp.data.text import BertTokenizer
 from fastvlp.models import base, vilt
-from fastvlp.models.vilt_heads import MATCH, draw_matches
-from fastvlp.models.vilt_packing import ImageTokens
-from fastvlp.models.vilt_patches import ImageBatch
+from fastvlp.models.vilt.heads import MATCH, draw_matches
+from fastvlp.models.vilt.packing import ImageTokens
+from fastvlp.models.vilt.patches import ImageBatch
 from fastvlp.train import parallel
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.base import Task

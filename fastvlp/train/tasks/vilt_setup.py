@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from fastvlp.data.masking import MaskingTokenizer
 from fastvlp.data.text import BertTokenizer, vilt_tokenizer
+from fastvlp.data.text.masked import MaskingTokenizer
 from fastvlp.models import vilt
 from fastvlp.train.config import TrainVilt
 from fastvlp.train.parallel import Ranks

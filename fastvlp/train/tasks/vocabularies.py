@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastvlp.data import tokenizer_files
 from fastvlp.data.optional import require
+from fastvlp.data.text import files as tokenizer_files
 from fastvlp.data.text import train_wordpiece
 from fastvlp.train import parallel, run_folder
 from fastvlp.train.config import TrainConfig

@@ -1,0 +1,1 @@
+"""The GPU check and the model of GPU times."""

@@ -1,0 +1,1 @@
+"""What every benchmark uses: timing, memory, tables, plots, ranks."""

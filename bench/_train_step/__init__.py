@@ -1,0 +1,1 @@
+"""The training steps that bench/train_step.py times."""

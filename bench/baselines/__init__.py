@@ -1,0 +1,1 @@
+"""The alternatives that the benchmarks compare with."""

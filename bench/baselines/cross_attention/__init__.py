@@ -1,0 +1,1 @@
+"""Alternatives to fastvlp.ops.cross_attention."""

@@ -1,0 +1,1 @@
+"""Alternatives to fastvlp.ops.word_patch_alignment."""

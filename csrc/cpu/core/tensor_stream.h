@@ -1,0 +1,145 @@
+// Blocks of a multi-tensor kernel's streams as floats: converted, gathered and scattered where a
+// tensor is not float32 or not laid out like its neighbours.
+#pragma once
+
+#include <cstring>
+
+#include "../../common/tensor_table.h"
+#include "convert.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using fastvlp::Element;
+using fastvlp::Geometry;
+using fastvlp::TableEntry;
+
+// Elements at a time: the blocks of all streams together fit into the first-level cache, and the
+// requests for the block after next, made a block at a time, into the line fill buffers.
+constexpr int kBlock = 128;
+constexpr int kAheadBytes = 1024;
+
+inline void* address(void* data, Element element, int64_t offset) {
+  return static_cast<char*>(data) + offset * bytes_of(element);
+}
+
+// Writes around the cache, for what is not read again soon: the line is not fetched first.
+inline void stream_bytes(void* out, const void* in, int64_t bytes) {
+#if defined(__SSE2__)
+  char* to = static_cast<char*>(out);
+  const char* from = static_cast<const char*>(in);
+  while (bytes > 0 && reinterpret_cast<uintptr_t>(to) % 64 != 0) {
+    const int64_t piece = 64 - static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64);
+    const int64_t n = piece < bytes ? piece : bytes;
+    std::memcpy(to, from, n);
+    to += n, from += n, bytes -= n;
+  }
+  for (; bytes >= 64; to += 64, from += 64, bytes -= 64) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX2__)
+    for (int i = 0; i < 64; i += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+#else
+    for (int i = 0; i < 64; i += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+#endif
+  }
+  out = to, in = from;
+#endif
+  std::memcpy(out, in, bytes);
+}
+
+// Before another thread may read what was written around the cache.
+inline void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Calls body(index in the block, offset, elements, stride) for each run along the last dimension.
+template <class Body>
+void for_each_run(const Geometry& g, int list, int64_t at, int n, Body body) {
+  const int last = g.dims - 1;
+  for (int i = 0; i < n;) {
+    const int64_t index = at + i;
+    const int64_t left = g.sizes[last] - index % g.sizes[last];
+    const int run = static_cast<int>(left < n - i ? left : n - i);
+    body(i, fastvlp::offset_of(g, list, index), run, g.strides[list][last]);
+    i += run;
+  }
+}
+
+// One tensor of an entry, a block at a time.
+class Block {
+ public:
+  Block(const TableEntry& entry, const Geometry* geometry, int list)
+      : data_(entry.data[list]), element_(entry.element[list]), geometry_(geometry), list_(list) {}
+
+  bool present() const { return data_ != nullptr; }
+
+  // The values of elements [at, at + n), to be changed at will until `store`.
+  float* load(int64_t at, int n) {
+    if (geometry_ == nullptr) fetch_ahead(at, n);
+    if (geometry_ == nullptr && element_ == Element::kFloat32)
+      return static_cast<float*>(address(data_, element_, at));
+    if (geometry_ == nullptr) {
+      to_floats(address(data_, element_, at), element_, n, values_);
+    } else {
+      for_each_run(*geometry_, list_, at, n, [&](int i, int64_t offset, int run, int64_t stride) {
+        for (int k = 0; k < run; ++k)
+          to_floats(address(data_, element_, offset + k * stride), element_, 1, values_ + i + k);
+      });
+    }
+    return values_;
+  }
+
+  // Writes values that `load` gave.
+  void store(int64_t at, int n, const float* values) {
+    if (values != values_) return;  // changed where they lie
+    if (geometry_ == nullptr)
+      from_floats(values, n, element_, address(data_, element_, at));
+    else
+      scatter(at, n, values);
+  }
+
+  // Writes the values of another stream, around the cache; nothing where the list is absent.
+  void stream(int64_t at, int n, const float* values) {
+    if (data_ == nullptr) return;
+    if (geometry_ != nullptr) return scatter(at, n, values);
+    const void* from = values;
+    if (element_ != Element::kFloat32) {
+      from_floats(values, n, element_, values_);
+      from = values_;
+    }
+    stream_bytes(address(data_, element_, at), from, n * bytes_of(element_));
+  }
+
+ private:
+  // The processor's own prefetcher stops at the end of each page.
+  void fetch_ahead(int64_t at, int n) const {
+    const char* from = static_cast<const char*>(address(data_, element_, at)) + kAheadBytes;
+    const int bytes = n * bytes_of(element_);
+    for (int b = 0; b < bytes; b += 64) __builtin_prefetch(from + b);
+  }
+
+  void scatter(int64_t at, int n, const float* values) {
+    for_each_run(*geometry_, list_, at, n, [&](int i, int64_t offset, int run, int64_t stride) {
+      for (int k = 0; k < run; ++k)
+        from_floats(values + i + k, 1, element_, address(data_, element_, offset + k * stride));
+    });
+  }
+
+  void* data_;
+  Element element_;
+  const Geometry* geometry_;
+  int list_;
+  alignas(64) float values_[kBlock];
+};
+
+}  // namespace

@@ -1,0 +1,119 @@
+// The attention kernels for one instruction set. Compiled once per set with FASTVLP_ISA naming it;
+// everything but the one exported table has internal linkage.
+#include <algorithm>
+
+#include "unpacked_backward.h"
+#include "unpacked_forward.h"
+#include "kernel.h"
+#include "pass.h"
+#include "tile_backward.h"
+#include "tile_forward.h"
+#include "../core/isa_name.h"
+
+namespace {
+
+#if defined(__AVX512BF16__)
+#define FASTVLP_WITH_PRODUCTS(function, p)                                       \
+  ((p).element == fastvlp::Element::kBFloat16 ? function<DotProducts<BFloat16Dot>> \
+                                              : function<DotProducts<FloatDot>>)
+#else
+#define FASTVLP_WITH_PRODUCTS(function, p) (function<DotProducts<FloatDot>>)
+#endif
+
+#if defined(__AMX_BF16__)
+
+template <template <class, int> class Pass, class... Arguments>
+int64_t pass_floats(const AttentionProblem& p, Arguments... arguments) {
+  if (p.element == fastvlp::Element::kBFloat16)
+    return typename Pass<BFloat16Rows, 0>::Places(TileShape<BFloat16Rows>(p.dim), arguments...)
+        .total;
+  return typename Pass<FloatRows, 0>::Places(TileShape<FloatRows>(p.dim), arguments...).total;
+}
+
+template <template <class, int> class Pass, class Rows, class Out>
+bool run_rows(const AttentionProblem& p, const AttentionTask& task, const Out& out,
+              float* scratch) {
+  if (p.dim == 64) return Pass<Rows, 64>(p, task, out, scratch).run();
+  return Pass<Rows, 0>(p, task, out, scratch).run();
+}
+
+// Taking floats apart for fewer weights costs more than their products gain.
+constexpr int64_t kLeastWeights = 4096;
+
+// Whether the task has been done.
+template <template <class, int> class Pass, class Out>
+bool run_on_tiles(const AttentionProblem& p, const AttentionTask& task, const Out& out,
+                  float* scratch) {
+  if (p.element != fastvlp::Element::kBFloat16 && task.queries * task.seen_keys < kLeastWeights)
+    return false;
+  switch (p.element) {
+    case fastvlp::Element::kBFloat16:
+      return run_rows<Pass, BFloat16Rows>(p, task, out, scratch);
+    case fastvlp::Element::kFloat16:
+      return run_rows<Pass, HalfRows>(p, task, out, scratch);
+    default:
+      return run_rows<Pass, FloatRows>(p, task, out, scratch);
+  }
+}
+
+constexpr int kInPlaceDim = 64;
+using InPlaceForwardPass = InPlaceForward<kInPlaceDim>;
+using InPlaceBackwardPass = InPlaceBackward<kInPlaceDim>;
+
+bool is_in_place(const AttentionProblem& p) {
+  return p.element == fastvlp::Element::kBFloat16 && p.dim == kInPlaceDim;
+}
+
+#endif
+
+int64_t forward_scratch(const AttentionProblem& p, int64_t queries, int64_t seen_keys) {
+#if defined(__AMX_BF16__)
+  if (is_in_place(p)) return InPlaceForwardPass::Places().total;
+  const int64_t tiles = pass_floats<TileForward>(p, queries, seen_keys);
+#else
+  const int64_t tiles = 0;
+#endif
+  return std::max(tiles,
+                  FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, false));
+}
+
+int64_t backward_scratch(const AttentionProblem& p, int64_t queries, int64_t seen_keys) {
+#if defined(__AMX_BF16__)
+  int64_t tiles = pass_floats<TileBackward>(p, queries);
+  if (is_in_place(p)) tiles = std::max(tiles, InPlaceBackwardPass::Places(seen_keys).total);
+#else
+  const int64_t tiles = 0;
+#endif
+  return std::max(tiles,
+                  FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, true));
+}
+
+void forward(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
+             float* scratch) {
+#if defined(__AMX_BF16__)
+  if (is_in_place(p)) return InPlaceForwardPass(p, task, out, scratch).run();
+  if (run_on_tiles<TileForward>(p, task, out, scratch)) return;
+#endif
+  FASTVLP_WITH_PRODUCTS(forward_with, p)(p, task, out, scratch);
+}
+
+void backward(const AttentionProblem& p, const AttentionTask& task, const AttentionBackward& out,
+              float* scratch) {
+#if defined(__AMX_BF16__)
+  if (is_in_place(p) && task.queries <= InPlaceBackwardPass::kMostQueries)
+    return InPlaceBackwardPass(p, task, out, scratch).run();
+  if (run_on_tiles<TileBackward>(p, task, out, scratch)) return;
+#endif
+  FASTVLP_WITH_PRODUCTS(backward_with, p)(p, task, out, scratch);
+}
+
+}  // namespace
+
+namespace fastvlp {
+
+const AttentionKernels& FASTVLP_JOIN(attention_kernels_, FASTVLP_ISA)() {
+  static constexpr AttentionKernels table = {forward_scratch, backward_scratch, forward, backward};
+  return table;
+}
+
+}  // namespace fastvlp

@@ -1,0 +1,340 @@
+// The momentum-contrastive kernels for one instruction set. Compiled once per set with FASTVLP_ISA
+// naming it; everything but the one exported table has internal linkage.
+#include "../../common/philox.h"
+#include "../core/isa_name.h"
+#include "rows.h"
+#include "../gemm/bf16x3_pack.h"
+#include "../gemm/policy.h"
+
+namespace {
+
+using fastvlp::MomentumKernels;
+using fastvlp::MomentumPartial;
+using fastvlp::MomentumProblem;
+
+constexpr int64_t kGrain = 32;  // group rows and key blocks are multiples of it
+
+int64_t padded_dim(const MomentumProblem& p) { return round_up(p.dim, kPanel); }
+// Longer than needed, to spread the rows over the cache sets.
+int64_t tile_stride(const MomentumProblem& p) { return p.stacked_rows() + 16; }
+int64_t key_words(const MomentumProblem& p) { return round_up(p.dim, 16) + 16; }
+int64_t weight_words(const MomentumProblem& p) { return p.block_keys / 2 + 16; }
+
+#if defined(__AMX_BF16__)
+bool uses_split_products(const MomentumProblem& p) {
+  return p.student.element != Element::kBFloat16;
+}
+#endif
+
+// The scratch buffers of one call, in words.
+struct Scratch {
+  explicit Scratch(const MomentumProblem& p) {
+    factor = take(p.stacked_rows());
+    row = take(2 * round_up(p.dim, kGrain));
+    tile = take(p.block_keys * tile_stride(p));
+#if defined(__AMX_BF16__)
+    if (uses_split_products(p)) {
+      const int64_t logits = split_words(p.block_keys, p.dim);
+      panels = take(split_words(p.stacked_rows(), p.dim));
+      keys = take(std::max(logits, split_words(p.stacked_rows(), p.block_keys)));
+      packed = take(p.gradients ? split_words(p.dim, p.block_keys) : 0);
+      transposed = take(kTile * kStepDepth);
+      block = take(kStepSide * kStepSide);
+      return;
+    }
+#endif
+    panels = take(p.stacked_rows() * round_up(p.dim, 16));
+    keys = take(p.block_keys * key_words(p));
+    packed = take(p.gradients ? p.block_keys * padded_dim(p) : 0);
+    pairs = take(p.gradients ? p.block_keys / 2 * tile_stride(p) : 0);
+    weights = take(p.gradients ? p.stacked_rows() * weight_words(p) : 0);
+  }
+  int64_t take(int64_t words) {
+    const int64_t at = total;
+    total += round_up(words, 16);
+    return at;
+  }
+  int64_t total = 0;
+  int64_t panels, tile, factor, row, keys, packed;
+  int64_t pairs = 0, weights = 0;     // of products that are not split
+  int64_t transposed = 0, block = 0;  // of those that are
+};
+
+int64_t scratch_bytes(const MomentumProblem& p) { return Scratch(p).total * 4; }
+
+// One block of keys: its rows as words for the product with the features, where they lie if
+// possible, else copied and filled up with zero rows.
+struct Keys {
+  Features source;  // batch or queue
+  int64_t first;    // its rows
+  int64_t count;
+  int64_t padded;
+  const uint32_t* words;
+  int64_t stride;  // in words
+  bool batch;
+  float factor;  // what split keys have been multiplied by
+};
+
+template <class Units>
+Keys keys_of(const MomentumProblem& p, int64_t block, uint32_t* copy) {
+  using Dot = typename Units::Dot;
+  Keys k = {};
+  k.batch = block < p.batch_blocks();
+  k.source = k.batch ? p.batch_keys : p.queue;
+  k.first = (k.batch ? block : block - p.batch_blocks()) * p.block_keys;
+  k.count = k.source.rows - k.first < p.block_keys ? k.source.rows - k.first : p.block_keys;
+  k.padded = round_up(k.count, kGrain);
+  if constexpr (Units::kSplit) return k;  // the products split its source
+  if (k.count == k.padded) k.words = rows_in_place<Dot>(k.source, k.first, k.count, p.dim);
+  k.stride = k.source.stride / Dot::kPerWord;
+  if (k.words != nullptr) return k;
+  k.words = copy;
+  k.stride = key_words(p);
+  for (int64_t r = 0; r < k.count; ++r)
+    word_row<Dot>(k.source, k.first + r, p.dim, copy + r * k.stride);
+  for (int64_t r = k.count; r < k.padded; ++r)
+    std::memset(copy + r * k.stride, 0, depth_words<Dot>(p.dim) * 4);
+  return k;
+}
+
+// The rows of student and teacher as the right operand of the product with keys; returns what they
+// were multiplied by.
+template <class Units>
+float pack_rows(const MomentumProblem& p, int64_t first_row, int64_t rows, float* base,
+                const Scratch& s) {
+  using Dot = typename Units::Dot;
+#if defined(__AMX_BF16__)
+  if constexpr (Units::kSplit) {
+    const int64_t half = split_words(p.group_rows, p.dim);
+    float* row = base + s.row;
+    auto* panels = reinterpret_cast<uint32_t*>(base + s.panels);
+    std::memset(panels, 0, (p.use_teacher ? 2 : 1) * half * 4);
+    float largest = largest_magnitude(p.student, first_row, rows, p.dim, row);
+    if (p.use_teacher)
+      largest = std::max(largest, largest_magnitude(p.teacher, first_row, rows, p.dim, row));
+    const float factor = factor_to(largest, 0);
+    split_columns(p.student, first_row, rows, p.dim, factor, panels, row);
+    if (p.use_teacher)
+      split_columns(p.teacher, first_row, rows, p.dim, factor, panels + half, row);
+    return factor;
+  }
+#endif
+  const int64_t half = p.group_rows * depth_words<Dot>(p.dim);
+  uint32_t* row = reinterpret_cast<uint32_t*>(base + s.row);
+  std::memset(base + s.panels, 0, (p.use_teacher ? 2 : 1) * half * 4);
+  pack_transposed<Dot>(p.student, first_row, rows, p.dim, base + s.panels, row);
+  if (p.use_teacher)
+    pack_transposed<Dot>(p.teacher, first_row, rows, p.dim, base + s.panels + half, row);
+  return 1.0f;
+}
+
+// The keys as the right operand of the product with weights.
+template <class Units>
+void pack_keys(const MomentumProblem& p, Keys& k, float* base, const Scratch& s) {
+  using Dot = typename Units::Dot;
+#if defined(__AMX_BF16__)
+  if constexpr (Units::kSplit) {
+    k.factor = factor_of_rows(k.source, k.first, k.count, p.dim, base + s.row);
+    if (p.gradients)
+      split_along_rows(k.source, k.first, k.count, p.dim, k.factor,
+                       reinterpret_cast<uint32_t*>(base + s.packed), base + s.row);
+    return;
+  }
+#endif
+  if (!p.gradients) return;
+  constexpr Element element = Dot::kPerWord == 1 ? Element::kFloat32 : Element::kBFloat16;
+  const Features view = {k.words, k.padded, k.stride * Dot::kPerWord, element};
+  pack_along_rows<Dot>(view, 0, k.padded, p.dim, base + s.packed, base + s.row);
+}
+
+// tile [padded keys][stacked rows] = the keys' rows times the packed features.
+template <class Units>
+void logits(const MomentumProblem& p, const Keys& k, float factor, float* base, const Scratch& s,
+            int64_t rows) {
+#if defined(__AMX_BF16__)
+  if constexpr (Units::kSplit) {
+    auto* keys = reinterpret_cast<uint32_t*>(base + s.keys);
+    split_rows(k.source, k.first, k.count, p.dim, k.factor, keys, base + s.row);
+    return multiply_split(keys, reinterpret_cast<const uint32_t*>(base + s.panels),
+                          steps_of(p.dim), base + s.tile, tile_stride(p), k.padded,
+                          rows / kStepSide, quotient(1.0, factor, k.factor), false,
+                          base + s.block);
+  }
+#endif
+  if constexpr (!Units::kSplit)
+    Units::multiply(k.words, k.stride, base + s.panels, base + s.tile, tile_stride(p), k.padded,
+                    rows / kPanel, depth_words<typename Units::Dot>(p.dim), 1.0f, false);
+}
+
+#if defined(__AMX_BF16__)
+// Weights are multiplied by this: all exponentials but those that are zero are then above what tiles
+// flush.
+constexpr float kWeightFactor = 4096.0f;
+
+void add_split_keys(const MomentumProblem& p, const Keys& k, float* base, const Scratch& s,
+                    int64_t rows, float* sums) {
+  const int64_t steps = k.padded / kStepDepth, stride = tile_stride(p);
+  auto* weights = reinterpret_cast<uint32_t*>(base + s.keys);  // the product with keys is over
+  for (int64_t step = 0; step < steps; ++step)
+    split_transposed_step(base + s.tile + step * kStepDepth * stride, stride, rows, kWeightFactor,
+                          step, steps, weights, base + s.transposed);
+  multiply_split(weights, reinterpret_cast<const uint32_t*>(base + s.packed), steps, sums,
+                 padded_dim(p), rows, padded_dim(p) / kStepSide,
+                 quotient(1.0, kWeightFactor, k.factor), true, base + s.block);
+}
+#endif
+
+// sums [stacked rows][padded dim] += the weights that add_tile left times the packed keys.
+template <class Units>
+void add_keys(const MomentumProblem& p, const Keys& k, float* base, const Scratch& s, int64_t rows,
+              float* sums) {
+  using Dot = typename Units::Dot;
+#if defined(__AMX_BF16__)
+  if constexpr (Units::kSplit) return add_split_keys(p, k, base, s, rows, sums);
+#endif
+  if constexpr (!Units::kSplit) {
+    const int64_t depth = k.padded / Dot::kPerWord, panels = padded_dim(p) / kPanel;
+    const auto* found =
+        reinterpret_cast<const uint32_t*>(base + (Dot::kPerWord == 1 ? s.tile : s.pairs));
+#if defined(__AMX_BF16__)
+    if constexpr (Units::kTransposed) {
+      uint32_t* weights = reinterpret_cast<uint32_t*>(base + s.weights);
+      transpose_words(found, tile_stride(p), depth, rows, weights, weight_words(p));
+      return Units::multiply(weights, weight_words(p), base + s.packed, sums, padded_dim(p), rows,
+                             panels, depth, 1.0f, true);
+    }
+#endif
+    multiply<Dot, Order::kRowContiguous>(found, tile_stride(p), base + s.packed, sums,
+                                         padded_dim(p), rows, panels, depth, 1.0f, true);
+  }
+}
+
+// Adds the keys that share a row's id, other than its own, to the row's positives.
+void add_positives(const MomentumProblem& p, const Keys& k, int64_t first_row, int64_t rows,
+                   const float* tile, float* row, const MomentumPartial& out) {
+  const int64_t* ids = p.ids + first_row;
+  for (int64_t j = 0; j < k.count; ++j) {
+    const int64_t id = (k.batch ? p.ids : p.queue_ids)[k.first + j];
+    bool any = false;
+    for (int64_t i = 0; i < rows; ++i) any |= ids[i] == id;
+    if (!any) continue;
+    if (p.gradients) convert_row(k.source, k.first + j, p.dim, row);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (ids[i] != id || (k.batch && k.first + j == first_row + i)) continue;
+      out.positive[i] += tile[j * tile_stride(p) + i] * p.inverse_temperature;
+      out.positives[i] += 1.0f;
+      if (!p.gradients) continue;
+      float* sum = out.positive_keys + i * padded_dim(p);
+      for (int64_t d = 0; d < p.dim; ++d) sum[d] += row[d];
+    }
+  }
+}
+
+// Perturbs the logits of the admissible negatives of the batch and keeps the highest: a draw from
+// their softmax.
+void draw_negatives(const MomentumProblem& p, const Keys& k, int64_t first_row, int64_t rows,
+                    const float* tile, const MomentumPartial& out) {
+  for (int64_t j = 0; j < k.count; ++j)
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = first_row + i, column = k.first + j;
+      if (row == column || (p.ids != nullptr && p.ids[row] == p.ids[column])) continue;
+      const uint32_t random = fastvlp::philox(p.seed, static_cast<uint32_t>(column),
+                                              static_cast<uint32_t>(row), p.stream);
+      const float score =
+          tile[j * tile_stride(p) + i] * p.inverse_temperature + fastvlp::gumbel(random);
+      if (!(score > out.best[i])) continue;
+      out.best[i] = score;
+      out.negative[i] = column;
+    }
+}
+
+// Moves the logits of the rows' own pairs out of the tile, and excludes the keys past the end.
+void set_apart(const MomentumProblem& p, const Keys& k, int64_t first_row, int64_t rows,
+               int64_t group, float* tile, const MomentumPartial& out) {
+  const int64_t stride = tile_stride(p), stacked = group * (p.use_teacher ? 2 : 1);
+  const float excluded = excluded_product(p.inverse_temperature);
+  for (int64_t j = k.count; j < k.padded; ++j)
+    for (int64_t i = 0; i < stacked; ++i) tile[j * stride + i] = excluded;
+  if (!k.batch) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t j = first_row + i - k.first;
+    if (j < 0 || j >= k.count) continue;
+    for (int64_t at = i; at < stacked; at += group) {
+      out.own[at] = tile[j * stride + at] * p.inverse_temperature;
+      tile[j * stride + at] = excluded;
+    }
+  }
+}
+
+template <class Dot>
+void add_tile(const MomentumProblem& p, const Keys& k, int64_t group, float* base, const Scratch& s,
+              const MomentumPartial& out) {
+  float scale = p.inverse_temperature;
+  const int64_t stacked = group * (p.use_teacher ? 2 : 1), stride = tile_stride(p);
+  float* tile = base + s.tile;
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(base + s.pairs);
+  raise_references(tile, stride, k.padded, stacked, scale, out.reference, base + s.factor);
+  rescale(base + s.factor, stacked, group, padded_dim(p), out.sum, out.cross,
+          p.gradients ? out.keys : nullptr);
+  if (beyond_fused_products(out.reference, stacked)) {
+    scale_tile(tile, stride, k.padded, stacked, scale);
+    scale = 1.0f;
+  }
+  auto add = p.use_teacher
+                 ? (p.gradients ? add_exponentials<Dot, true, true>
+                                : add_exponentials<Dot, true, false>)
+                 : (p.gradients ? add_exponentials<Dot, false, true>
+                                : add_exponentials<Dot, false, false>);
+  add(tile, stride, k.padded, group, scale, out.reference, out.sum, out.cross, pairs);
+}
+
+template <class Units>
+void accumulate_with(const MomentumProblem& p, int64_t group_index, int64_t begin, int64_t end,
+                     void* scratch, const MomentumPartial& out) {
+  using Dot = typename Units::Dot;
+  [[maybe_unused]] const typename Units::State state;
+  const Scratch s(p);
+  float* base = static_cast<float*>(scratch);
+  const int64_t first_row = group_index * p.group_rows, rows = p.rows_in(group_index);
+  const int64_t group = p.group_rows, stacked = p.stacked_rows();
+  const float factor = pack_rows<Units>(p, first_row, rows, base, s);
+  for (int64_t i = 0; i < stacked; ++i)
+    out.reference[i] = lowest_reference(p.inverse_temperature);
+  for (int64_t block = begin; block < end; ++block) {
+    Keys k = keys_of<Units>(p, block, reinterpret_cast<uint32_t*>(base + s.keys));
+    // Before the logits: it reads the keys in the order of memory.
+    pack_keys<Units>(p, k, base, s);
+    logits<Units>(p, k, factor, base, s, stacked);
+    if (p.ids != nullptr) add_positives(p, k, first_row, rows, base + s.tile, base + s.row, out);
+    if (p.negatives && k.batch) draw_negatives(p, k, first_row, rows, base + s.tile, out);
+    set_apart(p, k, first_row, rows, group, base + s.tile, out);
+    add_tile<Dot>(p, k, group, base, s, out);
+    if (p.gradients) add_keys<Units>(p, k, base, s, stacked, out.keys);
+  }
+}
+
+void accumulate(const MomentumProblem& p, int64_t group, int64_t begin, int64_t end, void* scratch,
+                const MomentumPartial& out) {
+#if defined(__AMX_BF16__)
+  if (uses_split_products(p))
+    return accumulate_with<SplitUnits>(p, group, begin, end, scratch, out);
+  accumulate_with<MatrixUnits>(p, group, begin, end, scratch, out);
+#else
+#if defined(__AVX512BF16__)
+  if (p.student.element == Element::kBFloat16)
+    return accumulate_with<VectorUnits<BFloat16Dot>>(p, group, begin, end, scratch, out);
+#endif
+  accumulate_with<VectorUnits<FloatDot>>(p, group, begin, end, scratch, out);
+#endif
+}
+
+}  // namespace
+
+namespace fastvlp {
+
+const MomentumKernels& FASTVLP_JOIN(momentum_kernels_, FASTVLP_ISA)() {
+  static constexpr MomentumKernels table = {scratch_bytes, padded_dim, accumulate};
+  return table;
+}
+
+}  // namespace fastvlp

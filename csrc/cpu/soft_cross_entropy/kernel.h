@@ -1,0 +1,43 @@
+// What the soft cross entropy operators (argument checks, threads) and the per-instruction-set
+// passes over rows of logits say to each other.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/matrix_view.h"
+
+namespace fastvlp {
+
+// Logits [rows, cols] of a vocabulary, with unit stride along it and without their bias.
+struct Logits {
+  const void* data;  // null: there are none
+  Element element;   // kFloat32 or kBFloat16
+  int64_t stride;
+  const float* bias;  // [cols], or null
+};
+
+struct SoftCrossEntropyRows {
+  Logits student;
+  Logits teacher;
+  int64_t cols;
+  const int64_t* labels;
+  int64_t ignore_index;
+  float alpha;  // weight of the teacher
+  float* losses;
+  // The derivative of each row's loss by its logits, in the student's element; may lie over the
+  // student's logits; null where not wanted.
+  void* gradient;
+  int64_t gradient_stride;
+};
+
+struct SoftCrossEntropyKernels {
+  // Floats of scratch (64-byte aligned) that one call of `rows` needs.
+  int64_t (*scratch_floats)(const SoftCrossEntropyRows&);
+  // Losses and gradients of rows [begin, end).
+  void (*rows)(const SoftCrossEntropyRows&, int64_t begin, int64_t end, float* scratch);
+  // sums[j] = sum_i weights[i] * matrix[i, j] over all rows for columns [begin, end).
+  void (*column_sums)(const Logits& matrix, int64_t rows, const float* weights, int64_t begin,
+                      int64_t end, float* sums);
+};
+
+}  // namespace fastvlp

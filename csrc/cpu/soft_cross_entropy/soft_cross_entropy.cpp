@@ -1,0 +1,97 @@
+// The passes of soft cross entropy on CPU tensors: argument checks, threads, instruction set.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../core/scratch.h"
+#include "../core/isa.h"
+#include "kernel.h"
+
+namespace fastvlp {
+
+FASTVLP_DEFINE_KERNELS(SoftCrossEntropyKernels, soft_cross_entropy)
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const float* floats_of(const Tensor& t, int64_t n, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == n, name,
+                  ": expected ", n, " contiguous float32 values");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+Logits logits_of(const Tensor& t, const Tensor& bias, const char* name) {
+  const bool is_float = t.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(is_float || t.scalar_type() == ScalarType::BFloat16, name,
+                  ": expected float32 or bfloat16");
+  STD_TORCH_CHECK(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1), name,
+                  ": expected 2 dimensions with unit stride along dim 1");
+  return {t.const_data_ptr(), is_float ? Element::kFloat32 : Element::kBFloat16, t.stride(0),
+          bias.numel() == 0 ? nullptr : floats_of(bias, t.size(1), "bias")};
+}
+
+void rows(const Tensor& logits, const Tensor& bias, const Tensor& teacher,
+          const Tensor& teacher_bias, const Tensor& labels, const Tensor& alpha,
+          int64_t ignore_index, Tensor losses, Tensor gradient) {
+  SoftCrossEntropyRows p = {};
+  const int64_t count = logits.size(0);
+  p.student = logits_of(logits, bias, "logits");
+  p.cols = logits.size(1);
+  if (teacher.numel() > 0) {
+    p.teacher = logits_of(teacher, teacher_bias, "teacher");
+    STD_TORCH_CHECK(teacher.size(0) == count && teacher.size(1) == p.cols,
+                    "teacher: expected the shape of logits");
+  }
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.is_contiguous() &&
+                      labels.numel() == count,
+                  "labels: expected one contiguous int64 per row");
+  p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+  p.ignore_index = ignore_index;
+  p.alpha = *floats_of(alpha, 1, "alpha");
+  floats_of(losses, count, "losses");
+  p.losses = static_cast<float*>(losses.mutable_data_ptr());
+  if (gradient.numel() > 0) {
+    const Logits out = logits_of(gradient, bias, "gradient");
+    STD_TORCH_CHECK(out.element == p.student.element && gradient.size(0) == count &&
+                        gradient.size(1) == p.cols,
+                    "gradient: expected the shape and dtype of logits");
+    p.gradient = gradient.mutable_data_ptr();
+    p.gradient_stride = out.stride;
+  }
+  const SoftCrossEntropyKernels& kernels = soft_cross_entropy_kernels();
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    const Buffer scratch = allocate_floats(kernels.scratch_floats(p));
+    kernels.rows(p, begin, end, scratch.get());
+  });
+}
+
+Tensor column_sums(const Tensor& matrix, const Tensor& weights) {
+  const Tensor none = torch::stable::new_empty(weights, {0});
+  const Logits m = logits_of(matrix, none, "matrix");
+  const float* w = floats_of(weights, matrix.size(0), "weights");
+  Tensor sums = torch::stable::new_empty(weights, {matrix.size(1)});
+  float* out = static_cast<float*>(sums.mutable_data_ptr());
+  const SoftCrossEntropyKernels& kernels = soft_cross_entropy_kernels();
+  const int64_t count = matrix.size(0), cols = matrix.size(1), width = 512;
+  torch::stable::parallel_for(0, (cols + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = end * width < cols ? end * width : cols;
+    kernels.column_sums(m, count, w, begin * width, last, out);
+  });
+  return sums;
+}
+
+std::string instruction_set() { return name_of(chosen_isa()); }
+
+}  // namespace
+}  // namespace fastvlp
+
+STABLE_TORCH_LIBRARY_IMPL(fastvlp, CPU, m) {
+  m.impl("soft_cross_entropy_rows", TORCH_BOX(&fastvlp::rows));
+  m.impl("soft_cross_entropy_column_sums", TORCH_BOX(&fastvlp::column_sums));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvlp, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_set", TORCH_BOX(&fastvlp::instruction_set));
+}

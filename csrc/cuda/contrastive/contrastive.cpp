@@ -1,0 +1,155 @@
+// The CUDA passes of the contrastive losses as operators: argument checks, scratch memory, the
+// current stream.
+#include "../core/host.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+
+#include "contrastive.h"
+
+namespace fastvlp::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+bool starts_vectors(const void* data, int64_t stride, int64_t element_bytes) {
+  return stride % 4 == 0 && reinterpret_cast<uintptr_t>(data) % (4 * element_bytes) == 0;
+}
+
+void require_matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cuda(), name, ": expected a CUDA tensor");
+  STD_TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": expected unit stride along dim 1");
+}
+
+Products products_of(const Tensor& t, int64_t offset) {
+  require_matrix(t, "products");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "products: expected float32");
+  const float* data = static_cast<const float*>(t.const_data_ptr());
+  return {data, t.size(0), t.size(1), t.stride(0), offset,
+          starts_vectors(data, t.stride(0), sizeof(float))};
+}
+
+// `count` contiguous values of `type` on the device of `like`; null where there are none.
+void* values_of(const Tensor& t, const char* name, int64_t count, ScalarType type,
+                const Tensor& like) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), name,
+                  ": expected the device of the products");
+  STD_TORCH_CHECK(t.numel() == count && t.scalar_type() == type && t.is_contiguous(), name,
+                  ": expected ", count, " contiguous values of ",
+                  type == ScalarType::Double ? "float64" : "float32", ", got ", t.numel());
+  return count > 0 ? t.mutable_data_ptr() : nullptr;
+}
+
+float* floats_of(const Tensor& t, const char* name, int64_t count, const Tensor& like) {
+  return static_cast<float*>(values_of(t, name, count, ScalarType::Float, like));
+}
+
+float* floats_or_none(const Tensor& t, const char* name, int64_t count, const Tensor& like) {
+  return t.numel() == 0 ? nullptr : floats_of(t, name, count, like);
+}
+
+double* doubles_or_none(const Tensor& t, const char* name, int64_t count, const Tensor& like) {
+  if (t.numel() == 0) return nullptr;
+  return static_cast<double*>(values_of(t, name, count, ScalarType::Double, like));
+}
+
+Output output_of(const Tensor& t, const Tensor& products) {
+  if (t.numel() == 0) return {nullptr, 0, Element::kFloat32, false};
+  require_matrix(t, "out");
+  STD_TORCH_CHECK(t.size(0) == products.size(0) && t.size(1) == products.size(1),
+                  "out: expected the shape of the products");
+  STD_TORCH_CHECK(t.get_device_index() == products.get_device_index(),
+                  "out: expected the device of the products");
+  Output out = {t.mutable_data_ptr(), t.stride(0), Element::kFloat32, false};
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      break;
+    case ScalarType::BFloat16:
+      out.element = Element::kBFloat16;
+      break;
+    case ScalarType::Half:
+      out.element = Element::kFloat16;
+      break;
+    default:
+      STD_TORCH_CHECK(false, "out: expected float32, bfloat16 or float16");
+  }
+  out.vectorized = starts_vectors(out.data, out.stride, out.element == Element::kFloat32 ? 4 : 2);
+  return out;
+}
+
+LsePair* pairs_of(const Tensor& scratch) {
+  static_assert(sizeof(LsePair) == 2 * sizeof(float));
+  return static_cast<LsePair*>(scratch.mutable_data_ptr());
+}
+
+void contrastive_cuda_statistics(const Tensor& products, const Tensor& scale, int64_t offset,
+                                 const Tensor& row_negatives, const Tensor& positive,
+                                 const Tensor& col_pairs) {
+  const Products p = products_of(products, offset);
+  const DeviceScope scope(products);
+  float* pairs = floats_or_none(col_pairs, "col_pairs", 2 * p.cols, products);
+  const Statistics out = {doubles_or_none(row_negatives, "row_negatives", p.rows, products),
+                          floats_of(positive, "positive", p.rows, products), pairs,
+                          pairs ? pairs + p.cols : nullptr};
+  auto scratch = [&](bool wanted, int64_t count) {
+    return torch::stable::new_empty(products, {wanted ? count : 0, 2}, ScalarType::Float);
+  };
+  const Tensor row_scratch = scratch(out.row_negatives != nullptr, row_pair_count(p));
+  const Tensor col_scratch = scratch(pairs != nullptr, col_pair_count(p));
+  require_success(statistics(scope.queue(), p, floats_of(scale, "scale", 1, products),
+                             pairs_of(row_scratch), pairs_of(col_scratch), out));
+}
+
+void contrastive_cuda_gradient(const Tensor& products, const Tensor& scale, const Tensor& row_lse,
+                               const Tensor& col_lse, const Tensor& positive_gradient,
+                               const Tensor& weights, int64_t offset, const Tensor& out) {
+  const Products p = products_of(products, offset);
+  const DeviceScope scope(products);
+  require_success(softmax_gradient(
+      scope.queue(), p, floats_of(scale, "scale", 1, products),
+      doubles_or_none(row_lse, "row_lse", p.rows, products),
+      doubles_or_none(col_lse, "col_lse", p.cols, products),
+      floats_of(positive_gradient, "positive_gradient", p.rows, products),
+      floats_of(weights, "weights", 2, products), output_of(out, products)));
+}
+
+void contrastive_cuda_sigmoid(const Tensor& products, const Tensor& scale, const Tensor& bias,
+                              double factor, int64_t offset, const Tensor& sums,
+                              const Tensor& out) {
+  const Products p = products_of(products, offset);
+  const DeviceScope scope(products);
+  const Tensor partials =
+      torch::stable::new_empty(products, {sigmoid_partial_count(p)}, ScalarType::Double);
+  double* totals = static_cast<double*>(values_of(sums, "sums", 2, ScalarType::Double, products));
+  require_success(sigmoid(scope.queue(), p, floats_of(scale, "scale", 1, products),
+                          floats_of(bias, "bias", 1, products), static_cast<float>(factor),
+                          static_cast<double*>(partials.mutable_data_ptr()), totals,
+                          output_of(out, products)));
+}
+
+std::string cuda_kernels_unavailable(int64_t index) {
+  const int device = static_cast<int>(index);
+  const char* reason = missing(device);
+  if (reason == nullptr) {
+    const DeviceScope scope(device);
+    reason = unavailable(device);
+  }
+  return reason == nullptr ? "" : reason;
+}
+
+}  // namespace
+}  // namespace fastvlp::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(fastvlp, CUDA, m) {
+  m.impl("contrastive_cuda_statistics", TORCH_BOX(&fastvlp::cuda::contrastive_cuda_statistics));
+  m.impl("contrastive_cuda_gradient", TORCH_BOX(&fastvlp::cuda::contrastive_cuda_gradient));
+  m.impl("contrastive_cuda_sigmoid", TORCH_BOX(&fastvlp::cuda::contrastive_cuda_sigmoid));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvlp, CompositeExplicitAutograd, m) {
+  m.impl("cuda_kernels_unavailable", TORCH_BOX(&fastvlp::cuda::cuda_kernels_unavailable));
+}

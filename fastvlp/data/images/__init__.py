@@ -1,0 +1,1 @@
+"""Decoding, conversion and augmentation of images."""

@@ -1,0 +1,250 @@
+"""ALBEF: an image and a text transformer aligned by contrast, then fused by cross-attention.
+
+Li et al., "Align before Fuse: Vision and Language Representation Learning with Momentum
+Distillation", arXiv 2107.07651. Parameter names below `student.` and `momentum.module.` are those
+of the authors' checkpoints, see `fastvlp.models.checkpoints.albef`.
+
+One pretraining step has three objectives of equal weight: contrast of images and texts against
+momentum keys and a queue (ITC), matching of pairs with hard negatives (ITM), and masked language
+modelling with the image at hand (MLM), ITC and MLM with the momentum twin as a teacher. Where the
+authors run four passes through the fusion layers on padded pairs, here one packed pass takes the
+positives, both kinds of hard negatives and the masked texts, grouped by image, so that an image's
+keys and values are projected once in each layer; the last layer computes only what the objectives
+read, each pair's first token and the masked ones, and only the latter meet the vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastvlp.models import base
+from fastvlp.models.albef import reference as albef_reference
+from fastvlp.models.albef.config import CONFIGS as CONFIGS
+from fastvlp.models.albef.config import AlbefConfig
+from fastvlp.models.albef.encoder import Towers
+from fastvlp.models.albef.momentum import WithTwin
+from fastvlp.models.albef.pretraining_batch import Batch, Matches, Teacher, prepare
+from fastvlp.models.base import save as save
+from fastvlp.nn.feature_queue import FeatureQueue
+from fastvlp.ops import momentum_contrastive, soft_cross_entropy
+from fastvlp.ops.packing import PairLayout
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
+
+
+class Losses(NamedTuple):
+    """Of one pretraining step; `total` is the sum of the others."""
+
+    total: Tensor
+    itc: Tensor
+    itm: Tensor
+    mlm: Tensor
+
+
+class Albef(WithTwin):
+    """The model, its momentum twin and its queues.
+
+    Attributes:
+        student: the encoders, see `albef_encoder.Towers`.
+        itm_head: of a pair's first fused token; column 1 says that text and image match.
+        temp: the contrastive temperature, by which similarities are divided.
+        momentum: the twin, an `EmaModel` of `student`; None without pretraining.
+        queue: a `FeatureQueue` of the twin's features; None without pretraining. Give it a process
+            group (`queue.group`) to gather the features of all ranks.
+    """
+
+    kind = "albef"
+
+    def __init__(self, config: AlbefConfig) -> None:
+        super().__init__(config, Towers(config), twin=False)
+        self.itm_head = nn.Linear(config.text_width, 2)
+        self.temp = nn.Parameter(torch.tensor(config.temperature))
+        self.queue = None
+        if config.pretraining:
+            # After the heads: the order of parameters is that of optimiser states.
+            self._add_twin()
+            self.queue = FeatureQueue(
+                config.queue_size, config.embed_dim, fill="random", with_ids=config.queue_ids
+            )
+        # The twin has moved to the present weights in a step that failed after it.
+        self._moved = False
+        # Features that wait for the end of their step, see `enqueue_held`.
+        self._held: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def forward(self, *args, **kwargs) -> Losses:
+        """`pretraining_loss`, so that a wrapper such as DistributedDataParallel can call it."""
+        return self.pretraining_loss(*args, **kwargs)
+
+    def pretraining_loss(
+        self,
+        images: Tensor,
+        text_ids: Tensor,
+        text_mask: Tensor | list[int],
+        masked_ids: Tensor,
+        labels: Tensor,
+        alpha: Tensor | float = 0.4,
+        *,
+        ids: Tensor | None = None,
+        update: bool = True,
+        momentum_updated: bool = False,
+        hold_features: bool = False,
+        check_finite: bool = False,
+        seed: Tensor | int | None = None,
+    ) -> Losses:
+        """The losses of B pairs; with `update` also moves the twin and fills the queues.
+
+        The temperature is clamped, the twin moves towards the weights before it teaches, and its
+        features enter the queues after they were contrasted.
+
+        Args:
+            images: [B, 3, image_size, image_size], normalised.
+            text_ids: int [B, length], padded.
+            text_mask: bool [B, length], true at tokens, or the B lengths. Best on the host.
+            masked_ids: int [B, length], the same texts with tokens masked.
+            labels: int [B, length], the masked tokens, -100 elsewhere. Best on the host.
+            alpha: weight of the teacher, 0 to 1.
+            ids: int64 [B]; pairs of equal id match one another. With `queue_ids` only.
+            update: move the twin and fill the queues.
+            momentum_updated: the optimiser has moved the twin already (`AdamWEma(ema=...)`, which
+                does it in one pass with the weights).
+            hold_features: let the features wait for `enqueue_held`, to be called once the step is
+                known to be good, or for `drop_held`.
+            check_finite: refuse images, weights and losses that are NaN or infinite; it waits for
+                the device.
+            seed: of the hard negatives; None takes one from torch's generator.
+
+        On a GPU the host waits for the hard negatives, once, beside `text_mask` and `labels` where
+        those are not on the host.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described.
+            FloatingPointError: with `check_finite`.
+            RuntimeError: the model was made without pretraining.
+
+        After an error the queues are as they were. The twin is too, or, where something failed
+        after it moved, it has moved once: the next call, of the same weights, does not move it
+        again.
+        """
+        if self.momentum is None:
+            raise RuntimeError("pretraining_loss: expected a model made with pretraining=True")
+        self.student.visual_encoder._check(images)
+        batch = prepare(
+            self.config, images, text_ids, text_mask, masked_ids, labels, alpha, ids
+        )  # fmt: skip
+        with torch.no_grad():
+            self.temp.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
+        if check_finite and not images.isfinite().all():
+            raise FloatingPointError("images: expected finite values; nothing was written")
+        if update and not momentum_updated and not self._moved:
+            self.momentum.update(check_finite=check_finite)
+            self._moved = True
+        losses, teacher = (albef_reference.step if self.reference else _step)(self, batch, seed)
+        losses = Losses(sum(losses), *losses)
+        if check_finite and not losses.total.isfinite():
+            raise FloatingPointError(
+                f"losses: expected finite values, got {losses}; the queues are as they were"
+            )
+        if update:
+            self._held.append((teacher.image, teacher.text, ids))
+            self._moved = False
+            if not hold_features:
+                self.enqueue_held()
+        return losses
+
+    def enqueue_held(self) -> None:
+        """Fills the queues with the features that waited, in their order, at once.
+
+        Over ranks every one calls it, however often each computed its losses.
+        """
+        held, self._held = self._held, []
+        if held:
+            parts = zip(*held, strict=True)
+            self.queue.enqueue(*(None if p[0] is None else torch.cat(p) for p in parts))
+
+    def drop_held(self) -> None:
+        """Forgets the features that waited, those of a step that failed."""
+        self._held = []
+
+
+def _step(model: Albef, batch: Batch, seed) -> tuple[tuple[Tensor, ...], Teacher]:
+    """ITC, ITM and MLM by the kernels, and the teacher's features."""
+    student, both, count = model.student, batch.both, len(batch)
+    # Before the student, whose activations wait for the backward pass.
+    teacher = _teach(model, batch)
+    images = student.encode_image(batch.images)
+    texts = student.encode_text(batch.ids, both)
+    contrast = momentum_contrastive(
+        student.image_features(images),
+        student.text_features(both.first(texts)[:count]),
+        teacher.image,
+        teacher.text,
+        temperature=model.temp,
+        alpha=batch.alpha,
+        ids=batch.pair_ids,
+        seed=seed,
+        **model.queue.keys(),
+    )
+    matches = Matches.make(contrast.negative_texts, contrast.negative_images)
+    pairs, rows = matches.layout(batch)
+    fused = student.fuse(pairs.expand(texts), pairs, images, rows)
+    first, words = fused.split([len(matches.text), len(batch.labelled)])
+    itm = base.mean_cross_entropy(model.itm_head(first).float(), matches.labels)
+    predictions = student.text_encoder.predictions
+    twin = model.teacher.text_encoder.predictions
+    mlm = soft_cross_entropy(
+        predictions(words),
+        predictions.decoder.weight,
+        predictions.bias,
+        batch.packed_labels,
+        teacher_hidden=teacher.words,
+        teacher_weight=twin.decoder.weight,
+        teacher_bias=twin.bias,
+        alpha=batch.alpha,
+    )
+    return (contrast.loss, itm, mlm), teacher
+
+
+@torch.no_grad()
+def _teach(model: Albef, batch: Batch) -> Teacher:
+    teacher, both, count = model.teacher, batch.both, len(batch)
+    images = teacher.encode_image(batch.images)
+    texts = teacher.encode_text(batch.ids, both)
+    features = teacher.text_features(both.first(texts)[:count])
+    # The masked texts come last in `both`, each has one image, and they lie in the images' order.
+    own = torch.arange(count)
+    pairs = PairLayout.make(batch.masked, own, own, count)
+    fused = teacher.fuse(texts[batch.masked.total :], pairs, images, batch.labelled)
+    hidden = teacher.text_encoder.predictions(fused)
+    # The copy's features are of its precision; the queue's and the student's are not.
+    dtype = model.queue.image_queue.dtype
+    return Teacher(teacher.image_features(images).to(dtype), features.to(dtype), hidden)
+
+
+def create(name: str, **overrides) -> Albef:
+    """A freshly initialised model of a named size.
+
+    Args:
+        name: a key of ``CONFIGS``.
+        overrides: fields of ``AlbefConfig`` to change, such as ``queue_size=4096``.
+
+    Raises:
+        ValueError: no such size, or the sizes do not fit together.
+        TypeError: no such field.
+    """
+    if name not in CONFIGS:
+        raise ValueError(f"name: expected one of {sorted(CONFIGS)}, got {name!r}")
+    return Albef(dataclasses.replace(CONFIGS[name], **overrides))
+
+
+def load(path: str | Path) -> Albef:
+    """The model that ``save(model, path)`` wrote, on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: one of the two files is not there.
+    """
+    return base.load(path, "albef")

@@ -1,0 +1,76 @@
+"""What models that learn from a momentum twin of their network share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastvlp.models import base
+from fastvlp.nn.ema_model import EmaModel
+
+
+class WithTwin(base.Model):
+    """A model whose network is `student`, with or without a momentum twin as its teacher.
+
+    Subclasses have a method `loss`.
+
+    Attributes:
+        student: everything that the twin repeats.
+        momentum: the twin, an `EmaModel` of `student`, or None.
+    """
+
+    def __init__(self, config, student: nn.Module, *, twin: bool) -> None:
+        super().__init__(config)
+        self.student = student
+        self.momentum = None
+        if twin:
+            self._add_twin()
+
+    def _add_twin(self) -> None:
+        copy = self.config.momentum_copy
+        self.momentum = EmaModel(
+            self.student, self.config.momentum, copy_dtype=copy and getattr(torch, copy)
+        )
+        self._set_teacher_mode()
+
+    def forward(self, *args, **kwargs):
+        """`loss`, so that a wrapper such as DistributedDataParallel can call it."""
+        return self.loss(*args, **kwargs)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The module that computes for the momentum twin: its low-precision copy if it has one."""
+        return self.momentum.module if self.momentum.copy is None else self.momentum.copy
+
+    def train(self, mode: bool = True) -> WithTwin:
+        super().train(mode)
+        if self.momentum is not None:
+            self._set_teacher_mode()
+        return self
+
+    def _set_teacher_mode(self) -> None:
+        """Dropout for the momentum encoder where the model has it, as in the authors' code."""
+        for module in self.momentum.children():
+            module.train(self.training and self.config.teacher_dropout)
+
+    @torch.no_grad()
+    def reset_momentum(self) -> None:
+        """The twin, where there is one, takes the present weights."""
+        if self.momentum is None:
+            return
+        for ours, theirs in zip(
+            self.momentum.module.state_dict().values(),
+            self.student.state_dict().values(),
+            strict=True,
+        ):
+            ours.copy_(theirs)
+        self.refresh_copy()
+
+    def refresh_copy(self) -> None:
+        """The twin's low-precision copy takes the twin's values, after they were set by hand."""
+        self.momentum.load_state_dict(self.momentum.state_dict())
+
+    def move_twin(self, wanted: bool) -> None:
+        """Moves the twin towards the present weights, as before every use as a teacher."""
+        if wanted and self.momentum is not None:
+            self.momentum.update()

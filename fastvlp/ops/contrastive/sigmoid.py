@@ -1,0 +1,126 @@
+"""The pairwise sigmoid loss of SigLIP in one pass without the N x N matrix.
+
+    z_ij = s <x_i, y_j> + b,  t_ij = 1 where i = j, else -1
+    loss = -1/N sum_ij log sigmoid(t_ij z_ij)
+
+Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, section 3.2.
+
+Cost: the loss is a sum over elements, so the forward pass computes the gradients as well: three
+products of 2 N^2 D FLOP in all, one where no gradient is wanted. Memory beyond the gradients: at
+most about `workspace_bytes` plus a few MB for each thread. Precision is as for `contrastive`.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from ...distributed import reporting, spans_ranks
+from .._core.dispatch import choose, explain, register
+from .._core.implement import without_autocast
+from .._core.saved_gradients import scaled_gradients, wants_gradients
+from .checks import (
+    CANDIDATES,
+    as_scalar,
+    check_features,
+    check_workspace,
+    local,
+    preferred_backend,
+    unit_stride,
+)
+from .gather import COMM_DTYPES
+from .group import Distributed
+from .plan import plan_for
+
+
+def sigmoid_contrastive(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float = 0.0,
+    *,
+    workspace_bytes: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    comm_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Sigmoid loss over all N^2 pairs, (image_features[i], text_features[i]) the positive ones.
+
+    Arguments, result and errors are as for `fastvlp.ops.contrastive`, with a bias that matters:
+    the loss is differentiable once with respect to the features, the scale and the bias. With
+    `group` the text features travel round a ring.
+    """
+    distributed = spans_ranks(group)
+    with reporting(group, "sigmoid_contrastive"):
+        image_features = local("image_features", image_features)
+        text_features = local("text_features", text_features)
+        check_features(image_features, text_features)
+        check_workspace(workspace_bytes)
+        if comm_dtype not in COMM_DTYPES:
+            raise ValueError(f"comm_dtype: expected one of {COMM_DTYPES}, got {comm_dtype!r}")
+        scale = as_scalar("logit_scale", logit_scale, image_features, finite=not distributed)
+        bias = as_scalar("logit_bias", logit_bias, image_features, finite=not distributed)
+        backend = choose("sigmoid_contrastive", image_features, text_features)
+        if distributed and backend == "reference":
+            raise TypeError(
+                f"image_features: the loss over a group needs a kernel; "
+                f"{explain('sigmoid_contrastive', image_features, text_features)}"
+            )
+        features = unit_stride(image_features), unit_stride(text_features)
+    gradients = wants_gradients(*features, scale, bias)
+    if distributed:
+        return Distributed.apply(
+            torch.ops.fastvlp.sigmoid_contrastive_distributed, 4, *features, scale, bias,
+            group.group_name, comm_dtype, gradients, workspace_bytes,
+        )[0]  # fmt: skip
+    if backend == "reference" or not len(image_features):
+        return without_autocast(sigmoid_contrastive_reference)(
+            image_features, text_features, scale, bias
+        )
+    return _SigmoidContrastive.apply(*features, scale, bias, gradients, workspace_bytes)[0]
+
+
+def sigmoid_contrastive_reference(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    """The definition of `sigmoid_contrastive`: any floating dtype, N^2 memory."""
+    logits = logit_scale * image_features @ text_features.T + logit_bias
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / max(len(logits), 1)
+
+
+class _SigmoidContrastive(torch.autograd.Function):
+    """The loss and its gradients, for backward."""
+
+    @staticmethod
+    def forward(x, y, scale, bias, gradients, workspace_bytes):
+        n = x.shape[0]
+        plan = plan_for(x, n, workspace_bytes, keep=False)
+        return torch.ops.fastvlp.contrastive_sigmoid(
+            x, y, scale, bias, 1.0 / n, 0, gradients, plan.block_rows, plan.block_cols,
+            plan.chunk_rows, plan.chunk_cols,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        _, *gradients = outputs
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)  # of the other outputs: zeros as large as they are
+        ctx.save_for_backward(*inputs[:4], *gradients)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 6
+        return *scaled_gradients(grad, *ctx.saved_tensors), None, None
+
+
+register(
+    "sigmoid_contrastive",
+    example={"image_features": (2, 8), "text_features": (2, 8)},
+    first=preferred_backend,
+    **CANDIDATES,
+)

@@ -1,0 +1,207 @@
+"""Gradients of the symmetric contrastive loss from its log-sum-exps.
+
+With z_ij = scale * <x_i, y_j> and weights (w_row, w_col), the gradient of the logits is
+    g_ij = w_row * exp(z_ij - row_lse_i) + w_col * exp(z_ij - col_lse_j)
+but for the positives, j = i + offset: theirs are small differences from 1 and are passed in. Then
+dX = scale * g @ Y, dY = scale * g.T @ X, dscale = <X, g @ Y>. For a chunk of rows one kernel
+recomputes z and writes g in the input's dtype to a workspace, then two vendor GEMMs make the
+products: three products in all, with no accumulator of width D in registers and no atomics.
+
+Range: g is stored divided by the largest |weight|, hence within [-2, 2] whatever the batch size
+and the upstream gradient, and in float16 times 2**14 besides, so that a probability of 4e-9 is
+still a normal number. The factor returns in fp32, after the products.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._core import aot
+from .._core.launch import (
+    Tile,
+    aligned_rows,
+    gradient_workspace,
+    grid_of,
+    launch_options,
+    on_device,
+    product,
+    require_supported,
+    rows_per_chunk,
+    tile_cases,
+    tile_constants,
+    tile_for,
+)
+from .._core.tiles import exp_difference, product_tile, tile_position
+
+# The largest tiles of which two fit a multiprocessor, one in its product while the other writes.
+TILES = {
+    (80, 2): Tile(128, 64, 64, 8, 4, 3),
+    (90, 2): Tile(128, 128, 64, 8, 8, 3),
+    (100, 2): Tile(128, 128, 64, 8, 8, 3),
+    (120, 2): Tile(128, 64, 64, 8, 4, 3),
+    (80, 4): Tile(64, 64, 32, 8, 4, 3),
+    (90, 4): Tile(64, 64, 32, 8, 4, 3),
+    (100, 4): Tile(64, 64, 32, 8, 4, 3),
+    (120, 4): Tile(64, 64, 32, 8, 4, 3),
+}
+
+
+def storage_factor(dtype: torch.dtype) -> float:
+    """What stored gradients are multiplied by: float16 would lose small ones to underflow."""
+    return 2.0**14 if dtype is torch.float16 else 1.0
+
+
+@triton.jit
+def load_log_sum_exps(lse_ptr, at, weight, EXACT: tl.constexpr):
+    """Log-sum-exps rounded to float32, and `weight` times exp(-what the rounding left out).
+
+    Left in, the rounding would scale the softmax of a whole row or column: at 100 by 4e-6, all
+    terms alike. It is so small that 1 - x does for exp(-x). In half precision (not EXACT) each
+    term is rounded a thousand times more coarsely, and the weight stays one number.
+    """
+    lse = tl.load(lse_ptr + at)
+    near = lse.to(tl.float32)
+    if EXACT:
+        rest = (lse - near.to(tl.float64)).to(tl.float32)
+        weight = weight * (1.0 - tl.where(rest == rest, rest, 0.0))  # infinity minus itself
+    else:
+        weight = tl.broadcast_to(weight, at.shape)
+    return near, weight
+
+
+@triton.jit(do_not_specialize=["M", "N", "offset"])
+def gradient_kernel(
+    x_ptr, y_ptr, scale_ptr, weights_ptr, row_lse_ptr, col_lse_ptr, positive_ptr, g_ptr,
+    M, N, D, stride_x, stride_y, stride_g, offset,
+    ROWS: tl.constexpr, COLS: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of g * FACTOR / max|weights| -> g [M, N]."""
+    block_m, block_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
+    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_row, w_col = tl.load(weights_ptr), tl.load(weights_ptr + 1)
+    largest = tl.maximum(tl.abs(w_row), tl.abs(w_col))
+    # All weights 0 means g = 0, not 0 / 0.
+    largest = tl.where(largest == 0, 1.0, largest)
+    w_row, w_col = w_row / largest * FACTOR, w_col / largest * FACTOR
+
+    z = tl.load(scale_ptr) * product_tile(
+        x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
+    )  # fmt: skip
+    # An exponential for each direction, as in the statistics: no reference serves both wherever
+    # the features lie, and the programs that share a multiprocessor hide them behind a product.
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    row_at, col_at = tl.minimum(row, M - 1), tl.minimum(col, N - 1)
+    if ROWS and COLS:
+        row_lse, w_row = load_log_sum_exps(row_lse_ptr, row_at, w_row, EXACT)
+        col_lse, w_col = load_log_sum_exps(col_lse_ptr, col_at, w_col, EXACT)
+        g = w_row[:, None] * exp_difference(z, row_lse[:, None])
+        g += w_col[None, :] * exp_difference(z, col_lse[None, :])
+    elif ROWS:
+        row_lse, w_row = load_log_sum_exps(row_lse_ptr, row_at, w_row, EXACT)
+        g = w_row[:, None] * exp_difference(z, row_lse[:, None])
+    else:
+        col_lse, w_col = load_log_sum_exps(col_lse_ptr, col_at, w_col, EXACT)
+        g = w_col[None, :] * exp_difference(z, col_lse[None, :])
+    positive = tl.load(positive_ptr + row_at) / largest * FACTOR
+    g = tl.where(col[None, :] == (row + offset)[:, None], positive[:, None], g)
+
+    at = row.to(tl.int64)[:, None] * stride_g + col[None, :]
+    inside = (row < M)[:, None] & (col < N)[None, :]
+    tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=inside)
+
+
+def contrastive_gradients(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    scale: torch.Tensor,
+    row_lse: torch.Tensor | None,
+    col_lse: torch.Tensor | None,
+    positive_gradient: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    offset: int = 0,
+    workspace_bytes: int,
+    need_x: bool = True,
+    need_y: bool = True,
+    input_precision: str = "ieee",
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dX [M, D] and dY [N, D] in the input's dtype, and dscale [] in fp32; accumulated in fp32.
+
+    x, y, scale, offset, input_precision: as in `contrastive_statistics`. row_lse [M] and
+    col_lse [N]: float64, over all logits, of every rank where they are spread over several; None
+    leaves that term out (give it the weight 0). positive_gradient [M]: with respect to the
+    positives' logits.
+    weights: float32 tensor (w_row, w_col) on the device, upstream gradient included.
+    `workspace_bytes` bounds the chunk of g; the products take 4 bytes for each element of dY and 8
+    for each of the chunk's dX besides.
+
+    Returns (dX, dY, dscale), None for what is not needed; dscale comes with dX. Raises ValueError
+    when the inputs are not taken, when both log-sum-exps are None or when the workspace holds not
+    even one row.
+    """
+    statistics = {"row_lse": row_lse, "col_lse": col_lse}
+    statistics = {k: v for k, v in statistics.items() if v is not None}
+    scalars = {"scale": scale, "weights": weights, "positive_gradient": positive_gradient}
+    require_supported(x, y, **scalars)
+    require_supported(x, y, torch.float64, **statistics)
+    if not statistics:
+        raise ValueError("row_lse and col_lse are both None; give at least one")
+    (m, width), n = x.shape, y.shape[0]
+    dx = torch.empty((m, width), dtype=x.dtype, device=x.device) if need_x else None
+    dscale = torch.zeros((), dtype=torch.float64, device=x.device) if need_x else None
+    if m == 0 or n == 0 or not (need_x or need_y):
+        dy = torch.zeros_like(y) if need_y else None
+        return (dx.zero_(), dy, dscale.float()) if need_x else (None, dy, None)
+
+    tile = tile_for(TILES, x)
+    height = rows_per_chunk(m, n, x.element_size(), workspace_bytes, tile)
+    workspace = gradient_workspace(x, height, n)
+    stored = storage_factor(x.dtype)
+    unit = weights.abs().amax() / stored
+    factor = scale.reshape(()) * unit
+    rows_x, rows_y = aligned_rows(x), aligned_rows(y)
+    inner = rows_x.shape[1]
+    constants = tile_constants(tile, inner, x.dtype, input_precision)
+    dy = None
+    with on_device(x):
+        for first in range(0, m, height):
+            chunk = x[first : first + height]
+            g = workspace[: chunk.shape[0]]
+            gradient_kernel[grid_of(chunk.shape[0], n, tile)](
+                rows_x[first:], rows_y, scale, weights,
+                weights if row_lse is None else row_lse[first:],
+                weights if col_lse is None else col_lse, positive_gradient[first:], g,
+                chunk.shape[0], n, inner, rows_x.stride(0), rows_y.stride(0),
+                g.stride(0), offset + first,
+                ROWS=row_lse is not None, COLS=col_lse is not None, FACTOR=stored,
+                **constants, **launch_options(tile),
+            )  # fmt: skip
+            g = g.to(x.dtype)
+            if need_x:
+                part = product(g, y)
+                # <x, g y> = <g, x y^T>. Not of dX, which is rounded to the input's dtype.
+                dscale += (chunk * part).sum(dtype=torch.float64)
+                torch.mul(part, factor, out=dx[first : first + height])
+            if need_y:
+                dy = product(g.T, chunk, dy)
+    dscale = (dscale * unit).float() if need_x else None
+    return dx, dy.mul_(factor).to(y.dtype) if need_y else None, dscale
+
+
+def aot_cases() -> list[aot.Case]:
+    """Every configuration of the gradient kernel, for ahead-of-time compilation."""
+    types = dict.fromkeys(["weights_ptr", "positive_ptr"], "*fp32")
+    types |= dict.fromkeys(["row_lse_ptr", "col_lse_ptr"], "*fp64")
+    types |= {"g_ptr": "*T", "stride_g": "i32"}
+    both = {"ROWS": True, "COLS": True, "FACTOR": 1.0}
+    only_rows, only_cols = both | {"COLS": False}, both | {"ROWS": False}
+    tiles = {"kernel": gradient_kernel, "tiles": TILES, "signature": types}
+    cases = tile_cases(**tiles, constants=both)
+    cases += tile_cases(**tiles, constants=both, types=["bf16"], ragged=True)
+    cases += tile_cases(**tiles, constants=only_rows, types=["bf16"], label="-rows")
+    cases += tile_cases(**tiles, constants=only_cols, types=["bf16"], label="-cols")
+    return cases

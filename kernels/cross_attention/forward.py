@@ -1,0 +1,180 @@
+"""Attention of packed queries to the keys of their segment, forward.
+
+One program for each tile of query rows of a segment and head: it walks the keys in blocks with a
+running maximum and sum per row. Where all rows of a segment fit one tile, its keys and values are
+read once. Tiles for short queries are as low as 32 rows with two warps, so that 30 query rows fill
+them; eight or more such programs share a multiprocessor and keep its memory reads in flight. With
+fewer programs than multiprocessors the rows are spread over smaller tiles; the keys of one row are
+never split between programs, so that no second pass has to merge them.
+
+Masked keys and values are not read. A row that sees no key has an output of 0 and a log-sum-exp of
+-inf. The dropout mask is a function of position: fastvlp/ops/cross_attention/dropout.py defines it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._core import aot
+from .._core.launch import on_device
+from . import host
+from .backward import cross_attention_backward
+from .host import INTEGERS, Table, Tile
+from .tiles import (
+    keep_tile,
+    key_base,
+    load_rows,
+    query_base,
+    segment_rows,
+    store_rows,
+    visible_keys,
+)
+
+__all__ = ["cross_attention_backward", "cross_attention_forward"]
+
+LN2 = tl.constexpr(0.6931471805599453)
+TILES: Table = {
+    (80, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 32, 4, 3), Tile(128, 64, 8, 3)),
+    (80, 2, 128): (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
+    (80, 4, 64): (Tile(32, 32, 8, 1),),
+    (80, 4, 128): (Tile(32, 16, 4, 2),),
+    (90, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (90, 2, 128): (Tile(32, 32, 2, 2), Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
+    (90, 4, 64): (Tile(32, 32, 8, 1),),
+    (90, 4, 128): (Tile(32, 32, 8, 2),),
+    (100, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (100, 2, 128): (Tile(32, 32, 2, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+    (100, 4, 64): (Tile(32, 32, 8, 1),),
+    (100, 4, 128): (Tile(32, 32, 8, 2),),
+    (120, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (120, 2, 128): (Tile(32, 32, 2, 2), Tile(64, 32, 4, 2)),
+    (120, 4, 64): (Tile(32, 32, 8, 1),),
+    (120, 4, 128): (Tile(32, 32, 8, 2),),
+}
+TILES_INTERPRETED = (Tile(32, 32, 4, 1), Tile(128, 64, 4, 1))
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def attention_kernel(
+    q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr, out_ptr, lse_ptr,
+    heads, blocks, length, total_q, threshold,
+    stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
+    scale, scale_log2, inverse_keep,
+    PACKED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows of one segment and head -> out [total_q, H, D], lse [H, total_q]."""
+    program = tl.program_id(0)
+    start = program % blocks * BLOCK_M
+    head = program // blocks % heads
+    segment = program // blocks // heads
+    first_row, rows = segment_rows(cu_q_ptr, segment, 0, True)
+    first_key, keys = segment_rows(cu_k_ptr, segment, length, PACKED)
+    if start >= rows:
+        return
+    row = start + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    q_base = query_base(q_ptr, first_row, head, stride_qt, stride_qh, UNIT)
+    k_base = key_base(
+        k_ptr, segment, first_key, head, stride_kn, stride_kt, stride_kh, PACKED, UNIT
+    )
+    v_base = key_base(
+        v_ptr, segment, first_key, head, stride_vn, stride_vt, stride_vh, PACKED, UNIT
+    )
+    q = load_rows(q_base, start, inside, stride_qt * UNIT, BLOCK_M, D, WIDTH, UPCAST)
+
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    end = keys
+    if CAUSAL:
+        end = tl.minimum(keys, start + BLOCK_M + keys - rows)
+    for block in range(0, end, BLOCK_N):
+        key = block + tl.arange(0, BLOCK_N)
+        visible = visible_keys(mask_ptr, first_key, key, keys, MASKED)
+        k = load_rows(k_base, block, visible, stride_kt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
+        z = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        seen = visible[None, :]
+        if CAUSAL:
+            seen = seen & (key[None, :] <= row[:, None] + (keys - rows))
+        z = tl.where(seen, z, -float("inf"))
+        new = tl.maximum(top, tl.max(z, 1))
+        # Rows that have seen nothing yet: -inf - (-inf) would be NaN.
+        shift = tl.where(new == -float("inf"), 0.0, new)
+        p = tl.exp2(z - shift[:, None])
+        decay = tl.exp2(top - shift)
+        total = total * decay + tl.sum(p, 1)
+        acc *= decay[:, None]
+        if DROPOUT:
+            keep = keep_tile(
+                tl.load(seed_ptr), first_row + start, block, head, threshold, BLOCK_M, BLOCK_N
+            )
+            p = tl.where(keep, p, 0.0)
+        v = load_rows(v_base, block, visible, stride_vt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        top = new
+
+    out = acc * (inverse_keep / tl.where(total == 0, 1.0, total))[:, None]
+    out_base = query_base(out_ptr, first_row, head, heads * D, D, 1)
+    store_rows(out_base, start, inside, heads * D, out, BLOCK_M, D, WIDTH)
+    # log2(0) = -inf for rows that saw nothing.
+    lse = (tl.where(top == -float("inf"), 0.0, top) + tl.log2(total)) * LN2
+    tl.store(lse_ptr + head.to(tl.int64) * total_q + first_row + row, lse, mask=inside)
+
+
+def choose_tile(tiles: tuple[Tile, ...], sizes: host.Sizes, processors: int) -> Tile:
+    """The lowest tile that holds all rows of a segment, lower still to employ every processor."""
+    best = tiles[0]
+    for tile in tiles[1:]:
+        blocks = triton.cdiv(sizes.max_q, tile.rows)
+        if best.rows >= sizes.max_q or sizes.programs(blocks) < processors:
+            break
+        best = tile
+    return best
+
+
+def cross_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    seed: torch.Tensor,
+    *,
+    scale: float,
+    dropout_p: float,
+    causal: bool,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output [total_q, H, d] in q's dtype and the log-sum-exps [H, total_q] in float32.
+
+    q [total_q, H, d]; k, v [n, L, H, d], or [total_k, H, d] with cu_seqlens_k; one dtype of
+    float32, bfloat16, float16, d at most 128 with unit stride, any other strides. cu_seqlens
+    [n + 1], int32 or int64; key_mask bool [n, L] or [total_k], True = attend, or None; seed an
+    int64 tensor of one element; all on one device. max_seqlen_q and max_seqlen_k bound the rows and
+    keys of every segment from above. Raises ValueError on inputs the kernels do not take.
+    """
+    inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask)
+    sizes = host.check(*inputs, max_seqlen_q, max_seqlen_k)
+    out = host.empty_result(q)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    tile = choose_tile(host.tiles_of(TILES, TILES_INTERPRETED, q), sizes, host.processors(q.device))
+    blocks = triton.cdiv(max_seqlen_q, tile.rows)
+    programs = sizes.programs(blocks)
+    if programs and q.numel():
+        with on_device(q):
+            attention_kernel[(programs,)](
+                out_ptr=out, lse_ptr=lse, blocks=blocks,
+                **host.launch_arguments(sizes, *inputs, seed, scale, dropout_p, causal),
+                **host.tile_arguments(tile),
+            )  # fmt: skip
+    return host.rounded(out, q), lse
+
+
+def aot_cases() -> list[aot.Case]:
+    """Every configuration of the kernel above, for ahead-of-time compilation."""
+    own = {"out_ptr": "*T", "lse_ptr": "*fp32"}
+    return host.tile_cases(attention_kernel, TILES, own)

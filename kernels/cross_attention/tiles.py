@@ -1,0 +1,105 @@
+"""Device code shared by the attention kernels: segments, rows of a head, keys, dropout."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def segment_rows(cu_ptr, segment, length, PACKED: tl.constexpr):
+    """(first row, number of rows) of a segment in its packed tensor."""
+    if PACKED:
+        first = tl.load(cu_ptr + segment).to(tl.int64)
+        count = (tl.load(cu_ptr + segment + 1).to(tl.int64) - first).to(tl.int32)
+    else:
+        first = segment.to(tl.int64) * length
+        count = length
+    return first, count
+
+
+@triton.jit
+def query_base(ptr, first, head, stride_t, stride_h, UNIT: tl.constexpr):
+    """Where the rows of one segment and head begin. Strides count units of UNIT elements, which
+    tells the compiler that a vector of so many can be loaded at once."""
+    return ptr + (first * stride_t + head.to(tl.int64) * stride_h) * UNIT
+
+
+@triton.jit
+def key_base(
+    ptr, segment, first, head, stride_n, stride_t, stride_h,
+    PACKED: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """`query_base` for keys and values, which have a stride between images when not packed."""
+    if PACKED:
+        at = first * stride_t
+    else:
+        at = segment.to(tl.int64) * stride_n
+    return ptr + (at + head.to(tl.int64) * stride_h) * UNIT
+
+
+@triton.jit
+def tile_pointers(base, start, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """64 bits for the start of a tile, 32 within it: half the registers."""
+    first = base + tl.cast(start, tl.int64) * stride
+    return first + (tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, WIDTH)[None, :])
+
+
+@triton.jit
+def inside_width(inside, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The mask of rows [n] as one of elements [n, WIDTH], of which the first D exist."""
+    if D == WIDTH:
+        mask = inside[:, None]
+    else:
+        mask = inside[:, None] & (tl.arange(0, WIDTH) < D)[None, :]
+    return mask
+
+
+@triton.jit
+def load_rows(
+    base, start, inside, stride,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Rows [ROWS, WIDTH] from `start` on with zeros outside: what is masked is not even read.
+
+    UPCAST widens them (the interpreter multiplies bf16 bit patterns as integers).
+    """
+    at = tile_pointers(base, start, stride, ROWS, WIDTH)
+    x = tl.load(at, mask=inside_width(inside, D, WIDTH), other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def store_rows(
+    base, start, inside, stride, x, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    at = tile_pointers(base, start, stride, ROWS, WIDTH)
+    tl.store(at, x.to(base.dtype.element_ty), mask=inside_width(inside, D, WIDTH))
+
+
+@triton.jit
+def visible_keys(mask_ptr, first, key, keys, MASKED: tl.constexpr):
+    """Which keys of the segment that begins at `first` exist and are not masked, [n]."""
+    visible = key < keys
+    if MASKED:
+        visible = visible & (tl.load(mask_ptr + first + key, mask=visible, other=0) != 0)
+    return visible
+
+
+@triton.jit
+def keep_tile(
+    seed, first_row, first_key, head, threshold, ROWS: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    """Which weights dropout keeps, [ROWS, KEYS]: fastvlp/ops/cross_attention/dropout.py defines it.
+
+    first_row counts over the packed queries, first_key within the segment, a multiple of 4: the
+    four words of one counter belong to four neighbouring keys. `threshold` is the bit pattern of
+    an unsigned word.
+    """
+    row = (first_row + tl.arange(0, ROWS)).to(tl.uint32)
+    group = first_key // 4 + tl.arange(0, KEYS // 4)
+    threshold = threshold.to(tl.uint32, bitcast=True)
+    w0, w1, w2, w3 = tl.philox(seed, group[None, :], row[:, None], head, 0)
+    even = tl.join(w0 >= threshold, w2 >= threshold)
+    odd = tl.join(w1 >= threshold, w3 >= threshold)
+    return tl.reshape(tl.join(even, odd), (ROWS, KEYS))

@@ -1,0 +1,74 @@
+"""`explain` for every operator, and what an impossible setting of the environment does."""
+
+import pytest
+import torch
+
+from fastvlp import _native, info, ops
+from fastvlp.ops import explain
+from fastvlp.ops._core.dispatch import _OPERATORS, choose, operators
+
+X = torch.zeros(4, 8)
+
+
+@pytest.mark.parametrize("op", operators())
+def test_without_arguments_an_example_is_explained(monkeypatch, op):
+    monkeypatch.delenv("FASTVLP_BACKEND", raising=False)
+    example = _OPERATORS[op].example
+    tensors = [
+        [torch.zeros(each) for each in shape] if isinstance(shape, list) else torch.zeros(shape)
+        for shape in example.values()
+    ]
+    found = explain(op)
+    assert found.chosen is not None
+    if not torch.cuda.is_available():
+        assert found == explain(op, *tensors)
+
+
+@pytest.mark.parametrize("op", operators())
+def test_arguments_of_another_kind_are_named(op):
+    first, *others = _OPERATORS[op].example
+    kind = "(torch.Tensor|list of tensors)"
+    with pytest.raises(TypeError, match=f"^{first}: expected a {kind}, got str"):
+        explain(op, "text", *[X] * len(others))
+    with pytest.raises(TypeError, match=f"^{first}: expected the arguments of {op}, at least"):
+        explain(op, unknown=X)
+
+
+@pytest.mark.parametrize("variable, value", [
+    ("FASTVLP_CPU_ISA", "amx_of_another_processor"),
+    ("FASTVLP_BACKEND", "cuda"),
+    ("FASTVLP_ATTENTION", "flash"),
+])  # fmt: skip
+def test_the_report_shows_an_impossible_setting(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    text = info.report()
+    assert f"{variable}: expected one of " in text
+    assert f"got {value!r}" in text
+    assert text.startswith("fastvlp ") and "CPU kernels compiled for" in text
+    if variable != "FASTVLP_ATTENTION":
+        assert "contrastive: runs nowhere" in text
+
+
+def test_an_impossible_backend_is_reported_for_each_operator(monkeypatch):
+    monkeypatch.setenv("FASTVLP_BACKEND", "triton")
+    if not torch.cuda.is_available():
+        assert "contrastive: runs nowhere\n  not triton: the Triton kernels" in info.report()
+
+
+def test_nothing_runs_in_place_of_an_impossible_instruction_set(monkeypatch):
+    usable = torch.ops.fastvlp.cpu_instruction_sets().split(",")
+    for name in usable:
+        monkeypatch.setenv("FASTVLP_CPU_ISA", name)
+        assert _native.instruction_set_fault() is None
+    # As on a processor without AMX.
+    monkeypatch.setenv("FASTVLP_CPU_ISA", "amx2")
+    found = explain("contrastive", X, X)
+    assert found.chosen is None
+    assert found.reasons["native"] == found.reasons["reference"]
+    fault = f"FASTVLP_CPU_ISA: expected one of {', '.join(usable)}, .*got 'amx2'; unset it"
+    with pytest.raises(RuntimeError, match=fault):
+        choose("matmul", X, X.T)
+    with pytest.raises(RuntimeError, match=fault):
+        ops.contrastive(X, X, 1.0)
+    other = torch.zeros(4, 8, device="meta")
+    assert "FASTVLP_CPU_ISA" not in str(explain("contrastive", other, other))

@@ -1,0 +1,1 @@
+"""What the tests share: tolerances, cases, small models and data, processes."""

@@ -1,0 +1,29 @@
+"""What every benchmark's output has in common."""
+
+import json
+
+from _harness import measure as harness
+
+FIELDS = {"op", "impl", "dtype", "shape", "phase", "ms", "peak_mb", "error"}
+FLAGS = ["--quick", "--device", "cpu", "--threads", "2"]
+
+
+def quick_rows(main, target, *flags):
+    """(meta, rows) that a quick run of a benchmark's `main` writes, checked for what all share."""
+    main([*FLAGS, "--json", str(target), *flags])
+    found = json.loads(target.read_text())
+    assert set(found) == {"meta", "rows"}
+    meta, rows = found["meta"], found["rows"]
+    assert (meta["threads"], meta["device"], meta["quick"]) == (2, "cpu", True)
+    assert {"torch", "fastvlp"} <= set(meta["versions"]) and meta["cpu"]
+    for row in rows:
+        assert FIELDS <= set(row) and row["ms"] > 0
+        bound = row["impl"].startswith(harness.BOUND)
+        assert (row["error"] is None) == bound
+        if bound:
+            assert row["peak_mb"] is None
+    return meta, rows
+
+
+def missing_names(meta):
+    return {each["name"] for each in meta["missing"]}
