@@ -23,9 +23,8 @@ from torch import nn
 
 from . import ops
 from .distributed import Shards, agree, gather_rows, reporting, spans_ranks
-from .ops._core.tensor_checks import check_count
+from .ops._core.checks import as_scalar, check_count, check_features
 from .ops.autocast import as_autocast
-from .ops.contrastive.checks import as_scalar, check_features
 
 
 class _ContrastiveLoss(nn.Module):

@@ -6,6 +6,20 @@ so this package imports on a machine that has none. The kernel modules themselve
 (`fastvlp.kernels.contrastive`, ...) import Triton at the top.
 """
 
-from ._core.support import alignment_supported, attention_supported, supported
+from ._core.support import (
+    align,
+    alignment_supported,
+    attention_supported,
+    device_reasons,
+    storage_factor,
+    supported,
+)
 
-__all__ = ["alignment_supported", "attention_supported", "supported"]
+__all__ = [
+    "align",
+    "alignment_supported",
+    "attention_supported",
+    "device_reasons",
+    "storage_factor",
+    "supported",
+]

@@ -20,6 +20,11 @@ def align(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
+def storage_factor(dtype: torch.dtype) -> float:
+    """What stored gradients are multiplied by: float16 would lose small ones to underflow."""
+    return 2.0**14 if dtype == torch.float16 else 1.0
+
+
 @constant_result
 def interpreting() -> bool:
     """Whether Triton is installed and runs kernels in its interpreter (TRITON_INTERPRET=1)."""

@@ -31,6 +31,7 @@ from .._core.launch import (
     tile_constants,
     tile_for,
 )
+from .._core.support import storage_factor
 from .._core.tiles import exp_difference, product_tile, tile_position
 
 # The largest tiles of which two fit a multiprocessor, one in its product while the other writes.
@@ -44,11 +45,6 @@ TILES = {
     (100, 4): Tile(64, 64, 32, 8, 4, 3),
     (120, 4): Tile(64, 64, 32, 8, 4, 3),
 }
-
-
-def storage_factor(dtype: torch.dtype) -> float:
-    """What stored gradients are multiplied by: float16 would lose small ones to underflow."""
-    return 2.0**14 if dtype is torch.float16 else 1.0
 
 
 @triton.jit

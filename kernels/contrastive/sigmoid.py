@@ -31,8 +31,8 @@ from .._core.launch import (
     tile_constants,
     tile_for,
 )
+from .._core.support import storage_factor
 from .._core.tiles import LOG2E, product_tile, tile_position
-from .backward import storage_factor
 
 # The largest tiles of which two fit a multiprocessor, one in its product while the other writes.
 TILES = {

@@ -17,8 +17,8 @@ import triton.language as tl
 
 from .._core import aot
 from .._core.launch import CAPABILITIES, INTERPRETED, on_device
+from .._core.support import storage_factor
 from .._core.tiles import exp_difference
-from ..contrastive.backward import storage_factor
 
 # Columns at a time, and warps. A test with a few dozen columns crosses several blocks.
 BLOCK, WARPS = (32, 1) if INTERPRETED else (2048, 8)

@@ -27,20 +27,14 @@ import torch
 import torch.distributed as dist
 
 from ...distributed import reporting, spans_ranks
+from .._core.backends import unit_stride
+from .._core.checks import as_scalar, check_features, check_workspace, local
 from .._core.dispatch import choose, explain, register
 from .._core.implement import without_autocast
 from .._core.saved_gradients import once_differentiable, wants_gradients
 from .._core.workspace import Lease
 from . import register as _contrastive_library
-from .checks import (
-    CANDIDATES,
-    as_scalar,
-    check_features,
-    check_workspace,
-    local,
-    preferred_backend,
-    unit_stride,
-)
+from .checks import CANDIDATES, preferred_backend
 from .gather import COMM_DTYPES, SCHEDULES
 from .group import DIRECTIONS, Distributed
 from .pairs import log_sum_exp, pair_losses, positive_gradient

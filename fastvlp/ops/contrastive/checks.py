@@ -1,136 +1,10 @@
-"""Checks of the contrastive losses' arguments, for people."""
-
-import math
-from numbers import Real
+"""Which backend the contrastive losses run on, and why not the others."""
 
 import torch
-from torch.distributed.tensor import DTensor
 
-from ... import _native
-from ...kernels import supported as triton_supported
-from . import cuda as _contrastive_cuda
-
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def local(name: str, value):
-    """The values of a DTensor that is whole on every rank; anything that is no DTensor as it is.
-
-    The gradient is taken to be replicated, too. Raises TypeError for a DTensor that is sharded or
-    not yet summed: which of its rows make pairs is for the caller to say.
-    """
-    if not isinstance(value, DTensor):
-        return value
-    if not all(placement.is_replicate() for placement in value.placements):
-        raise TypeError(
-            f"{name}: expected a plain tensor or a replicated DTensor, got a DTensor with "
-            f"placements {value.placements}; pass .to_local() of features sharded over the batch "
-            "(with group=), or .full_tensor()"
-        )
-    return value.to_local()
-
-
-def check_features(image_features: torch.Tensor, text_features: torch.Tensor) -> None:
-    """Raises TypeError or ValueError unless both are [N, D] of one dtype and device, D > 0."""
-    for name, t in (("image_features", image_features), ("text_features", text_features)):
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point dtype, got {t.dtype}")
-        if t.dim() != 2:
-            raise ValueError(f"{name}: expected shape [N, D], got {tuple(t.shape)}")
-    if image_features.shape != text_features.shape:
-        raise ValueError(
-            "text_features: expected one row per row of image_features and the same width "
-            f"{tuple(image_features.shape)}, got {tuple(text_features.shape)}"
-        )
-    if image_features.shape[1] == 0:
-        raise ValueError(
-            "image_features: expected a width of at least 1, got shape "
-            f"{tuple(image_features.shape)}"
-        )
-    check_same_kind("text_features", text_features, "image_features", image_features)
-
-
-def check_same_kind(name: str, t: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
-    """Raises TypeError or ValueError unless `t` has the dtype and the device of `like`."""
-    if t.dtype != like.dtype:
-        raise TypeError(
-            f"{name}: expected the dtype of {like_name}, {like.dtype}, got {t.dtype}; "
-            "cast one of them"
-        )
-    if t.device != like.device:
-        raise ValueError(
-            f"{name}: expected the device of {like_name}, {like.device}, got {t.device}; "
-            "move one of them"
-        )
-
-
-def check_workspace(workspace_bytes: int | None) -> None:
-    """Raises ValueError unless it is None or a positive whole number that 64 bits hold."""
-    if workspace_bytes is None:
-        return
-    if not isinstance(workspace_bytes, int) or not 0 < workspace_bytes < 2**63:
-        raise ValueError(
-            f"workspace_bytes: expected a positive number of bytes or None, got {workspace_bytes!r}"
-        )
-
-
-def as_scalar(name: str, value, like: torch.Tensor, finite: bool = True) -> torch.Tensor:
-    """`value` (number or one-element tensor) as a zero-dimensional tensor beside `like`.
-
-    float32, or float64 where `like` is. With `finite`, a value on the CPU that is not finite raises
-    ValueError; on a GPU looking would stall the stream, so it shows as a loss that is not finite.
-    """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    value = local(name, value)
-    if not isinstance(value, torch.Tensor):
-        if not isinstance(value, Real):
-            raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-        # Filled on the device: a copy from the host would wait for it. Rounded there, too, which
-        # makes what float32 cannot hold infinite.
-        number = _as_float(name, value)
-        value = torch.full((), number, dtype=torch.float64, device=like.device).to(dtype)
-    if value.numel() != 1:
-        raise ValueError(f"{name}: expected one value, got shape {tuple(value.shape)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
-    if value.device != like.device:
-        raise ValueError(
-            f"{name}: expected the features' device, {like.device}, got {value.device}; move it"
-        )
-    if finite and not torch.compiler.is_compiling() and value.device.type == "cpu":
-        if not math.isfinite(value.item()):
-            raise ValueError(
-                f"{name}: expected a finite value, got {value.item()}; the training has diverged "
-                "or the parameter was never clamped"
-            )
-    return value.reshape(()).to(dtype)
-
-
-def readable(t: torch.Tensor) -> bool:
-    """Whether looking at a value costs nothing: it would stall a GPU's stream, and a tracer has
-    no values."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def check_share(name: str, value: torch.Tensor | float) -> None:
-    """Raises ValueError unless a number, or the one value of a readable tensor, is from 0 to 1."""
-    if isinstance(value, torch.Tensor):
-        if not readable(value):
-            return
-        value = value.item()
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a value from 0 to 1, got {value}")
-
-
-def _as_float(name: str, value: Real) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(
-            f"{name}: expected a number in float64's range, got a larger one"
-        ) from None
+from ...kernels import supported
+from .._core import backends
+from . import cuda
 
 
 def native_reasons(
@@ -138,46 +12,24 @@ def native_reasons(
 ) -> list[str]:
     """Why the compiled kernels, CPU or CUDA, cannot take these features."""
     device = image_features.device
-    if device.type == "cuda":
-        reasons = list(_contrastive_cuda.unavailable(device.index))
-    else:
-        reasons = list(_native.load())
-        if device.type != "cpu":
-            reasons.append(
-                f"the native kernels run on CPU and CUDA devices, the features are on {device}"
-            )
-    if image_features.dtype not in _NATIVE_DTYPES:
-        reasons.append(
-            f"dtype {image_features.dtype} has no kernel; float32, bfloat16, float16 have"
-        )
-    return reasons
+    if device.type != "cuda":
+        return backends.native_reasons(image_features)
+    return [*cuda.unavailable(device.index), *backends.dtype_reasons(image_features)]
 
 
 def triton_reasons(
     image_features: torch.Tensor, text_features: torch.Tensor, *_, **__
 ) -> list[str]:
     """Why the Triton kernels cannot take these features."""
-    reasons = list(_native.load())
-    if image_features.device.type != "cuda":
-        reasons.append(
-            f"the Triton kernels run on CUDA devices, the features are on {image_features.device}"
-        )
-        return reasons
-    # The last axis is made contiguous before any kernel runs.
-    return reasons + triton_supported(unit_stride(image_features), unit_stride(text_features))
+    return backends.triton_reasons(supported, image_features, text_features)
 
 
-def reference_reasons(*_, **__) -> list[str]:
-    """The reference runs everywhere."""
-    return []
-
-
-# The backends in order of preference, as `_dispatch.register` takes them. Triton refuses CPU
-# tensors: the compiled kernels come first there, and on a GPU second, but for float32.
+# The backends in order of preference. Triton refuses CPU tensors: the compiled kernels come first
+# there, and on a GPU second, but for float32.
 CANDIDATES = {
     "triton": triton_reasons,
     "native": native_reasons,
-    "reference": reference_reasons,
+    "reference": backends.reference_reasons,
 }
 
 
@@ -191,11 +43,3 @@ def preferred_backend(
     """
     is_float32 = image_features.dtype == torch.float32
     return "native" if is_float32 and image_features.device.type == "cuda" else None
-
-
-def unit_stride(features: torch.Tensor) -> torch.Tensor:
-    """`features`, copied only where its last axis is not contiguous."""
-    if features.shape[-1] == 1 or features.stride(-1) == 1:
-        return features
-    # Not contiguous(), to which every tensor without elements is so already.
-    return features.clone(memory_format=torch.contiguous_format)

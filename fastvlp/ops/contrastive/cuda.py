@@ -16,7 +16,7 @@ import torch
 
 from ... import _native
 from ..._tracing import constant_result
-from ...kernels._core.support import align
+from ...kernels import align, storage_factor
 from .._core.gpu_plan import TILE
 
 # Products that the statistics make at once: the pass over them finds them in the second-level
@@ -173,10 +173,6 @@ def _chunk(x: torch.Tensor, rows: int, cols: int) -> tuple[int, int]:
         return rows, cols
     fitting = rows * x.element_size() // (4 + x.element_size())
     return max(1, fitting - fitting % min(TILE, max(fitting, 1))), cols
-
-
-def storage_factor(dtype: torch.dtype) -> float:
-    return 2.0**14 if dtype == torch.float16 else 1.0
 
 
 def _floats(like: torch.Tensor, *shape: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..._tracing import constant_result
-from ...kernels._core.support import align
+from ...kernels import align
 from .._core.gpu_plan import TILE, even_chunks, rows_within
 
 # On a CPU. Keeps every logit of 8192 x 8192 pairs: such a batch costs three products, not four.

@@ -7,7 +7,7 @@ Triton runs or the compiled passes, whichever `fastvlp.ops.explain` names.
 import torch
 
 from ... import _native
-from ...kernels._core.support import align
+from ...kernels import align
 from .._core.dispatch import choose
 from .._core.implement import implement
 from .._core.saved_gradients import SECOND_DERIVATIVE

@@ -15,18 +15,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ...distributed import reporting, spans_ranks
+from .._core.backends import unit_stride
+from .._core.checks import as_scalar, check_features, check_workspace, local
 from .._core.dispatch import choose, explain, register
 from .._core.implement import without_autocast
 from .._core.saved_gradients import scaled_gradients, wants_gradients
-from .checks import (
-    CANDIDATES,
-    as_scalar,
-    check_features,
-    check_workspace,
-    local,
-    preferred_backend,
-    unit_stride,
-)
+from .checks import CANDIDATES, preferred_backend
 from .gather import COMM_DTYPES
 from .group import Distributed
 from .plan import plan_for

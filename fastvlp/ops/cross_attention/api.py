@@ -22,6 +22,7 @@ sums; softmax and sums are float32 always.
 
 import torch
 
+from .._core.backends import unit_stride
 from .._core.dispatch import choose, register
 from .._core.implement import without_autocast
 from . import dropout as _dropout
@@ -34,7 +35,6 @@ from .checks import (
     longest,
     operator_takes,
     seed_tensor,
-    unit_stride,
 )
 from .probs import attend_with_probs
 

@@ -7,10 +7,10 @@ from torch.distributed.tensor import DTensor
 
 from ... import _native
 from ...kernels import attention_supported
+from .._core import backends
+from .._core.checks import check_count
 from .._core.dispatch import forced_backend
-from .._core.tensor_checks import check_count
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STARTS_DTYPES = (torch.int32, torch.int64)
 # Beyond, float32 logits have no digits left that could tell weights apart.
 _LARGEST_SCALE = 1e6
@@ -32,7 +32,7 @@ def operator_takes(
         and k.is_cpu
         and v.is_cpu
         and q.dim() == 3
-        and q.dtype in _NATIVE_DTYPES
+        and q.dtype in backends.NATIVE_DTYPES
         and q.dtype == k.dtype == v.dtype
         and (q.is_contiguous() or q.stride(2) == 1)
         and (k.is_contiguous() or k.stride(-1) == 1)
@@ -216,11 +216,6 @@ def longest(starts: torch.Tensor, bound: int | None, device: torch.device, rows:
     return int((starts[1:] - starts[:-1]).max()) if len(starts) > 1 else 0
 
 
-def unit_stride(t: torch.Tensor) -> torch.Tensor:
-    """`t`, copied only where its last axis is not contiguous."""
-    return t if t.numel() == 0 or t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
-
-
 def distinct(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """The tensors, a repeated one as a view: torch.compile refuses one that is passed twice."""
     found = []
@@ -230,32 +225,13 @@ def distinct(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return found
 
 
-def native_reasons(q: torch.Tensor, *_, **__) -> list[str]:
-    """Why the compiled kernels cannot take these tensors."""
-    reasons = list(_native.load())
-    if q.device.type != "cpu":
-        reasons.append(f"the native kernels run on the CPU, the tensors are on {q.device}")
-    if q.dtype not in _NATIVE_DTYPES:
-        reasons.append(f"dtype {q.dtype} has no kernel; float32, bfloat16, float16 have")
-    return reasons
-
-
 def triton_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_, **__) -> list[str]:
     """Why the Triton kernels cannot take these tensors."""
-    reasons = list(_native.load())
-    if q.device.type != "cuda":
-        return [*reasons, f"the Triton kernels run on CUDA devices, the tensors are on {q.device}"]
-    # The last axis is made contiguous before any kernel runs.
-    return reasons + attention_supported(*(unit_stride(t) for t in (q, k, v)))
-
-
-def reference_reasons(*_, **__) -> list[str]:
-    """The reference runs everywhere."""
-    return []
+    return backends.triton_reasons(attention_supported, q, k, v)
 
 
 CANDIDATES = {
     "triton": triton_reasons,
-    "native": native_reasons,
-    "reference": reference_reasons,
+    "native": backends.native_reasons,
+    "reference": backends.reference_reasons,
 }

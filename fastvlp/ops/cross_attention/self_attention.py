@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._tracing import constant_result
+from .._core.backends import native_reasons
+from .._core.checks import check_tensor
 from .._core.dispatch import choose, forced_backend, register
-from .._core.tensor_checks import check_tensor
 from .api import cross_attention
-from .checks import native_reasons
 
 HALF = (torch.bfloat16, torch.float16)
 # The compute capabilities on which a package is preferred to torch's own kernels.

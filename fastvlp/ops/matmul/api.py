@@ -20,9 +20,10 @@ import torch
 
 from ... import _native
 from ..._tracing import constant_result
+from .._core.backends import reference_reasons
+from .._core.checks import check_same_kind
 from .._core.dispatch import choose, forced_backend, register
 from .._core.implement import without_autocast
-from ..contrastive.checks import check_same_kind, reference_reasons
 
 # Multiply-adds from which on taking the operands apart pays.
 LEAST_WORK = 1 << 24

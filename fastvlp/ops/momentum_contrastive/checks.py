@@ -5,31 +5,26 @@ from typing import NamedTuple
 
 import torch
 
-from ..contrastive.checks import (
-    as_scalar,
-    check_features,
-    check_share,
-    native_reasons,
-    readable,
-    reference_reasons,
-    triton_reasons,
-    unit_stride,
-)
-
-
-def _native_reasons(image_features: torch.Tensor, *args, **kwargs) -> list[str]:
-    if image_features.device.type == "cuda":
-        return ["the compiled kernels run on CPU devices only"]
-    return native_reasons(image_features, *args, **kwargs)
-
+from ...kernels import supported
+from .._core import backends
+from .._core.backends import unit_stride
+from .._core.checks import as_scalar, check_features, check_share, readable
 
 # float32: what stands for an excluded key has to stay below any logit and above -infinity.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-36, 1e36
 
+
+def triton_reasons(
+    image_features: torch.Tensor, text_features: torch.Tensor, *_, **__
+) -> list[str]:
+    """Why the Triton kernels cannot take these features."""
+    return backends.triton_reasons(supported, image_features, text_features)
+
+
 CANDIDATES = {
     "triton": triton_reasons,
-    "native": _native_reasons,
-    "reference": reference_reasons,
+    "native": backends.native_reasons,
+    "reference": backends.reference_reasons,
 }
 
 

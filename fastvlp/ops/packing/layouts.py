@@ -31,7 +31,7 @@ from numbers import Integral
 
 import torch
 
-from .._core.tensor_checks import check_count, check_tensor
+from .._core.checks import check_count, check_tensor
 from .rows import RowMap, row_map, to_device
 
 

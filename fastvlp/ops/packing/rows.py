@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._core.tensor_checks import check_tensor
+from .._core.checks import check_tensor
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

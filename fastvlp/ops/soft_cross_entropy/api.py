@@ -31,12 +31,11 @@ On a GPU half precision products give float32 logits.
 import torch
 import torch.nn.functional as F
 
+from .._core.checks import check_tensor, check_workspace
 from .._core.dispatch import choose, register
 from .._core.implement import without_autocast
-from .._core.tensor_checks import check_tensor
 from .._core.workspace import Lease
 from ..autocast import as_autocast
-from ..contrastive.checks import check_workspace
 from . import register as library
 from .checks import CANDIDATES, check_head, check_labels_tensor, check_teacher
 

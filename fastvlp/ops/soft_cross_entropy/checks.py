@@ -5,11 +5,10 @@ from numbers import Real
 import torch
 from torch.distributed.tensor import DTensor
 
-from ... import _native
-from ...kernels._core.support import device_reasons
-from ..contrastive.checks import check_share
+from ...kernels import device_reasons
+from .._core import backends
+from .._core.checks import check_share
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIXED = "its dtype, or float32 beside a half precision one"
 
 
@@ -107,36 +106,17 @@ def check_teacher(hidden, teacher_hidden, teacher_weight, teacher_bias, alpha, v
         )
 
 
-def _dtype_reasons(hidden: torch.Tensor) -> list[str]:
-    if hidden.dtype in _NATIVE_DTYPES:
-        return []
-    return [f"dtype {hidden.dtype} has no kernel; float32, bfloat16, float16 have"]
-
-
-def native_reasons(hidden: torch.Tensor, weight: torch.Tensor, *_, **__) -> list[str]:
-    """Why the compiled kernels cannot take this head."""
-    reasons = list(_native.load())
-    if hidden.device.type != "cpu":
-        reasons.append(f"the native kernels run on the CPU, hidden is on {hidden.device}")
-    return reasons + _dtype_reasons(hidden)
-
-
 def triton_reasons(hidden: torch.Tensor, weight: torch.Tensor, *_, **__) -> list[str]:
     """Why the Triton kernels cannot take this head."""
-    reasons = list(_native.load())
-    if hidden.device.type != "cuda":
-        reasons.append(f"the Triton kernels run on CUDA devices, hidden is on {hidden.device}")
-        return reasons
-    return [*reasons, *device_reasons(hidden.device), *_dtype_reasons(hidden)]
+    return backends.triton_reasons(_supported, hidden)
 
 
-def reference_reasons(*_, **__) -> list[str]:
-    """The reference runs everywhere."""
-    return []
+def _supported(hidden: torch.Tensor) -> list[str]:
+    return [*device_reasons(hidden.device), *backends.dtype_reasons(hidden)]
 
 
 CANDIDATES = {
     "triton": triton_reasons,
-    "native": native_reasons,
-    "reference": reference_reasons,
+    "native": backends.native_reasons,
+    "reference": backends.reference_reasons,
 }

@@ -15,10 +15,10 @@ from functools import cached_property
 import torch
 
 from ... import _native
+from ...kernels import storage_factor
 from .._core.gpu_plan import TILE, even_chunks, l2_bytes, rows_within
 from .._core.implement import implement
 from .._core.workspace import Lease
-from ..contrastive.cuda import storage_factor
 from . import matmuls as products
 
 # On a CPU. Keeps 824 rows of a vocabulary of 30,522 in float32, 1,648 in half precision.

@@ -28,10 +28,10 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .._core.backends import unit_stride
+from .._core.checks import check_count, check_tensor, readable
 from .._core.dispatch import choose, register
 from .._core.implement import without_autocast
-from .._core.tensor_checks import check_count, check_tensor
-from ..contrastive.checks import unit_stride
 from . import register as _word_patch_alignment_library
 from .checks import CANDIDATES, check_inputs
 
@@ -139,7 +139,7 @@ def _transport_plan(cost, x_padding, y_padding, outside, beta, iterations, inner
     logarithms = x_log + y_log - cost * (iterations / beta)  # of the plan, in any range
     left = (smallest < torch.finfo(cost.dtype).tiny) & (logarithms > LOG_OF_NOTHING)
     lost = ((left | ~plan.isfinite()) & ~outside).flatten(1).any(1)
-    if torch.compiler.is_compiling():  # which cannot choose by a value
+    if not readable(lost):
         plan = plan.masked_fill(lost[:, None, None], math.nan)
     elif lost.any():
         again = (t[lost] for t in (cost, x_padding, y_padding))

@@ -5,11 +5,10 @@ from numbers import Real
 
 import torch
 
-from ... import _native
 from ...kernels import alignment_supported
-from ..contrastive.checks import check_same_kind, reference_reasons, unit_stride
+from .._core import backends
+from .._core.checks import check_same_kind
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Room for exp(-C / beta), C at most 2, several times over in the range of the dtype that it is in.
 SMALLEST_BETA = {torch.float32: 0.04, torch.float64: 0.005}
 
@@ -67,30 +66,14 @@ def _check_numbers(beta, iterations, inner, dtype: torch.dtype) -> None:
         )
 
 
-def native_reasons(text_features, image_features, *_, **__) -> list[str]:
-    """Why the compiled kernels cannot take these features."""
-    reasons = list(_native.load())
-    if text_features.device.type != "cpu":
-        reasons.append(
-            f"the native kernels run on CPUs, the features are on {text_features.device}"
-        )
-    if text_features.dtype not in _NATIVE_DTYPES:
-        reasons.append(
-            f"dtype {text_features.dtype} has no kernel; float32, bfloat16, float16 have"
-        )
-    return reasons
-
-
 def triton_reasons(text_features, image_features, *_, **__) -> list[str]:
     """Why the Triton kernels cannot take these features."""
-    reasons = list(_native.load())
-    if text_features.device.type != "cuda":
-        reasons.append(
-            f"the Triton kernels run on CUDA devices, the features are on {text_features.device}"
-        )
-        return reasons
-    return reasons + alignment_supported(unit_stride(text_features), unit_stride(image_features))
+    return backends.triton_reasons(alignment_supported, text_features, image_features)
 
 
-# The backends in order of preference, as `_dispatch.register` takes them.
-CANDIDATES = {"triton": triton_reasons, "native": native_reasons, "reference": reference_reasons}
+# The backends in order of preference.
+CANDIDATES = {
+    "triton": triton_reasons,
+    "native": backends.native_reasons,
+    "reference": backends.reference_reasons,
+}

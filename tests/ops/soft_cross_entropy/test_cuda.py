@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from fastvlp.kernels import storage_factor
 from fastvlp_tests import cuda_passes
 from fastvlp_tests.soft_cross_entropy_cases import LEAVES, draw, run
 from fastvlp_tests.tolerance import assert_as_accurate
 
 from fastvlp.ops import soft_cross_entropy, soft_cross_entropy_reference
-from fastvlp.ops.contrastive.cuda import storage_factor
 from fastvlp.ops.soft_cross_entropy import matmuls as products
 from fastvlp.ops.soft_cross_entropy import register as library
 

@@ -1,0 +1,50 @@
+"""Why a backend cannot run, in the same words for every operator."""
+
+from collections.abc import Callable
+
+import torch
+
+from ... import _native
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def native_reasons(tensor: torch.Tensor, *_, **__) -> list[str]:
+    """Why the compiled CPU kernels cannot take tensors of this one's device and dtype."""
+    reasons = list(_native.load())
+    if tensor.device.type != "cpu":
+        reasons.append(f"the native kernels run on the CPU, the tensors are on {tensor.device}")
+    return reasons + dtype_reasons(tensor)
+
+
+def dtype_reasons(tensor: torch.Tensor) -> list[str]:
+    """Why no kernel takes tensors of this dtype."""
+    if tensor.dtype in NATIVE_DTYPES:
+        return []
+    return [f"dtype {tensor.dtype} has no kernel; float32, bfloat16, float16 have"]
+
+
+def triton_reasons(supported: Callable[..., list[str]], *tensors: torch.Tensor) -> list[str]:
+    """Why the Triton kernels cannot take these tensors, all on one device.
+
+    `supported` says so of tensors on a CUDA device whose last axis is contiguous, as it is made
+    before any kernel runs.
+    """
+    reasons = list(_native.load())
+    device = tensors[0].device
+    if device.type != "cuda":
+        return [*reasons, f"the Triton kernels run on CUDA devices, the tensors are on {device}"]
+    return reasons + supported(*(unit_stride(t) for t in tensors))
+
+
+def reference_reasons(*_, **__) -> list[str]:
+    """The reference runs everywhere."""
+    return []
+
+
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, copied only where its last axis is not contiguous."""
+    if tensor.shape[-1] == 1 or tensor.stride(-1) == 1:
+        return tensor
+    # Not contiguous(), to which every tensor without elements is so already.
+    return tensor.clone(memory_format=torch.contiguous_format)
