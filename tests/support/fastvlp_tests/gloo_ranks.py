@@ -1,11 +1,15 @@
 """Runs a function on several gloo ranks, each a process, within a time limit."""
 
+import atexit
+import importlib
 import os
 import pickle
 import socket
 import sys
 import time
 import traceback
+from functools import cache
+from multiprocessing.connection import Connection
 
 import torch
 import torch.distributed as dist
@@ -15,6 +19,11 @@ from fastvlp_tests import seeds, test_files
 
 # Far above what any of them takes, on a machine with other work too.
 HANGS_S = 900
+# What ranks import, once, in the process that they are forked from.
+PRELOADED = (
+    "fastvlp.train.run", "hypothesis", "pytest", "torch._dynamo", "torch.distributed.checkpoint",
+    "torch.distributed.fsdp", "torch.utils.tensorboard",
+)  # fmt: skip
 
 
 def run(world_size, function, *args):
@@ -23,15 +32,47 @@ def run(world_size, function, *args):
     An exception comes back as its text. A rank still running after `HANGS_S` seconds fails the
     test: it hangs.
     """
+    # Bytes, so that a rank imports the test module of `function` once its seeds are shifted.
+    job = pickle.dumps((function, args))
+    server = _server()
+    server.send((world_size, dict(os.environ), sys.path, job))
+    found, fault = server.recv()
+    assert fault is None, fault
+    return [pickle.loads(each) for each in found]
+
+
+@cache
+def _server() -> Connection:
+    """The way to a process from which ranks are forked: it has the imports and no threads yet."""
+    ours, theirs = mp.Pipe()
+    process = mp.get_context("spawn").Process(target=_serve, args=(theirs,))
+    process.start()
+    theirs.close()
+    atexit.register(ours.close)  # the server ends then, for which this process waits
+    return ours
+
+
+def _serve(connection) -> None:
+    for name in PRELOADED:
+        importlib.import_module(name)
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        connection.send(_run(*request))
+
+
+def _run(world_size, environment, path, job):
+    """(results, pickled, by rank; what went wrong with the ranks themselves or None)."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = mp.get_context("spawn")
+    environment = environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    context = mp.get_context("fork")
     results = context.SimpleQueue()
-    # Bytes, so that a rank imports the test module of `function` once its seeds are shifted.
-    job = pickle.dumps((function, args))
     processes = [
-        context.Process(target=_rank, args=(results, rank, world_size, port, job))
+        context.Process(target=_rank, args=(results, rank, world_size, environment, path, job))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -39,25 +80,30 @@ def run(world_size, function, *args):
     found, end = {}, time.monotonic() + HANGS_S
     try:
         while len(found) < world_size:
-            assert time.monotonic() < end, f"ranks {set(range(world_size)) - set(found)} hang"
-            if results.empty():
-                time.sleep(0.02)
+            missing = set(range(world_size)) - set(found)
+            ended = [rank for rank in missing if processes[rank].exitcode is not None]
+            if not results.empty():
+                rank, found[rank] = results.get()
+            elif ended:
+                return None, f"ranks {ended} ended without a result"
+            elif time.monotonic() > end:
+                return None, f"ranks {missing} hang"
             else:
-                rank, result = results.get()
-                # Bytes, because tensors in a queue are files that die with their sender.
-                found[rank] = pickle.loads(result)
+                time.sleep(0.02)
     finally:
         for process in processes:
-            process.join(timeout=5)
+            process.join(timeout=5 if len(found) == world_size else 0)
             process.kill()
-    return [found[rank] for rank in range(world_size)]
+    return [found[rank] for rank in range(world_size)], None
 
 
-def _rank(results, rank, world_size, port, job):
+def _rank(results, rank, world_size, environment, path, job):
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:] = path
     seeds.inherit()
     sys.path.append(str(test_files.TESTS.parent))  # test modules are named from there
     function, args = pickle.loads(job)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     result = _attempt(function, rank, *args)
