@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -19,11 +20,14 @@ from fastvlp.data.shards.write import read_shard
 
 LIMIT = 7
 SHARD = 3
+# Of the same drawings every time, which take most of a small build to read.
+READ_PAIRS = cache(openmoji.read_pairs)
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(openmoji, "_PAIRS_PER_SHARD", SHARD)
+    monkeypatch.setattr(openmoji, "read_pairs", READ_PAIRS)
 
 
 def build(cache, **options):
