@@ -28,6 +28,7 @@ def test_kernel(costly, kernel_counts, number):
 """
 
 
+@pytest.mark.thorough
 def test_two_processes(pytester, request, monkeypatch):
     pytest.importorskip("xdist")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -48,6 +48,7 @@ def travelled(tmp_path_factory):
     return folder, cache, done.stdout, json.loads(target.read_text())
 
 
+@pytest.mark.thorough
 def test_a_dry_run_goes_through_every_stage_where_only_what_travels_is(travelled):
     folder, _, output, found = travelled
     assert gpu_check_folder.report_size(folder) == 0
@@ -69,6 +70,7 @@ def test_a_dry_run_goes_through_every_stage_where_only_what_travels_is(travelled
     assert not list((folder / "bench").glob("results/*"))
 
 
+@pytest.mark.thorough
 def test_a_packed_cache_serves_at_another_place(travelled, tmp_path):
     folder, cache, *_ = travelled
     there = tmp_path / "there"

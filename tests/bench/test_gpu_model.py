@@ -221,6 +221,7 @@ def test_operators_of_fastvlp_are_recorded_as_what_they_are_made_of(pool):
     ]
 
 
+@pytest.mark.thorough
 def test_the_model_ranks_as_published_measurements_do(pool):
     found = pool.submit(child.comparison).result()
     assert [kernel for kernel, *_ in found] == ["matmul fp16", "softmax fp32", "attention fp16"]
@@ -262,6 +263,7 @@ def test_a_fault_of_the_model_ends_the_run(pool, error):
     assert fault.type.__name__ == error
 
 
+@pytest.mark.thorough
 def test_quick_run(tmp_path):
     target = tmp_path / "model.json"
     subprocess.run(

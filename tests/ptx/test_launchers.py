@@ -19,8 +19,11 @@ CPU = torch.device("cpu")
 # Each GPU and each dtype once; every_tile.py has all of both.
 pytestmark = pytest.mark.parametrize(
     "capability, dtype",
-    [(80, torch.float16), (90, torch.bfloat16), (90, torch.float32)],
-    ids=["sm_80-float16", "sm_90-bfloat16", "sm_90-float32"],
+    [
+        pytest.param(80, torch.float16, id="sm_80-float16", marks=pytest.mark.thorough),
+        pytest.param(90, torch.bfloat16, id="sm_90-bfloat16"),
+        pytest.param(90, torch.float32, id="sm_90-float32", marks=pytest.mark.thorough),
+    ],
 )
 # Rows, columns, width: ragged, and aligned with more than one step along the width.
 SIZES = pytest.mark.parametrize("m, n, width", [(150, 170, 40), (140, 130, 128)])

@@ -174,6 +174,7 @@ def test_low_precision_learns(make, precision):
     assert all(p.dtype == torch.float32 for p in loop.model.parameters())
 
 
+@pytest.mark.thorough
 def test_recomputed_and_compiled_blocks_give_the_same_gradients(make):
     _, wanted = gradients(make())
     recomputed = make()

@@ -151,6 +151,7 @@ def test_a_killed_build_is_built_over(tmp_path, reference, kill_at):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.thorough
 def test_two_processes_at_once_build_one_set(tmp_path, reference):
     processes = [start(tmp_path, -1), start(tmp_path, -1)]
     printed = [process.communicate()[0].split() for process in processes]

@@ -4,6 +4,7 @@
 import pytest
 from fastvlp_tests import specialised_launches, triton_process
 
+pytestmark = pytest.mark.thorough
 KERNELS = {
     "contrastive": {"statistics_kernel", "merge_kernel", "gradient_kernel"},
     "contrastive_in_chunks": {"statistics_kernel", "merge_kernel"},

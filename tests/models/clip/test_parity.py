@@ -134,7 +134,15 @@ def exact_gradients(peer, ours, images, tokens):
     return exact, exact | {name: terms.of(plain.get_parameter(name)) for name in biases}
 
 
-@pytest.mark.parametrize("pair", ["ViT-B-32-quickgelu", "ViT-H-14", "RN50"], indirect=True)
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "ViT-B-32-quickgelu",
+        pytest.param("ViT-H-14", marks=pytest.mark.thorough),
+        pytest.param("RN50", marks=pytest.mark.thorough),
+    ],
+    indirect=True,
+)
 def test_gradients_are_as_accurate_as_those_of_open_clip_and_of_plain_pytorch(pair):
     ours, peer = pair
     data = inputs(ours.config)
