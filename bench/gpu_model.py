@@ -3,7 +3,7 @@
     python bench/gpu_model.py --chip h100,a100 --json model.json
 
 Nothing here is a time. Kernels are compiled for the GPU, their PTX is executed on the CPU and
-counted, and the counts are turned into a bound by the chip's rates (gpu_chips.py, gpu_bound.py).
+counted, and the counts are turned into a bound by the chip's rates (_gpu/chips.py, _gpu/bound.py).
 Operations of torch and products of vendors' libraries are bounded by their bytes and by the share
 of peak that is published; the floor has the chip's peak, which our own kernels may reach. --sanity
 compares the model with published times of three kernels.
@@ -25,13 +25,16 @@ from _gpu.model_cases import cases
 from _harness import measure as harness
 from _harness.measure import BOUND, OURS, Contender, Missing
 from _harness.run import Run
+from ptx_machine.cuda_library import Missing as NoCompiler
 from ptx_machine.errors import ProgramError, UnknownForm
 from triton.runtime.errors import OutOfResources
 
 LEGEND = "Every ms is a model's bound, not a time; nothing ran on a GPU."
 # What an implementation that cannot be modelled raises: a tile that does not fit or changes with
-# the size, PTX that the machine does not know or a program that it refuses.
-UNMODELLED = (ValueError, NotImplementedError, UnknownForm, ProgramError, OutOfResources)
+# the size, PTX that the machine does not know or a program that it refuses, no nvcc.
+UNMODELLED = (
+    ValueError, NotImplementedError, UnknownForm, ProgramError, OutOfResources, NoCompiler,
+)  # fmt: skip
 PEERS = ("inf-cl", "memeff", "liger-kernel", "siglip-kernel", "triton")
 
 
@@ -50,7 +53,7 @@ class Machine:
             self._true[key] = (
                 record_eager(lambda: each.run(size))
                 if each.eager
-                else record(each.run(size), chip.executes, execute=False)
+                else record(each.run(size), chip.executes, execute=False, native=each.native)
             )
         true = self._true[key]
         if each.eager:
@@ -64,6 +67,7 @@ class Machine:
                 record(
                     each.run(n), chip.executes, execute=True,
                     processors=each.processors(n) if each.processors else None,
+                    native=each.native,
                 )
                 for n in each.sizes
             )  # fmt: skip

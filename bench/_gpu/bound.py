@@ -27,7 +27,8 @@ class Profile:
     """The average block of a launch on a chip.
 
     clocks: of its multiprocessor, by pipe. latency: clocks of a block that is alone. sector_bytes:
-    between L1 and L2. touched: share of the arguments' bytes that the launch as a whole touches.
+    between L1 and L2. touched: bytes that the launch as a whole reads, and those that it writes, as
+    a share of the arguments'; up to 2 where it works in place.
     """
 
     clocks: dict[str, float]
@@ -59,6 +60,7 @@ def profile(chip: Chip, launch: KernelLaunch) -> Profile:
 
 def _profile(chip: Chip, launch: KernelLaunch) -> Profile:
     counts, blocks = launch.counts, launch.blocks
+    moved = counts.distinct_bytes
     clocks = pipe_clocks(chip, counts.instructions, launch.pipes)
     sector_bytes = SECTOR * counts.l2_sectors.total()
     clocks["shared memory"] = (
@@ -66,13 +68,13 @@ def _profile(chip: Chip, launch: KernelLaunch) -> Profile:
     )
     clocks["L1"] = SECTOR * counts.sectors.total() / chip.shared_port
     clocks["L2 port"] = sector_bytes / chip.l2_port
-    again = sector_bytes > 2 * counts.distinct_bytes["any"]
+    again = sector_bytes > 2 * moved["any"]
     memory_latency = chip.l2_latency if again else chip.hbm_latency
     return Profile(
         {pipe: value / blocks for pipe, value in clocks.items()},
         block_clocks(chip, launch.steps, launch.binary.warps, memory_latency),
         sector_bytes / blocks,
-        min(1.0, counts.distinct_bytes["any"] / max(1, launch.argument_bytes)),
+        min(2.0, (moved.total() - moved["any"]) / max(1, launch.argument_bytes)),
     )
 
 

@@ -58,7 +58,7 @@ class KernelLaunch:
     counts: Counts | None = None
     pipes: dict[str, str] = field(default_factory=dict)
     steps: list[TracedStep] = field(default_factory=list)
-    # What `gpu_bound` makes of it, by the name of the chip.
+    # What `_gpu.bound` makes of it, by the name of the chip.
     profiles: dict[str, object] = field(default_factory=dict)
 
     def watched(self, program: Program, counts: Counts, trace: Trace) -> None:
@@ -91,16 +91,25 @@ _PRODUCT_MODULES = ("contrastive.backward", "contrastive.sigmoid", "soft_cross_e
 
 
 def record(
-    run: Callable[[], object], capability: int, execute: bool, processors: int | None = None
+    run: Callable[[], object],
+    capability: int,
+    execute: bool,
+    processors: int | None = None,
+    native: bool = False,
 ) -> list[Event]:
     """What `run()` launches on a virtual GPU, in order.
 
     execute False: kernels and matrix products do nothing, so that sizes can be those of a GPU.
-    processors: multiprocessors that the GPU reports, if others than its own.
+    processors: multiprocessors that the GPU reports, if others than its own. native: whether the
+    operators of csrc/cuda take part, which then must be compiled.
     """
     recorder = _Recorder(capability, execute, processors)
     log = _TorchOps(recorder.events, execute)
     with ExitStack() as stack:
+        if native:
+            from _gpu import cuda
+
+            stack.enter_context(cuda.recording(recorder.events, capability, execute))
         stack.enter_context(recorder)
         for module, original in _products():
             patch = mock.patch.object(module, "product", log.product(original))
@@ -140,7 +149,7 @@ class _Recorder(VirtualGPU):
             if isinstance(value, torch.Tensor)
         }
         binary = _inspect(compiled)
-        self.observers = partial(_observers, self.capability, binary)
+        self.observers = partial(observers, self.capability, binary)
         # Torch's operations inside the machine are none of the program's.
         with _disable_current_modes():
             super().launch(
@@ -152,7 +161,7 @@ class _Recorder(VirtualGPU):
         self.events.append(found)
 
 
-def _observers(capability: int, binary: Binary) -> tuple[Counts, Trace]:
+def observers(capability: int, binary: Binary) -> tuple[Counts, Trace]:
     """They watch an execution, with the L1 cache of a chip of that capability."""
     chip = {80: A100, 90: H100}[capability]
     share = l1_share(chip, binary.warps, binary.registers, binary.shared_bytes)

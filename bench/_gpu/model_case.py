@@ -26,7 +26,7 @@ class Implementation:
     needs: a distribution that must be installed. around: operations of torch that belong to it and
     that its launcher does not do. eager: run(size) is recorded on fake tensors instead.
     processors: multiprocessors of the device on which a size is executed, where the launcher
-    chooses tiles by how many blocks there are for them.
+    chooses tiles by how many blocks there are for them. native: it launches kernels of csrc/cuda.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Implementation:
     around: tuple[TorchOp, ...] = ()
     eager: bool = False
     processors: Callable[[int], int] | None = None
+    native: bool = False
 
 
 @dataclass(frozen=True)

@@ -172,26 +172,56 @@ def cross_attention(images: int, queries=30, keys=577, heads=12, width=64, backw
     )  # fmt: skip
 
 
-def foreach_ema(copies: bool, elements: int):
-    source, average = torch.empty(2, elements)
-    low = torch.empty(elements, dtype=BF16)
+def our_ema(adamw: bool, elements: int):
+    """One tensor of each kind, of which a dry run touches nothing."""
+    from fastvlp.ops import adamw_ema, ema
+
+    weight, gradient, first, second, average = ([torch.empty(elements)] for _ in range(5))
+    low, average_low = ([torch.empty(elements, dtype=BF16)] for _ in range(2))
 
     def call():
-        torch._foreach_lerp_([average], [source], 0.005)
-        if copies:
-            torch._foreach_copy_([low], [average])
+        if adamw:
+            adamw_ema(
+                weight, gradient, first, second, average, low, average_low,
+                step=10, lr=1e-4, decay=0.995,
+            )  # fmt: skip
+        else:
+            ema(average, weight, 0.995, average_low)
 
     return call
 
 
-def ema(millions: int) -> Case:
+def foreach_ema(adamw: bool, elements: int):
+    weight, average = ([torch.empty(elements)] for _ in range(2))
+    low, average_low = ([torch.empty(elements, dtype=BF16)] for _ in range(2))
+
+    def call():
+        if adamw:
+            torch._foreach_copy_(low, weight)
+        torch._foreach_lerp_(average, weight, 0.005)
+        torch._foreach_copy_(average_low, average)
+
+    return call
+
+
+def ema(millions: int, adamw: bool) -> Case:
     elements = millions * 1_000_000
+    peer = "fused AdamW, foreach and copies" if adamw else "foreach and copy"
+    # Weights and both moments read and written, gradients read.
+    fused = (TorchOp("fused AdamW", 28 * elements),) if adamw else ()
+    implementations = [
+        # Whole chunks of 8,192 elements, one for each block.
+        Implementation("fastvlp", partial(our_ema, adamw), (8 * 8192,), native=True),
+        Implementation(peer, partial(foreach_ema, adamw), around=fused, eager=True),
+    ]
+    note = "weights read, averages read and written, copies written"
+    if adamw:
+        note = "weights, both moments and averages read and written, gradients read, copies written"
     return Case(
-        "ema", {"millions": millions}, elements,
-        [Implementation("foreach and copy", partial(foreach_ema, True), eager=True)],
-        TorchOp("floor", 14 * elements), "weights read, averages read and written, copies written",
-        dtype="fp32", phase="update and bf16 copy",
-        missing=(("fastvlp", "EMA's kernels are nvcc's, of which the model reads no binary yet"),),
+        "ema", {"millions": millions}, elements, implementations,
+        TorchOp("floor", (40 if adamw else 14) * elements), note, dtype="fp32",
+        phase="AdamW, update and bf16 copies" if adamw else "update and bf16 copy",
+        missing=(("peers", "no kernel library has the update; apex is CUDA C++ of its own"),),
     )  # fmt: skip
 
 
@@ -204,4 +234,5 @@ def cases(quick: bool) -> list[Case]:
     found.append(momentum(65536))
     found += [cross_attention(32, q, backward=b) for q in (30, 120) for b in (False, True)]
     found += [soft_cross_entropy(1000, teacher=teacher) for teacher in (True, False)]
-    return [*found, word_patch_alignment(64), ema(145)]
+    found += [ema(145, adamw) for adamw in (False, True)]
+    return [*found, word_patch_alignment(64)]

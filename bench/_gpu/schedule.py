@@ -13,7 +13,7 @@ from math import prod
 from _gpu.chips import Chip
 
 # Clocks from issue to a result that can be read: 4 for arithmetic on Ampere and Hopper, about 20
-# to 30 for special functions, shuffles and shared memory (Luo et al., as in gpu_chips).
+# to 30 for special functions, shuffles and shared memory (Luo et al., as in chips).
 LATENCY = {"fma": 4, "alu": 4, "imad": 5, "half2": 4, "convert": 6, "mufu": 20, "shuffle": 24,
            "shared": 29, "constant": 8}  # fmt: skip
 MATRIX_LATENCY = 32

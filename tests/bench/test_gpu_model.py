@@ -15,6 +15,7 @@ from _gpu.chips import A100, CHIPS, H100
 from _gpu.schedule import TracedStep
 from fastvlp_tests import gpu_model_child as child
 from fastvlp_tests import triton_process
+from ptx_machine import cuda_library
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -219,6 +220,55 @@ def test_operators_of_fastvlp_are_recorded_as_what_they_are_made_of(pool):
         (2 * (m * v + m * d) + 4 * v * d, 2 * m * d * v),
         (2 * (m * v + 16 * m) + 4 * 16 * v, 2 * m * 16 * v),
     ]
+
+
+UPDATE = (
+    "_ZN7fastvlp4cuda38_GLOBAL__N__4d2ab1ce_6_ema_cu_9f2c0b7710update_emaILi4EEEvNS0_9TableViewE"
+)
+REPORT = f"""ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{UPDATE}' for 'sm_90'
+ptxas info    : Function properties for {UPDATE}
+    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 16 bytes cumulative stack size, 1024 bytes smem
+ptxas info    : Compiling entry function '_ZN7fastvlp4cuda10clear_lastEPl' for 'sm_90'
+ptxas info    : Function properties for _ZN7fastvlp4cuda10clear_lastEPl
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers
+"""
+
+
+def test_resources_of_kernels_are_those_of_ptxas(pool):
+    names = [UPDATE, "_ZN7fastvlp4cuda10clear_lastEPl"]
+    found, readable = pool.submit(child.resources, REPORT, names).result()
+    assert found == {names[0]: (40, 16, 1024), names[1]: (8, 0, 0)}
+    assert readable == ["update_ema<4>", "clear_last"]
+
+
+@pytest.fixture
+def nvcc():
+    try:
+        cuda_library.load()
+    except cuda_library.Missing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("adamw, read, written", [(False, 8, 6), (True, 20, 20)])
+def test_kernels_of_nvcc_are_launched_and_counted(pool, nvcc, adamw, read, written):
+    """Bytes of each element that are read and written; most of them are the same ones."""
+    chunk, kernel = 8192, "step_adamw<4>" if adamw else "update_ema<4>"
+    held = 24 if adamw else 10
+    names, binary, distinct, touched = pool.submit(
+        child.ema_launch, adamw, True, 2 * chunk
+    ).result()
+    assert names == (kernel, 2, 8, held * 2 * chunk)
+    assert 16 < binary[0] <= 64 and binary[1] == 0
+    assert distinct["write"] == written * 2 * chunk
+    # And of the table of tensors.
+    assert read * 2 * chunk < distinct["read"] < read * 2 * chunk + 512
+    assert touched == pytest.approx((read + written) / held, rel=3e-3)
+    # As large as a model, of which nothing is executed.
+    names, dry = pool.submit(child.ema_launch, adamw, False, 145 * 10**6).result()
+    assert names == (kernel, math.ceil(145e6 / chunk), 8, held * 145 * 10**6) and dry == binary
 
 
 @pytest.mark.thorough

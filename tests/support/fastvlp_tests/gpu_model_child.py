@@ -130,6 +130,31 @@ def soft_cross_entropy_launches():
     return launches, [(e.bytes, e.flops) for e in events if getattr(e, "flops", 0)]
 
 
+def ema_launch(adamw, execute, elements):
+    """The only launch of the update of so many elements: (kernel, blocks, warps, arguments' bytes),
+    (registers, stack), and where it is executed the distinct bytes and the share touched."""
+    _benchmarks_on_path()
+    from _gpu import model_cases
+    from _gpu.bound import profile
+    from _gpu.chips import H100
+    from _gpu.launches import record
+
+    run = model_cases.our_ema(adamw, elements)
+    (found,) = record(run, 90, execute=execute, native=True)
+    names = found.kernel, found.blocks, found.binary.warps, found.argument_bytes
+    binary = found.binary.registers, found.binary.stack_bytes
+    if not execute:
+        return names, binary
+    return names, binary, dict(found.counts.distinct_bytes), profile(H100, found).touched
+
+
+def resources(report, mangled):
+    _benchmarks_on_path()
+    from _gpu import cuda
+
+    return cuda.parse_resources(report), [cuda.readable(name) for name in mangled]
+
+
 def comparison():
     """The kernels with known times at three sizes on an A100, against what was published."""
     _benchmarks_on_path()

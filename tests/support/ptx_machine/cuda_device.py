@@ -8,7 +8,7 @@ call and the memory that the host code makes; of the latter only what has been w
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -25,7 +25,7 @@ from .schedule import Schedule
 
 
 @dataclass
-class _Storage:
+class Storage:
     """The memory of a tensor. written [bytes] marks what has a value; None: all of it."""
 
     name: str
@@ -39,12 +39,13 @@ class _Storage:
 class CudaDevice:
     """`CudaDevice(90).call("ema_update", ...)`: an operator on CPU tensors, its kernels as PTX.
 
-    schedules, hazards and observers: as those of `virtual_gpu.VirtualGPU`. launches: the kernels
-    so far, by name, grid and observers. findings: of the last call. change: given the text of a
-    module, returns the one to run.
+    execute, schedules, hazards and observers: as those of `virtual_gpu.VirtualGPU`. launches: the
+    kernels so far, by name, grid and observers. findings: of the last call. change: given the text
+    of a module, returns the one to run.
     """
 
     target: int
+    execute: bool = True
     schedules: tuple[Schedule, ...] = (Schedule(),)
     hazards: bool = True
     observers: Callable[[], tuple[Observer, ...]] = tuple
@@ -63,15 +64,22 @@ class CudaDevice:
             for tensor in _tensors(argument)
         ]
 
-        def run(launch: cuda_library.Launch) -> None:
-            self._run(launch, given)
+        def launched(launch: cuda_library.Launch) -> None:
+            self.launch(launch, given)
 
-        result = cuda_library.load().call(name, arguments, run, _host_memory.filled)
+        result = cuda_library.load().call(name, arguments, launched, _host_memory.filled)
         require_none(self.findings)
         return result
 
-    def _run(self, launch: cuda_library.Launch, given: Iterable[_Storage]) -> None:
-        program = _program(self.target, launch.kernel, self.change)
+    def launch(self, launch: cuda_library.Launch, given: Sequence[Storage]) -> None:
+        """What a kernel launch of the host code does, with the memory of the call's tensors."""
+        observers = self.observers() if self.execute else ()
+        self.launches.append((launch.kernel, launch.grid, observers))
+        if self.execute:
+            self._run(launch, given, observers)
+
+    def _run(self, launch: cuda_library.Launch, given, observers: tuple[Observer, ...]) -> None:
+        program = program_of(self.target, launch.kernel, self.change)
         values = [
             ctypes.string_at(at, parameter.bytes)
             for at, parameter in zip(launch.arguments, program.kernel.parameters, strict=False)
@@ -81,8 +89,6 @@ class CudaDevice:
             if storage.size:
                 found = memory.register(storage.name, storage.start, storage.size)
                 found.written = storage.written
-        observers = self.observers()
-        self.launches.append((launch.kernel, launch.grid, observers))
         comparison.launch(
             program, launch.grid, program.pack(values), memory, self.findings, self.schedules,
             self.hazards, observers, block=launch.block, dynamic_shared=launch.shared_bytes,
@@ -94,7 +100,7 @@ class _HostMemory:
     tensors, outlives a call, and is the same for every device."""
 
     def __init__(self) -> None:
-        self._storages: list[_Storage] = []
+        self._storages: list[Storage] = []
 
     def filled(self, tensor: torch.Tensor, written: bool) -> None:
         storage = _storage("scratch memory", tensor)
@@ -105,7 +111,7 @@ class _HostMemory:
             if written and known.start == storage.start and not known.alive.expired():
                 known.written = None
 
-    def live(self) -> list[_Storage]:
+    def live(self) -> list[Storage]:
         self._storages = [storage for storage in self._storages if not storage.alive.expired()]
         return self._storages
 
@@ -123,9 +129,9 @@ def _is_list(argument) -> bool:
     return isinstance(argument, list | tuple)
 
 
-def _storage(name: str, tensor: torch.Tensor) -> _Storage:
+def _storage(name: str, tensor: torch.Tensor) -> Storage:
     held = tensor.untyped_storage()
-    return _Storage(name, StorageWeakRef(held), held.data_ptr(), held.nbytes(), None)
+    return Storage(name, StorageWeakRef(held), held.data_ptr(), held.nbytes(), None)
 
 
 @cache
@@ -137,5 +143,6 @@ def _kernels(target: int, change: Callable[[str], str] | None) -> dict[str, pars
 
 
 @cache
-def _program(target: int, kernel: str, change: Callable[[str], str] | None) -> Program:
+def program_of(target: int, kernel: str, change: Callable[[str], str] | None = None) -> Program:
+    """A kernel of csrc/cuda by its mangled name, decoded once in the life of the process."""
     return Program(_kernels(target, change)[kernel])
