@@ -171,17 +171,36 @@ class Executed:
         if not all(launches):
             raise ValueError(f"{launch.kernel} runs at {size} and not at sizes {self.sizes}")
         launches = [each[index % len(each)] for each in launches]
-        shapes = {(k.binary.warps, k.binary.shared_bytes) for k in (launch, *launches)}
-        if len(shapes) > 1:
+        tiles = [_tile(each) for each in (*launches, launch)]
+        others = differences(tiles, (*self.sizes, size))
+        if others:
             raise ValueError(
-                f"{launch.kernel} has other tiles at sizes {self.sizes} than at {size}: "
-                f"(warps, bytes of shared memory) {sorted(shapes)}"
+                f"{launch.kernel} has other tiles at sizes {self.sizes} than at {size}: {others}"
             )
-        first, *others = (profile(chip, each) for each in launches)
-        if not others:
+        first, *second = (profile(chip, each) for each in launches)
+        if not second:
             return first
         a, b = self.sizes
-        return first.towards(others[0], (size - a) / (b - a))
+        return first.towards(second[0], (size - a) / (b - a))
+
+
+def _tile(launch: KernelLaunch) -> dict[str, object]:
+    """What a kernel is compiled for."""
+    binary = launch.binary
+    return {"warps": binary.warps, "shared bytes": binary.shared_bytes, **dict(launch.constants)}
+
+
+def differences(
+    tiles: Sequence[dict[str, object]], sizes: Sequence[float]
+) -> dict[str, list[object]]:
+    """The entries that are not the same in all tiles; but for those that are the size itself."""
+    names = dict.fromkeys(name for tile in tiles for name in tile)
+    found = {name: [tile.get(name) for tile in tiles] for name in names}
+    return {
+        name: values
+        for name, values in found.items()
+        if values != [values[0]] * len(values) and values != [*sizes]
+    }
 
 
 def bounds(chip: Chip, executed: Executed, true: Sequence[Event], size: float) -> list[Bound]:

@@ -46,7 +46,8 @@ class Binary:
 
 @dataclass
 class KernelLaunch:
-    """A launch of a Triton kernel. argument_bytes: of the tensors that it was given, each once.
+    """A launch of a kernel. argument_bytes: of the tensors that it was given, each once. constants:
+    what Triton compiled it for.
 
     Where it was executed, `counts` are over all its blocks and `steps` those of one warp.
     """
@@ -55,6 +56,7 @@ class KernelLaunch:
     blocks: int
     binary: Binary
     argument_bytes: int
+    constants: tuple[tuple[str, object], ...] = ()
     counts: Counts | None = None
     pipes: dict[str, str] = field(default_factory=dict)
     steps: list[TracedStep] = field(default_factory=list)
@@ -155,10 +157,18 @@ class _Recorder(VirtualGPU):
             super().launch(
                 compiled, x, y, z, stream, function, packed, metadata, enter, leave, *values
             )
-        found = KernelLaunch(compiled.name, x * y * z, binary, sum(given.values()))
+        found = KernelLaunch(
+            compiled.name, x * y * z, binary, sum(given.values()), _constants(compiled)
+        )
         if self.execute:
             found.watched(program_of(compiled.asm["ptx"]), *self.launches[-1].observers)
         self.events.append(found)
+
+
+def _constants(compiled) -> tuple[tuple[str, object], ...]:
+    parameters = compiled.src.fn.params
+    found = ((parameters[at[0]], value) for at, value in compiled.src.constants.items())
+    return tuple((each.name, value) for each, value in found if each.is_constexpr)
 
 
 def observers(capability: int, binary: Binary) -> tuple[Counts, Trace]:

@@ -154,9 +154,20 @@ def test_a_profile_is_scaled_to_what_execution_gives(pool):
 
 
 def test_one_size_is_enough_where_blocks_are_equal(pool):
-    scaled, executed, error = pool.submit(child.of_one_size).result()
+    scaled, executed, errors = pool.submit(child.of_one_size).result()
     assert scaled == executed and scaled["sector_bytes"] == 4 * 2 * 1024
-    assert error == "other runs at 8 and not at sizes (2,)"
+    assert errors == [
+        "other runs at 8 and not at sizes (2,)",
+        "softmax_kernel has other tiles at sizes (2,) than at 8: {'BLOCK': [1024, 2048]}",
+    ]
+
+
+def test_tiles_may_differ_in_the_size_itself(pool):
+    tiles = [{"warps": 4, "N": n, "BLOCK": min(n, 512)} for n in (512, 1024, 8192)]
+    assert pool.submit(child.differences, tiles, (512, 1024, 8192)).result() == {}
+    tiles[0]["BLOCK"] = 256
+    found = pool.submit(child.differences, tiles, (512, 1024, 8192)).result()
+    assert found == {"BLOCK": [256, 512, 512]}
 
 
 def test_a_small_size_is_executed_with_the_tiles_of_the_true_one(pool):

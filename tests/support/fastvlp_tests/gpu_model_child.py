@@ -32,7 +32,8 @@ def scaled_and_executed():
 
 def of_one_size():
     """A softmax of 1,024 columns by a block for each row: the profile at eight rows from that at
-    two, and executed; and what a kernel that did not run at two rows raises."""
+    two, and executed; and what kernels raise that did not run at two rows: another one, and the
+    same with tiles of 2,048 columns."""
     _benchmarks_on_path()
     import torch
     from _gpu import sanity_kernels as kernels
@@ -44,12 +45,23 @@ def of_one_size():
         record(partial(kernels.softmax, torch.randn(rows, 1024), rows), 90, execute=True)
         for rows in (2, 8)
     )
+    (wide,) = record(partial(kernels.softmax, torch.randn(8, 2048), 8), 90, execute=False)
     executed = Executed((2,), ([small],))
     scaled = executed.profile(H100, true, 0, 8)
-    try:
-        executed.profile(H100, replace(true, kernel="other"), 0, 8)
-    except ValueError as error:
-        return asdict(scaled), asdict(profile(H100, true)), str(error)
+    errors = []
+    for launch in (replace(true, kernel="other"), replace(wide, binary=small.binary)):
+        try:
+            executed.profile(H100, launch, 0, 8)
+        except ValueError as error:
+            errors.append(str(error))
+    return asdict(scaled), asdict(profile(H100, true)), errors
+
+
+def differences(tiles, sizes):
+    _benchmarks_on_path()
+    from _gpu import bound
+
+    return bound.differences(tiles, sizes)
 
 
 def attention_launches():
