@@ -57,11 +57,16 @@ def device_reasons(device: torch.device) -> tuple[str, ...]:
 ROUNDED_PRODUCTS = (10, 11)
 
 
-def rounds_products() -> bool:
-    """Whether the installed Triton is one of those."""
+def triton_before(major: int, minor: int) -> bool:
+    """Whether the installed Triton is older than a version."""
     import triton
 
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) < (major, minor)
+
+
+def rounds_products() -> bool:
+    """Whether the installed Triton is one of those."""
+    return triton_before(3, 8)
 
 
 @constant_result

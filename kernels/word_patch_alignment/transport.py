@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .._core import aot
 from .._core.launch import CAPABILITIES, INTERPRETED, UNFUSED, on_device
-from .._core.support import alignment_block, alignment_supported
+from .._core.support import alignment_block, alignment_supported, triton_before
 
 SMALLEST_NORM = tl.constexpr(1e-5)
 
@@ -35,9 +35,10 @@ class Launch:
 BLOCK_ROWS, BLOCK_COLS = 64, 32  # of every product's tile
 # By bytes of a feature. Half precision is not pipelined: Triton's pipeline for sm_90 overwrites a
 # tile that registers are loaded from while wgmma may still read it.
-COSINE = {2: Launch(64, 4, 1), 4: Launch(16, 4, 2)}
+COSINE = {2: Launch(64, 4, 1), 4: Launch(32, 4, 2)}
 GRADIENT = Launch(16, 4, 2)
-THREAD_ELEMENTS = 32  # of a pair's matrix that a thread keeps
+# Of a pair's matrix that a thread keeps: the largest that no GPU's kernel spills at.
+THREAD_ELEMENTS = 16 if triton_before(3, 8) else 32
 
 
 @triton.jit
