@@ -70,6 +70,16 @@ def test_a_dry_run_goes_through_every_stage_where_only_what_travels_is(travelled
     assert not list((folder / "bench").glob("results/*"))
 
 
+def test_every_source_file_travels(tmp_path):
+    root, folder = BENCH.parent, tmp_path / "folder"
+    gpu_check_folder.copy_sources(root, folder)
+    for name in ("bench", "tests", "fastvlp", "csrc", "kernels"):
+        there = folder / "fastvlp" / name if name == "kernels" else folder / name
+        copied = {path.relative_to(there) for path in there.rglob("*.py")}
+        sources = {path.relative_to(root / name) for path in (root / name).rglob("*.py")}
+        assert sources - copied == set(), name
+
+
 @pytest.mark.thorough
 def test_a_packed_cache_serves_at_another_place(travelled, tmp_path):
     folder, cache, *_ = travelled
