@@ -56,6 +56,10 @@ class DryTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return ADDRESS + self.storage_offset() * self.element_size()
 
+    def tolist(self) -> Any:
+        # torch refuses it to subclasses.
+        return _with_zeros(self.inner).tolist()
+
     def __setitem__(self, index: Any, value: Any) -> None:
         # torch would put a number on the device that it knows, which is "meta".
         if not isinstance(value, torch.Tensor):

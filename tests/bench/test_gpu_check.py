@@ -131,6 +131,19 @@ def test_tests_past_the_deadline_are_named_and_known_ones_not_run_again(tmp_path
     assert len(names) == len(set(names)) > len(found)
 
 
+def test_tensors_of_a_dry_run_become_lists():
+    code = (
+        "import torch\nfrom _gpu import dry_device\n"
+        "with dry_device.DryDevice():\n"
+        "    starts = torch.tensor([[0, 3], [5, 9]], device='cuda')\n"
+        "    large = torch.empty(1, dry_device.LARGE + 1, device='cuda')[:, :2]\n"
+        "    print(starts.device, starts.tolist(), starts[1].tolist(), large.tolist())\n"
+    )
+    path = os.pathsep.join([str(BENCH), str(BENCH.parent)])
+    done = python(BENCH.parent, "-c", code, PYTHONPATH=path)
+    assert done.stdout == "cuda:0 [[0, 3], [5, 9]] [5, 9] [[0.0, 0.0]]\n", done.stderr
+
+
 def test_a_lost_process_of_the_tests_is_replaced(tmp_path):
     lines, log = tmp_path / "lines", tmp_path / "log"
     script = tmp_path / "worker.py"
