@@ -1,6 +1,6 @@
 """Why a backend cannot run, in the same words for every operator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -11,9 +11,22 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def native_reasons(tensor: torch.Tensor, *_, **__) -> list[str]:
     """Why the compiled CPU kernels cannot take tensors of this one's device and dtype."""
+    return _compiled_reasons(tensor, "the CPU")
+
+
+def native_or_cuda_reasons(
+    tensor: torch.Tensor, cuda_reasons: Callable[[int], Iterable[str]]
+) -> list[str]:
+    """The same of an operator that has compiled kernels for CUDA devices, too."""
+    if tensor.device.type == "cuda":
+        return [*cuda_reasons(tensor.device.index), *dtype_reasons(tensor)]
+    return _compiled_reasons(tensor, "CPU and CUDA devices")
+
+
+def _compiled_reasons(tensor: torch.Tensor, devices: str) -> list[str]:
     reasons = list(_native.load())
     if tensor.device.type != "cpu":
-        reasons.append(f"the native kernels run on the CPU, the tensors are on {tensor.device}")
+        reasons.append(f"the native kernels run on {devices}, the tensors are on {tensor.device}")
     return reasons + dtype_reasons(tensor)
 
 

@@ -11,10 +11,7 @@ def native_reasons(
     image_features: torch.Tensor, text_features: torch.Tensor, *_, **__
 ) -> list[str]:
     """Why the compiled kernels, CPU or CUDA, cannot take these features."""
-    device = image_features.device
-    if device.type != "cuda":
-        return backends.native_reasons(image_features)
-    return [*cuda.unavailable(device.index), *backends.dtype_reasons(image_features)]
+    return backends.native_or_cuda_reasons(image_features, cuda.unavailable)
 
 
 def triton_reasons(

@@ -46,7 +46,7 @@ def gpu(monkeypatch):
     """A CUDA tensor, and a function that says what the GPU's two implementations lack."""
 
     def lacking(triton=(), native=()):
-        monkeypatch.setattr(_contrastive_inputs, "triton_supported", lambda *_: list(triton))
+        monkeypatch.setattr(_contrastive_inputs, "supported", lambda *_: list(triton))
         monkeypatch.setattr(_contrastive_cuda, "_unavailable", lambda _: tuple(native))
 
     monkeypatch.delenv("FASTVLP_BACKEND", raising=False)
