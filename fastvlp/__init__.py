@@ -7,9 +7,10 @@
 `python -m fastvlp.info` prints what was built and what would run on this machine.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from . import losses, ops, optim
+from . import losses, nn, ops, optim
 from .grad_cache import GradCache
 from .nn.ema_model import EmaModel, EmaWarmup
 from .nn.feature_queue import FeatureQueue
@@ -19,13 +20,28 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
+# Packages with dependencies of their own, imported when they are first asked for.
+_ON_DEMAND = ("data", "evaluate", "integrations", "masking", "models", "train")
+
 __all__ = [
     "EmaModel",
     "EmaWarmup",
     "FeatureQueue",
     "GradCache",
     "losses",
+    "nn",
     "ops",
     "optim",
+    *_ON_DEMAND,
     "__version__",
 ]
+
+
+def __getattr__(name: str):
+    if name in _ON_DEMAND:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,8 +1,5 @@
 """What torch.compile takes for a constant, and what marking it so must not cost."""
 
-import subprocess
-import sys
-
 import torch
 
 from fastvlp._tracing import constant_result
@@ -32,8 +29,3 @@ def test_a_constant_result_is_not_traced():
     assert compiled(torch.zeros(2)).tolist() == [1.0, 1.0]
     assert compiled(torch.ones(2)).tolist() == [2.0, 2.0]
     assert len(looks) == 1
-
-
-def test_importing_the_library_does_not_import_the_compiler():
-    code = "import sys, fastvlp; sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,10 +1,23 @@
 """Checks of the operators' arguments, for people."""
 
 import math
+import sys
 from numbers import Real
 
 import torch
-from torch.distributed.tensor import DTensor
+
+
+def dtensor_classes() -> tuple[type, ...]:
+    """(DTensor,), for isinstance; () where nothing has imported it, so that no value is one.
+
+    Importing it takes as long as importing torch.
+    """
+    if torch.compiler.is_compiling():
+        from torch.distributed.tensor import DTensor
+
+        return (DTensor,)
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else (module.DTensor,)
 
 
 def check_tensor(name: str, value, *, floating: bool | None = True, dims: int | None = None):
@@ -40,7 +53,7 @@ def local(name: str, value):
     The gradient is taken to be replicated, too. Raises TypeError for a DTensor that is sharded or
     not yet summed: which of its rows make pairs is for the caller to say.
     """
-    if not isinstance(value, DTensor):
+    if not isinstance(value, dtensor_classes()):
         return value
     if not all(placement.is_replicate() for placement in value.placements):
         raise TypeError(

@@ -3,12 +3,11 @@
 from numbers import Real
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ... import _native
 from ...kernels import attention_supported
 from .._core import backends
-from .._core.checks import check_count
+from .._core.checks import check_count, dtensor_classes
 from .._core.dispatch import forced_backend
 
 _STARTS_DTYPES = (torch.int32, torch.int64)
@@ -140,7 +139,7 @@ def check_inputs(
 def _check_rows(name: str, t: torch.Tensor, q: torch.Tensor) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-    if isinstance(t, DTensor):
+    if isinstance(t, dtensor_classes()):
         raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass .to_local()")
     if not t.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point dtype, got {t.dtype}")

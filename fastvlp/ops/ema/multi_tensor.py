@@ -11,9 +11,9 @@ from numbers import Real
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Partial
 
 from ... import _native
+from .._core.checks import dtensor_classes
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = torch.finfo(torch.float32).max
@@ -30,7 +30,8 @@ def _plainly_alike(lists: list[Sequence[torch.Tensor]]) -> bool:
     """Whether these are plain tensors in order, of one device; quick enough for every step."""
     tensors = list(chain(*lists))
     classes = {type(t) for t in tensors}
-    if not all(issubclass(c, torch.Tensor) and not issubclass(c, DTensor) for c in classes):
+    sharded = dtensor_classes()
+    if not all(issubclass(c, torch.Tensor) and not issubclass(c, sharded) for c in classes):
         return False
     if len({t.device for t in tensors}) > 1 or {t.layout for t in tensors} - {torch.strided}:
         return False
@@ -71,17 +72,18 @@ def _check_tensor(name: str, t: torch.Tensor, model_name: str, model: torch.Tens
         raise ValueError(
             f"{name}: expected the device of {model_name}, {model.device}, got {t.device}; move it"
         )
-    if isinstance(t, DTensor) != isinstance(model, DTensor):
+    is_dtensor, model_is_dtensor = (isinstance(each, dtensor_classes()) for each in (t, model))
+    if is_dtensor != model_is_dtensor:
         kinds = ("a DTensor", "a plain tensor")
-        wanted, got = kinds if isinstance(model, DTensor) else kinds[::-1]
+        wanted, got = kinds if model_is_dtensor else kinds[::-1]
         raise TypeError(f"{name}: expected {wanted} as {model_name}, got {got}; shard both alike")
-    if isinstance(t, DTensor):
+    if is_dtensor:
         if t.placements != model.placements or t.device_mesh != model.device_mesh:
             raise ValueError(
                 f"{name}: expected the mesh and placements of {model_name}, {model.device_mesh} "
                 f"{model.placements}, got {t.device_mesh} {t.placements}; redistribute one of them"
             )
-        if any(isinstance(place, Partial) for place in t.placements):
+        if any(place.is_partial() for place in t.placements):
             raise ValueError(
                 f"{name}: expected shards or replicas, got placements {t.placements}; "
                 "redistribute it"
@@ -90,7 +92,8 @@ def _check_tensor(name: str, t: torch.Tensor, model_name: str, model: torch.Tens
 
 def local(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors, DTensors by the part that lies here."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    classes = dtensor_classes()
+    return [t.to_local() if isinstance(t, classes) else t for t in tensors]
 
 
 def checked_decay(decay: float | torch.Tensor, like: torch.Tensor) -> tuple:
@@ -171,7 +174,7 @@ def last_exceeding(
         # Python numbers: a CPU tensor can hold them, and the reference may wait for its device.
         bad = [i for i, t in enumerate(parts) if not (t.abs() <= limit).all()]
         found = torch.tensor(bad[-1] if bad else -1, device=parts[0].device)
-    meshes = {t.device_mesh for t in tensors if isinstance(t, DTensor)}
+    meshes = {t.device_mesh for t in tensors if isinstance(t, dtensor_classes())}
     for mesh in sorted(meshes, key=lambda mesh: (mesh.ndim, tuple(mesh.mesh.flatten().tolist()))):
         for dim in range(mesh.ndim):
             dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group(dim))

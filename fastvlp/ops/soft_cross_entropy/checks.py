@@ -3,11 +3,10 @@
 from numbers import Real
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ...kernels import device_reasons
 from .._core import backends
-from .._core.checks import check_share
+from .._core.checks import check_share, dtensor_classes
 
 _MIXED = "its dtype, or float32 beside a half precision one"
 
@@ -51,7 +50,7 @@ def check_head(prefix: str, hidden, weight, bias, vocabulary: int | None = None)
 def _check_tensor(name: str, t) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-    if isinstance(t, DTensor):
+    if isinstance(t, dtensor_classes()):
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor with placements {t.placements}; pass "
             ".full_tensor(), or .to_local() of hidden states sharded over rows"
