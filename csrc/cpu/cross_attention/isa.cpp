@@ -68,8 +68,8 @@ bool is_in_place(const AttentionProblem& p) {
 
 int64_t forward_scratch(const AttentionProblem& p, int64_t queries, int64_t seen_keys) {
 #if defined(__AMX_BF16__)
-  if (is_in_place(p)) return InPlaceForwardPass::Places().total;
-  const int64_t tiles = pass_floats<TileForward>(p, queries, seen_keys);
+  const int64_t tiles = is_in_place(p) ? InPlaceForwardPass::Places().total
+                                       : pass_floats<TileForward>(p, queries, seen_keys);
 #else
   const int64_t tiles = 0;
 #endif
@@ -88,21 +88,30 @@ int64_t backward_scratch(const AttentionProblem& p, int64_t queries, int64_t see
                   FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, true));
 }
 
-void forward(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
-             float* scratch) {
+void forward_once(const AttentionProblem& p, const AttentionTask& task,
+                  const AttentionForward& out, float* scratch) {
 #if defined(__AMX_BF16__)
   if (is_in_place(p)) return InPlaceForwardPass(p, task, out, scratch).run();
   if (run_on_tiles<TileForward>(p, task, out, scratch)) return;
 #endif
-  FASTVLP_WITH_PRODUCTS(forward_with, p)(p, task, out, scratch);
+  FASTVLP_WITH_PRODUCTS(forward_with, p)(p, task, out, scratch, false);
+}
+
+void forward(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
+             float* scratch) {
+  forward_once(p, task, out, scratch);
+  if (is_coarse(p, task, out.statistics))
+    FASTVLP_WITH_PRODUCTS(forward_with, p)(p, task, out, scratch, true);
 }
 
 void backward(const AttentionProblem& p, const AttentionTask& task, const AttentionBackward& out,
               float* scratch) {
 #if defined(__AMX_BF16__)
-  if (is_in_place(p) && task.queries <= InPlaceBackwardPass::kMostQueries)
-    return InPlaceBackwardPass(p, task, out, scratch).run();
-  if (run_on_tiles<TileBackward>(p, task, out, scratch)) return;
+  if (!is_relative(p, task, out.statistics)) {
+    if (is_in_place(p) && task.queries <= InPlaceBackwardPass::kMostQueries)
+      return InPlaceBackwardPass(p, task, out, scratch).run();
+    if (run_on_tiles<TileBackward>(p, task, out, scratch)) return;
+  }
 #endif
   FASTVLP_WITH_PRODUCTS(backward_with, p)(p, task, out, scratch);
 }

@@ -56,8 +56,9 @@ struct AttentionTask {
 
 // Outputs are of the inputs' element type. Of the softmax two numbers per head and query row are
 // kept, [2][heads][total_queries]: the largest logit, or one little below, in units of ln 2 and the
-// reciprocal of the sum of exponentials relative to it, 0 for a row that sees no key. The backward
-// pass finds from them the very weights of the forward pass.
+// reciprocal of the sum of exponentials relative to it, 0 for a row that sees no key; of tasks with
+// logits above 2^29 the largest product and minus the reciprocal. The backward pass finds from them
+// the very weights of the forward pass.
 struct AttentionForward {
   AttentionOutput out;
   float* statistics;

@@ -1,6 +1,7 @@
 // The forward and backward pass of one attention task over a Products class.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "matmuls.h"
@@ -36,11 +37,12 @@ struct ForwardLayout : Layout {
     weights = take(n * m);
     query_weights = take(x.query_weights_words(n, m));
     into_queries = take(x.into_queries_floats(m));
+    origin = take(m);
     largest = take(m);
     reciprocal = take(m);
   }
-  int64_t row, key_rows, value_columns, query_columns, weights, query_weights, into_queries, largest,
-      reciprocal;
+  int64_t row, key_rows, value_columns, query_columns, weights, query_weights, into_queries, origin,
+      largest, reciprocal;
 };
 
 // The operands of one block of query rows in the backward pass, offsets from the block's first word.
@@ -52,12 +54,13 @@ struct QueryLayout : Layout {
     query_rows = take(x.query_rows_words(m));
     grad_rows = take(x.query_rows_words(m));
     into_queries = take(x.into_queries_floats(m));
+    origin = take(m);
     largest = take(m);
     reciprocal = take(m);
     slope = take(m);
   }
-  int64_t query_columns, grad_columns, query_rows, grad_rows, into_queries, largest, reciprocal,
-      slope;
+  int64_t query_columns, grad_columns, query_rows, grad_rows, into_queries, origin, largest,
+      reciprocal, slope;
 };
 
 template <class Products>
@@ -230,9 +233,33 @@ WeightBlock block_at(const Products& x, const AttentionProblem& p, const Attenti
           visible(p, task, first + queries), logit_factor(p)};
 }
 
+// Logits in units of ln 2 from this size on are rounded so coarsely that exponentials relative to
+// the largest one, itself rounded, would leave the range of float. The passes then run again
+// "relative": products are taken from the largest product, exactly where it matters, before they
+// become logits. The statistics of such rows are that product and minus the reciprocal.
+constexpr float kCoarseLogit = 0x1p29f;
+
+// Whether the task has such a logit, or NaN.
+inline bool is_coarse(const AttentionProblem& p, const AttentionTask& task, const float* statistics) {
+  const float* largest = statistics + task.head * p.total_queries + task.first_query;
+  bool fine = true;
+  for (int64_t i = 0; i < task.queries; ++i) fine &= std::abs(largest[i]) < kCoarseLogit;
+  return !fine;
+}
+
+// Whether the forward pass of the task was a relative one.
+inline bool is_relative(const AttentionProblem& p, const AttentionTask& task,
+                        const float* statistics) {
+  const float* reciprocal =
+      statistics + (p.heads + task.head) * p.total_queries + task.first_query;
+  bool found = false;
+  for (int64_t i = 0; i < task.queries; ++i) found |= reciprocal[i] < 0.0f;
+  return found;
+}
+
 template <class Products>
 void forward_with(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
-                  float* scratch) {
+                  float* scratch, bool relative) {
   const Products x(p.dim);
   const ForwardLayout<Products> at(x, task.queries, task.seen_keys);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
@@ -247,6 +274,10 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
     x.pack_query_columns(q, first, b.queries, p.scale < 0, words + at.query_columns,
                          words + at.row);
     x.scores(keys, words + at.query_columns, b.n, b.m, weights);
+    if (relative) {
+      find_largest(b, weights, scratch + at.origin);
+      subtract(b, scratch + at.origin, weights);
+    }
     exponentials(b, weights, largest, reciprocal);
     clear_padding(x, b, weights);
     const uint32_t* operand = words + at.weights;
@@ -261,6 +292,10 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
     store_queries(x, b, scratch + at.into_queries, reciprocal, scratch + at.row,
                   out.out);
     const int64_t row = task.head * p.total_queries + task.first_query + first;
+    if (relative) {
+      std::memcpy(largest, scratch + at.origin, b.m * 4);
+      for (int64_t i = 0; i < b.m; ++i) reciprocal[i] = -reciprocal[i];
+    }
     std::memcpy(out.statistics + row, largest, b.queries * 4);
     std::memcpy(out.statistics + p.heads * p.total_queries + row, reciprocal, b.queries * 4);
   }
@@ -269,7 +304,7 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
 // What the backward pass needs of a block of query rows, in words from `at` on.
 template <class Products>
 void prepare_queries(const Products& x, const QueryLayout<Products>& l, const WeightBlock& b,
-                     const AttentionBackward& out, uint32_t* row, uint32_t* at) {
+                     const AttentionBackward& out, bool relative, uint32_t* row, uint32_t* at) {
   const Features q = query_rows(b.p, b.task, b.p.q), grad = query_rows(b.p, b.task, b.p.grad);
   x.pack_query_columns(q, b.first, b.queries, b.p.scale < 0, at + l.query_columns, row);
   x.pack_query_columns(grad, b.first, b.queries, false, at + l.grad_columns, row);
@@ -287,6 +322,12 @@ void prepare_queries(const Products& x, const QueryLayout<Products>& l, const We
   std::memcpy(at + l.largest, out.statistics + first, b.queries * 4);
   std::memcpy(at + l.reciprocal, out.statistics + b.p.heads * b.p.total_queries + first,
               b.queries * 4);
+  if (relative) {
+    std::memcpy(at + l.origin, at + l.largest, b.m * 4);
+    std::memset(at + l.largest, 0, b.m * 4);
+    for (int64_t i = 0; i < b.m; ++i)
+      floats(l.reciprocal)[i] = std::abs(floats(l.reciprocal)[i]);
+  }
   std::memset(at + l.into_queries, 0, x.into_queries_floats(b.m) * 4);
 }
 
@@ -301,13 +342,14 @@ struct KeyBlock {
 template <class Products>
 void add_gradients(const Products& x, const BackwardLayout<Products>& at, const WeightBlock& b,
                    const KeyBlock& k, uint32_t* block, float* scratch, bool accumulate,
-                   const AttentionBackward& out) {
+                   bool relative, const AttentionBackward& out) {
   const QueryLayout<Products>& l = at.block;
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
   const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(block + offset); };
   float *s = scratch + at.weights, *t = scratch + at.gradient;
   x.scores(k.keys, block + l.query_columns, b.n, b.m, s);
   x.scores(k.values, block + l.grad_columns, b.n, b.m, t);
+  if (relative) subtract(b, floats(l.origin), s);
   weight_gradients(b, floats(l.largest), floats(l.reciprocal), floats(l.slope), s, t);
   const bool last = b.first + b.queries == b.task.queries;
   auto into_keys = [&](float* weights, int64_t rows, int64_t sums,
@@ -338,6 +380,7 @@ void add_gradients(const Products& x, const BackwardLayout<Products>& at, const 
 template <class Products>
 void backward_with(const AttentionProblem& p, const AttentionTask& task,
                    const AttentionBackward& out, float* scratch) {
+  const bool relative = is_relative(p, task, out.statistics);
   const Products x(p.dim);
   const BackwardLayout<Products> at(x, task.queries);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
@@ -346,7 +389,7 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
   };
   look_ahead(x, p, task, true);
   for (int64_t first = 0; first < task.queries; first += x.kQueryBlock)
-    prepare_queries(x, at.block, block_at(x, p, task, first), out, words + at.row,
+    prepare_queries(x, at.block, block_at(x, p, task, first), out, relative, words + at.row,
                     block_words(first));
   const SeenRows seen = seen_rows(p, task, p.k);
   const SeenRows values = seen_rows(p, task, p.v);
@@ -362,7 +405,7 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
       WeightBlock b = block_at(x, p, task, first);
       if (b.n <= key) continue;  // causal; the last block sees every key
       b.first_key = key, b.n = n;
-      add_gradients(x, at, b, k, block_words(first), scratch, accumulate, out);
+      add_gradients(x, at, b, k, block_words(first), scratch, accumulate, relative, out);
       accumulate = true;
     }
   }

@@ -121,6 +121,23 @@ void weight_gradients(const WeightBlock& b, int64_t column, const float* largest
     }
 }
 
+// The largest product of each query row, 0 where it sees no key.
+inline void find_largest(const WeightBlock& b, float* s, float* largest) {
+  if (b.p.causal) mask_causal(b, s);
+  for (int64_t i = 0; i < b.m; i += kLanes) {
+    Vec most = splat(kNegativeInfinity);
+    for (int64_t r = 0; r < b.n; ++r) most = max(load(s + r * b.m + i), most);
+    store(largest + i, most > splat(kNegativeInfinity) ? most : Vec{});
+  }
+}
+
+// s - largest, each query row's.
+inline void subtract(const WeightBlock& b, const float* largest, float* s) {
+  for (int64_t r = 0; r < b.n; ++r)
+    for (int64_t i = 0; i < b.m; i += kLanes)
+      store(s + r * b.m + i, load(s + r * b.m + i) - load(largest + i));
+}
+
 template <class Function>
 void by_columns(int64_t m, const Function& function) {
   int64_t column = 0;

@@ -90,8 +90,8 @@ class InPlaceForward {
     float* sums = floats_ + at_.ordered;
     odd_.add_values(b, floats_ + at_.odd, largest, total, sums, true);
     for (int64_t i = 0; i < kStepSide; i += kLanes) {
-      const Vec sum = load(total + i);
-      store(largest + i, sum == Vec{} ? Vec{} : load(largest + i));
+      const Vec sum = load(total + i), most = load(largest + i);
+      store(largest + i, most > splat(kLowest) ? most : Vec{});
       store(total + i, sum > Vec{} ? 1.0f / sum : sum);
     }
     store_sums<BFloat16Rows, kDim>(x_, b, sums, total, true, nullptr, out_.out);

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fastvlp_tests.attention_cases import DTYPES, LAYOUTS, MASKS, NAMES, check, draw, run
+from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -229,6 +230,29 @@ def test_equal_extreme_logits(device, value):
     case.q.fill_(1.0)
     case.k.fill_(value / 16)
     check(case, scale=1.0)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype, size, dim", [
+    (torch.float32, 1e10, 64), (torch.float32, 1e30, 24), (torch.bfloat16, 1e10, 64),
+    (torch.bfloat16, 1e12, 24), (torch.float16, 1e9, 64),
+])  # fmt: skip
+@pytest.mark.parametrize("options", [{"scale": 1.0}, {"scale": -1.0, "causal": True}])
+def test_logits_that_floats_hold_coarsely(monkeypatch, isa, dtype, size, dim, options):
+    monkeypatch.setenv("FASTVLP_CPU_ISA", isa)
+    norm = (size / dim**0.5) ** 0.5
+    case = draw([70, 3], 90, dim=dim, dtype=dtype, mask="holes", norms=(norm, norm, 1e-2))
+    case.k[:, 45:] = case.k[:, :45]  # a row's largest logit comes twice, or once where masked
+    ours, eager = (run(f, case, **options) for f in (cross_attention, cross_attention_reference))
+    exact = run(cross_attention_reference, case, torch.float64, **options)
+    largest = {name: getattr(case, name).double().norm(dim=-1).max() for name in "qkv"}
+    # Gradients of logits are differences of terms of this size.
+    terms = epsilon(dtype) * case.upstream.double().norm() * largest["v"]
+    floors = {"q": terms * largest["k"], "k": terms * largest["q"]}
+    for name in NAMES:
+        true = getattr(exact, name)
+        floor = epsilon(dtype) * true.norm() + floors.get(name, 0.0)
+        assert_as_accurate(name, getattr(ours, name), getattr(eager, name), true, floor.item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
