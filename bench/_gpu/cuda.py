@@ -97,8 +97,10 @@ def parse_resources(report: str) -> dict[str, tuple[int, int, int]]:
 
 
 def readable(mangled: str) -> str:
-    """ "update_ema<4>" of "_ZN7fastvlp4cuda..10update_emaILi4EE..": the last part of the name, and
-    numbers that it is made for."""
+    """The last part of a mangled name with the numbers that it is made for.
+
+    update_ema<4> of _ZN7fastvlp4cuda..10update_emaILi4EE..
+    """
     rest, name = mangled.removeprefix("_ZN"), mangled
     while digits := re.match(r"\d+", rest):
         end = digits.end() + int(digits[0])
