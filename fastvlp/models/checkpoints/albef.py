@@ -62,7 +62,7 @@ def load_albef(
     Raises:
         ValueError: the checkpoint does not fit; the model is as it was.
     """
-    given, lavis = _given(source)
+    given, lavis = read_source(source)
     state, notes, reshaped = {}, [], []
     for name, value in given.items():
         if name in QUEUES or name.endswith(REPEATED):
@@ -80,10 +80,10 @@ def load_albef(
         notes.append("no vocabulary head in the checkpoint: it keeps its values")
     if model.queue is not None:
         state |= _queues(model, given, notes)
-    _settle_token_types(state, model, _adds_token_types(token_types, given, lavis), notes)
+    settle_token_types(state, model, adds_token_types(token_types, given, lavis), notes)
     for prefix in ("student.", "momentum.module."):
-        _tie(state, f"{prefix}text_encoder.")
-        _resize(state, f"{prefix}visual_encoder.", model.student.visual_encoder, reshaped)
+        tie(state, f"{prefix}text_encoder.")
+        resize(state, f"{prefix}visual_encoder.", model.student.visual_encoder, reshaped)
     report = apply(
         model, state, source="ALBEF", strict=strict, may_miss=may_miss, may_skip=may_skip,
         heads=["itm_head.*", "queue.*", "momentum.*", f"*{HEAD}*"], reshaped=reshaped, notes=notes,
@@ -153,7 +153,7 @@ def load_vit(model: Albef, source: Source, *, strict: bool = True) -> LoadReport
     tower = model.student.visual_encoder
     reshaped, notes = [], []
     state = plain_vit(_state(source), notes)
-    _resize(state, "", tower, reshaped)
+    resize(state, "", tower, reshaped)
     report = apply(
         tower, state, source="timm ViT", strict=strict, may_skip=CLASSIFIERS, reshaped=reshaped,
         notes=notes,
@@ -180,13 +180,13 @@ def load_bert(model: Albef, source: Source, *, strict: bool = True) -> LoadRepor
         if not name.startswith(("bert.", "cls.")):
             name = f"bert.{name}"
         if not name.endswith(REPEATED):
-            state[_modern(name)] = value
+            state[modern(name)] = value
     may_miss = ["*.crossattention.*"]
     notes = ["cross-attention keeps its fresh values: BERT has none"]
     if not any(name.startswith("cls.predictions.") for name in state):
         may_miss.append("cls.predictions.*")
         notes.append("no vocabulary head in the checkpoint: it keeps its values")
-    _tie(state, "")
+    tie(state, "")
     report = apply(
         model.student.text_encoder, state, source="BERT", strict=strict, may_miss=may_miss,
         may_skip=["bert.pooler.*", "cls.seq_relationship.*"], heads=["cls.*"], notes=notes,
@@ -210,10 +210,10 @@ def _check_bert(path: Path, config: AlbefConfig) -> None:
 
 
 def _state(source: Source) -> dict[str, Tensor]:
-    return _given(source)[0]
+    return read_source(source)[0]
 
 
-def _given(source: Source) -> tuple[dict[str, Tensor], bool]:
+def read_source(source: Source) -> tuple[dict[str, Tensor], bool]:
     """The state dict, and whether LAVIS saved it."""
     loaded = source if isinstance(source, dict) else read_checkpoint(source)
     config = loaded.get("config")
@@ -221,12 +221,12 @@ def _given(source: Source) -> tuple[dict[str, Tensor], bool]:
     return unwrap(loaded, "state" if loaded is source else source), lavis
 
 
-def _adds_token_types(said: bool | None, given: dict[str, Tensor], lavis: bool) -> bool:
+def adds_token_types(said: bool | None, given: dict[str, Tensor], lavis: bool) -> bool:
     has = any(name.endswith(TYPES.partition(".")[2]) for name in given)
     return (has and not lavis) if said is None else said
 
 
-def _settle_token_types(
+def settle_token_types(
     state: dict[str, Tensor], model: nn.Module, added: bool, notes: list[str]
 ) -> None:
     """Zeros for the token types of each text tower in a state by own names, or a word on them."""
@@ -248,18 +248,18 @@ def _own_name(name: str) -> str:
     tower = tower.removesuffix("_m")
     if tower == "text_encoder":
         rest = rest if rest.startswith(("bert.", "cls.")) else f"bert.{rest}"
-        rest = _modern(rest)
+        rest = modern(rest)
     return f"{place}.{tower}.{rest}"
 
 
-def _modern(name: str) -> str:
+def modern(name: str) -> str:
     """Layer norm's old names, of BERT's first release."""
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name).replace(
         "LayerNorm.beta", "LayerNorm.bias"
     )
 
 
-def _tie(state: dict[str, Tensor], prefix: str) -> None:
+def tie(state: dict[str, Tensor], prefix: str) -> None:
     """The vocabulary's matrix under both of its names."""
     words = state.get(f"{prefix}{WORDS}")
     if words is None:
@@ -272,7 +272,7 @@ def _tie(state: dict[str, Tensor], prefix: str) -> None:
         )
 
 
-def _resize(state: dict[str, Tensor], prefix: str, tower: nn.Module, reshaped: list) -> None:
+def resize(state: dict[str, Tensor], prefix: str, tower: nn.Module, reshaped: list) -> None:
     name = f"{prefix}pos_embed"
     if name not in state:
         return

@@ -19,12 +19,12 @@ from .albef import (
     HEAD,
     REPEATED,
     Source,
-    _adds_token_types,
-    _given,
-    _modern,
-    _resize,
-    _settle_token_types,
-    _tie,
+    adds_token_types,
+    modern,
+    read_source,
+    resize,
+    settle_token_types,
+    tie,
 )
 
 Finetuned = AlbefVqa | AlbefClassifier | AlbefTextAssignment
@@ -58,7 +58,7 @@ def start_from(
         if model.config.vision_width != model.config.text_width:
             may_miss.append("text_decoder.*.crossattention.self.*")
             notes.append("the decoder's keys and values keep fresh values: images differ in width")
-    _resize(state, "visual_encoder.", model.student.visual_encoder, reshaped)
+    resize(state, "visual_encoder.", model.student.visual_encoder, reshaped)
     report = apply(
         model.student, state, source="pretrained ALBEF", strict=strict, may_miss=may_miss,
         may_skip=PRETRAINING + HEADS, reshaped=reshaped, notes=notes,
@@ -80,7 +80,7 @@ def load_finetuned(
     Raises:
         ValueError: the checkpoint does not fit; the model is as it was.
     """
-    given, lavis = _given(source)
+    given, lavis = read_source(source)
     state, notes, reshaped, may_miss, may_skip = {}, [], [], [], ["temp"]
     for name, value in given.items():
         if not name.endswith(REPEATED):
@@ -94,10 +94,10 @@ def load_finetuned(
         may_skip.append("momentum.*")
     else:
         may_miss.append("momentum._extra_state" if twin else "momentum.*")
-    _settle_token_types(state, model, _adds_token_types(token_types, given, lavis), notes)
+    settle_token_types(state, model, adds_token_types(token_types, given, lavis), notes)
     for prefix in ("student.", "momentum.module."):
-        _tie(state, f"{prefix}text_decoder.")
-        _resize(state, f"{prefix}visual_encoder.", model.student.visual_encoder, reshaped)
+        tie(state, f"{prefix}text_decoder.")
+        resize(state, f"{prefix}visual_encoder.", model.student.visual_encoder, reshaped)
     report = apply(
         model, state, source="fine-tuned ALBEF", strict=strict, may_miss=may_miss,
         may_skip=may_skip, heads=[f"*{head}" for head in HEADS], reshaped=reshaped, notes=notes,
@@ -115,7 +115,7 @@ def _own_name(name: str) -> str:
     part = part.removesuffix("_m")
     if part == "text_encoder" and not rest.startswith("bert."):
         rest = f"bert.{rest}"
-    return f"{place}.{part}.{_modern(rest)}"
+    return f"{place}.{part}.{modern(rest)}"
 
 
 def _layers(state: dict[str, Tensor]) -> int:
