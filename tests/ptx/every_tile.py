@@ -96,7 +96,9 @@ def test_sigmoid(run, dtype, m, n, width):
 
 
 @every_target
-@pytest.mark.parametrize("width, kinds", [(72, 0), (72, 7), (128, 7), (256, 0), (256, 7), (320, 7)])
+@pytest.mark.parametrize(
+    "width, kinds", [(72, 0), (72, 7), (128, 7), (256, 0), (256, 7), (320, 7), (512, 0)]
+)
 def test_momentum(run, dtype, width, kinds):
     step = momentum_cases.draw(70, 150, width, dtype, CPU, kinds=kinds)
     momentum.check(run, step)
