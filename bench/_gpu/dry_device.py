@@ -3,8 +3,9 @@
 Inside `with DryDevice():` torch sees one GPU. Tensors put on it are `DryTensor`s: small ones have
 values, which the CPU computes; large ones have a shape only, so that any size costs nothing.
 fastvlp's operators run their CUDA host code, choice of tiles and launches included; every launch is
-compiled exactly as Triton's runtime specialises it and then dropped. The operators' results are the
-CPU kernels' where the inputs have values. Events give times that are made up and say nothing.
+compiled exactly as Triton's runtime specialises it and then dropped; the results are zeros. Results
+of operators that are compiled for CUDA are the CPU kernels' where the inputs have values. Events
+give times that are made up and say nothing.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def _computed(func, args: tuple, kwargs: dict) -> Any:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
             inputs, named = tree_map(functools.partial(_inner, valued=False), (args, kwargs))
             return tree_map_only(torch.Tensor, _with_zeros, func(*inputs, **named))
+    if func is torch.ops.aten._local_scalar_dense.default:  # `item` of what has no value
+        inputs = tree_map_only(torch.Tensor, _with_zeros, inputs)
     return func(*inputs, **named)
 
 
@@ -139,7 +142,8 @@ def _without_values(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _operator(func, args: tuple, kwargs: dict) -> Any:
-    """A fastvlp operator: its CUDA implementation for the launches, the CPU's for the results."""
+    """A fastvlp operator: its CUDA implementation for the launches and the results' shapes, or
+    the CPU's where that is compiled."""
     results = None
     if _written_in_python(func.name()):
         shapes, named = tree_map_only(
@@ -148,11 +152,14 @@ def _operator(func, args: tuple, kwargs: dict) -> Any:
         with _Placement():
             results = func.redispatch(_CUDA, *shapes, **named)
     valued = _valued(args, kwargs)
-    on_cpu = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU")
-    if results is None or (valued and on_cpu):
+    if results is None:
+        on_cpu = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU")
         given, named = tree_map(functools.partial(_inner, valued=valued and on_cpu), (args, kwargs))
-        results = tree_map_only(torch.Tensor, DryTensor, func(*given, **named))
-    return results
+        return tree_map_only(torch.Tensor, DryTensor, func(*given, **named))
+    if not valued:
+        return results
+    # Zeros: the CPU's kernels do not take the blocks that the GPU's plan has chosen.
+    return tree_map_only(DryTensor, lambda t: DryTensor(_with_zeros(t.inner)), results)
 
 
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)

@@ -131,17 +131,35 @@ def test_tests_past_the_deadline_are_named_and_known_ones_not_run_again(tmp_path
     assert len(names) == len(set(names)) > len(found)
 
 
-def test_tensors_of_a_dry_run_become_lists():
+def dry_run(*lines):
+    """What the lines print in a process where `device` is a dry device."""
+    body = "".join(f"    {line}\n" for line in lines)
     code = (
-        "import torch\nfrom _gpu import dry_device\n"
-        "with dry_device.DryDevice():\n"
-        "    starts = torch.tensor([[0, 3], [5, 9]], device='cuda')\n"
-        "    large = torch.empty(1, dry_device.LARGE + 1, device='cuda')[:, :2]\n"
-        "    print(starts.device, starts.tolist(), starts[1].tolist(), large.tolist())\n"
+        f"import torch\nfrom _gpu import dry_device\nwith dry_device.DryDevice() as device:\n{body}"
     )
     path = os.pathsep.join([str(BENCH), str(BENCH.parent)])
     done = python(BENCH.parent, "-c", code, PYTHONPATH=path)
-    assert done.stdout == "cuda:0 [[0, 3], [5, 9]] [5, 9] [[0.0, 0.0]]\n", done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_tensors_of_a_dry_run_become_lists_and_numbers():
+    printed = dry_run(
+        "starts = torch.tensor([[0, 3], [5, 9]], device='cuda')",
+        "large = torch.empty(1, dry_device.LARGE + 1, device='cuda')[:, :2]",
+        "print(starts.device, starts.tolist(), starts[1].tolist(), large.tolist())",
+        "print(large.sum().item())",
+    )
+    assert printed == "cuda:0 [[0, 3], [5, 9]] [5, 9] [[0.0, 0.0]]\n0.0\n"
+
+
+def test_a_dry_run_does_not_hand_the_plan_of_the_gpu_to_the_cpu():
+    printed = dry_run(
+        "from fastvlp.ops import contrastive",
+        "x = torch.ones(1000, 65, dtype=torch.bfloat16, device='cuda')",
+        "print(contrastive(x, x, 1.0, workspace_bytes=1).shape, len(device.launches) > 1)",
+    )
+    assert printed == "torch.Size([]) True\n"
 
 
 def test_a_lost_process_of_the_tests_is_replaced(tmp_path):
