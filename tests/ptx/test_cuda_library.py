@@ -1,6 +1,7 @@
 """The host code of csrc/cuda on CPU tensors: what it launches, with which arguments."""
 
 import ctypes
+import re
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ KERNELS = (
     "tile_statistics", "finish_rows", "finish_cols", "write_softmax_gradient", "sigmoid_tile",
     "add_partials", "update_ema", "step_adamw", "clear_last", "find_exceeding",
 )  # fmt: skip
+MULTI_TENSOR = ["update_emaILi4E", "step_adamwILi4E"]
 BLOCK = (256, 1, 1)
 
 
@@ -36,6 +38,17 @@ def test_every_kernel_is_in_the_ptx_of_every_target(library):
         assert f".target sm_{target}\n" in text
         for kernel in KERNELS:
             assert f"{len(kernel)}{kernel}" in text, (target, kernel)
+
+
+@pytest.mark.parametrize("kernel", ["write_softmax_gradient", "sigmoid_tile"] + MULTI_TENSOR)
+def test_neighbours_are_stored_in_one_access(library, kernel):
+    """Of a plain assignment nvcc makes a store for each of the four."""
+    for modules in library.ptx.values():
+        entries = [text for module in modules for text in module.split(".entry ")[1:]]
+        entries = [text for text in entries if kernel in text.split("(")[0]]
+        assert entries
+        for text in entries:
+            assert re.search(r"\bst\.global\.wb\.v[24]\.", text), text.split("(")[0]
 
 
 def test_statistics_of_tiles_then_of_rows_and_columns(launches):

@@ -7,6 +7,7 @@
 
 #include "contrastive.h"
 #include "../core/launch.h"
+#include "../core/vector_store.h"
 
 namespace fastvlp::cuda {
 namespace {
@@ -193,19 +194,16 @@ __device__ __forceinline__ void convert(float v, __half* out) { *out = __float2h
 template <class T>
 __device__ __forceinline__ void store_gradients(const Products& p, const Output& out, int64_t row,
                                                 int64_t col, const float* g) {
-  struct alignas(kVector * sizeof(T)) Vector {
-    T v[kVector];
-  };
-  Vector values;
+  T values[kVector];
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) convert(g[k], &values.v[k]);
+  for (int k = 0; k < kVector; ++k) convert(g[k], &values[k]);
   T* at = static_cast<T*>(out.data) + row * out.stride + col;
   if (out.vectorized && col + kVector <= p.cols) {
-    *reinterpret_cast<Vector*>(at) = values;
+    store_four(at, values);
   } else {
 #pragma unroll
     for (int k = 0; k < kVector; ++k)
-      if (col + k < p.cols) at[k] = values.v[k];
+      if (col + k < p.cols) at[k] = values[k];
   }
 }
 

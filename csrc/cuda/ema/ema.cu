@@ -10,6 +10,7 @@
 
 #include "ema.h"
 #include "../core/launch.h"
+#include "../core/vector_store.h"
 
 namespace fastvlp::cuda {
 namespace {
@@ -88,9 +89,7 @@ __device__ __forceinline__ void store_halves(void* data, int64_t at, const float
   T four[kVector];
 #pragma unroll
   for (int k = 0; k < kVector; ++k) store(four, element_of<T>(), k, v[k]);
-  Halves raw;
-  memcpy(&raw, four, sizeof(raw));
-  *reinterpret_cast<Halves*>(static_cast<T*>(data) + at) = raw;
+  store_four(static_cast<T*>(data) + at, four);
 }
 
 template <int kWidth>
@@ -122,7 +121,8 @@ __device__ __forceinline__ void store(const Chunk<kWidth>& c, int list, int64_t 
     if (c.is_whole(list, at)) {
       if (element == Element::kBFloat16) return store_halves<__nv_bfloat16>(data, at, v);
       if (element == Element::kFloat16) return store_halves<__half>(data, at, v);
-      *reinterpret_cast<float4*>(static_cast<float*>(data) + at) = float4{v[0], v[1], v[2], v[3]};
+      const float four[kVector] = {v[0], v[1], v[2], v[3]};
+      store_four(static_cast<float*>(data) + at, four);
       return;
     }
   }

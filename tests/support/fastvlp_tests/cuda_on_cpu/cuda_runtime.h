@@ -25,6 +25,16 @@
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+template <class T>
+void __stwb(T* at, T value) {
+  *at = value;
+}
 struct Index {
   unsigned x;
 };
