@@ -67,13 +67,18 @@ def instruction_set_fault() -> str | None:
     forced = os.environ.get("FASTVLP_CPU_ISA")
     if not forced or _load():
         return None
-    usable = torch.ops.fastvlp.cpu_instruction_sets().split(",")
+    usable = instruction_sets()
     if forced in usable:
         return None
     return (
         f"FASTVLP_CPU_ISA: expected one of {', '.join(usable)}, which this CPU runs, got "
         f"{forced!r}; unset it to use the fastest"
     )
+
+
+def instruction_sets() -> list[str]:
+    """Those that the compiled operators have and this CPU runs, the fastest first."""
+    return torch.ops.fastvlp.cpu_instruction_sets().split(",")
 
 
 def build_info() -> dict[str, str]:

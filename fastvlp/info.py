@@ -43,7 +43,7 @@ def _build() -> list[str]:
     if watched := facts.get("sanitizer"):
         lines.append(f"CPU kernels instrumented by the sanitizer of: {watched}; they are slow")
     if not _native.load():
-        usable = torch.ops.fastvlp.cpu_instruction_sets().split(",")
+        usable = _native.instruction_sets()
         fault = _native.instruction_set_fault()
         forced = os.environ.get("FASTVLP_CPU_ISA")
         used = "none, see below" if fault else forced or usable[0]

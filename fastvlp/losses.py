@@ -23,8 +23,8 @@ from torch import nn
 
 from . import ops
 from .distributed import Shards, agree, gather_rows, reporting, spans_ranks
-from .ops._core.checks import as_scalar, check_count, check_features
 from .ops.autocast import as_autocast
+from .ops.checks import as_scalar, check_count, check_features
 
 
 class _ContrastiveLoss(nn.Module):

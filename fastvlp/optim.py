@@ -130,7 +130,7 @@ class AdamWEma(torch.optim.Optimizer):
         self._expected_updates = updates
 
     def _refuse_other_momentum(self) -> None:
-        self.ema._refuse_while_swapped("step()")
+        self.ema.refuse_while_swapped("step()")
         if self._expected_updates not in (None, self.ema.num_updates):
             raise RuntimeError(
                 f"step(): the loaded state was saved beside an EmaModel of "
@@ -166,9 +166,7 @@ class AdamWEma(torch.optim.Optimizer):
             self._refuse_other_momentum()
         batches = self._batches()
         if self.ema is not None:
-            self.ema._tensors.check(
-                frozenset(id(row[0]) for rows in batches.values() for row in rows)
-            )
+            self.ema.check_rest(frozenset(id(row[0]) for rows in batches.values() for row in rows))
         if self.check_finite:
             self._refuse_nonfinite([row for batch in batches.values() for row in batch])
         done: set[int] = set()
@@ -190,7 +188,7 @@ class AdamWEma(torch.optim.Optimizer):
 
     def _update_rest(self, done: frozenset[int]) -> None:
         try:
-            self.ema._update(done)
+            self.ema.update_rest(done)
         except Exception as error:
             if not done:
                 raise

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvlp.data.images.backend import BrokenImages, plans_of
+from fastvlp.data.images.base import BrokenImages, plans_of
 from fastvlp.data.images.conversion import RgbConversion
 from fastvlp.data.images.integrity import ImageFault, open_rgb
 from fastvlp.data.images.recipes import CLIP_MEAN as MEAN

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from fastvlp.data.images import backend as image_backends
-from fastvlp.data.images.backend import BrokenImages
+from fastvlp.data.images.base import BrokenImages
 from fastvlp.data.images.conversion import RgbConversion
 from fastvlp.data.images.integrity import ImageFault
 from fastvlp.data.images.recipes import Recipe

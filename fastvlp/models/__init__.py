@@ -3,20 +3,9 @@
 from fastvlp.models import clip
 """
 
-from importlib import import_module
-
+# All models, so that `load` knows the kind of every file.
+from . import albef, clip, vilt
+from .albef import tasks
 from .base import load, save
 
-_MODELS = ("albef", "clip", "vilt")
-
-__all__ = ["load", "save", *_MODELS]
-
-
-def __getattr__(name: str):
-    if name in _MODELS:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__all__ = ["albef", "clip", "load", "save", "tasks", "vilt"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 from pathlib import Path
@@ -15,24 +14,8 @@ from torch import Tensor, nn
 from fastvlp.models.files import read_json, read_safetensors
 from fastvlp.nn import Dropout, Linear
 
-# Module, configuration and model of each kind, by the name in its saved configuration.
-KINDS = {
-    "clip": ("fastvlp.models.clip", "ClipConfig", "Clip"),
-    "albef": ("fastvlp.models.albef", "AlbefConfig", "Albef"),
-    "vilt": ("fastvlp.models.vilt", "ViltConfig", "Vilt"),
-    "albef-retrieval": ("fastvlp.models.albef.tasks.retrieval", "AlbefConfig", "AlbefRetrieval"),
-    "albef-vqa": ("fastvlp.models.albef.tasks.vqa", "FinetuningConfig", "AlbefVqa"),
-    "albef-classifier": (
-        "fastvlp.models.albef.tasks.classification",
-        "ClassifierConfig",
-        "AlbefClassifier",
-    ),
-    "albef-text-assignment": (
-        "fastvlp.models.albef.tasks.classification",
-        "FinetuningConfig",
-        "AlbefTextAssignment",
-    ),
-}
+# The model of each kind; the package imports all of its own.
+_MODELS: dict[str, type[Model]] = {}
 
 
 class Switched(nn.Module):
@@ -44,10 +27,24 @@ class Switched(nn.Module):
 class Model(Switched):
     """A model made from a frozen dataclass of its sizes.
 
-    Subclasses set `kind`, a key of ``KINDS``, and are made from their configuration alone.
+    A subclass that sets `kind`, its name in saved files, and `config_type`, and is made from its
+    configuration alone, can be saved and loaded once it is defined.
     """
 
     kind: ClassVar[str]
+    config_type: ClassVar[type]
+
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        if "kind" not in vars(cls):  # shared by several models, or a variant of one
+            return
+        taken = _MODELS.setdefault(cls.kind, cls)
+        if taken.__qualname__ != cls.__qualname__:
+            raise TypeError(
+                f"kind: expected a name of its own for {cls.__qualname__}, got {cls.kind!r}, which "
+                f"is that of {taken.__qualname__}"
+            )
+        _MODELS[cls.kind] = cls  # the present one, where a module is loaded again
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -116,8 +113,8 @@ def load(path: str | Path, kind: str | None = None) -> Model:
     weights, config = _files(path)
     described = read_json(config)
     found = described.get("kind", "clip")
-    if found not in KINDS or kind not in (None, found):
-        raise ValueError(f"path: expected {kind or sorted(KINDS)} in {config}, got {found!r}")
+    if found not in _MODELS or kind not in (None, found):
+        raise ValueError(f"path: expected {kind or kinds()} in {config}, got {found!r}")
     try:
         model = from_description(described)
         model.load_state_dict(_with_ties(read_safetensors(weights), model))
@@ -137,9 +134,13 @@ def description(model: Model) -> dict:
 def from_description(described: dict) -> Model:
     """A model of this kind and configuration, with weights of its own."""
     sizes = dict(described)
-    module, config_name, model_name = KINDS[sizes.pop("kind", "clip")]
-    module = importlib.import_module(module)
-    return getattr(module, model_name)(getattr(module, config_name)(**_tuples(sizes)))
+    model = _MODELS[sizes.pop("kind", "clip")]
+    return model(model.config_type(**_tuples(sizes)))
+
+
+def kinds() -> list[str]:
+    """The kinds of models that can be loaded."""
+    return sorted(_MODELS)
 
 
 def _tuples(described: dict) -> dict:

@@ -133,15 +133,24 @@ class EmaModel(nn.Module):
         With `check_finite` a NaN or an infinity in a parameter or averaged buffer raises
         FloatingPointError before anything is written; on a GPU this waits for the device.
         """
-        self._update(frozenset(), check_finite)
+        self.update_rest(frozenset(), check_finite=check_finite)
 
-    def _update(self, done: frozenset[int], check_finite: bool = False) -> None:
-        # `done`: identities of parameters whose momentum an optimiser has updated already.
-        self._refuse_while_swapped("update()")
+    def check_rest(self, done: frozenset[int]) -> None:
+        """Raises what `update_rest` would of tensors that do not match; writes nothing."""
+        self._tensors.check(done)
+
+    def update_rest(self, done: frozenset[int], *, check_finite: bool = False) -> None:
+        """`update` without the parameters, known by identity, whose momentum an optimiser has
+        updated already."""
+        self.refuse_while_swapped("update()")
         self._tensors.move(
             self.current_decay(), self.buffers_policy == "average", done, check_finite
         )
         self.num_updates += 1
+
+    def refresh_copy(self) -> None:
+        """The low-precision copy takes the momentum's values, after they were set by hand."""
+        self._tensors.refresh_copy()
 
     def pairs(self) -> dict[int, tuple[torch.Tensor, torch.Tensor | None]]:
         """For the identity of each parameter of the model: its momentum and its copy."""
@@ -155,7 +164,7 @@ class EmaModel(nn.Module):
         one tensor of memory; where dtypes differ the model's value is kept aside. Leaving restores
         both to the bit, after an exception too.
         """
-        self._refuse_while_swapped("swap()")
+        self.refuse_while_swapped("swap()")
         self._swapped = True
         held: list[tuple] = []
         try:
@@ -168,18 +177,19 @@ class EmaModel(nn.Module):
                     _exchange(theirs, ours) if kept is None else theirs.copy_(kept)
             self._swapped = False
 
-    def _refuse_while_swapped(self, what: str) -> None:
+    def refuse_while_swapped(self, what: str) -> None:
+        """Raises RuntimeError, naming the call `what`, inside of `swap`."""
         if self._swapped:
             raise RuntimeError(
                 f"{what}: the model and its momentum are swapped; leave swap() first"
             )
 
     def state_dict(self, *args, **kwargs):
-        self._refuse_while_swapped("state_dict()")
+        self.refuse_while_swapped("state_dict()")
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args, **kwargs):
-        self._refuse_while_swapped("load_state_dict()")
+        self.refuse_while_swapped("load_state_dict()")
         return super().load_state_dict(*args, **kwargs)
 
     def get_extra_state(self) -> torch.Tensor:
@@ -241,7 +251,7 @@ def _expect_no_copy(module, state, prefix, *_):
 
 
 def _refresh_copy(module, _):
-    module._tensors.refresh_copy()
+    module.refresh_copy()
 
 
 def _averages(t: torch.Tensor) -> bool:

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.nn.dropout import apply_mask, draw_dropout
-from fastvlp.ops._core.checks import check_tensor
 from fastvlp.ops.autocast import as_autocast, autocasts
+from fastvlp.ops.checks import check_tensor
 from fastvlp.ops.matmul.api import product
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlp.ops._core.checks import check_tensor
+from fastvlp.ops.checks import check_tensor
 from fastvlp.ops.matmul.api import product, runs_natively
 
 

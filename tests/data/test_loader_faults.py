@@ -8,7 +8,7 @@ from fastvlp_tests import photo_shards
 from fastvlp_tests.loader_cases import content, indices
 from fastvlp_tests.tiny_vocabularies import bert_vocabulary
 
-from fastvlp.data.images.backend import BrokenImages
+from fastvlp.data.images.base import BrokenImages
 from fastvlp.data.images.integrity import ImageFault
 from fastvlp.data.loader import TooManyBroken
 from fastvlp.data.shards.write import Sample, write_shard

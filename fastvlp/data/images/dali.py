@@ -16,7 +16,7 @@ import nvidia.dali.types as types
 import torch
 from nvidia.dali import Pipeline
 
-from fastvlp.data.images.backend import BrokenImages, KernelBackend, Planner, Threaded, plans_of
+from fastvlp.data.images.base import BrokenImages, KernelBackend, Planner, Threaded, plans_of
 from fastvlp.data.images.conversion import RgbConversion
 from fastvlp.data.images.integrity import ImageFault, decode_rgb, jpeg_header
 from fastvlp.data.images.recipes import Plan, Recipe

@@ -16,6 +16,7 @@ read, each pair's first token and the masked ones, and only the latter meet the 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,21 @@ class Losses(NamedTuple):
     mlm: Tensor
 
 
+class MomentumFeatures(NamedTuple):
+    """What a pass adds to the queues."""
+
+    image: Tensor  # [B, embed_dim], unit rows
+    text: Tensor
+    ids: Tensor | None  # int64 [B], with `queue_ids`
+
+
+class Step(NamedTuple):
+    """What one pretraining step computes."""
+
+    losses: Losses
+    features: MomentumFeatures
+
+
 class Albef(WithTwin):
     """The model, its momentum twin and its queues.
 
@@ -59,6 +75,7 @@ class Albef(WithTwin):
     """
 
     kind = "albef"
+    config_type = AlbefConfig
 
     def __init__(self, config: AlbefConfig) -> None:
         super().__init__(config, Towers(config), twin=False)
@@ -71,13 +88,12 @@ class Albef(WithTwin):
             self.queue = FeatureQueue(
                 config.queue_size, config.embed_dim, fill="random", with_ids=config.queue_ids
             )
-        # The twin has moved to the present weights in a step that failed after it.
-        self._moved = False
-        # Features that wait for the end of their step, see `enqueue_held`.
-        self._held: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
-    def forward(self, *args, **kwargs) -> Losses:
-        """`pretraining_loss`, so that a wrapper such as DistributedDataParallel can call it."""
+    def forward(self, *args, return_features: bool = False, **kwargs) -> Losses | Step:
+        """`pretraining_loss`, or with `return_features` `pretraining_step`, so that a wrapper such
+        as DistributedDataParallel can call either."""
+        if return_features:
+            return self.pretraining_step(*args, **kwargs)
         return self.pretraining_loss(*args, **kwargs)
 
     def pretraining_loss(
@@ -92,7 +108,6 @@ class Albef(WithTwin):
         ids: Tensor | None = None,
         update: bool = True,
         momentum_updated: bool = False,
-        hold_features: bool = False,
         check_finite: bool = False,
         seed: Tensor | int | None = None,
     ) -> Losses:
@@ -112,8 +127,6 @@ class Albef(WithTwin):
             update: move the twin and fill the queues.
             momentum_updated: the optimiser has moved the twin already (`AdamWEma(ema=...)`, which
                 does it in one pass with the weights).
-            hold_features: let the features wait for `enqueue_held`, to be called once the step is
-                known to be good, or for `drop_held`.
             check_finite: refuse images, weights and losses that are NaN or infinite; it waits for
                 the device.
             seed: of the hard negatives; None takes one from torch's generator.
@@ -126,49 +139,78 @@ class Albef(WithTwin):
             FloatingPointError: with `check_finite`.
             RuntimeError: the model was made without pretraining.
 
-        After an error the queues are as they were. The twin is too, or, where something failed
-        after it moved, it has moved once: the next call, of the same weights, does not move it
-        again.
+        After an error the queues are as they were. The twin is too, unless the losses were not
+        finite, or an error came while they were computed: then it has moved, and a repeated call
+        says so by `momentum_updated`.
         """
+        batch = self._prepared(
+            images, text_ids, text_mask, masked_ids, labels, alpha, ids, check_finite
+        )
+        if update and not momentum_updated:
+            self.momentum.update(check_finite=check_finite)
+        losses, features = self._computed(batch, seed, check_finite)
+        if update:
+            self.enqueue([features])
+        return losses
+
+    def pretraining_step(
+        self,
+        images: Tensor,
+        text_ids: Tensor,
+        text_mask: Tensor | list[int],
+        masked_ids: Tensor,
+        labels: Tensor,
+        alpha: Tensor | float = 0.4,
+        *,
+        ids: Tensor | None = None,
+        check_finite: bool = False,
+        seed: Tensor | int | None = None,
+    ) -> Step:
+        """The losses of B pairs and the features for the queues, which are left as they are.
+
+        For trainers that know only after the backward pass whether a step is good: then its
+        features go to `enqueue`, else nowhere. The momentum encoder teaches as it is.
+
+        Arguments and errors are those of `pretraining_loss`.
+        """
+        batch = self._prepared(
+            images, text_ids, text_mask, masked_ids, labels, alpha, ids, check_finite
+        )
+        return self._computed(batch, seed, check_finite)
+
+    def enqueue(self, features: Sequence[MomentumFeatures]) -> None:
+        """Fills the queues with the features of one step, of one or of several passes, in order.
+
+        Over ranks every one calls it, however many passes each made.
+        """
+        image, text, ids = zip(*features, strict=True)
+        self.queue.enqueue(
+            torch.cat(image), torch.cat(text), None if ids[0] is None else torch.cat(ids)
+        )
+
+    def _prepared(
+        self, images, text_ids, text_mask, masked_ids, labels, alpha, ids, check_finite
+    ) -> Batch:
         if self.momentum is None:
             raise RuntimeError("pretraining_loss: expected a model made with pretraining=True")
-        self.student.visual_encoder._check(images)
+        self.student.visual_encoder.check(images)
         batch = prepare(
             self.config, images, text_ids, text_mask, masked_ids, labels, alpha, ids
         )  # fmt: skip
-        with torch.no_grad():
-            self.temp.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
         if check_finite and not images.isfinite().all():
             raise FloatingPointError("images: expected finite values; nothing was written")
-        if update and not momentum_updated and not self._moved:
-            self.momentum.update(check_finite=check_finite)
-            self._moved = True
+        with torch.no_grad():
+            self.temp.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
+        return batch
+
+    def _computed(self, batch: Batch, seed, check_finite: bool) -> Step:
         losses, teacher = (albef_reference.step if self.reference else _step)(self, batch, seed)
         losses = Losses(sum(losses), *losses)
         if check_finite and not losses.total.isfinite():
             raise FloatingPointError(
                 f"losses: expected finite values, got {losses}; the queues are as they were"
             )
-        if update:
-            self._held.append((teacher.image, teacher.text, ids))
-            self._moved = False
-            if not hold_features:
-                self.enqueue_held()
-        return losses
-
-    def enqueue_held(self) -> None:
-        """Fills the queues with the features that waited, in their order, at once.
-
-        Over ranks every one calls it, however often each computed its losses.
-        """
-        held, self._held = self._held, []
-        if held:
-            parts = zip(*held, strict=True)
-            self.queue.enqueue(*(None if p[0] is None else torch.cat(p) for p in parts))
-
-    def drop_held(self) -> None:
-        """Forgets the features that waited, those of a step that failed."""
-        self._held = []
+        return Step(losses, MomentumFeatures(teacher.image, teacher.text, batch.pair_ids))
 
 
 def _step(model: Albef, batch: Batch, seed) -> tuple[tuple[Tensor, ...], Teacher]:

@@ -68,7 +68,7 @@ class WithTwin(base.Model):
 
     def refresh_copy(self) -> None:
         """The twin's low-precision copy takes the twin's values, after they were set by hand."""
-        self.momentum.load_state_dict(self.momentum.state_dict())
+        self.momentum.refresh_copy()
 
     def move_twin(self, wanted: bool) -> None:
         """Moves the twin towards the present weights, as before every use as a teacher."""

@@ -24,13 +24,13 @@ def step(model, batch: Batch, seed) -> tuple[tuple[Tensor, ...], Teacher]:
     image_features = student.image_features(images)
     text_features = student.text_features(texts[:, 0])
     teacher = _teach(model, batch)
-    contrast = _contrast(model, batch, image_features, text_features, teacher, seed)
-    matches = Matches.make(contrast.negative_texts, contrast.negative_images)
+    contrasted = contrast(model, batch, image_features, text_features, teacher, seed)
+    matches = Matches.make(contrasted.negative_texts, contrasted.negative_images)
     itm = _matching(model, batch, texts, images, matches)
     hidden = student.fuse_padded(student.encode_padded(masked_ids, batch.mask), batch.mask, images)
     logits = student.text_encoder.predictions.logits(hidden)
     mlm = _language_modelling(logits, teacher.words, batch)
-    return (contrast.loss, itm, mlm), teacher
+    return (contrasted.loss, itm, mlm), teacher
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def _teach(model, batch: Batch) -> Teacher:
     )
 
 
-def _contrast(model, batch, image_features, text_features, teacher, seed):
+def contrast(model, batch, image_features, text_features, teacher, seed):
     keys, device = model.queue.keys(), image_features.device
     if seed is None or not isinstance(seed, Tensor):
         draw = torch.randint(2**62, (), dtype=torch.int64, device=device)

@@ -89,7 +89,7 @@ def _saved(path: Path) -> Path | None:
     for place in places:
         described = Path(f"{place}.json")
         if described.is_file() and Path(f"{place}.safetensors").is_file():
-            if read_json(described).get("kind") in base.KINDS:
+            if read_json(described).get("kind") in base.kinds():
                 return place
     return None
 

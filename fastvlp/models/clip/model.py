@@ -194,6 +194,7 @@ class Clip(base.Model):
     """
 
     kind = "clip"
+    config_type = ClipConfig
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__(config)

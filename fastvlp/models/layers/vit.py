@@ -169,7 +169,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[n, 3, image_size, image_size] floating point → [n, 1 + patches, width]"""
-        self._check(images)
+        self.check(images)
         patches = self.patch_embed(images.to(self.cls_token.dtype)).flatten(1, 2)
         class_token = self.cls_token.to(patches.dtype).expand(len(patches), -1, -1)
         x = torch.cat([class_token, patches], 1) + self.pos_embed.to(patches.dtype)
@@ -178,7 +178,7 @@ class VisionTransformer(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def _check(self, images: Tensor) -> None:
+    def check(self, images: Tensor) -> None:
         if not images.is_floating_point():
             raise TypeError(
                 f"images: expected floating point (normalised pixels), got {images.dtype}"

@@ -111,6 +111,7 @@ class Vilt(vilt_heads.Objectives, base.Model):
     """The single stream and its heads; objectives are methods of `vilt_heads.Objectives`."""
 
     kind = "vilt"
+    config_type = ViltConfig
 
     def __init__(self, config: ViltConfig) -> None:
         super().__init__(config)

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlp.models.layers.vit import Segments
-from fastvlp.ops.packing.layouts import _ranges, _running_sum
-from fastvlp.ops.packing.rows import row_map, to_device
+from fastvlp.ops.packing.rows import ranges, row_map, running_sum, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +67,7 @@ class Sequences:
         """[pairs, width], the first token of each text."""
         if self.segments is None:
             return self.rows[:, 0]
-        return row_map(_running_sum(self._lengths())[:-1], *self._source())(self.rows)
+        return row_map(running_sum(self._lengths())[:-1], *self._source())(self.rows)
 
     def text(self) -> Tensor:
         """[pairs, text_size, width], zeros at padding."""
@@ -88,15 +87,15 @@ class Sequences:
             return self.text().flatten(0, 1), values.flatten(0, 1)
         lengths = torch.tensor(self.text_lengths, dtype=torch.int64)
         count = len(lengths) * self.text_size
-        rows = row_map(_ranges(_running_sum(self._lengths())[:-1], lengths), *self._source())
-        padded = _ranges(torch.arange(len(lengths)) * self.text_size, lengths)
+        rows = row_map(ranges(running_sum(self._lengths())[:-1], lengths), *self._source())
+        padded = ranges(torch.arange(len(lengths)) * self.text_size, lengths)
         return rows(self.rows), row_map(padded, count, values.device)(values.flatten(0, 1))
 
     def _part(self, offset: Tensor, lengths: Tensor, size: int, where: slice) -> Tensor:
         if self.segments is None:
             return self.rows[:, where].masked_fill(~self.key_mask[:, where, None], 0)
         at = torch.arange(size)
-        source = (_running_sum(self._lengths())[:-1] + offset)[:, None] + at
+        source = (running_sum(self._lengths())[:-1] + offset)[:, None] + at
         source = torch.where(at < lengths[:, None], source, -1)
         return row_map(source.flatten(), *self._source())(self.rows).unflatten(
             0, (len(lengths), size)
@@ -119,16 +118,16 @@ def join_packed(
     """Packed sequences of texts [text tokens, width] and the images that `image_index` names."""
     texts = torch.tensor(text_lengths, dtype=torch.int64)
     tokens = torch.tensor(images.lengths, dtype=torch.int64)
-    image_starts = _running_sum(tokens)[image_index] + int(texts.sum())
+    image_starts = running_sum(tokens)[image_index] + int(texts.sum())
     tokens = tokens[image_index]
     # Text and image of each pair by turns.
-    begins = torch.stack([_running_sum(texts)[:-1], image_starts], 1).flatten()
-    source = _ranges(begins, torch.stack([texts, tokens], 1).flatten())
+    begins = torch.stack([running_sum(texts)[:-1], image_starts], 1).flatten()
+    source = ranges(begins, torch.stack([texts, tokens], 1).flatten())
     rows = torch.cat([text, images.rows])
     device = rows.device
     lengths = texts + tokens
     longest = int(lengths.max()) if len(lengths) else 0
-    segments = Segments(to_device(_running_sum(lengths).int(), device), longest)
+    segments = Segments(to_device(running_sum(lengths).int(), device), longest)
     joined = row_map(source, len(rows), device)(rows)
     return Sequences(joined, text_lengths, tuple(tokens.tolist()), text_size, segments)
 
@@ -152,8 +151,8 @@ def first_of_each(first: Tensor, rows: Tensor, counts: tuple[int, ...]) -> Tenso
     """first[i] and then segment i of the packed rows, for every i."""
     lengths = torch.tensor(counts, dtype=torch.int64)
     n = len(counts)
-    begins = torch.stack([torch.arange(n), n + _running_sum(lengths)[:-1]], 1).flatten()
-    source = _ranges(begins, torch.stack([torch.ones_like(lengths), lengths], 1).flatten())
+    begins = torch.stack([torch.arange(n), n + running_sum(lengths)[:-1]], 1).flatten()
+    source = ranges(begins, torch.stack([torch.ones_like(lengths), lengths], 1).flatten())
     return row_map(source, n + len(rows), rows.device)(torch.cat([first, rows]))
 
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvlp.ops._core.philox import philox
 from fastvlp.ops.packing.rows import to_device
+from fastvlp.ops.rng import philox
 
 # Patches that are no part of an image come after all others; random keys are below 2^32.
 LAST = 1 << 32

@@ -32,7 +32,7 @@ from numbers import Integral
 import torch
 
 from .._core.checks import check_count, check_tensor
-from .rows import RowMap, row_map, to_device
+from .rows import RowMap, ranges, row_map, running_sum, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ class TextLayout:
     @classmethod
     def _make(cls, mask, device):
         lengths = mask.sum(1)
-        cu_seqlens = _running_sum(lengths)
+        cu_seqlens = running_sum(lengths)
         where = mask.flatten().nonzero()[:, 0]
         places = torch.full((mask.numel(),), -1)
         places[where] = torch.arange(len(where))
@@ -222,15 +222,15 @@ class PairLayout:
         order = image.argsort(stable=True)
         text_lengths = torch.tensor(texts.lengths, dtype=torch.int64)
         lengths = text_lengths[text]
-        cu_pairs = _running_sum(lengths[order])
+        cu_pairs = running_sum(lengths[order])
         starts = torch.empty_like(lengths)
         starts[order] = cu_pairs[:-1]
         rows_of_images = torch.zeros(images, dtype=torch.int64).index_add_(0, image, lengths)
-        text_starts = _running_sum(text_lengths)[:-1]
-        source = _ranges(text_starts[text[order]], lengths[order])
+        text_starts = running_sum(text_lengths)[:-1]
+        source = ranges(text_starts[text[order]], lengths[order])
         return cls(
             to_device(cu_pairs.int(), device),
-            to_device(_running_sum(rows_of_images).int(), device),
+            to_device(running_sum(rows_of_images).int(), device),
             int(lengths.max()) if len(lengths) else 0,
             int(rows_of_images.max()) if images else 0,
             len(source),
@@ -244,7 +244,7 @@ class PairLayout:
         """Where the tokens of these pairs lie, one pair after another; int64 on the host."""
         numbers, _ = _on_host("pairs", pairs, None)
         _check_index("pairs", numbers, len(self.starts), "pairs")
-        return _ranges(self.starts[numbers], self._lengths[numbers])
+        return ranges(self.starts[numbers], self._lengths[numbers])
 
     def keep(self, rows: Sequence[int] | torch.Tensor) -> KeptRows:
         """Some of the rows (whole numbers, none twice), for a layer whose others nobody reads.
@@ -316,17 +316,3 @@ def _check_index(name, index, count, what):
             f"{name}: expected 0 to {count - 1}, there are {count} {what}; got "
             f"{index.min()} to {index.max()}"
         )
-
-
-def _running_sum(lengths: torch.Tensor) -> torch.Tensor:
-    sums = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-    torch.cumsum(lengths, 0, out=sums[1:])
-    if sums[-1] > torch.iinfo(torch.int32).max:
-        raise ValueError(f"cu_seqlens: expected at most 2**31 - 1 tokens, got {sums[-1]}")
-    return sums
-
-
-def _ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """start, start + 1, ..., `length` numbers for each start."""
-    before = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - before, lengths)

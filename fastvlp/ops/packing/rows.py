@@ -21,6 +21,25 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+def running_sum(lengths: torch.Tensor) -> torch.Tensor:
+    """0 and the sums of the first 1, 2, ... lengths, int64 on the host: where segments begin.
+
+    Raises:
+        ValueError: the last does not fit into int32, which operators take.
+    """
+    sums = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    torch.cumsum(lengths, 0, out=sums[1:])
+    if sums[-1] > torch.iinfo(torch.int32).max:
+        raise ValueError(f"cu_seqlens: expected at most 2**31 - 1 tokens, got {sums[-1]}")
+    return sums
+
+
+def ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """start, start + 1, ..., `length` numbers for each start; int64 on the host."""
+    before = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - before, lengths)
+
+
 @dataclass(frozen=True, eq=False)
 class RowMap:
     """output[i] = input[source[i]], or zeros where i is in `absent`.

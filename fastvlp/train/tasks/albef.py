@@ -54,12 +54,14 @@ class AlbefTask(Task):
         self.held_out, self.chunk_size = held_out or {}, chunk_size
         self.alpha, self.alpha_steps, self.candidates = alpha, alpha_steps, candidates
         self.twin = model.momentum
+        # Of the passes of the present step, for the queues.
+        self.features: list[albef.MomentumFeatures] = []
         model.queue.group = ranks.group
         model.use_reference(reference)
 
     def losses(self, model: nn.Module, batch) -> dict[str, Tensor]:
         text = batch.tokens
-        total, itc, itm, mlm = model(
+        losses, features = model(
             batch.images,
             text.ids,
             text.mask,
@@ -67,20 +69,20 @@ class AlbefTask(Task):
             text.labels,
             self.present_alpha(),
             ids=batch.ids.to(batch.images.device) if self.model.config.queue_ids else None,
-            momentum_updated=True,
-            hold_features=True,
+            return_features=True,
         )
+        self.features.append(features)
+        total, itc, itm, mlm = losses
         return {"loss": total, "itc_loss": itc, "itm_loss": itm, "mlm_loss": mlm}
 
     def backward(
         self, model: nn.Module, batch: Any, scale: float = 1.0, sizes: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
-        # Of a step that was skipped.
-        self.model.drop_held()
+        self.features = []
         return super().backward(model, batch, scale, sizes)
 
     def after_step(self) -> None:
-        self.model.enqueue_held()
+        self.model.enqueue(self.features)
 
     def present_alpha(self) -> float:
         """Alpha of the next step."""

@@ -9,8 +9,8 @@ from fastvlp_tests import photo_shards
 from PIL import Image
 
 from fastvlp.data import Loader, RgbConversion, class_folders
-from fastvlp.data.images import backend as image_backends
-from fastvlp.data.images.backend import BrokenImages
+from fastvlp.data.images import base as image_backends
+from fastvlp.data.images.base import BrokenImages
 from fastvlp.data.images.integrity import MOST_PIXELS, ImageFault, decode_rgb
 from fastvlp.data.images.recipes import recipe
 from fastvlp.data.images.transforms import into_batch, into_batch_by_pillow, value_table

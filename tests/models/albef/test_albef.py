@@ -195,8 +195,9 @@ def test_what_is_not_finite_is_refused():
     assert all(torch.equal(after[k], v) for k, v in before.items())
 
 
-def test_a_step_that_fails_late_moves_the_twin_once():
-    """After an overflow in the fusion layers a repeated step gives what one step alone gives."""
+def test_a_step_that_fails_late_can_be_repeated():
+    """After an overflow in the fusion layers a repeated step, which is told that the momentum
+    encoder has moved, gives what one step alone gives."""
     model, alone = make(), make()
     arguments = batch(model.config)
     queue = model.queue.image_queue.clone()
@@ -206,10 +207,38 @@ def test_a_step_that_fails_late_moves_the_twin_once():
         model.pretraining_loss(*arguments, check_finite=True)
     assert torch.equal(model.queue.image_queue, queue)
     model.itm_head.bias.data.copy_(kept)
-    for each in (model, alone):
-        each.pretraining_loss(*arguments, check_finite=True, seed=3)
+    assert model.momentum.num_updates == 1
+    for each, moved in ((model, True), (alone, False)):
+        each.pretraining_loss(*arguments, check_finite=True, momentum_updated=moved, seed=3)
     ours, theirs = model.state_dict(), alone.state_dict()
     assert all(torch.equal(ours[k], v) for k, v in theirs.items())
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor([7, 8, 7, 9])], ids=["pairs", "equal ids"])
+def test_a_step_leaves_the_state_and_gives_the_features_for_the_queues(ids):
+    model, alone = (make(queue_ids=ids is not None) for _ in range(2))
+    arguments = batch(model.config)
+    for each in (model, alone):
+        each.momentum.update()
+    before = state_of(model)
+    losses, features = model.pretraining_step(*arguments, ids=ids, seed=3)
+    assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
+    wanted = alone.pretraining_loss(*arguments, ids=ids, momentum_updated=True, seed=3)
+    assert losses == wanted
+    # One pass or two: the queues take both alike.
+    model.enqueue([albef.MomentumFeatures(*(t if t is None else t[part] for t in features))
+                   for part in (slice(3), slice(3, 4))])  # fmt: skip
+    assert all(torch.equal(value, alone.state_dict()[name]) for name, value in
+               model.state_dict().items())  # fmt: skip
+
+
+def test_forward_gives_losses_or_the_step():
+    model = make()
+    arguments = batch(model.config)
+    step = model(*arguments, return_features=True, seed=3)
+    assert isinstance(step, albef.Step) and model.queue.position == 0
+    losses = model(*arguments, update=False, seed=3)
+    assert isinstance(losses, albef.Losses) and losses == step.losses
 
 
 @pytest.mark.parametrize("copy", [None, "bfloat16"])
@@ -231,8 +260,9 @@ def test_save_and_load(tmp_path, copy):
 def test_without_pretraining_there_is_no_twin():
     model = make(pretraining=False)
     assert model.momentum is None and not any("queue" in name for name in model.state_dict())
-    with pytest.raises(RuntimeError, match="pretraining=True"):
-        model.pretraining_loss(*batch(model.config))
+    for compute in (model.pretraining_loss, model.pretraining_step):
+        with pytest.raises(RuntimeError, match="pretraining=True"):
+            compute(*batch(model.config))
 
 
 def test_sizes_by_name_and_their_faults():

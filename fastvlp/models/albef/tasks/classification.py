@@ -135,6 +135,7 @@ class AlbefClassifier(WithTwin):
     """
 
     kind = "albef-classifier"
+    config_type = ClassifierConfig
 
     def __init__(self, config: ClassifierConfig) -> None:
         network = _OneImageNetwork if config.images == 1 else _TwoImageNetwork
@@ -201,7 +202,7 @@ class AlbefClassifier(WithTwin):
             raise ValueError(
                 f"images: expected [n, 2, 3, height, width], got {tuple(images.shape)}"
             )
-        self.student.visual_encoder._check(images.flatten(0, 1) if two else images)
+        self.student.visual_encoder.check(images.flatten(0, 1) if two else images)
         texts = Texts.make(self.config, ids, mask, images.device)
         check_count(images, texts)
         return texts
@@ -234,6 +235,7 @@ class AlbefTextAssignment(WithTwin):
     """
 
     kind = "albef-text-assignment"
+    config_type = FinetuningConfig
 
     def __init__(self, config: FinetuningConfig) -> None:
         super().__init__(config, _AssignmentNetwork(config), twin=False)

@@ -59,7 +59,7 @@ def grounding_maps(
         raise ValueError(
             f"layer: expected a fusion layer, {config.text_layers} to {last - 1}, got {layer}"
         )
-    model.student.visual_encoder._check(images)
+    model.student.visual_encoder.check(images)
     texts = Texts.make(config, text_ids, text_mask, images.device)
     if image_of_text is None:
         image_of_text = range(len(images))

@@ -38,6 +38,7 @@ class AlbefRetrieval(Albef):
     """`Albef` with the loss of retrieval fine-tuning; parameters and their names are the same."""
 
     kind = "albef-retrieval"
+    config_type = AlbefConfig
 
     def __init__(self, config: AlbefConfig) -> None:
         super().__init__(config)
@@ -79,7 +80,7 @@ class AlbefRetrieval(Albef):
         """
         if self.momentum is None:
             raise RuntimeError("retrieval_loss: expected a model made with pretraining=True")
-        self.student.visual_encoder._check(images)
+        self.student.visual_encoder.check(images)
         texts = Texts.make(self.config, text_ids, text_mask, images.device)
         check_count(images, texts)
         check_alpha(alpha)
@@ -141,7 +142,7 @@ def _plain_step(model: AlbefRetrieval, batch: _Batch, seed) -> tuple[Tensor, Ten
     teacher = Teacher(image, text, None)
     images = student.encode_image(batch.images)
     texts = student.encode_padded(ids, mask)
-    contrast = albef_reference._contrast(
+    contrast = albef_reference.contrast(
         model, batch, student.image_features(images), student.text_features(texts[:, 0]),
         teacher, seed,
     )  # fmt: skip

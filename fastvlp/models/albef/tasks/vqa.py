@@ -100,6 +100,7 @@ class AlbefVqa(WithTwin):
     """
 
     kind = "albef-vqa"
+    config_type = FinetuningConfig
 
     def __init__(self, config: FinetuningConfig) -> None:
         super().__init__(config, VqaNetwork(config), twin=config.distill)
@@ -214,7 +215,7 @@ class AlbefVqa(WithTwin):
         return Ranking(chosen.gather(1, order), scores)
 
     def _questions(self, images: Tensor, ids: Tensor, mask: Tensor | list[int]) -> Texts:
-        self.student.visual_encoder._check(images)
+        self.student.visual_encoder.check(images)
         texts = Texts.make(self.config, ids, mask, images.device)
         check_count(images, texts)
         return texts
