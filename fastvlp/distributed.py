@@ -1,4 +1,5 @@
-"""What the operators need of process groups: agreement before work, exchange during it.
+"""What the operators need of process groups: validation across ranks before work, exchange during
+it.
 
 Every function is collective: all ranks of the group call it in the same order. Shards may have
 different numbers of rows.
@@ -13,7 +14,7 @@ from types import MappingProxyType
 import torch
 import torch.distributed as dist
 
-# What `agree` has room for.
+# What `validate_across_ranks` has room for.
 _MESSAGE_BYTES, _MOST_FACTS, _MOST_VALUES = 512, 12, 4
 _ROUNDING = 1e-5  # relative, between equal values of two ranks
 # torch 2.14 has renamed it and warns of the old name at every call.
@@ -69,7 +70,7 @@ def spans_ranks(group: dist.ProcessGroup | None) -> bool:
     return group.size() > 1
 
 
-def agree(
+def validate_across_ranks(
     group: dist.ProcessGroup,
     call: str,
     *,
@@ -123,16 +124,17 @@ def agree(
 
 @contextmanager
 def reporting(group: dist.ProcessGroup | None, call: str) -> Iterator[None]:
-    """What precedes an `agree`: an error in the body, of any type, is raised on all ranks.
+    """What precedes a `validate_across_ranks`: an error in the body, of any type, is raised on all
+    ranks.
 
-    The others learn of it by their `agree`, or by their own report. Without a group, or alone in
-    one, the error passes unchanged.
+    The others learn of it by their `validate_across_ranks`, or by their own report. Without a
+    group, or alone in one, the error passes unchanged.
     """
     try:
         yield
     except Exception as error:
         if spans_ranks(group) and not _is_known(error, group):
-            agree(group, call, error=error)
+            validate_across_ranks(group, call, error=error)
         raise
 
 
@@ -160,7 +162,7 @@ def together(groups: Iterable[dist.ProcessGroup], call: str) -> Iterator[None]:
             if _is_known(own, group):
                 continue
             try:
-                agree(group, call, error=found)
+                validate_across_ranks(group, call, error=found)
             except RuntimeError as error:
                 found = error
         if found is own is not None:
@@ -179,7 +181,7 @@ def _is_known(error: Exception | None, group: dist.ProcessGroup) -> bool:
 
 @dataclass(frozen=True)
 class _Head:
-    """What one rank said in `agree`."""
+    """What one rank sent in `validate_across_ranks`."""
 
     rows: int
     failed: bool
@@ -213,7 +215,7 @@ def _compare(ranks: list[_Head], facts: Iterable[str], values: Mapping[str, torc
                     f"rank {rank} of the group: {name}: expected a finite value, got {value}; the "
                     "training has diverged or the parameter was never clamped"
                 )
-        # Processors of different kinds may round a parameter's exponential differently.
+        # CPUs of different kinds may round a parameter's exponential differently.
         unlike = [
             *(
                 (n, a, b)
@@ -239,7 +241,7 @@ def _compare(ranks: list[_Head], facts: Iterable[str], values: Mapping[str, torc
 class Gather:
     """An all-gather of row shards in flight; `rows` waits for it and gives those of some ranks.
 
-    Shards of different sizes travel padded to the largest one.
+    Shards of different sizes are sent padded to the largest one.
     """
 
     def __init__(self, shard: torch.Tensor, shards: Shards):
@@ -335,7 +337,7 @@ class Ring:
         """Whose shard this rank holds after `step` passes."""
         return (self._shards.rank - self._direction * step) % self._shards.world_size
 
-    def start(self, step: int, tensor: torch.Tensor, tag: int) -> "Passing":
+    def start(self, step: int, tensor: torch.Tensor, tag: int) -> "P2PHandle":
         """Sends `tensor`, the one held after `step` passes, and receives its successor.
 
         Exchanges in flight at the same time carry different tags.
@@ -349,11 +351,11 @@ class Ring:
             dist.P2POp(dist.irecv, received, self._from, group, tag),
         ]
         # The sent tensor is kept alive until the pass is over.
-        return Passing(dist.batch_isend_irecv(operations), tensor, received)
+        return P2PHandle(dist.batch_isend_irecv(operations), tensor, received)
 
 
 @dataclass
-class Passing:
+class P2PHandle:
     """One pass of a ring in flight."""
 
     works: list
@@ -367,21 +369,21 @@ class Passing:
 
 
 class RingSum:
-    """Sums that travel round a ring with their shards, each to its owner, terms added on the way.
+    """Sums passed round a ring with their shards, each to its owner, terms added at each rank.
 
     A sum starts at the first rank that receives its shard and needs no pass before that.
     """
 
     def __init__(self, ring: Ring, dtype: torch.dtype):
         self._ring, self._dtype = ring, dtype
-        self._passing: Passing | None = None
+        self._passing: P2PHandle | None = None
 
     def add(self, step: int, part: torch.Tensor) -> None:
         """Adds this rank's term for the shard it holds after `step` passes, 1 to W - 1."""
         total = part if self._passing is None else self._passing.wait().float() + part
         self._passing = self._ring.start(step, total.to(self._dtype), tag=3)
 
-    def home(self, own: torch.Tensor) -> torch.Tensor:
+    def reduce(self, own: torch.Tensor) -> torch.Tensor:
         """The float32 sum for this rank's own shard, its own term added."""
         return self._passing.wait().float() + own
 

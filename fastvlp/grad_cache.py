@@ -3,7 +3,8 @@
 Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
 arXiv 2101.06983, section 3. A contrastive loss couples all pairs of a batch, so that plain
 gradient accumulation changes it. But it sees the encoder only through its features: once the
-gradient by the features is known, each chunk of the batch can go back through the encoder alone.
+gradient with respect to the features is known, each chunk of the batch can go back through the
+encoder alone.
 """
 
 import contextlib
@@ -170,7 +171,7 @@ class GradCache:
     def _backpropagate(self, chunks, states, gradients, modules):
         last = len(chunks) - 1
         for i, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
-            with contextlib.nullcontext() if i == last else unsynchronised(modules):
+            with contextlib.nullcontext() if i == last else no_sync(modules):
                 state.restore()
                 outputs = chunk.encode(self.model)
                 # A number belongs to no chunk. The last one takes its gradient, because DDP
@@ -311,7 +312,7 @@ def _cuda_devices(modules: list[nn.Module], values: list) -> list[torch.device]:
 
 
 @contextlib.contextmanager
-def unsynchronised(modules: list[nn.Module]) -> Iterator[None]:
+def no_sync(modules: list[nn.Module]) -> Iterator[None]:
     """Gradients stay on their rank inside, for DDP and FSDP2 anywhere in the model."""
     with contextlib.ExitStack() as stack:
         for module in modules:

@@ -21,7 +21,7 @@ def _versions() -> list[str]:
     lines = [
         f"fastvlp {fastvlp.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
-        f"processor: {platform.machine()}, {os.cpu_count()} cores, "
+        f"CPU: {platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} torch threads",
     ]
     for index in range(torch.cuda.device_count()):

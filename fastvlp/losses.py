@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
-from .distributed import Shards, agree, gather_rows, reporting, spans_ranks
+from .distributed import Shards, gather_rows, reporting, spans_ranks, validate_across_ranks
 from .ops.autocast import as_autocast
 from .ops.checks import as_scalar, check_count, check_features
 
@@ -153,7 +153,7 @@ class ClipLoss(_ContrastiveLoss):
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Loss of [N, D] features; `{"contrastive_loss": loss}` with `output_dict`.
 
-        Inside torch.autocast the features are cast to its dtype first, as the products of the
+        Inside torch.autocast the features are cast to its dtype first, as the matmuls of the
         plain formulation would be; softmax and sums stay float32.
         """
         image_features, text_features = as_autocast(image_features, text_features)
@@ -214,7 +214,9 @@ class ClipLoss(_ContrastiveLoss):
             scale = as_scalar("logit_scale", logit_scale, image_features, finite=False)
         facts = {"width": image_features.shape[1], "local_loss": self.local_loss}
         values, rows = {"logit_scale": scale}, len(image_features)
-        shards = agree(self.group, "get_logits", rows=rows, facts=facts, values=values)
+        shards = validate_across_ranks(
+            self.group, "get_logits", rows=rows, facts=facts, values=values
+        )
         if self.local_loss and len(set(shards.sizes)) > 1:
             raise ValueError(
                 "image_features: expected equally many on every rank for the logits of "
@@ -229,8 +231,8 @@ class SigLipLoss(_ContrastiveLoss):
     Args:
         cache_labels: accepted and without effect, because no label tensor exists.
         rank, world_size: as in `ClipLoss`.
-        dist_impl: how features travel between ranks in open_clip: "bidir", "shift", "reduce",
-            "gather" or None. All give the same loss; here they travel round a ring.
+        dist_impl: how open_clip sends features between ranks: "bidir", "shift", "reduce",
+            "gather" or None. All give the same loss; here they are passed round a ring.
         chunk_size: rows of logits at a time in open_clip, 0 for all. Without effect on `forward`,
             whose memory `workspace_bytes` bounds; `_loss` of negatives computes so many at a time.
         workspace_bytes, group, comm_dtype: see `fastvlp.ops.contrastive`. Without `group` and

@@ -38,7 +38,7 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number, like th
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _LAST = torch.iinfo(torch.int64).max
-# One independent stream of draws for each question asked about a token.
+# One independent stream of random numbers for each question asked about a token.
 _CHOICE, _FATE, _TOKEN = range(3)
 
 
@@ -159,9 +159,10 @@ def _draw(keys: torch.Tensor, positions: torch.Tensor, stream: int) -> torch.Ten
     return _shift(_mix(_mix(keys + _GOLDEN)[:, None] + counter * _GOLDEN), 1)
 
 
-def _happens(draw: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """Whether a draw, taken for a fraction of its range, lies from ``low`` to below ``high``."""
-    part = draw >> 10  # 53 bits, which a float holds exactly
+def _happens(random: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Whether a random number, taken for a fraction of its range, lies from ``low`` to below
+    ``high``."""
+    part = random >> 10  # 53 bits, which a float holds exactly
     return (part >= round(low * 2**53)) & (part < round(high * 2**53))
 
 

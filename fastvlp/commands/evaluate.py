@@ -272,9 +272,13 @@ class Retrieval(_OfPairs):
             )
             return {name.replace("/", " "): value for name, value in found.items()}
         found = clip.features(model, loader, ranks)
-        images, of_text = found.pictures()
-        ways = retrieval(images, found.texts, of_text, group=ranks.group)
-        return {f"{way} {k}": v for way, result in ways.items() for k, v in result.items()}
+        images, of_text = found.unique_images()
+        directions = retrieval(images, found.texts, of_text, group=ranks.group)
+        return {
+            f"{direction} {k}": v
+            for direction, result in directions.items()
+            for k, v in result.items()
+        }
 
 
 @dataclass

@@ -82,7 +82,7 @@ class Shards:
     """Make finished shards with broken rows again, after images were mended."""
 
     workers: int = 0
-    """Threads that read and check images. By default one per processor."""
+    """Threads that read and check images. By default one per CPU."""
 
     progress: bool = True
     """Show a progress bar."""

@@ -24,7 +24,7 @@ SYSTEMS: dict[str, type[TrainConfig]] = {"clip": TrainClip, "vilt": TrainVilt, "
 
 _USAGE = """usage: {prog} {{{systems}}} OPTIONS
 
-Trains a model. With no options, on the built-in OpenMoji pictures on the machine at hand.
+Trains a model. With no options, on the built-in OpenMoji images on the machine at hand.
 Under torchrun, all its processes train one model. {prog} SYSTEM --help lists the options.
 """
 

@@ -110,7 +110,7 @@ class Loader:
             pixels onto white and maps 16-bit and float images by their range;
             ``RgbConversion(method="pillow")`` is Pillow's ``convert("RGB")``.
         device: where the images go. Default: the GPU if there is one.
-        threads: for decoding and transforming. Default: this process's processors, divided by
+        threads: for decoding and transforming. Default: this process's CPUs, divided by
             torchrun's LOCAL_WORLD_SIZE.
         prefetch: batches made ahead.
         max_broken: largest bearable share of broken samples, and of refused shards.
@@ -151,7 +151,7 @@ class Loader:
         training = self.recipe.training
         shuffle = training if shuffle is None else shuffle
         last_batch = last_batch or ("drop" if training else "partial")
-        threads = threads or _processors()
+        threads = threads or _usable_cpus()
         _check(batch_size >= 1, "batch_size: expected 1 or more", batch_size)
         _check(0 <= rank < world_size, f"rank: expected 0 to {world_size - 1}", rank)
         _check(shuffle >= 0, "shuffle: expected a number of samples", shuffle)
@@ -340,10 +340,10 @@ class Loader:
 
     def _batch(self, step: _Step, epoch: int) -> Batch:
         index = np.array([raw.index for raw in step.kept], np.int64)
-        draws = uniforms(self.seed, epoch, index, self.recipe.uses).tolist()
+        numbers = uniforms(self.seed, epoch, index, self.recipe.uses).tolist()
         with self._making:
             images, mask = self._backend.batch(
-                step.images, lambda i, width, height: self.recipe.plan(width, height, draws[i])
+                step.images, lambda i, width, height: self.recipe.plan(width, height, numbers[i])
             )
         captions = [raw.caption for raw in step.kept]
         if self._clean:
@@ -353,8 +353,8 @@ class Loader:
             keys = []
             if getattr(self._tokenizer, "needs_keys", False):
                 # One more use than the recipe's: independent of what it draws.
-                drawn = bits(self.seed, epoch, index, self.recipe.uses + 1)[:, -1]
-                keys = [torch.from_numpy((drawn >> np.uint64(1)).astype(np.int64))]
+                random = bits(self.seed, epoch, index, self.recipe.uses + 1)[:, -1]
+                keys = [torch.from_numpy((random >> np.uint64(1)).astype(np.int64))]
             tokens = self._tokenizer(captions, *keys)
         ids = torch.tensor([_number(raw) for raw in step.kept], dtype=torch.int64)
         return Batch(images, mask, tokens, captions, ids, torch.from_numpy(index))
@@ -395,7 +395,7 @@ def _number(raw: RawSample) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _processors() -> int:
+def _usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:

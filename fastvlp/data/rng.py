@@ -1,7 +1,7 @@
-"""Random numbers that are functions of what they are for, not of what was drawn before.
+"""Random numbers that are functions of what they are for, not of those taken before.
 
 A number depends on the seed, the epoch, the sample's place in the data set and its use. So a run
-that is resumed, on however many ranks, draws what the unbroken run would have drawn.
+that is resumed, on however many ranks, takes the numbers that the unbroken run would have taken.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvlp.distributed import Gather, agree, reporting, spans_ranks
+from fastvlp.distributed import Gather, reporting, spans_ranks, validate_across_ranks
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Features:
     Attributes:
         images: [pairs, dim].
         texts: [pairs, dim], or None.
-        ids: int64 [pairs], equal for pairs of one picture.
+        ids: int64 [pairs], equal for pairs of one image.
         index: int64 [pairs], rising, the pairs' places in the data; those whose image could not be
             decoded are missing.
     """
@@ -31,13 +31,13 @@ class Features:
     ids: Tensor
     index: Tensor
 
-    def pictures(self) -> tuple[Tensor, Tensor]:
-        """Features of each picture once, and int64 [pairs], the picture of each caption."""
-        _, picture = self.ids.unique(return_inverse=True)
-        first = torch.full((int(picture.max()) + 1,), len(picture), device=picture.device)
-        place = torch.arange(len(picture), device=picture.device)
-        first = first.scatter_reduce(0, picture, place, "amin")
-        return self.images[first], picture
+    def unique_images(self) -> tuple[Tensor, Tensor]:
+        """Features of each image once, and int64 [pairs], the image of each caption."""
+        _, owner = self.ids.unique(return_inverse=True)
+        first = torch.full((int(owner.max()) + 1,), len(owner), device=owner.device)
+        place = torch.arange(len(owner), device=owner.device)
+        first = first.scatter_reduce(0, owner, place, "amin")
+        return self.images[first], owner
 
 
 @torch.inference_mode()
@@ -94,7 +94,7 @@ def products(queries: Tensor, keys: Tensor) -> Tensor:
 
 def _gathered(whole: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
     facts = {"width": whole["images"].shape[1], "encode_texts": "texts" in whole}
-    shards = agree(group, "encode", rows=len(whole["index"]), facts=facts)
+    shards = validate_across_ranks(group, "encode", rows=len(whole["index"]), facts=facts)
     flying = {name: Gather(tensor, shards) for name, tensor in whole.items()}
     return {name: each.rows(slice(None)) for name, each in flying.items()}
 

@@ -1,4 +1,4 @@
-"""Retrieval between images and texts by the product of their features, both ways.
+"""Retrieval between images and texts by the dot product of their features, in both directions.
 
 The protocol of COCO and Flickr30k (Karpathy and Fei-Fei 2015, section 4.1): an image may have
 several captions, a text belongs to one image, and an image is as good as its best-ranked caption.
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastvlp.distributed import Gather, agree, group_device, reporting, spans_ranks
+from fastvlp.distributed import Gather, group_device, reporting, spans_ranks, validate_across_ranks
 from fastvlp.evaluate.features import products
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
@@ -66,7 +66,9 @@ def retrieval(
         row = torch.arange(images, device=owner.device)
     if spans_ranks(group):
         facts = {"images": images, "texts": texts, "width": image_features.shape[1]}
-        agree(group, "retrieval", facts=facts | _checksums(image_features.dtype, owner, ks))
+        validate_across_ranks(
+            group, "retrieval", facts=facts | _checksums(image_features.dtype, owner, ks)
+        )
     to_image = (text_features, image_features, owner, row)
     to_text = (image_features[described], text_features, described, owner)
     image_ranks = _divided_ranks(*to_image, workspace_bytes, group)
@@ -96,7 +98,7 @@ def _divided_ranks(queries, keys, query_label, key_label, workspace_bytes, group
     with reporting(group, "retrieval"):
         found = _ranks(queries[own], keys, query_label[own], key_label, workspace_bytes)
         found = found.to(group_device(group))
-    shards = agree(group, "retrieval", rows=len(found))
+    shards = validate_across_ranks(group, "retrieval", rows=len(found))
     return Gather(found, shards).rows(slice(None)).cpu()
 
 
@@ -196,8 +198,8 @@ def _summary(ranks: Tensor, right: Tensor, candidates: int, ks: Sequence[int]) -
 
 def _chance(right: int, candidates: int, k: int) -> float:
     """Probability that k draws without replacement hit one of the right candidates."""
-    drawn = min(k, candidates)
-    return 1 - math.comb(candidates - right, drawn) / math.comb(candidates, drawn)
+    taken = min(k, candidates)
+    return 1 - math.comb(candidates - right, taken) / math.comb(candidates, taken)
 
 
 def _check_ks(ks: Sequence[int]) -> None:

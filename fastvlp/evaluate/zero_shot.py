@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvlp.distributed import agree, reporting, spans_ranks
+from fastvlp.distributed import reporting, spans_ranks, validate_across_ranks
 from fastvlp.evaluate.features import products
 
 # A short ensemble in the manner of the paper's section 3.1.4. `read_templates` takes any other.
@@ -100,9 +100,9 @@ def accuracy(
     chunk: int = 4096,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
-    """Share of images whose class is among the k of the highest product.
+    """Share of images whose class is among the k of the highest dot product.
 
-    A wrong class with the same product as the right one counts as higher.
+    A wrong class with the same dot product as the right one counts as higher.
 
     Args:
         image_features: [n, dim] of this rank's images.
@@ -123,7 +123,7 @@ def accuracy(
         totals = _counts(image_features, weights, labels, ks, chunk)
     if spans_ranks(group):
         facts = {"classes": len(weights), "ks": crc32(repr(list(ks)).encode())}
-        agree(group, "accuracy", facts=facts)
+        validate_across_ranks(group, "accuracy", facts=facts)
         for total in totals:
             dist.all_reduce(total, group=group)
     hits, seen, first = totals

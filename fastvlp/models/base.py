@@ -18,13 +18,13 @@ from fastvlp.nn import Dropout, Linear
 _MODELS: dict[str, type[Model]] = {}
 
 
-class Switched(nn.Module):
+class ReferenceMixin(nn.Module):
     """A module with two forms of one computation: the kernels', and plain PyTorch's."""
 
     reference = False
 
 
-class Model(Switched):
+class Model(ReferenceMixin):
     """A model made from a frozen dataclass of its sizes.
 
     A subclass that sets `kind`, its name in saved files, and `config_type`, and is made from its
@@ -56,7 +56,7 @@ class Model(Switched):
         The weights, and up to rounding the results, are the same.
         """
         for module in self.modules():
-            if isinstance(module, Switched | Dropout | Linear):
+            if isinstance(module, ReferenceMixin | Dropout | Linear):
                 module.reference = reference
         return self
 
@@ -66,7 +66,7 @@ def plain_attention(
 ) -> Tensor:
     """`fastvlp.nn.attention` by PyTorch alone, [batch, length, heads, head_dim].
 
-    Every row must see a key.
+    Every row must attend to a key.
     """
     allowed = None if key_mask is None else key_mask[:, None, None]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

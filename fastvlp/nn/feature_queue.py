@@ -5,7 +5,7 @@ from numbers import Integral
 import torch
 import torch.distributed as dist
 
-from ..distributed import Gather, Shards, agree, reporting, spans_ranks
+from ..distributed import Gather, Shards, reporting, spans_ranks, validate_across_ranks
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NO_ID = -100  # of rows that no pair was written to, as in ALBEF's retrieval fine-tuning
@@ -60,8 +60,8 @@ class FeatureQueue(torch.nn.Module):
         for name in ("image_queue", "text_queue"):
             rows = torch.zeros(size, dim, dtype=dtype, device=device)
             if fill == "random":
-                drawn = torch.randn(size, dim, device=device)
-                rows.copy_(torch.nn.functional.normalize(drawn, dim=1))
+                random = torch.randn(size, dim, device=device)
+                rows.copy_(torch.nn.functional.normalize(random, dim=1))
             self.register_buffer(name, rows)
         ids = torch.full((size,), NO_ID, dtype=torch.int64, device=device) if with_ids else None
         self.register_buffer("queue_ids", ids)
@@ -171,7 +171,7 @@ class FeatureQueue(torch.nn.Module):
             "with_ids": self.queue_ids is not None,
         }
         values = {"position": self.position, "queue_length": self.queue_length}
-        return agree(
+        return validate_across_ranks(
             self.group, "FeatureQueue.enqueue", rows=len(image), facts=facts, values=values
         )
 

@@ -93,7 +93,8 @@ def feed_forward(
     activation: str = "gelu",
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """W_2 dropout(f(W_1 LN(x) + b_1)) + b_2, which keeps x and the inner product for the backward.
+    """W_2 dropout(f(W_1 LN(x) + b_1)) + b_2, which keeps x and the inner matmul's result for the
+    backward.
 
     Args:
         x: [.., width], any floating dtype; the norm is computed in float32 at least.
@@ -153,7 +154,7 @@ def _check_linear(weight_name: str, weight, bias_name: str, bias, width: int) ->
 
 
 def _normed(x, gain, shift, eps, dtype):
-    """LN(x) in the dtype of the product to come, and the statistics for its backward."""
+    """LN(x) in the dtype of the matmul to come, and the statistics for its backward."""
     if gain is None:
         return x.to(dtype), None, None
     wide = _wide(x)
@@ -168,7 +169,7 @@ def _wide(x):
 
 
 def _norm_backward(gradient, x, gain, shift, mean, rstd):
-    """Gradients by x, gain and shift, in their dtypes."""
+    """Gradients with respect to x, gain and shift, in their dtypes."""
     if gain is None:
         return gradient.to(x.dtype), None, None
     wide = _wide(x)
@@ -179,7 +180,7 @@ def _norm_backward(gradient, x, gain, shift, mean, rstd):
     return dx.to(x.dtype), dgain.to(gain.dtype), dshift.to(shift.dtype)
 
 
-def _product(x, b, bias=None):
+def _matmul(x, b, bias=None):
     """x [.., k] @ b [k, n] + bias"""
     return product(x.reshape(-1, x.shape[-1]), b, bias).view(*x.shape[:-1], b.shape[1])
 
@@ -225,7 +226,7 @@ class _NormLinear(torch.autograd.Function):
             y, mean, rstd = _normed(x, gain, shift, eps, weight.dtype)
             ctx.save_for_backward(x, gain, shift, weight, mean, rstd)
             ctx.eps = eps
-            return _product(y, weight.T, bias)
+            return _matmul(y, weight.T, bias)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -234,7 +235,7 @@ class _NormLinear(torch.autograd.Function):
         def compute(gradient, x, gain, shift, weight, mean, rstd):
             y, _, _ = _normed(x, gain, shift, eps, weight.dtype)
             parameters = _parameter_gradients(gradient, y, wanted[3:5])
-            dnorm = _norm_backward(_product(gradient, weight), x, gain, shift, mean, rstd)
+            dnorm = _norm_backward(_matmul(gradient, weight), x, gain, shift, mean, rstd)
             return *dnorm, *parameters
 
         return *_once(compute, gradient, *ctx.saved_tensors), None
@@ -245,13 +246,13 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx, x, gain, shift, weight1, bias1, weight2, bias2, eps, activation, dropout_p):
         with _plain(x):
             y, mean, rstd = _normed(x, gain, shift, eps, weight1.dtype)
-            inner = _product(y, weight1.T, bias1)
+            inner = _matmul(y, weight1.T, bias1)
             activated, keep, factor = ACTIVATIONS[activation](inner), None, 1.0
             if dropout_p:
                 activated, keep, factor = draw_dropout(activated, dropout_p)
             ctx.save_for_backward(x, gain, shift, weight1, weight2, mean, rstd, inner, keep)
             ctx.eps, ctx.activation, ctx.factor = eps, activation, factor
-            return _product(activated, weight2.T, bias2)
+            return _matmul(activated, weight2.T, bias2)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -265,12 +266,12 @@ class _FeedForward(torch.autograd.Function):
             activated = dropped(ACTIVATIONS[activation](inner))
             outer = _parameter_gradients(gradient, activated, wanted[5:7])
             del activated  # before the next tensor of its size is made
-            dactivated = dropped(_product(gradient, weight2))
+            dactivated = dropped(_matmul(gradient, weight2))
             dinner = _BACKWARD[activation](dactivated, inner)
             del dactivated
             y, _, _ = _normed(x, gain, shift, eps, weight1.dtype)
             first = _parameter_gradients(dinner, y, wanted[3:5])
-            dnorm = _norm_backward(_product(dinner, weight1), x, gain, shift, mean, rstd)
+            dnorm = _norm_backward(_matmul(dinner, weight1), x, gain, shift, mean, rstd)
             return *dnorm, *first, *outer
 
         return *_once(compute, gradient, *ctx.saved_tensors), None, None, None

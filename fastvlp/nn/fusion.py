@@ -13,7 +13,7 @@ Parameters have the names of transformers' BertLayer and of ALBEF's checkpoints 
 Cost forward, for T text rows, n images of L tokens, widths D (text) and E (images), feed-forward
 width I, H heads of d = D / H:
 
-    text        2 T D (6 D + 2 I)      q, k, v, output; query, output; two feed-forward products
+    text        2 T D (6 D + 2 I)      q, k, v, output; query, output; two feed-forward matmuls
     images      4 n L E D              keys and values, once for each image
     attention   4 D (sum over pairs of t^2 + sum over images of rows * L)
 
@@ -52,7 +52,7 @@ class _BertParameters(nn.Module):
         attention_dropout: of the attention weights.
     """
 
-    # By what the padded form attends: "eager" products, or "sdpa", which has no weights to return.
+    # By what the padded form attends: "eager" matmuls, or "sdpa", which has no weights to return.
     padded_attention = "eager"
 
     def __init__(
@@ -135,7 +135,7 @@ class _BertParameters(nn.Module):
         """
         self._check_images(images)
         if return_probs and (images is None or self.padded_attention == "sdpa"):
-            raise ValueError("return_probs: expected cross-attention by eager products")
+            raise ValueError("return_probs: expected cross-attention by eager matmuls")
         allowed = text_mask[:, None, None]
         if causal:
             length = tokens.shape[1]
@@ -204,8 +204,8 @@ class FusionLayer(_BertParameters):
                 cross-attention only.
             cu_seqlens_images: int32 [n + 1], the first row of each image's pairs.
             cu_seqlens_keys: int32 [n + 1], for packed images.
-            key_mask: bool [n, L] or [total keys], False for image tokens that no text sees.
-            causal: a token sees its own pair up to itself only (text decoders).
+            key_mask: bool [n, L] or [total keys], False for masked image tokens.
+            causal: a token attends to its own pair up to itself only (text decoders).
             max_seqlen_pairs, max_seqlen_images, max_seqlen_keys: the longest pair, the most rows
                 of an image, the most keys; where given nothing waits for the device to tell.
             keep: the rows to compute (`PairLayout.keep`), where nobody reads the others: all
@@ -340,5 +340,5 @@ class _Output(nn.Module):
         return self.finish(self.dense(x), residual)
 
     def finish(self, y: Tensor, residual: Tensor) -> Tensor:
-        """What follows the product."""
+        """What follows the matmul."""
         return self.LayerNorm(residual + self.dropout(y))

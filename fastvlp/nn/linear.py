@@ -2,7 +2,7 @@
 
     y = x W^T + b
 
-The same as PyTorch's but for the rate of float32 products on a CPU with tiles of bfloat16.
+The same as PyTorch's but for the rate of float32 matmuls on a CPU with AMX tiles of bfloat16.
 """
 
 import torch
@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by `linear`. `reference` leaves the product to PyTorch."""
+    """`nn.Linear` by `linear`. `reference` leaves the matmul to PyTorch."""
 
     reference = False
 

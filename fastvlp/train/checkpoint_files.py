@@ -2,7 +2,7 @@
 
 `checksums.json` in a checkpoint's folder has the size and the CRC-32 of every other file there.
 They are taken in the background when the checkpoint is written and compared before it is used;
-both read each file once, at some 2 GB/s on one processor core.
+both read each file once, at some 2 GB/s on one CPU core.
 
 torch.distributed.checkpoint keeps its description of a checkpoint, `.metadata`, and values that are
 no tensors as pickles, which could run any code. Here a pickle may name the classes of that

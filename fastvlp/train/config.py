@@ -70,7 +70,7 @@ class TrainConfig:
 
     chunk_size: int | None = None
     """Pairs that go through the model at a time on each rank. CLIP's gradients stay exact; ViLT
-    draws what does not match, and ALBEF contrasts, within a chunk."""
+    samples what does not match, and ALBEF contrasts, within a chunk."""
 
     lr: float = 1e-3
     """Highest learning rate."""
@@ -82,7 +82,7 @@ class TrainConfig:
     """AdamW's epsilon."""
 
     weight_decay: float = 0.01
-    """Decay of the weights, of those that each system decays."""
+    """Weight decay of the parameters that each system applies it to."""
 
     clip_norm: float | None = None
     """Scale gradients down to this norm."""
@@ -91,16 +91,16 @@ class TrainConfig:
     """Shape of the learning rate; see fastvlp.train.schedules."""
 
     warmup: int = 0
-    """Steps of the learning rate's rise."""
+    """Warmup steps of the learning rate."""
 
     warmup_lr: float = 0.0
-    """Where the rise begins, of a staircase."""
+    """Learning rate at the start of warmup, of a step-wise schedule (staircase)."""
 
     final_lr: float = 0.0
     """Where the learning rate ends."""
 
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the products. auto: bfloat16 where the processor has instructions for it."""
+    """Autocast dtype of matmuls. auto: bfloat16 where the CPU or GPU has instructions for it."""
 
     recompute: bool = False
     """Gradient checkpointing: keep block inputs only, and compute blocks again going back."""
@@ -152,7 +152,7 @@ class TrainConfig:
 
 @dataclass
 class TrainClip(TrainConfig):
-    """CLIP on the built-in OpenMoji images: a few minutes on two processor cores."""
+    """CLIP on the built-in OpenMoji images: a few minutes on two CPU cores."""
 
     system: ClassVar[str] = "clip"
 
@@ -209,10 +209,10 @@ class TrainAlbef(TrainConfig):
     """Share of a caption's tokens to mask; 0.15 in the paper, one token of captions like these."""
 
     alpha: float = 0.4
-    """Weight of what the momentum twin teaches."""
+    """Weight of the momentum encoder's targets."""
 
     alpha_epochs: float = 1.0
-    """Length of alpha's rise from 0."""
+    """Epochs over which alpha is warmed up from 0."""
 
     match_ids: bool = True
     """Pairs of equal id match one another, in the batch and in the queue, where a small data set
@@ -222,10 +222,10 @@ class TrainAlbef(TrainConfig):
     """Pairs in the queue. By default the size of the model says."""
 
     momentum: float | None = None
-    """Of the twin, for each step. By default the size of the model says."""
+    """Of the momentum encoder, for each step. By default the size of the model says."""
 
     candidates: int = 32
-    """What the contrastive features choose for re-ranking, for each caption and each picture."""
+    """What the contrastive features choose for re-ranking, for each caption and each image."""
 
     vision_weights: Path | None = None
     """File of a pretrained ViT, timm's or DeiT's, for the image transformer to start from."""
@@ -238,12 +238,12 @@ class TrainAlbef(TrainConfig):
         super().__post_init__()
         if self.ema is not None:
             raise ValueError(
-                "ema: expected none; ALBEF has a moving average already, its momentum twin, whose "
-                f"decay is --momentum; got {self.ema}"
+                "ema: expected none; ALBEF has a moving average already, its momentum encoder, "
+                f"whose decay is --momentum; got {self.ema}"
             )
         if self.parallel != "ddp":
             raise ValueError(
-                "parallel: expected ddp; the momentum twin and re-ranking, which calls fusion "
+                "parallel: expected ddp; the momentum encoder and re-ranking, which calls fusion "
                 f"unequally often on each rank, are not sharded; got {self.parallel}"
             )
 

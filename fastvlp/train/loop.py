@@ -68,7 +68,7 @@ class Loop:
         optimizer: of the model's parameters; one that keeps a moving average moves it in `step`.
         schedule: the learning rate of each step.
         steps: of the whole run.
-        precision: dtype of the products under autocast, or None.
+        precision: autocast dtype of matmuls, or None.
         clip_norm: largest norm of the gradients over all ranks, more than 0; None for no clipping.
         group: the ranks, or None.
         max_skipped: FloatingPointError after so many steps in a row with gradients that are not

@@ -56,7 +56,7 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     place = _device(device)
     own = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if own:
-        # The processor's group is what checkpoints are written over, in the background.
+        # The CPU's group is what checkpoints are written over, in the background.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         if dist.is_initialized():

@@ -152,12 +152,12 @@ class Evaluation:
 def _prepare(config: TrainConfig, task: Task, ranks: Ranks) -> tuple[nn.Module, EmaModel | None]:
     """The model on its device, wrapped for its ranks, and the moving average of its weights."""
     model = task.model.to(ranks.device)
-    twin = None
+    averaged = None
     sharded = config.parallel == "fsdp" and ranks.group is not None
     if config.ema is not None and sharded:
-        twin = copy.deepcopy(model)
-        blocks = _counterparts(task.blocks(), model, twin)
-        parallel.shard(twin, blocks, task.forward_methods)
+        averaged = copy.deepcopy(model)
+        blocks = _counterparts(task.blocks(), model, averaged)
+        parallel.shard(averaged, blocks, task.forward_methods)
     average = None
     if config.ema is not None and not sharded:
         average = EmaModel(model, config.ema)
@@ -169,8 +169,8 @@ def _prepare(config: TrainConfig, task: Task, ranks: Ranks) -> tuple[nn.Module, 
             block.compile(backend=config.compile)
     if sharded:
         model = parallel.shard(model, blocks, task.forward_methods)
-        if twin is not None:
-            average = EmaModel(model, config.ema, module=twin)
+        if averaged is not None:
+            average = EmaModel(model, config.ema, module=averaged)
     else:
         model = parallel.replicate(model, ranks)
     if ranks.group is not None:
@@ -179,9 +179,9 @@ def _prepare(config: TrainConfig, task: Task, ranks: Ranks) -> tuple[nn.Module, 
     return model, average
 
 
-def _counterparts(blocks, model: nn.Module, twin: nn.Module) -> list[nn.Module]:
+def _counterparts(blocks, model: nn.Module, averaged: nn.Module) -> list[nn.Module]:
     names = {id(module): name for name, module in model.named_modules()}
-    return [twin.get_submodule(names[id(block)]) for block in blocks]
+    return [averaged.get_submodule(names[id(block)]) for block in blocks]
 
 
 def _optimizer(
@@ -190,7 +190,7 @@ def _optimizer(
     decayed, others = [], []
     for name, parameter in unwrap(model).named_parameters():
         if parameter.requires_grad:
-            (decayed if task.decays(name, parameter) else others).append(parameter)
+            (decayed if task.uses_weight_decay(name, parameter) else others).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -200,7 +200,7 @@ def _optimizer(
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        ema=task.twin if average is None else average,
+        ema=task.momentum if average is None else average,
     )
 
 
@@ -269,7 +269,7 @@ def _refuse_checkpoints(folder: Path) -> None:
 
 
 def _save(task: Task, kind: type, model: nn.Module, folder: Path, step: int, ranks: Ranks) -> None:
-    """The trained model as one that is whole and on the processor, written by the first rank."""
+    """The trained model as one that is whole and on the CPU, written by the first rank."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
 

@@ -18,12 +18,13 @@ class Schedule:
     """The learning rate of each step.
 
     Attributes:
-        kind: "cosine" of CLIP, "linear" of ViLT, "staircase" of ALBEF; see the functions below.
+        kind: "cosine" of CLIP, "linear" of ViLT, "staircase" (step-wise) of ALBEF; see the
+            functions below.
         lr: the highest rate.
         steps: of the whole run.
-        warmup: steps of the rise.
+        warmup: warmup steps.
         final: the rate that the decay ends at.
-        warmup_from: where the rise begins ("staircase" only).
+        warmup_from: learning rate at the start of warmup ("staircase" only).
         epoch_steps: steps of an epoch ("staircase" only).
     """
 
@@ -40,9 +41,9 @@ class Schedule:
 
 
 def cosine(s: Schedule, step: int) -> float:
-    """CLIP: a linear rise that reaches the rate at its last step, then half a cosine, by step.
+    """CLIP: a linear warmup that reaches the rate at its last step, then half a cosine, by step.
 
-    Radford et al. 2021, section 2.5, with the rise of open_clip: lr (step + 1) / warmup.
+    Radford et al. 2021, section 2.5, with the warmup of open_clip: lr (step + 1) / warmup.
     """
     if step < s.warmup:
         return s.lr * (step + 1) / s.warmup
@@ -51,9 +52,9 @@ def cosine(s: Schedule, step: int) -> float:
 
 
 def linear(s: Schedule, step: int) -> float:
-    """ViLT: a linear rise from 0, then a linear fall that would reach `final` at step `steps`.
+    """ViLT: a linear warmup from 0, then a linear decay that would reach `final` at step `steps`.
 
-    Kim et al. 2021, section 4.2. The first step of a rise has rate 0, as in their code.
+    Kim et al. 2021, section 4.2. The first step of a warmup has rate 0, as in their code.
     """
     if step < s.warmup:
         return s.lr * step / s.warmup
@@ -61,16 +62,16 @@ def linear(s: Schedule, step: int) -> float:
     return s.final + (s.lr - s.final) * max(0.0, left)
 
 
-def staircase(s: Schedule, step: int) -> float:
-    """ALBEF: a rise in 20 stairs, then a cosine that moves once an epoch.
+def step_wise(s: Schedule, step: int) -> float:
+    """ALBEF's "staircase", step-wise: a warmup of 20 levels, then a cosine by epoch.
 
-    Li et al. 2021, section 3.5, with the stairs of their code, which are 100 steps wide there and
-    `warmup` / 20 here. Their rise ends with the first epoch; here it lasts its steps even where
+    Li et al. 2021, section 3.5, with the levels of their code, which last 100 steps there and
+    `warmup` / 20 here. Their warmup ends with the first epoch; here it lasts its steps even where
     epochs are shorter, as those of small data sets are.
     """
-    stairs = 20
+    levels = 20
     if step < s.warmup:
-        return s.warmup_from + (s.lr - s.warmup_from) * (stairs * step // s.warmup) / stairs
+        return s.warmup_from + (s.lr - s.warmup_from) * (levels * step // s.warmup) / levels
     epoch, epochs = step // s.epoch_steps, max(1, math.ceil(s.steps / s.epoch_steps))
     return s.final + (s.lr - s.final) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
@@ -78,5 +79,5 @@ def staircase(s: Schedule, step: int) -> float:
 _KINDS: dict[str, Callable[[Schedule, int], float]] = {
     "cosine": cosine,
     "linear": linear,
-    "staircase": staircase,
+    "staircase": step_wise,
 }

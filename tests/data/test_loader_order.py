@@ -43,12 +43,12 @@ def test_the_order_is_mixed_within_windows():
     assert plain.samples(1, 7).tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_draws_are_uniform_and_functions_of_their_place():
-    drawn = uniforms(7, 2, np.arange(4000), 5)
-    assert abs(drawn.mean() - 0.5) < 0.01 and abs(drawn.var() - 1 / 12) < 0.002
-    assert np.abs(np.corrcoef(drawn.T) - np.eye(5)).max() < 0.06
-    assert abs(np.corrcoef(drawn[1:, 0], drawn[:-1, 0])[0, 1]) < 0.06
-    assert np.array_equal(uniforms(7, 2, np.array([11]), 5)[0], drawn[11])
+def test_random_numbers_are_uniform_and_functions_of_their_place():
+    random = uniforms(7, 2, np.arange(4000), 5)
+    assert abs(random.mean() - 0.5) < 0.01 and abs(random.var() - 1 / 12) < 0.002
+    assert np.abs(np.corrcoef(random.T) - np.eye(5)).max() < 0.06
+    assert abs(np.corrcoef(random[1:, 0], random[:-1, 0])[0, 1]) < 0.06
+    assert np.array_equal(uniforms(7, 2, np.array([11]), 5)[0], random[11])
     assert bits(0, 0, np.array([0]), 2).tolist() != bits(0, 1, np.array([0]), 2).tolist()
     assert sorted(permutation(0, 0, 1, 50)) == list(range(50))
 

@@ -75,7 +75,7 @@ def assert_those_of_one_process(found, sizes, jobs):
         else:
             reference, options = contrastive_reference, {"direction": direction}
         exact = run(reference, image, text, SCALE, BIAS, torch.float64, **options)
-        # What travels in bfloat16 is compared with what plain PyTorch makes of bfloat16 features.
+        # What is sent in bfloat16 is compared with what plain PyTorch makes of bfloat16 features.
         eager_dtype = comm_dtype or dtype
         eager = run(reference, image.to(eager_dtype), text.to(eager_dtype), SCALE, BIAS, **options)
         ours = [torch.cat([result[job][i] for result in found]) for i in (0, 1)]
@@ -136,7 +136,7 @@ def test_every_rank_raises_and_names_the_one(complaints, index):
 
 
 def open_clip_pairs(rank):
-    """Both losses on the same shards, gradients by features and by a parameter under DDP."""
+    """Both losses on the same shards, gradients w.r.t. features and by a parameter under DDP."""
     import open_clip.loss
     from torch.nn.parallel import DistributedDataParallel
 
@@ -161,7 +161,8 @@ def open_clip_pairs(rank):
 
 
 def open_clip_subclasses(rank):
-    """open_clip's distillation on its own ClipLoss and on ours: values, gradients by features."""
+    """open_clip's distillation on its own ClipLoss and on ours: values, gradients w.r.t.
+    features."""
     import open_clip.loss
 
     from fastvlp import losses
@@ -191,7 +192,7 @@ def uneven_logits(rank):
 
 
 def default_flags(rank):
-    """Gradients by features after DDP's averaging, with open_clip's flags, and of the batch."""
+    """Gradients w.r.t. features after DDP's averaging, with open_clip's flags, and of the batch."""
     import open_clip.loss
 
     from fastvlp import losses

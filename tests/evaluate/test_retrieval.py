@@ -61,25 +61,25 @@ def test_equals_brute_force(problem, workspace, dtype):
         workspace_bytes=workspace,
     )
     expected = brute_force(*problem)
-    for way, right in zip(("text_to_image", "image_to_text"), expected, strict=True):
-        assert {key: got[way][key] for key in right} == pytest.approx(right, abs=1e-12)
+    for direction, right in zip(("text_to_image", "image_to_text"), expected, strict=True):
+        assert {key: got[direction][key] for key in right} == pytest.approx(right, abs=1e-12)
 
 
 def test_perfect_features_with_one_caption_each():
     features = torch.eye(7)
     result = retrieval(features, features)
-    for way in ("text_to_image", "image_to_text"):
-        assert result[way]["R@1"] == 1
-        assert result[way]["median_rank"] == 1
-        assert result[way]["chance_R@5"] == pytest.approx(5 / 7)
-        assert result[way]["chance_R@10"] == 1
+    for direction in ("text_to_image", "image_to_text"):
+        assert result[direction]["R@1"] == 1
+        assert result[direction]["median_rank"] == 1
+        assert result[direction]["chance_R@5"] == pytest.approx(5 / 7)
+        assert result[direction]["chance_R@10"] == 1
 
 
 def test_constant_features_score_nothing():
     result = retrieval(torch.ones(40, 3), torch.ones(40, 3))
-    for way in ("text_to_image", "image_to_text"):
-        assert result[way]["R@1"] == result[way]["R@10"] == 0
-        assert result[way]["median_rank"] == 40
+    for direction in ("text_to_image", "image_to_text"):
+        assert result[direction]["R@1"] == result[direction]["R@10"] == 0
+        assert result[direction]["median_rank"] == 40
 
 
 def test_best_caption_counts():

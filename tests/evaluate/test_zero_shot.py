@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvlp_tests.labelled_features import drawn
+from fastvlp_tests.labelled_features import random_problem
 
 from fastvlp.evaluate.zero_shot import TEMPLATES, accuracy, classifier, prompts, read_templates
 
@@ -55,14 +55,14 @@ def by_sorting(features, weights, labels, k):
 
 @pytest.mark.parametrize("chunk", [1, 10, 4096])
 def test_accuracy_is_that_of_sorted_products(chunk):
-    features, weights, labels = drawn()
+    features, weights, labels = random_problem()
     found = accuracy(features, weights, labels, ks=(1, 3), chunk=chunk)
     for k in (1, 3):
         wanted = by_sorting(features, weights, labels, k).double().mean().item()
         assert found[f"top-{k}"] == pytest.approx(wanted)
         assert found[f"chance top-{k}"] == k / 6
     first = by_sorting(features, weights, labels, 1).double()
-    # The last class has no picture and does not count.
+    # The last class has no image and does not count.
     means = [first[labels == c].mean().item() for c in labels.unique()]
     assert found["mean per class"] == pytest.approx(sum(means) / 5)
 
@@ -97,7 +97,7 @@ def test_templates_are_read_and_checked(tmp_path):
     ],
 )
 def test_wrong_labels_are_named(labels, message):
-    features, weights, _ = drawn()
+    features, weights, _ = random_problem()
     with pytest.raises(ValueError, match=f"labels: .*{message}"):
         accuracy(features, weights, labels)
 

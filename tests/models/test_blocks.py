@@ -10,7 +10,8 @@ from fastvlp.nn.feed_forward import quick_gelu
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_never_looks_ahead(causal):
-    """The derivative of output i by input j > i is zero exactly where, and only where, causal."""
+    """The derivative of output i with respect to input j > i is zero exactly where, and only where,
+    causal."""
     torch.manual_seed(0)
     model = layers.Transformer(width=16, layers=3, heads=2, hidden=64, activation="gelu").double()
     x = torch.randn(1, 6, 16, dtype=torch.float64, requires_grad=True)

@@ -41,7 +41,7 @@ def plain(activation, normed):
     return run
 
 
-def drawn(shape, width, hidden, activation, normed, dtype, scale=1.0, seed=0):
+def random_inputs(shape, width, hidden, activation, normed, dtype, scale=1.0, seed=0):
     g = torch.Generator().manual_seed(seed)
 
     def r(*size):
@@ -66,7 +66,7 @@ def drawn(shape, width, hidden, activation, normed, dtype, scale=1.0, seed=0):
 )
 @settings(max_examples=60)
 def test_against_float64(shape, sizes, form, dtype, scale, seed):
-    leaves, upstream = drawn(shape, *sizes, *form, dtype, scale, seed)
+    leaves, upstream = random_inputs(shape, *sizes, *form, dtype, scale, seed)
     got = with_gradients(ours(*form), leaves, upstream)
     eager = with_gradients(plain(*form), leaves, upstream)
     exact = with_gradients(plain(*form), [t.double() for t in leaves], upstream.double())
@@ -78,14 +78,14 @@ def test_against_float64(shape, sizes, form, dtype, scale, seed):
 
 @pytest.mark.parametrize("form", [(None, True), ("gelu", True), ("quick_gelu", False)])
 def test_gradcheck(form):
-    leaves, _ = drawn((3,), 5, 4, *form, torch.float64)
+    leaves, _ = random_inputs((3,), 5, 4, *form, torch.float64)
     assert torch.autograd.gradcheck(ours(*form), [t.requires_grad_() for t in leaves])
 
 
 @pytest.mark.parametrize("form", [(None, True), ("gelu", True), ("gelu", False)])
 @pytest.mark.parametrize("strided", [False, True])
 def test_float32_is_bit_for_bit_the_plain_layers(form, strided):
-    leaves, upstream = drawn((4, 6), 16, 24, *form, torch.float32)
+    leaves, upstream = random_inputs((4, 6), 16, 24, *form, torch.float32)
     if strided:
         leaves[0] = leaves[0].transpose(0, 1).contiguous().transpose(0, 1)
     got = with_gradients(ours(*form), leaves, upstream)
@@ -95,7 +95,7 @@ def test_float32_is_bit_for_bit_the_plain_layers(form, strided):
 
 @pytest.mark.parametrize("form", [(None, True), ("gelu", True), ("gelu", False)])
 def test_autocast(form):
-    leaves, upstream = drawn((4, 6), 16, 24, *form, torch.float32)
+    leaves, upstream = random_inputs((4, 6), 16, 24, *form, torch.float32)
 
     def cast(run):
         def inner(*leaves):
@@ -138,9 +138,9 @@ def kept_bytes(run, leaves):
 def test_only_the_inner_product_is_kept():
     rows, width, hidden = 50, 32, 128
     statistics = 2 * rows * 4
-    leaves, _ = drawn((rows,), width, hidden, "gelu", True, torch.float32)
+    leaves, _ = random_inputs((rows,), width, hidden, "gelu", True, torch.float32)
     assert kept_bytes(ours("gelu", True), leaves) == rows * hidden * 4 + statistics
-    leaves, _ = drawn((rows,), width, hidden, None, True, torch.float32)
+    leaves, _ = random_inputs((rows,), width, hidden, None, True, torch.float32)
     assert kept_bytes(ours(None, True), leaves) == statistics
 
 
@@ -154,7 +154,7 @@ def with_dropout(p):
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
 def test_dropout_is_that_of_the_plain_layers(p):
-    leaves, upstream = drawn((4, 6), 16, 24, "gelu", True, torch.float32)
+    leaves, upstream = random_inputs((4, 6), 16, 24, "gelu", True, torch.float32)
 
     def layers(x, gain, shift, weight1, bias1, weight2, bias2):
         torch.manual_seed(5)
@@ -170,19 +170,19 @@ def test_dropout_is_that_of_the_plain_layers(p):
 
 def test_dropout_keeps_one_byte_a_value():
     rows, width, hidden = 50, 32, 128
-    leaves, _ = drawn((rows,), width, hidden, "gelu", True, torch.float32)
+    leaves, _ = random_inputs((rows,), width, hidden, "gelu", True, torch.float32)
     assert kept_bytes(with_dropout(0.1), leaves) == rows * hidden * 5 + 2 * rows * 4
 
 
 def test_dropout_gradcheck_and_errors():
-    leaves, _ = drawn((3,), 5, 4, "gelu", True, torch.float64)
+    leaves, _ = random_inputs((3,), 5, 4, "gelu", True, torch.float64)
     assert torch.autograd.gradcheck(with_dropout(0.4), [t.requires_grad_() for t in leaves])
     with pytest.raises(ValueError, match="dropout_p: expected a probability, got 1.5"):
         with_dropout(1.5)(*leaves)
 
 
 def test_frozen_parameters_get_no_gradient():
-    leaves, upstream = drawn((5,), 8, 16, "gelu", True, torch.float32)
+    leaves, upstream = random_inputs((5,), 8, 16, "gelu", True, torch.float32)
     leaves = [t.requires_grad_(i in (0, 5)) for i, t in enumerate(leaves)]
     ours("gelu", True)(*leaves).backward(upstream)
     assert [t.grad is not None for t in leaves] == [i in (0, 5) for i in range(7)]
@@ -191,7 +191,7 @@ def test_frozen_parameters_get_no_gradient():
 
 
 def test_compiles_whole_and_refuses_what_it_cannot():
-    leaves, upstream = drawn((5,), 8, 16, "gelu", True, torch.float32)
+    leaves, upstream = random_inputs((5,), 8, 16, "gelu", True, torch.float32)
     compiled = torch.compile(ours("gelu", True), fullgraph=True, backend="aot_eager")
     got = with_gradients(compiled, leaves, upstream)
     expected = with_gradients(ours("gelu", True), leaves, upstream)

@@ -1,4 +1,4 @@
-"""The fusion layer on packed text against its padded twin and against transformers' BertLayer."""
+"""The fusion layer on packed text against its padded form and against transformers' BertLayer."""
 
 import copy
 
@@ -45,20 +45,20 @@ def assert_all_as_accurate(ours, eager, wanted, dtype=torch.float32):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_float64_agrees_with_the_padded_twin(device, masked, causal):
+def test_float64_agrees_with_the_padded_form(device, masked, causal):
     c = case(masked=masked, device=device)
     if masked:
-        c.key_mask[3, 4] = True  # the twin gives a mean where there is no key
+        c.key_mask[3, 4] = True  # the padded form gives a mean where there is no key
     packed, padded = layers(32, 4, 48, 24)
     kwargs = dict(causal=causal, key_mask=c.key_mask)
     ours = gradients(packed_forward, packed.eval(), c, torch.float64, **kwargs)
-    twin = gradients(padded_forward, padded.eval(), c, torch.float64, **kwargs)
-    for name in twin:
-        torch.testing.assert_close(ours[name], twin[name], rtol=1e-10, atol=1e-12, msg=name)
+    plain = gradients(padded_forward, padded.eval(), c, torch.float64, **kwargs)
+    for name in plain:
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("cross", [True, False])
-def test_float32_is_as_accurate_as_the_padded_twin(device, cross):
+def test_float32_is_as_accurate_as_the_padded_form(device, cross):
     c = case(width=64, image_width=48, keys=33, device=device)
     if not cross:
         c.images = None
@@ -70,7 +70,7 @@ def test_float32_is_as_accurate_as_the_padded_twin(device, cross):
 
 
 def test_autocast(device):
-    """bfloat16 products, float32 sums of the residual stream."""
+    """bfloat16 matmuls, float32 sums of the residual stream."""
     c = case(width=64, image_width=48, keys=33, device=device)
     packed, padded = (layer.eval() for layer in layers(64, 4, 128, 48))
     ours = gradients(packed_forward, copy.deepcopy(packed), c, torch.float32, autocast=True)
@@ -167,7 +167,7 @@ def test_packed_images_are_the_same(device):
 
 
 def test_probabilities_belong_to_the_graph(device):
-    """GradCAM: the weights and the gradient of the output by them."""
+    """GradCAM: the weights and the gradient of the output with respect to them."""
     c = case(device=device)
     packed, padded = (layer.eval().to(device) for layer in layers(32, 4, 48, 24))
     text_index, image_index = zip(*PAIRS, strict=True)
@@ -193,34 +193,34 @@ def test_probabilities_belong_to_the_graph(device):
 
 
 @pytest.mark.parametrize("dropout, attention_dropout", [(0.1, 0.0), (0.0, 0.3), (0.2, 0.2)])
-def test_dropout_has_the_moments_of_the_twins(device, dropout, attention_dropout):
-    """One text in 1500 pairs with one image: as many draws of every element."""
-    draws, length = 1500, 3
+def test_dropout_has_the_moments_of_the_padded_form(device, dropout, attention_dropout):
+    """One text in 1500 pairs with one image: as many samples of every element."""
+    samples, length = 1500, 3
     c = case(device=device)
     packed, padded = (
         layer.train().float().to(device)
         for layer in layers(32, 4, 48, 24, dropout=dropout, attention_dropout=attention_dropout)
     )
     text, image = c.text[0, :length].float(), c.images[:1].float()
-    cu_pairs = torch.arange(draws + 1, dtype=torch.int32, device=device) * length
-    cu_images = torch.tensor([0, draws * length], dtype=torch.int32, device=device)
+    cu_pairs = torch.arange(samples + 1, dtype=torch.int32, device=device) * length
+    cu_images = torch.tensor([0, samples * length], dtype=torch.int32, device=device)
     with torch.no_grad():
         torch.manual_seed(5)
-        tokens = text.repeat(draws, 1)
-        ours = packed(tokens, cu_pairs, image, cu_images).unflatten(0, (draws, length))
+        tokens = text.repeat(samples, 1)
+        ours = packed(tokens, cu_pairs, image, cu_images).unflatten(0, (samples, length))
         assert not torch.equal(ours.flatten(0, 1), packed(tokens, cu_pairs, image, cu_images))
         torch.manual_seed(5)
-        again = packed(tokens, cu_pairs, image, cu_images).unflatten(0, (draws, length))
-        mask = torch.ones(draws, length, dtype=torch.bool, device=device)
-        twin = padded(text.expand(draws, -1, -1), mask, image.expand(draws, -1, -1))
+        again = packed(tokens, cu_pairs, image, cu_images).unflatten(0, (samples, length))
+        mask = torch.ones(samples, length, dtype=torch.bool, device=device)
+        plain = padded(text.expand(samples, -1, -1), mask, image.expand(samples, -1, -1))
     assert torch.equal(ours, again)
     for moment in (1, 2):
-        a, b = ours**moment, twin**moment
-        deviation = ((a.var(0) + b.var(0)) / draws).sqrt()
+        a, b = ours**moment, plain**moment
+        deviation = ((a.var(0) + b.var(0)) / samples).sqrt()
         # 96 elements: the largest of them stays below 4.5 standard deviations.
         assert ((a.mean(0) - b.mean(0)).abs() <= 4.5 * deviation).all()
     pairs_alike = (ours[0] == ours[1]).float().mean()
-    assert pairs_alike < 0.01  # every pair has draws of its own
+    assert pairs_alike < 0.01  # every pair has samples of its own
 
 
 def test_dropout_only_in_training(device):

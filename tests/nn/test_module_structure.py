@@ -131,18 +131,20 @@ def test_tables_made_at_the_first_call_may_be_in_the_model_alone():
 @pytest.mark.parametrize("buffers", ["copy", "average"])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_complex_values_are_averaged(buffers, dtype):
-    def drawn():
+    def values():
         return torch.randn(3, 2, dtype=dtype)
 
     torch.manual_seed(0)
-    model = nn.ParameterDict({"weight": nn.Parameter(drawn()), "real": nn.Parameter(torch.ones(2))})
-    model.register_buffer("phase", drawn())
+    model = nn.ParameterDict(
+        {"weight": nn.Parameter(values()), "real": nn.Parameter(torch.ones(2))}
+    )
+    model.register_buffer("phase", values())
     ema = EmaModel(model, 0.9, buffers=buffers)
     weight, phase = model["weight"].detach().clone(), model.phase.clone()
     for _ in range(3):
         with torch.no_grad():
-            model["weight"].add_(drawn())
-            model.phase.copy_(drawn())
+            model["weight"].add_(values())
+            model.phase.copy_(values())
         ema.update(check_finite=True)
         weight = 0.9 * weight + 0.1 * model["weight"].detach()
         phase = 0.9 * phase + 0.1 * model.phase if buffers == "average" else model.phase

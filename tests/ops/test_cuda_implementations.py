@@ -66,7 +66,8 @@ def test_these_are_all_the_implementations(monkeypatch):
 
 # What must wait, each for what the host needs before it can go on:
 # - attention without bounds and labels without max_rows: sizes of launches and of tensors;
-# - a loss over a process group: the sizes of the other ranks' shards, and their errors (`agree`);
+# - a loss over a process group: the sizes of the other ranks' shards, and their errors
+#   (`validate_across_ranks`);
 # - check_finite of the EMA model, the feature queue and the optimiser: whether to raise;
 # - the reference implementations of attention, EMA and AdamW: they walk the values in Python.
 @pytest.mark.parametrize("name, backend", CALLS)

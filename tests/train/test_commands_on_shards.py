@@ -101,10 +101,10 @@ def test_albefs_and_vilts_checkpoints_are_evaluated(published, shards, capsys):
 @pytest.fixture
 def folders(tmp_path):
     for i in range(6):
-        place = tmp_path / "pictures" / ("cat" if i % 2 else "sat")
+        place = tmp_path / "images" / ("cat" if i % 2 else "sat")
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{i}.jpg").write_bytes(photo_shards.jpeg(i))
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 def test_zero_shot_by_a_checkpoint_with_an_ensemble_of_prompts(tmp_path, folders):
@@ -118,7 +118,7 @@ def test_zero_shot_by_a_checkpoint_with_an_ensemble_of_prompts(tmp_path, folders
         "--templates", str(tmp_path / "prompts.txt"), "--classes", str(tmp_path / "names.txt"),
     ]  # fmt: skip
     found = evaluate.parse(["zero-shot", str(tmp_path / "clip"), *arguments]).run()
-    # By definition, one picture and one prompt at a time.
+    # By definition, one image and one prompt at a time.
     from fastvlp.data import class_folders
     from fastvlp.data.images import recipes
     from fastvlp.data.text import ClipTokenizer
@@ -139,8 +139,8 @@ def test_zero_shot_by_a_checkpoint_with_an_ensemble_of_prompts(tmp_path, folders
             classes.append(sum(each) / 2)
         for label, folder in enumerate(("cat", "sat")):
             for path in sorted((folders / folder).iterdir()):
-                picture = class_folders.read(path, size, recipe.mean, recipe.std)
-                feature = model.encode_image(picture[None])
+                image = class_folders.read(path, size, recipe.mean, recipe.std)
+                feature = model.encode_image(image[None])
                 scores = [
                     torch.nn.functional.cosine_similarity(feature, each).item() for each in classes
                 ]

@@ -1,4 +1,5 @@
-"""A killed and resumed ALBEF run ends with the twin and the queues of one that was not killed."""
+"""A killed and resumed ALBEF run ends with the momentum encoder and the queues of one that was not
+killed."""
 
 import signal
 
@@ -25,7 +26,7 @@ def test_the_runs_were_killed_and_then_ended(runs):
     assert set(found["resumed"].values()) == {0}
 
 
-def test_twin_queues_and_all_else_are_those_of_the_whole_run(runs, tmp_path):
+def test_momentum_encoder_queues_and_all_else_are_those_of_the_whole_run(runs, tmp_path):
     folder, found = runs
     whole = last_state(folder / "whole", tmp_path)
     assert int(whole["model"]["momentum._extra_state"]) == 8

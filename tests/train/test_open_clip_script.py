@@ -16,12 +16,12 @@ SHARDS, PER_SHARD, BATCH = 2, 16, 8
 def samples(shard):
     from PIL import Image
 
-    draw = np.random.default_rng(shard)
+    rng = np.random.default_rng(shard)
     for i in range(PER_SHARD):
         png = io.BytesIO()
-        pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(png, "png")
-        text = f"picture {i} of shard {shard}"
+        text = f"image {i} of shard {shard}"
         yield Sample(f"{shard}{i:03d}", {"png": png.getvalue(), "txt": text.encode()})
 
 

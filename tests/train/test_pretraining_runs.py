@@ -1,4 +1,5 @@
-"""ViLT and ALBEF in the engine: what a run leaves, and how twin, chunks and scores count."""
+"""ViLT and ALBEF in the engine: what a run leaves, and how momentum encoder, chunks and scores
+count."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -99,11 +100,11 @@ def test_two_ranks_share_scores_and_queues_and_one_goes_on_from_there(tmp_path):
     for system in SYSTEMS:
         _, task = fit(tmp_path / system, system, steps=9)
         assert len(read_log(tmp_path / system)) == 11  # nine steps, two evaluations
-    assert task.twin.num_updates == 9
+    assert task.momentum.num_updates == 9
     assert int(task.model.queue.position) == 9 * 8 % ALBEF.queue_size
 
 
-def test_the_twin_moves_in_the_optimiser_as_the_paper_has_it():
+def test_the_momentum_encoder_moves_in_the_optimiser_as_the_paper_has_it():
     task, loader = ready("albef")
     other, _ = ready("albef")
     from fastvlp.optim import AdamWEma
@@ -111,13 +112,14 @@ def test_the_twin_moves_in_the_optimiser_as_the_paper_has_it():
     def parameters(model):
         return [p for p in model.parameters() if p.requires_grad]
 
-    fused = AdamWEma(parameters(task.model), lr=1e-2, ema=task.twin)
+    fused = AdamWEma(parameters(task.model), lr=1e-2, ema=task.momentum)
     apart = AdamWEma(parameters(other.model), lr=1e-2)
     for batch in [batch for batch in loader][:3]:
         for each, optimizer in ((task, fused), (other, apart)):
             torch.manual_seed(0)
             if each is other:
-                # The paper moves the twin in the step's forward pass; the first move is none.
+                # The paper moves the momentum encoder in the step's forward pass; the first move is
+                # none.
                 text = batch.tokens
                 moved = each.model.momentum.num_updates
                 alpha = each.alpha * min(1.0, moved / each.alpha_steps)
@@ -141,7 +143,7 @@ def test_alpha_rises_with_the_steps_that_were_taken():
     seen = []
     for _ in range(7):
         seen.append(task.present_alpha())
-        task.twin.num_updates += 1
+        task.momentum.num_updates += 1
     assert seen == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4, 0.4])
 
 
@@ -163,12 +165,12 @@ def test_chunks_cover_the_batch(system):
         assert int(task.model.queue.position) == len(batch)
 
 
-def test_wrong_pictures_are_of_other_ids():
+def test_wrong_images_are_of_other_ids():
     ids = torch.tensor([0, 2, 1, 0])
-    drawn = [vilt.partners(ids, torch.Generator().manual_seed(seed)) for seed in range(50)]
-    assert all((ids[partner] != ids).all() for partner in drawn)
-    # Every other one is drawn.
-    assert [set(column.tolist()) for column in torch.stack(drawn, 1)] == [
+    sampled = [vilt.partners(ids, torch.Generator().manual_seed(seed)) for seed in range(50)]
+    assert all((ids[partner] != ids).all() for partner in sampled)
+    # Every other one is chosen.
+    assert [set(column.tolist()) for column in torch.stack(sampled, 1)] == [
         {1, 2}, {0, 2, 3}, {0, 1, 3}, {1, 2}
     ]  # fmt: skip
     assert vilt.partners(torch.tensor([3, 3])).tolist() == [-1, -1]
@@ -197,20 +199,20 @@ def test_reranking_ranks_by_the_matching_head():
     task, _ = ready("albef")
     model, loader = task.model.eval(), task.held_out["held_out"]
     found = albef_retrieval.retrieval_scores(model, TOKENIZER, loader, 40, task.ranks)
-    # By definition: every caption with every picture, fused in the padded form.
+    # By definition: every caption with every image, fused in the padded form.
     pairs = loader.samples
     images = loader._images.float() / 127.5 - 1
     text = TOKENIZER.padded(loader.captions)
     student = model.student
     with torch.no_grad():
         tokens = student.encode_padded(text.ids, text.mask)
-        pictures = student.encode_image(images)
+        encoded = student.encode_image(images)
         table = torch.stack(
             [
                 model.itm_head(
                     student.fuse_padded(tokens, text.mask, one.expand(pairs, -1, -1))[:, 0]
                 )[:, 1]
-                for one in pictures
+                for one in encoded
             ],
             1,
         )
@@ -224,7 +226,7 @@ def test_reranking_ranks_by_the_matching_head():
 
 
 class Shared:
-    """Held-out pairs of pictures that have one to three captions, the pairs of a picture apart.
+    """Held-out pairs of images that have one to three captions, the pairs of an image apart.
 
     broken: pairs whose image cannot be decoded. removed: pairs that the data have not.
     """
@@ -236,8 +238,8 @@ class Shared:
         left = torch.tensor([i for i in range(10) if i not in removed])
         self.ids = torch.tensor([5, 2, 9, 5, 7, 2, 5, 8, 11, 7])[left]
         self.captions = [str(i) for i in left.tolist()]
-        pictures = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-        self.images = pictures[self.ids]
+        images = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+        self.images = images[self.ids]
 
     def state_dict(self):
         return {}
@@ -269,7 +271,7 @@ def test_reranking_ranks_each_direction_by_its_own_candidates(candidates):
     task, _ = ready("albef")
     model, loader = task.model.eval(), Shared()
     student, text = model.student, TOKENIZER.padded(Shared().captions)
-    names, picture = loader.ids.unique(return_inverse=True)
+    names, image_of_text = loader.ids.unique(return_inverse=True)
     shown = torch.stack([loader.images[loader.ids == name][0] for name in names])
     with torch.no_grad():
         encoded, words = student.encode_image(shown), student.encode_padded(text.ids, text.mask)
@@ -287,12 +289,12 @@ def test_reranking_ranks_each_direction_by_its_own_candidates(candidates):
 
     directions = of_candidates(similarity, table), of_candidates(similarity.T, table.T)
     found = shared_scores(0, candidates)
-    for way, ranked in retrieval_from_scores(*directions, picture).items():
+    for way, ranked in retrieval_from_scores(*directions, image_of_text).items():
         for name in ("R@1", "R@5", "R@10"):
             assert found[f"reranked/{way}/{name}"] == ranked[name]
 
 
-# Pairs without an image: none, the first one of a picture, and all that the second rank has.
+# Pairs without an image: none, the first one of an image, and all that the second rank has.
 BROKEN = [(), (0,), (4, 5, 6, 7, 9)]
 
 
@@ -354,9 +356,9 @@ def test_towers_start_from_given_files(tmp_path):
 def test_decay_is_as_published():
     task, _ = ready("albef")
     named = dict(task.model.named_parameters())
-    assert task.decays("temp", named["temp"])
-    assert task.decays("", named["student.visual_encoder.cls_token"])
-    assert not task.decays("", named["student.visual_encoder.norm.weight"])
+    assert task.uses_weight_decay("temp", named["temp"])
+    assert task.uses_weight_decay("", named["student.visual_encoder.cls_token"])
+    assert not task.uses_weight_decay("", named["student.visual_encoder.norm.weight"])
 
 
 def test_papers_settings_and_what_is_refused():

@@ -129,7 +129,7 @@ def test_commands_train_and_evaluate_on_openmoji(tmp_path, monkeypatch, capsys):
         for k in (1, 5, 10):
             assert found[f"{way} R@{k}"] == pytest.approx(scores[f"composition/{way}/R@{k}"])
     assert "median_rank" in capsys.readouterr().out
-    folders = tmp_path / "pictures"
+    folders = tmp_path / "images"
     _folders(folders, openmoji.build(size=64))
     (tmp_path / "prompts.txt").write_text("{}\na {}\n")
     found = evaluate.parse(

@@ -32,23 +32,23 @@ def test_vilt_is_linear_as_in_transformers():
         theirs.step()
 
 
-def test_albef_is_a_staircase_as_its_code_drives_timm():
-    lr, first, last, epochs, per_epoch, stair = 1e-4, 1e-5, 1e-5, 5, 2500, 100
+def test_albef_is_step_wise_as_its_code_drives_timm():
+    lr, first, last, epochs, per_epoch, level = 1e-4, 1e-5, 1e-5, 5, 2500, 100
     sgd = optimizer(lr)
     theirs = CosineLRScheduler(
         sgd, t_initial=epochs, lr_min=last, warmup_t=20, warmup_lr_init=first, warmup_prefix=True,
         cycle_limit=1,
     )  # fmt: skip
     schedule = Schedule(
-        "staircase", lr, epochs * per_epoch, warmup=20 * stair, final=last, warmup_from=first,
+        "staircase", lr, epochs * per_epoch, warmup=20 * level, final=last, warmup_from=first,
         epoch_steps=per_epoch,
     )  # fmt: skip
     for epoch in range(epochs):
         if epoch:
             theirs.step(epoch + 20)
         for i in range(per_epoch):
-            if epoch == 0 and i % stair == 0 and i <= 20 * stair:
-                theirs.step(i // stair)
+            if epoch == 0 and i % level == 0 and i <= 20 * level:
+                theirs.step(i // level)
             wanted = sgd.param_groups[0]["lr"]
             assert schedule(epoch * per_epoch + i) == pytest.approx(wanted), (epoch, i)
 

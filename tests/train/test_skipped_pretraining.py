@@ -1,4 +1,4 @@
-"""A step whose features are not finite leaves ALBEF's queues and twin as they were."""
+"""A step whose features are not finite leaves ALBEF's queues and momentum encoder as they were."""
 
 import copy
 
@@ -17,7 +17,7 @@ def make(ranks, **changes):
     task, loader = build(settings(None, "albef", **changes), ranks)
     parameters = [p for p in task.model.parameters() if p.requires_grad]
     model = parallel.replicate(task.model, ranks)
-    optimizer = AdamWEma(parameters, lr=1e-3, ema=task.twin)
+    optimizer = AdamWEma(parameters, lr=1e-3, ema=task.momentum)
     loop = Loop(task, model, loader, optimizer, lambda s: 1e-3, steps=4, group=ranks.group)
     loop.model.train()
     return loop
@@ -54,7 +54,7 @@ def infinite_image(batch):
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("spoil", [nan_image, infinite_image])
-def test_queues_and_twin_are_as_they_were(spoil, chunk_size):
+def test_queues_and_momentum_encoder_are_as_they_were(spoil, chunk_size):
     unchanged, position, queue = one_bad_step(0, spoil, chunk_size=chunk_size)
     assert unchanged and position == 2 * 8
     assert queue.isfinite().all()

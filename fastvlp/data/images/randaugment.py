@@ -60,13 +60,13 @@ class ViltRandAugment:
 
     @property
     def uses(self) -> int:
-        """Uniform numbers that ``draw`` takes."""
+        """Uniform numbers that ``sample`` takes."""
         return 2 * self.count
 
-    def draw(self, width: int, height: int, draws: Sequence[float]) -> tuple[Operation, ...]:
+    def sample(self, width: int, height: int, uniforms: Sequence[float]) -> tuple[Operation, ...]:
         """The operations for an image of this size, from uniform numbers in [0, 1)."""
         found = []
-        for chosen, sign in zip(draws[0::2], draws[1::2], strict=True):
+        for chosen, sign in zip(uniforms[0::2], uniforms[1::2], strict=True):
             name = self.names[int(chosen * len(self.names))]
             found.append(self.operation(name, width, height, sign > 0.5))
         return tuple(found)
@@ -101,7 +101,7 @@ class AlbefRandAugment:
     """ALBEF's: ``count`` draws from 10 operations, each carried out with probability 1/2.
 
     Magnitude ``magnitude`` of 10 (Li et al. 2021, appendix A). Geometry interpolates bilinearly
-    and fills with grey 128; at the border of the moved picture pixels are not mixed with the grey.
+    and fills with grey 128; at the border of the moved image pixels are not mixed with the grey.
     """
 
     count: int = 2
@@ -115,13 +115,13 @@ class AlbefRandAugment:
 
     @property
     def uses(self) -> int:
-        """Uniform numbers that ``draw`` takes."""
+        """Uniform numbers that ``sample`` takes."""
         return 3 * self.count
 
-    def draw(self, width: int, height: int, draws: Sequence[float]) -> tuple[Operation, ...]:
+    def sample(self, width: int, height: int, uniforms: Sequence[float]) -> tuple[Operation, ...]:
         """The operations for an image of this size, from uniform numbers in [0, 1)."""
         found = []
-        for chosen, gate, sign in zip(draws[0::3], draws[1::3], draws[2::3], strict=True):
+        for chosen, gate, sign in zip(uniforms[0::3], uniforms[1::3], uniforms[2::3], strict=True):
             name = self.names[int(chosen * len(self.names))]
             if gate < self.probability and name != "Identity":
                 found.append(self.operation(name, width, height, sign > 0.5))

@@ -70,28 +70,29 @@ class RandomCrop(_Recipe):
     def uses(self) -> int:
         return self._fixed_uses + (self.augment.uses if self.augment else 0)
 
-    def plan(self, width: int, height: int, draws: Sequence[float]) -> Plan:
+    def plan(self, width: int, height: int, uniforms: Sequence[float]) -> Plan:
         after = ()
         if self.augment:
-            after = self.augment.draw(self.size, self.size, draws[self._fixed_uses :])
+            after = self.augment.sample(self.size, self.size, uniforms[self._fixed_uses :])
         side = self.size
         return Plan(
             (),
-            self._crop(width, height, draws),
+            self._crop(width, height, uniforms),
             (side, side),
             (0, 0, side, side),
-            bool(draws[22] < self.flip),
+            bool(uniforms[22] < self.flip),
             after,
         )
 
-    def _crop(self, width: int, height: int, draws: Sequence[float]) -> Box:
+    def _crop(self, width: int, height: int, uniforms: Sequence[float]) -> Box:
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        for area_draw, ratio_draw in zip(draws[0:20:2], draws[1:20:2], strict=True):
-            area = width * height * (self.scale[0] + area_draw * (self.scale[1] - self.scale[0]))
-            aspect = math.exp(low + ratio_draw * (high - low))
+        for for_area, for_ratio in zip(uniforms[0:20:2], uniforms[1:20:2], strict=True):
+            area = width * height * (self.scale[0] + for_area * (self.scale[1] - self.scale[0]))
+            aspect = math.exp(low + for_ratio * (high - low))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
-                return int(draws[20] * (width - w + 1)), int(draws[21] * (height - h + 1)), w, h
+                x, y = uniforms[20] * (width - w + 1), uniforms[21] * (height - h + 1)
+                return int(x), int(y), w, h
         # The image is too long or too tall for any: its middle, as near to the ratios as it goes.
         w, h = width, height
         if width / height < self.ratio[0]:
@@ -107,7 +108,7 @@ class CentreCrop(_Recipe):
 
     size: int = 224
 
-    def plan(self, width: int, height: int, draws: Sequence[float]) -> Plan:
+    def plan(self, width: int, height: int, uniforms: Sequence[float]) -> Plan:
         # The longer side is cut to a whole number, not rounded: it decides where the middle lies.
         if width <= height:
             w, h = self.size, int(self.size * height / width)
@@ -123,7 +124,7 @@ class SquareResize(_Recipe):
 
     size: int = 384
 
-    def plan(self, width: int, height: int, draws: Sequence[float]) -> Plan:
+    def plan(self, width: int, height: int, uniforms: Sequence[float]) -> Plan:
         side = self.size
         return Plan((), (0, 0, width, height), (side, side), (0, 0, side, side))
 
@@ -150,7 +151,7 @@ class KeepAspect(_Recipe):
     def uses(self) -> int:
         return self.augment.uses if self.augment else 0
 
-    def plan(self, width: int, height: int, draws: Sequence[float]) -> Plan:
+    def plan(self, width: int, height: int, uniforms: Sequence[float]) -> Plan:
         scale = self.shorter / min(width, height)
         w, h = (self.shorter, scale * height) if width <= height else (scale * width, self.shorter)
         if max(w, h) > self.longer:
@@ -158,7 +159,7 @@ class KeepAspect(_Recipe):
             w, h = w * scale, h * scale
         unit = self.multiple
         w, h = (max(unit, int(side + 0.5) // unit * unit) for side in (w, h))
-        before = self.augment.draw(width, height, draws) if self.augment else ()
+        before = self.augment.sample(width, height, uniforms) if self.augment else ()
         return Plan(before, (0, 0, width, height), (w, h), (0, 0, w, h))
 
 

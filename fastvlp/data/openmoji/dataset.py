@@ -1,6 +1,6 @@
-"""A few thousand real picture–caption pairs that need nothing but pip.
+"""A few thousand real image–caption pairs that need nothing but pip.
 
-The pictures are the emoji drawings of the OpenMoji project (CC BY-SA 4.0), the captions their
+The images are the emoji drawings of the OpenMoji project (CC BY-SA 4.0), the captions their
 English names. ``build`` renders them once, writes WebDataset shards into the cache folder, and
 from then on finds them there::
 
@@ -75,7 +75,7 @@ class OpenMoji:
         """The encoded samples of ``split`` with members ``png``, ``txt`` and ``json``.
 
         The JSON object has ``code`` (code points of the emoji), ``base`` (code of the base emoji of
-        which it is a variant), ``split``, ``drawing`` (equal where two captions share a picture)
+        which it is a variant), ``split``, ``drawing`` (equal where two captions share an image)
         and ``aliases`` (other names).
         """
         for path in self.shards(split):
@@ -113,7 +113,7 @@ def build(
     shards is built again.
 
     Args:
-        size: height and width of the pictures in pixels.
+        size: height and width of the images in pixels.
         cache_dir: cache folder; by default ``$FASTVLP_CACHE`` or the user's cache folder.
         progress: show a progress bar while rendering.
         limit: keep at most so many pairs of each split, for a quick trial.

@@ -74,7 +74,7 @@ class OpenMojiLoader:
         self._images, self.captions = data.load(split)
         about = [json.loads(sample.members["json"]) for sample in data.samples(split)]
         self.bases: list[str] = [each["base"] for each in about]
-        # Captions of one drawing are captions of one picture.
+        # Captions of one drawing are captions of one image.
         drawings = {each["drawing"]: i for i, each in reversed(list(enumerate(about)))}
         self._ids = torch.tensor([drawings[each["drawing"]] for each in about])
         self.epoch = self._place = 0
@@ -121,22 +121,22 @@ class OpenMojiLoader:
         at = torch.from_numpy(rows)
         images = self._images[at].to(self.device, torch.float32) / 127.5 - 1
         if self.training:
-            draws = torch.from_numpy(uniforms(self.seed, self.epoch, rows, 4)).float()
-            images = jittered(images, draws.to(self.device))
+            numbers = torch.from_numpy(uniforms(self.seed, self.epoch, rows, 4)).float()
+            images = jittered(images, numbers.to(self.device))
         captions = [self.captions[row] for row in rows]
         keys = []
         if getattr(self._tokenizer, "needs_keys", False):
-            drawn = bits(self.seed, self.epoch, rows, 5)[:, -1] >> np.uint64(1)
-            keys = [torch.from_numpy(drawn.astype(np.int64))]
+            random = bits(self.seed, self.epoch, rows, 5)[:, -1] >> np.uint64(1)
+            keys = [torch.from_numpy(random.astype(np.int64))]
         tokens = self._tokenizer(captions, *keys)
         if isinstance(tokens, Tensor):
             tokens = tokens.to(self.device)
         return Batch(images, tokens, captions, self._ids[at], at)
 
 
-def jittered(images: Tensor, draws: Tensor) -> Tensor:
+def jittered(images: Tensor, uniforms: Tensor) -> Tensor:
     """Images shifted and scaled by numbers in [0, 1), four for each."""
-    centred = 2 * draws - 1
+    centred = 2 * uniforms - 1
     move = images.new_zeros(len(images), 2, 3)
     move[:, 0, 0] = 1 + _SCALE * centred[:, 0]
     move[:, 1, 1] = 1 + _SCALE * centred[:, 1]

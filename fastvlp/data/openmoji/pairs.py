@@ -1,7 +1,7 @@
-"""The OpenMoji pictures joined with their English names.
+"""The OpenMoji images joined with their English names.
 
 OpenMoji draws every emoji as an SVG file named by its code points; the ``emoji`` package names
-every code point sequence. The join of the two is a set of a few thousand pictures with captions
+every code point sequence. The join of the two is a set of a few thousand images with captions
 such as "woman astronaut: medium-dark skin tone".
 """
 
@@ -25,13 +25,13 @@ _TAG_TERMINATOR = 0xE007F
 
 @dataclass(frozen=True, order=True)
 class Pair:
-    """One picture with its caption.
+    """One image with its caption.
 
     Attributes:
         code: the emoji's code points, four or more hexadecimal digits each, joined by "-".
         caption: its English name, different for every code.
         aliases: other names in common use.
-        drawing: digest of the shapes in the picture. Captions that share a drawing cannot be told
+        drawing: digest of the shapes in the image. Captions that share a drawing cannot be told
             apart by looking: OpenMoji draws "artist" and "man artist" as one and the same.
         svg: path of the drawing.
     """

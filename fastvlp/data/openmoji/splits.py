@@ -58,9 +58,9 @@ def words(caption: str) -> list[str]:
 def assign_splits(pairs: Sequence[Pair]) -> list[SplitPair]:
     """Assign every pair to a split; the result is sorted by code.
 
-    All captions of one drawing go the same way, so a withheld picture is never seen in training
+    All captions of one drawing go the same way, so a withheld image is never seen in training
     under another name. Of these captions a withheld split keeps the shortest one only, since
-    retrieval between equal pictures has no right answer; the others are left out altogether.
+    retrieval between equal images has no right answer; the others are left out altogether.
     """
     chosen: list[SplitPair] = []
     for base, members in group_by_base(pairs).items():

@@ -102,7 +102,7 @@ def make_shards(
         retry_broken: make finished shards with broken rows again, after images were mended.
         allow_outside: read images outside of ``images``, by absolute paths and "..", as well. A
             source that others made can name any file of this machine so.
-        workers: threads that read and check images; 0 for one per processor.
+        workers: threads that read and check images; 0 for one per CPU.
         advance: told how many rows are done and how many of them were broken, as it goes.
 
     Raises:

@@ -22,13 +22,13 @@ class AlbefConfig:
             N(0, 0.02²), which suits widths of about 768 and pretrained weights. Narrow models that
             train from scratch hardly tell two texts apart with 0.02.
         temperature: the contrastive temperature to start from; it is learned.
-        pretraining: keep the momentum twin and the queues. Without them the model encodes, fuses
+        pretraining: keep the momentum encoder and the queues. Without them the model encodes, fuses
             and classifies, which is what fine-tuning and evaluation want.
         queue_size: pairs in the queues.
         queue_ids: the queues keep the pairs' ids, and pairs of equal id are positives.
-        momentum: of the twin, for each update.
-        momentum_copy: "bfloat16" or "float16": the teacher computes with a copy of the twin in
-            this dtype; None: with the twin itself.
+        momentum: of the momentum encoder, for each update.
+        momentum_copy: "bfloat16" or "float16": the teacher computes with a copy of the momentum
+            encoder in this dtype; None: with the momentum encoder itself.
         teacher_dropout: the teacher computes with dropout while the model is in training mode, as
             the authors' does; False turns it off.
     """

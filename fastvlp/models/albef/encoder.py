@@ -1,4 +1,4 @@
-"""ALBEF's encoders: the part that the momentum twin repeats.
+"""ALBEF's encoders: the part that the momentum encoder repeats.
 
 Parameter names are those of the authors' checkpoints.
 """
@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
 
     @property
     def text(self) -> list[FusionLayer]:
-        """The layers that see text alone."""
+        """The layers that attend to text alone."""
         return list(self.bert["encoder"]["layer"])[: self.text_layers]
 
     @property

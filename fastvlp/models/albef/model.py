@@ -6,11 +6,12 @@ of the authors' checkpoints, see `fastvlp.models.checkpoints.albef`.
 
 One pretraining step has three objectives of equal weight: contrast of images and texts against
 momentum keys and a queue (ITC), matching of pairs with hard negatives (ITM), and masked language
-modelling with the image at hand (MLM), ITC and MLM with the momentum twin as a teacher. Where the
-authors run four passes through the fusion layers on padded pairs, here one packed pass takes the
-positives, both kinds of hard negatives and the masked texts, grouped by image, so that an image's
-keys and values are projected once in each layer; the last layer computes only what the objectives
-read, each pair's first token and the masked ones, and only the latter meet the vocabulary.
+modelling with the image at hand (MLM), ITC and MLM with the momentum encoder as a teacher. Where
+the authors run four passes through the fusion layers on padded pairs, here one packed pass takes
+the positives, both kinds of hard negatives and the masked texts, grouped by image, so that an
+image's keys and values are projected once in each layer; the last layer computes only what the
+objectives read, each pair's first token and the masked ones, and only the latter meet the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from fastvlp.models.albef import reference as albef_reference
 from fastvlp.models.albef.config import CONFIGS as CONFIGS
 from fastvlp.models.albef.config import AlbefConfig
 from fastvlp.models.albef.encoder import Towers
-from fastvlp.models.albef.momentum import WithTwin
+from fastvlp.models.albef.momentum import WithMomentum
 from fastvlp.models.albef.pretraining_batch import Batch, Matches, Teacher, prepare
 from fastvlp.models.base import save as save
 from fastvlp.nn.feature_queue import FeatureQueue
@@ -62,29 +63,29 @@ class Step(NamedTuple):
     features: MomentumFeatures
 
 
-class Albef(WithTwin):
-    """The model, its momentum twin and its queues.
+class Albef(WithMomentum):
+    """The model, its momentum encoder and its queues.
 
     Attributes:
-        student: the encoders, see `albef_encoder.Towers`.
+        student: the encoders, see `fastvlp.models.albef.encoder.Towers`.
         itm_head: of a pair's first fused token; column 1 says that text and image match.
         temp: the contrastive temperature, by which similarities are divided.
-        momentum: the twin, an `EmaModel` of `student`; None without pretraining.
-        queue: a `FeatureQueue` of the twin's features; None without pretraining. Give it a process
-            group (`queue.group`) to gather the features of all ranks.
+        momentum: the momentum encoder, an `EmaModel` of `student`; None without pretraining.
+        queue: a `FeatureQueue` of the momentum encoder's features; None without pretraining. Give
+            it a process group (`queue.group`) to gather the features of all ranks.
     """
 
     kind = "albef"
     config_type = AlbefConfig
 
     def __init__(self, config: AlbefConfig) -> None:
-        super().__init__(config, Towers(config), twin=False)
+        super().__init__(config, Towers(config), with_momentum=False)
         self.itm_head = nn.Linear(config.text_width, 2)
         self.temp = nn.Parameter(torch.tensor(config.temperature))
         self.queue = None
         if config.pretraining:
             # After the heads: the order of parameters is that of optimiser states.
-            self._add_twin()
+            self._add_momentum()
             self.queue = FeatureQueue(
                 config.queue_size, config.embed_dim, fill="random", with_ids=config.queue_ids
             )
@@ -111,10 +112,11 @@ class Albef(WithTwin):
         check_finite: bool = False,
         seed: Tensor | int | None = None,
     ) -> Losses:
-        """The losses of B pairs; with `update` also moves the twin and fills the queues.
+        """The losses of B pairs; with `update` also moves the momentum encoder and fills the
+        queues.
 
-        The temperature is clamped, the twin moves towards the weights before it teaches, and its
-        features enter the queues after they were contrasted.
+        The temperature is clamped, the momentum encoder moves towards the weights before it
+        teaches, and its features enter the queues after they were contrasted.
 
         Args:
             images: [B, 3, image_size, image_size], normalised.
@@ -124,9 +126,9 @@ class Albef(WithTwin):
             labels: int [B, length], the masked tokens, -100 elsewhere. Best on the host.
             alpha: weight of the teacher, 0 to 1.
             ids: int64 [B]; pairs of equal id match one another. With `queue_ids` only.
-            update: move the twin and fill the queues.
-            momentum_updated: the optimiser has moved the twin already (`AdamWEma(ema=...)`, which
-                does it in one pass with the weights).
+            update: move the momentum encoder and fill the queues.
+            momentum_updated: the optimiser has moved the momentum encoder already
+                (`AdamWEma(ema=...)`, which does it in one pass with the weights).
             check_finite: refuse images, weights and losses that are NaN or infinite; it waits for
                 the device.
             seed: of the hard negatives; None takes one from torch's generator.
@@ -139,9 +141,9 @@ class Albef(WithTwin):
             FloatingPointError: with `check_finite`.
             RuntimeError: the model was made without pretraining.
 
-        After an error the queues are as they were. The twin is too, unless the losses were not
-        finite, or an error came while they were computed: then it has moved, and a repeated call
-        says so by `momentum_updated`.
+        After an error the queues are as they were. The momentum encoder is too, unless the losses
+        were not finite, or an error came while they were computed: then it has moved, and a
+        repeated call says so by `momentum_updated`.
         """
         batch = self._prepared(
             images, text_ids, text_mask, masked_ids, labels, alpha, ids, check_finite
@@ -237,15 +239,15 @@ def _step(model: Albef, batch: Batch, seed) -> tuple[tuple[Tensor, ...], Teacher
     first, words = fused.split([len(matches.text), len(batch.labelled)])
     itm = base.mean_cross_entropy(model.itm_head(first).float(), matches.labels)
     predictions = student.text_encoder.predictions
-    twin = model.teacher.text_encoder.predictions
+    teacher_head = model.teacher.text_encoder.predictions
     mlm = soft_cross_entropy(
         predictions(words),
         predictions.decoder.weight,
         predictions.bias,
         batch.packed_labels,
         teacher_hidden=teacher.words,
-        teacher_weight=twin.decoder.weight,
-        teacher_bias=twin.bias,
+        teacher_weight=teacher_head.decoder.weight,
+        teacher_bias=teacher_head.bias,
         alpha=batch.alpha,
     )
     return (contrast.loss, itm, mlm), teacher

@@ -1,4 +1,4 @@
-"""What models that learn from a momentum twin of their network share."""
+"""What models that learn from a momentum encoder of their network share."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from fastvlp.models import base
 from fastvlp.nn.ema_model import EmaModel
 
 
-class WithTwin(base.Model):
-    """A model whose network is `student`, with or without a momentum twin as its teacher.
+class WithMomentum(base.Model):
+    """A model whose network is `student`, with or without a momentum encoder as its teacher.
 
     Subclasses have a method `loss`.
 
     Attributes:
-        student: everything that the twin repeats.
-        momentum: the twin, an `EmaModel` of `student`, or None.
+        student: everything that the momentum encoder repeats.
+        momentum: the momentum encoder, an `EmaModel` of `student`, or None.
     """
 
-    def __init__(self, config, student: nn.Module, *, twin: bool) -> None:
+    def __init__(self, config, student: nn.Module, *, with_momentum: bool) -> None:
         super().__init__(config)
         self.student = student
         self.momentum = None
-        if twin:
-            self._add_twin()
+        if with_momentum:
+            self._add_momentum()
 
-    def _add_twin(self) -> None:
+    def _add_momentum(self) -> None:
         copy = self.config.momentum_copy
         self.momentum = EmaModel(
             self.student, self.config.momentum, copy_dtype=copy and getattr(torch, copy)
@@ -39,10 +39,11 @@ class WithTwin(base.Model):
 
     @property
     def teacher(self) -> nn.Module:
-        """The module that computes for the momentum twin: its low-precision copy if it has one."""
+        """The module that computes for the momentum encoder: its low-precision copy if it has
+        one."""
         return self.momentum.module if self.momentum.copy is None else self.momentum.copy
 
-    def train(self, mode: bool = True) -> WithTwin:
+    def train(self, mode: bool = True) -> WithMomentum:
         super().train(mode)
         if self.momentum is not None:
             self._set_teacher_mode()
@@ -55,7 +56,7 @@ class WithTwin(base.Model):
 
     @torch.no_grad()
     def reset_momentum(self) -> None:
-        """The twin, where there is one, takes the present weights."""
+        """The momentum encoder, where there is one, takes the present weights."""
         if self.momentum is None:
             return
         for ours, theirs in zip(
@@ -67,10 +68,12 @@ class WithTwin(base.Model):
         self.refresh_copy()
 
     def refresh_copy(self) -> None:
-        """The twin's low-precision copy takes the twin's values, after they were set by hand."""
+        """The momentum encoder's low-precision copy takes the momentum encoder's values, after they
+        were set by hand."""
         self.momentum.refresh_copy()
 
-    def move_twin(self, wanted: bool) -> None:
-        """Moves the twin towards the present weights, as before every use as a teacher."""
+    def update_momentum(self, wanted: bool) -> None:
+        """Moves the momentum encoder towards the present weights, as before every use as a
+        teacher."""
         if wanted and self.momentum is not None:
             self.momentum.update()

@@ -135,7 +135,7 @@ def _check_scalars(config, alpha, pair_ids, count) -> None:
 
 
 class Teacher(NamedTuple):
-    """What the momentum twin says of a batch."""
+    """What the momentum encoder computes of a batch."""
 
     image: Tensor  # [B, embed_dim], unit rows
     text: Tensor

@@ -50,8 +50,8 @@ def _teach(model, batch: Batch) -> Teacher:
 def contrast(model, batch, image_features, text_features, teacher, seed):
     keys, device = model.queue.keys(), image_features.device
     if seed is None or not isinstance(seed, Tensor):
-        draw = torch.randint(2**62, (), dtype=torch.int64, device=device)
-        seed = draw if seed is None else torch.full_like(draw, seed)
+        random = torch.randint(2**62, (), dtype=torch.int64, device=device)
+        seed = random if seed is None else torch.full_like(random, seed)
     return momentum_contrastive_reference(
         image_features, text_features, teacher.image, teacher.text, keys["image_queue"],
         keys["text_queue"], model.temp, torch.as_tensor(batch.alpha, device=device),

@@ -1,10 +1,10 @@
 """Checkpoints for `fastvlp.models.albef`: the authors', LAVIS', timm's ViT and DeiT, and BERT.
 
 The authors' names and LAVIS' are the same: `visual_encoder.*`, `text_encoder.bert.*`,
-`text_encoder.cls.predictions.*`, `vision_proj`, `text_proj`, `temp`, `itm_head`, the twin's with
-`_m`, `image_queue`, `text_queue` [embed_dim, size] and `queue_ptr`; fine-tuned models lack `bert.`
-and the vocabulary head. LAVIS leaves the twin out when it saves, and its text encoder adds no token
-types, which in this model are zeros then.
+`text_encoder.cls.predictions.*`, `vision_proj`, `text_proj`, `temp`, `itm_head`, the momentum
+encoder's with `_m`, `image_queue`, `text_queue` [embed_dim, size] and `queue_ptr`; fine-tuned
+models lack `bert.` and the vocabulary head. LAVIS leaves the momentum encoder out when it saves,
+and its text encoder adds no token types, which in this model are zeros then.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def load_albef(
 ) -> LoadReport:
     """The authors' or LAVIS' checkpoint, of pretraining or of retrieval, into the whole model.
 
-    Image positions are resized as the authors do, bicubic, for the model and its twin. A twin that
-    the checkpoint does not have takes the model's weights. Queues of another size stay as they
-    are. `strict` is `apply`'s.
+    Image positions are resized as the authors do, bicubic, for the model and its momentum encoder.
+    A momentum encoder that the checkpoint does not have takes the model's weights. Queues of
+    another size stay as they are. `strict` is `apply`'s.
 
     Args:
         token_types: whether the checkpoint's code adds the token types to the words. The authors'
@@ -68,13 +68,13 @@ def load_albef(
         if name in QUEUES or name.endswith(REPEATED):
             continue
         state[_own_name(name)] = value
-    twin = any(name.startswith("momentum.") for name in state)
+    has_momentum = any(name.startswith("momentum.") for name in state)
     may_miss, may_skip = ["momentum._extra_state", "queue.*"], []
     if model.momentum is None:
         may_skip.append("momentum.*")
-    elif not twin:
+    elif not has_momentum:
         may_miss.append("momentum.*")
-        notes.append("no momentum twin in the checkpoint: it takes the model's weights")
+        notes.append("no momentum encoder in the checkpoint: it takes the model's weights")
     if not any(HEAD in name for name in state):
         may_miss.append(f"*{HEAD}*")
         notes.append("no vocabulary head in the checkpoint: it keeps its values")
@@ -89,14 +89,15 @@ def load_albef(
         heads=["itm_head.*", "queue.*", "momentum.*", f"*{HEAD}*"], reshaped=reshaped, notes=notes,
     )  # fmt: skip
     if model.momentum is not None:
-        model.refresh_copy() if twin else model.reset_momentum()
+        model.refresh_copy() if has_momentum else model.reset_momentum()
     return report
 
 
 def config_of_shapes(state: Mapping[str, Tensor], **overrides: Any) -> AlbefConfig:
     """The sizes of the authors' or LAVIS' checkpoint, heads being of 64, as in all published ones.
 
-    Without a twin and queues unless `overrides`, fields of ``AlbefConfig``, say pretraining=True.
+    Without a momentum encoder and queues unless `overrides`, fields of ``AlbefConfig``, say
+    pretraining=True.
 
     Raises:
         ValueError: a weight that tells a size is not there.

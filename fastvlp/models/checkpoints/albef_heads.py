@@ -1,7 +1,8 @@
 """Weights for ALBEF's fine-tuned models: from pretraining, and from the authors' fine-tuned files.
 
 Retrieval has the parameters of pretraining: `albef.load_albef` serves it. The names of the others
-are the authors', who leave out `bert.` in the encoder of text and write `_m` behind the twin's.
+are the authors', who leave out `bert.` in the encoder of text and write `_m` behind the momentum
+encoder's.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def load_finetuned(
 ) -> LoadReport:
     """The authors' or LAVIS' fine-tuned checkpoint of the same task.
 
-    Image positions are resized bicubic. A twin that the checkpoint does not have takes the model's
-    weights. `strict` is `apply`'s, `token_types` is `albef.load_albef`'s.
+    Image positions are resized bicubic. A momentum encoder that the checkpoint does not have takes
+    the model's weights. `strict` is `apply`'s, `token_types` is `albef.load_albef`'s.
 
     Raises:
         ValueError: the checkpoint does not fit; the model is as it was.
@@ -89,11 +90,11 @@ def load_finetuned(
         may_skip += ["vision_proj.*", "text_proj.*"]
     else:
         may_skip.append("text_proj.*")
-    twin = any(name.startswith("momentum.") for name in state)
+    has_momentum = any(name.startswith("momentum.") for name in state)
     if model.momentum is None:
         may_skip.append("momentum.*")
     else:
-        may_miss.append("momentum._extra_state" if twin else "momentum.*")
+        may_miss.append("momentum._extra_state" if has_momentum else "momentum.*")
     settle_token_types(state, model, adds_token_types(token_types, given, lavis), notes)
     for prefix in ("student.", "momentum.module."):
         tie(state, f"{prefix}text_decoder.")
@@ -103,7 +104,7 @@ def load_finetuned(
         may_skip=may_skip, heads=[f"*{head}" for head in HEADS], reshaped=reshaped, notes=notes,
     )  # fmt: skip
     if model.momentum is not None:
-        model.refresh_copy() if twin else model.reset_momentum()
+        model.refresh_copy() if has_momentum else model.reset_momentum()
     return report
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.models import base
-from fastvlp.models.base import Switched
+from fastvlp.models.base import ReferenceMixin
 from fastvlp.models.base import save as save
 from fastvlp.models.clip.resnet import ModifiedResNet
 from fastvlp.models.clip.transformer import ACTIVATIONS, Transformer
@@ -143,7 +143,7 @@ def _first(x: Tensor) -> Tensor:
     return x[:, :1]
 
 
-class VisionTransformer(Switched):
+class VisionTransformer(ReferenceMixin):
     """Images [n, 3, size, size] → features [n, embed_dim], not normalised."""
 
     def __init__(self, config: ClipConfig) -> None:
@@ -180,7 +180,7 @@ class VisionTransformer(Switched):
         """[n, 3, size, size] → [n, patches, width]"""
         if self.reference:
             return self.conv1(images).flatten(2).transpose(1, 2)
-        # A convolution whose stride is its size is one matrix product, and the product is faster.
+        # A convolution whose stride is its size is one matmul, and the matmul is faster.
         size = self.conv1.kernel_size[0]
         patches = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

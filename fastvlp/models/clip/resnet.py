@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlp.models.base import Switched, plain_attention
+from fastvlp.models.base import ReferenceMixin, plain_attention
 
 EXPANSION = 4
 
@@ -53,7 +53,7 @@ class Bottleneck(nn.Module):
         return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
-class AttentionPool(Switched):
+class AttentionPool(ReferenceMixin):
     """The mean of a feature map attends to the map and to itself: [n, width, h, w] → [n, outputs].
 
     Only the mean asks, so that with x the positions and h a head the keys and values need not be
@@ -101,7 +101,7 @@ class AttentionPool(Switched):
         return seen.flatten(1) + self.v_proj.bias
 
 
-class ModifiedResNet(Switched):
+class ModifiedResNet(ReferenceMixin):
     """Images [n, 3, size, size] → features [n, embed_dim], not normalised."""
 
     def __init__(self, config) -> None:
@@ -141,7 +141,7 @@ class ModifiedResNet(Switched):
     def _sums_well(self, x: Tensor) -> bool:
         """Whether batch norm may run in the layout that convolutions like best.
 
-        Channels last, a training step in bfloat16 takes 0.67 times the time on a processor. But
+        Channels last, a training step in bfloat16 takes 0.67 times the time on a CPU. But
         there batch norm adds up float32 values one by one, in both directions: over 200,000 of
         them its result is off by 1e-5, where the other layout is off by 1e-7.
         """

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlp.models.base import Switched, plain_attention
+from fastvlp.models.base import ReferenceMixin, plain_attention
 from fastvlp.models.layers.vit import Segments
 from fastvlp.nn import LayerNorm, Linear, Norm, attention, feed_forward, linear
 from fastvlp.nn.feed_forward import ACTIVATIONS
@@ -21,7 +21,7 @@ from fastvlp.ops import cross_attention
 Pick = Callable[[Tensor], Tensor]
 
 
-class SelfAttention(Switched):
+class SelfAttention(ReferenceMixin):
     """Multi-head self-attention with biases; q, k and v come from one projection, in this order."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -82,7 +82,7 @@ class Mlp(nn.Module):
         return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)))
 
 
-class ResidualAttentionBlock(Switched):
+class ResidualAttentionBlock(ReferenceMixin):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, width: int, heads: int, hidden: int, activation: str) -> None:

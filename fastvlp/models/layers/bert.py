@@ -55,9 +55,9 @@ class BertEmbeddings(nn.Module):
 
 
 class MlmHead(nn.Module):
-    """Dense, GELU and layer norm, then the product with the vocabulary.
+    """Dense, GELU and layer norm, then the matmul with the vocabulary.
 
-    The product itself belongs to the loss, `fastvlp.ops.soft_cross_entropy`, which takes
+    The matmul itself belongs to the loss, `fastvlp.ops.soft_cross_entropy`, which takes
     `decoder.weight` and `bias`: `forward` returns what comes before it.
     """
 

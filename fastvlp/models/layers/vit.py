@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlp.models.base import Switched, plain_attention
+from fastvlp.models.base import ReferenceMixin, plain_attention
 from fastvlp.nn import (
     Dropout,
     LayerNorm,
@@ -40,7 +40,7 @@ class Segments(NamedTuple):
     max_seqlen: int
 
 
-class PatchEmbed(Switched):
+class PatchEmbed(ReferenceMixin):
     """[n, 3, height, width] → [n, rows, columns, width of the model]"""
 
     def __init__(self, patch: int, width: int) -> None:
@@ -48,7 +48,7 @@ class PatchEmbed(Switched):
         self.proj = nn.Conv2d(3, width, patch, stride=patch)
 
     def forward(self, images: Tensor) -> Tensor:
-        # A convolution whose stride is its size is one matrix product, and the product is faster.
+        # A convolution whose stride is its size is one matmul, and the matmul is faster.
         size = self.proj.kernel_size[0]
         patches = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
@@ -56,7 +56,7 @@ class PatchEmbed(Switched):
         return project(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class Attention(Switched):
+class Attention(ReferenceMixin):
     """Self-attention with q, k and v from one projection, in this order."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
@@ -71,7 +71,7 @@ class Attention(Switched):
     ) -> Tensor:
         """[batch, length, width], or packed [rows, width] with `segments`, to the same shape.
 
-        key_mask: bool [batch, length], False for keys that no row sees.
+        key_mask: bool [batch, length], False for masked keys.
         """
         return self.attend(self.qkv(x), key_mask, segments)
 
@@ -100,7 +100,7 @@ class Mlp(nn.Module):
         return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
 
 
-class Block(Switched):
+class Block(ReferenceMixin):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:

@@ -265,7 +265,7 @@ class Vilt(vilt_heads.Objectives, base.Model):
         positions = self.transformer.pos_embed[0, 1:]
         dtype = torch.float64 if positions.dtype == torch.float64 else torch.float32
         side = self.config.image_size // self.config.patch_size
-        # A product with the few positions: its gradient needs no atomic additions.
+        # A matmul with the few positions: its gradient needs no atomic additions.
         with vilt_heads.without_autocast(like.device):
             weights = position_weights(grid, image, place, side, dtype)
             return (weights @ positions.to(dtype)).to(like.dtype)

@@ -193,8 +193,8 @@ def select(
         counts = tuple(min(count, max_image_len) for count in counts)
     if counts != grid.counts:
         long = to_device(torch.tensor(counts) < torch.tensor(grid.counts), valid.device)
-        drawn = _random_keys(grid.valid, seed, sample_index)
-        key = torch.where(valid & long[:, None], drawn, key)
+        random = _random_keys(grid.valid, seed, sample_index)
+        key = torch.where(valid & long[:, None], random, key)
     return Selection(grid, key.argsort(dim=1, stable=True), counts)
 
 

@@ -7,7 +7,7 @@ every rank raise instead of leaving the others waiting.
 import torch
 import torch.distributed as dist
 
-from ...distributed import Shards, agree, group_device, resolve
+from ...distributed import Shards, group_device, resolve, validate_across_ranks
 from .._core.implement import without_autocast
 from .._core.saved_gradients import scaled_gradients
 from .gather import COMM_DTYPES, SCHEDULES, softmax_shares
@@ -28,7 +28,9 @@ def _shards(call, x, values, group, comm_dtype, gradients, workspace_bytes, **op
         **options,
     }
     device = x.device if x.device.type == group_device(group).type else None
-    return agree(group, call, rows=len(x), facts=facts, values=values, device=device)
+    return validate_across_ranks(
+        group, call, rows=len(x), facts=facts, values=values, device=device
+    )
 
 
 @torch.library.custom_op("fastvlp::contrastive_distributed", mutates_args=())

@@ -93,7 +93,7 @@ class _SoftmaxRing:
         own_dx, own_dy, own_dscale = self.own.gradients(row_lse, own_col_lse, *common)
         dx.add(own_dx)
         dscale.add(own_dscale)
-        own_dy = dy.home(own_dy)
+        own_dy = dy.reduce(own_dy)
         return dx.total.to(self.x.dtype), own_dy.to(self.y.dtype), dscale.total
 
 
@@ -122,7 +122,7 @@ def sigmoid_shares(x, y, scale, bias, shards, comm_dtype, gradients, workspace_b
         held = passing.wait() if passing else held
     if not gradients:
         return loss.total, *no_gradients(x, y, scale), dbias.total
-    own_dy = dy.home(own_dy.float())
+    own_dy = dy.reduce(own_dy.float())
     return loss.total, dx.total.to(x.dtype), own_dy.to(y.dtype), dscale.total, dbias.total
 
 

@@ -1,4 +1,5 @@
-"""ALBEF's task: contrast with a momentum twin and a queue, matching, masked language modelling."""
+"""ALBEF's task: contrast with a momentum encoder and a queue, matching, masked language
+modelling."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ from fastvlp.train.tasks.data import split_pairs
 class AlbefTask(Task):
     """Pretrains an `Albef` and evaluates it by retrieval, contrastive and re-ranked.
 
-    The twin and the queues are in the model, and so in its checkpoints. The optimiser moves the
-    twin in one pass with the weights: what the paper does before a step's forward pass is done
-    after the step before. Features enter the queues after the step, so that one that is skipped
-    leaves them as they were. In chunks, each contrasts with its own pairs and the queue, as each
-    rank does.
+    The momentum encoder and the queues are in the model, and so in its checkpoints. The optimiser
+    moves the momentum encoder in one pass with the weights: what the paper does before a step's
+    forward pass is done after the step before. Features enter the queues after the step, so that
+    one that is skipped leaves them as they were. In chunks, each contrasts with its own pairs and
+    the queue, as each rank does.
 
     Args:
         model: made with `pretraining`; with `queue_ids` pairs of equal id match one another.
@@ -32,8 +33,8 @@ class AlbefTask(Task):
         ranks: the processes of the run.
         held_out: loaders of held-out pairs by name, not shuffled, with plain texts.
         chunk_size: pairs that go through the model at a time.
-        alpha: weight of what the twin teaches.
-        alpha_steps: steps of alpha's rise from 0.
+        alpha: weight of the momentum encoder's targets.
+        alpha_steps: steps over which it is warmed up from 0.
         candidates: of re-ranking, for each query.
     """
 
@@ -53,7 +54,7 @@ class AlbefTask(Task):
         self.model, self.tokenizer, self.ranks = model, tokenizer, ranks
         self.held_out, self.chunk_size = held_out or {}, chunk_size
         self.alpha, self.alpha_steps, self.candidates = alpha, alpha_steps, candidates
-        self.twin = model.momentum
+        self.momentum = model.momentum
         # Of the passes of the present step, for the queues.
         self.features: list[albef.MomentumFeatures] = []
         model.queue.group = ranks.group
@@ -86,12 +87,12 @@ class AlbefTask(Task):
 
     def present_alpha(self) -> float:
         """Alpha of the next step."""
-        return self.alpha * min(1.0, self.twin.num_updates / self.alpha_steps)
+        return self.alpha * min(1.0, self.momentum.num_updates / self.alpha_steps)
 
     def split(self, batch: Any, rows: int, least: int = 1) -> Iterable[tuple[Any, float]]:
         return split_pairs(batch, rows, least)
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+    def uses_weight_decay(self, name: str, parameter: nn.Parameter) -> bool:
         # Everything but biases and norms, so the temperature too.
         return parameter.ndim != 1
 
@@ -103,7 +104,7 @@ class AlbefTask(Task):
         return {"temperature": self.model.temp.item(), "alpha": self.present_alpha()}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Recalls both ways for each held-out set, contrastive and re-ranked."""
+        """Recalls in both directions for each held-out set, contrastive and re-ranked."""
         scores = {}
         for name, loader in self.held_out.items():
             found = retrieval_scores(model, self.tokenizer, loader, self.candidates, self.ranks)
@@ -114,7 +115,8 @@ class AlbefTask(Task):
         self.tokenizer.save(folder / "vocab.txt")
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Writes model.safetensors, model.json and vocab.txt: the model without twin and queues."""
+        """Writes model.safetensors, model.json and vocab.txt: the model without momentum encoder
+        and queues."""
         config = dataclasses.replace(model.config, pretraining=False)
         plain, state = albef.Albef(config), model.state_dict()
         plain.load_state_dict({name: state[name] for name in plain.state_dict()})

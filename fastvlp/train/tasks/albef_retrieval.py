@@ -1,10 +1,10 @@
 """Retrieval by ALBEF: contrastive features, then the matching head on the best candidates.
 
-Li et al., arXiv 2107.07651, section 5: for each picture the k captions, and for each caption the k
-pictures, of largest feature product are scored by the logit of "match"; the others come after.
-Each direction ranks by its own candidates; a pair that both chose is fused once.
+Li et al., arXiv 2107.07651, section 5: for each image the k captions, and for each caption the k
+images, of largest dot product of features are scored by the logit of "match"; the others come
+after. Each direction ranks by its own candidates; a pair that both chose is fused once.
 
-Each rank keeps the tokens of the pictures that it encoded and fuses those with their captions.
+Each rank keeps the tokens of the images that it encoded and fuses those with their captions.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from fastvlp.train.parallel import Ranks, gathered
 def retrieval_scores(
     model: nn.Module, tokenizer: BertTokenizer, loader: Any, candidates: int, ranks: Ranks
 ) -> dict[str, float]:
-    """Recalls both ways, by contrast and, with "reranked" before them, by the matching head.
+    """Recalls in both directions, by contrast and, with "reranked" before them, by the matching
+    head.
 
-    Memory: features of all pairs, tokens of all captions and of this rank's pictures (on the
-    host), two matrices of captions by pictures, and `albef_rerank`'s workspace.
+    Memory: features of all pairs, tokens of all captions and of this rank's images (on the
+    host), two matrices of captions by images, and `albef_rerank`'s workspace.
 
     Args:
         model: an `Albef` in evaluation mode.
@@ -42,26 +43,30 @@ def retrieval_scores(
     found = encode(
         encoder.watch(loader), encoder.images, encoder.texts, device=ranks.device, group=ranks.group
     )
-    pictures, picture = found.pictures()
-    ways = retrieval(pictures, found.texts, picture, group=ranks.group)
-    scores = {f"{way}/{key}": v for way, result in ways.items() for key, v in result.items()}
-    own, images = encoder.image_set(pictures, picture, found.index.cpu())
+    unique, image_of_text = found.unique_images()
+    directions = retrieval(unique, found.texts, image_of_text, group=ranks.group)
+    scores = {
+        f"{direction}/{key}": v
+        for direction, result in directions.items()
+        for key, v in result.items()
+    }
+    own, images = encoder.image_set(unique, image_of_text, found.index.cpu())
     texts = encoder.text_set(tokenizer, found.texts, loader.batch_size)
     matched = albef_rerank.rerank(model, images, texts, candidates, group=ranks.group, own=own)
-    for way, result in retrieval_from_scores(*matched, picture).items():
-        scores |= {f"reranked/{way}/{k}": v for k, v in result.items() if k.startswith("R@")}
+    for direction, result in retrieval_from_scores(*matched, image_of_text).items():
+        scores |= {f"reranked/{direction}/{k}": v for k, v in result.items() if k.startswith("R@")}
     return scores
 
 
 class _Encoder:
-    """Encodes pairs and keeps what fusion needs: tokens of this rank's pictures, all captions."""
+    """Encodes pairs and keeps what fusion needs: tokens of this rank's images, all captions."""
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.model, self.student, self.ranks = model, model.student, ranks
         self._tokens: list[Tensor] = []
         # Pairs are known by their places in the data.
         self._captions: dict[int, str] = {}
-        # Of each picture's first pair on this rank, the row among the tokens.
+        # Of each image's first pair on this rank, the row among the tokens.
         self._row: dict[int, int] = {}
         self._seen: set[int] = set()
         self._new: list[int] = []
@@ -91,24 +96,24 @@ class _Encoder:
         return self.student.text_features(layout.first(self.student.encode_text(ids, layout)))
 
     def image_set(
-        self, pictures: Tensor, picture: Tensor, index: Tensor
+        self, unique: Tensor, image_of_text: Tensor, index: Tensor
     ) -> tuple[Tensor, albef_rerank.ImageSet]:
-        """Which pictures are this rank's, and their tokens with the features of all.
+        """Which images are this rank's, and their tokens with the features of all.
 
-        A picture is that of the first pair that shows it. `index` are the pairs' places in the
+        An image is that of the first pair that shows it. `index` are the pairs' places in the
         data, where some may be missing among them.
         """
-        pairs = torch.arange(len(picture))
-        first = torch.full((len(pictures),), len(picture))
-        first = first.scatter_reduce(0, picture.cpu(), pairs, "amin")
-        row = torch.full((len(picture),), -1)
+        pairs = torch.arange(len(image_of_text))
+        first = torch.full((len(unique),), len(image_of_text))
+        first = first.scatter_reduce(0, image_of_text.cpu(), pairs, "amin")
+        row = torch.full((len(image_of_text),), -1)
         places, rows = (
             torch.tensor([*each], dtype=torch.int64) for each in (self._row, self._row.values())
         )
         row[torch.searchsorted(index, places)] = rows
         row = row[first]
         own = (row >= 0).nonzero()[:, 0]
-        return own, albef_rerank.ImageSet(torch.cat(self._tokens)[row[own]], pictures)
+        return own, albef_rerank.ImageSet(torch.cat(self._tokens)[row[own]], unique)
 
     def text_set(
         self, tokenizer: BertTokenizer, features: Tensor, rows: int

@@ -18,7 +18,7 @@ from fastvlp.train.tasks.data import (
     openmoji_captions,
     openmoji_data,
     openmoji_loader,
-    rows_of_a_rank,
+    per_rank_batch_size,
     shard_loader,
 )
 from fastvlp.train.tasks.vocabularies import bert_from_shards, bert_vocabulary
@@ -26,7 +26,7 @@ from fastvlp.train.tasks.vocabularies import bert_from_shards, bert_vocabulary
 
 def build(config: TrainAlbef, ranks: Ranks) -> tuple[AlbefTask, Any]:
     """The task and the training loader."""
-    rows = rows_of_a_rank(config.batch_size, ranks)
+    rows = per_rank_batch_size(config.batch_size, ranks)
     if config.model not in albef.CONFIGS:
         raise ValueError(f"model: expected one of {sorted(albef.CONFIGS)}, got {config.model!r}")
     size = albef.CONFIGS[config.model].image_size
@@ -55,7 +55,7 @@ def build(config: TrainAlbef, ranks: Ranks) -> tuple[AlbefTask, Any]:
 
 
 def start_from_files(model: albef.Albef, config: TrainAlbef) -> None:
-    """Give the model, and its twin, the pretrained towers that the settings name."""
+    """Give the model, and its momentum encoder, the pretrained towers that the settings name."""
     from fastvlp.models.checkpoints import albef as checkpoints
 
     if config.vision_weights is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvlp.grad_cache import unsynchronised
+from fastvlp.grad_cache import no_sync
 from fastvlp.nn.ema_model import EmaModel
 
 
@@ -23,13 +23,13 @@ class Task:
             wrapper of it that synchronises ranks.
         forward_methods: names of the methods beside forward that evaluation calls on the model.
         chunk_size: rows that go through the model at a time; None for all of them.
-        twin: the momentum twin inside of the model, which the optimiser moves with each step.
+        momentum: the momentum encoder of the model, which the optimiser moves with each step.
     """
 
     model: nn.Module
     forward_methods: Sequence[str] = ()
     chunk_size: int | None = None
-    twin: EmaModel | None = None
+    momentum: EmaModel | None = None
 
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """The losses of a batch. "loss" is what is minimised, the others are logged beside it.
@@ -68,7 +68,7 @@ class Task:
         total: dict[str, Tensor] = {}
         for i, (part, weight) in enumerate(parts):
             weight *= share
-            with unsynchronised([] if i == len(parts) - 1 else [*model.modules()]):
+            with no_sync([] if i == len(parts) - 1 else [*model.modules()]):
                 losses = self.losses(model, part)
                 with torch.autocast(losses["loss"].device.type, enabled=False):
                     (losses["loss"] * (scale * weight)).backward()
@@ -76,7 +76,7 @@ class Task:
                 total[name] = total.get(name, 0) + weight * value.detach()
         return total
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+    def uses_weight_decay(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether weight decay applies to a parameter."""
         return parameter.ndim > 1
 

@@ -68,7 +68,7 @@ class ClipTask(Task):
         )
         return {"loss": step.step(batch.images, batch.tokens)}
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+    def uses_weight_decay(self, name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim > 1 and not name.endswith("positional_embedding")
 
     def blocks(self) -> list[nn.Module]:
@@ -81,14 +81,15 @@ class ClipTask(Task):
         return {"logit_scale": self.model.logit_scale.exp().item()}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Recalls both ways for each held-out set, and zero-shot accuracy over emoji groups."""
+        """Recalls in both directions for each held-out set, and zero-shot accuracy over emoji
+        groups."""
         scores = {}
         for name, loader in self.held_out.items():
             found = features(model, loader, self.ranks)
-            pictures, of_text = found.pictures()
-            ways = retrieval(pictures, found.texts, of_text, group=self.ranks.group)
-            for way, result in ways.items():
-                scores |= {f"{name}/{way}/{k}": v for k, v in result.items() if k[0] == "R"}
+            images, of_text = found.unique_images()
+            directions = retrieval(images, found.texts, of_text, group=self.ranks.group)
+            for direction, result in directions.items():
+                scores |= {f"{name}/{direction}/{k}": v for k, v in result.items() if k[0] == "R"}
             if isinstance(loader, OpenMojiLoader) and set(loader.bases) <= set(self.groups):
                 result = zero_shot_over_groups(
                     model, self.tokenizer, self.groups, loader.bases, found
@@ -106,7 +107,7 @@ class ClipTask(Task):
 
 
 def plain_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's loss as the paper's figure 3 has it, with the matrix of all products."""
+    """CLIP's loss as the paper's figure 3 has it, with the matrix of all dot products."""
     logits = (scale * images @ texts.T).float()
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
@@ -139,7 +140,7 @@ def zero_shot_over_groups(
     bases: list[str],
     found: Features,
 ) -> dict[str, float]:
-    """Accuracy of giving each picture its base emoji, whose prompts are `groups`' captions.
+    """Accuracy of giving each image its base emoji, whose prompts are `groups`' captions.
 
     bases: of all pairs of the data, by their places in it.
     """

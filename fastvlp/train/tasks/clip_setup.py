@@ -23,7 +23,7 @@ from fastvlp.train.tasks.data import (
     openmoji_captions,
     openmoji_data,
     openmoji_loader,
-    rows_of_a_rank,
+    per_rank_batch_size,
     shard_loader,
 )
 from fastvlp.train.tasks.vocabularies import ENTRIES, learned
@@ -31,7 +31,7 @@ from fastvlp.train.tasks.vocabularies import ENTRIES, learned
 
 def build(config: TrainClip, ranks: Ranks) -> tuple[ClipTask, Any]:
     """The task and the training loader."""
-    rows = rows_of_a_rank(config.batch_size, ranks)
+    rows = per_rank_batch_size(config.batch_size, ranks)
     if config.model not in clip.CONFIGS:
         raise ValueError(f"model: expected one of {sorted(clip.CONFIGS)}, got {config.model!r}")
     size = clip.CONFIGS[config.model].image_size

@@ -21,7 +21,7 @@ _LINES = 5.0
 _TABLES = {".csv", ".tsv", ".parquet", ".json", ".jsonl"}
 
 
-def rows_of_a_rank(batch_size: int, ranks: Ranks) -> int:
+def per_rank_batch_size(batch_size: int, ranks: Ranks) -> int:
     """Pairs of a step on each rank.
 
     Raises:

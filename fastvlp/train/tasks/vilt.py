@@ -31,7 +31,7 @@ class PretrainingVilt(vilt.Vilt):
 class ViltTask(Task):
     """Pretrains a `Vilt` and evaluates it by the accuracy of its matching head.
 
-    The image of a pair that does not match is another one of the batch, which is a random draw
+    The image of a pair that does not match is another one of the batch, chosen at random
     from the data.
 
     Args:
@@ -61,7 +61,7 @@ class ViltTask(Task):
     def losses(self, model: nn.Module, batch) -> dict[str, Tensor]:
         text, device = batch.tokens, self.ranks.device
         partner = partners(batch.ids)
-        # A picture that has no other one in the batch stays with its text.
+        # An image that has no other one in the batch stays with its text.
         matches = draw_matches(len(batch)) | (partner < 0)
         images = ImageBatch(batch.images, batch.pixel_mask)
         return model(
@@ -106,19 +106,19 @@ def partners(ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
     _, group, counts = ids.cpu().unique(return_inverse=True, return_counts=True)
     order, first = group.argsort(stable=True), (counts.cumsum(0) - counts)[group]
     own = counts[group]
-    draw = (torch.rand(n, generator=generator, dtype=torch.float64) * (n - own)).long()
+    place = (torch.rand(n, generator=generator, dtype=torch.float64) * (n - own)).long()
     # In the order by id: those of the pair's own id lie side by side and are left out.
-    draw += own * (draw >= first)
-    return order[draw.clamp(max=n - 1)].where(own < n, -1)
+    place += own * (place >= first)
+    return order[place.clamp(max=n - 1)].where(own < n, -1)
 
 
 @torch.inference_mode()
 def matching_accuracy(
     model: nn.Module, tokenizer: BertTokenizer, loader: Any, ranks: Ranks
 ) -> dict[str, float]:
-    """How often the matching head is right about a picture with its own and with a wrong caption.
+    """How often the matching head is right about an image with its own and with a wrong caption.
 
-    Each picture of a held-out set is judged with its caption and with that of another picture,
+    Each image of a held-out set is judged with its caption and with that of another image,
     drawn from the whole set and always the same one; half of the judgements are "match".
 
     Args:

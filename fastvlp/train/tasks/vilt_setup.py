@@ -17,7 +17,7 @@ from fastvlp.train.tasks.data import (
     openmoji_captions,
     openmoji_data,
     openmoji_loader,
-    rows_of_a_rank,
+    per_rank_batch_size,
     shard_loader,
 )
 from fastvlp.train.tasks.vilt import PretrainingVilt, ViltTask
@@ -26,7 +26,7 @@ from fastvlp.train.tasks.vocabularies import bert_from_shards, bert_vocabulary
 
 def build(config: TrainVilt, ranks: Ranks) -> tuple[ViltTask, Any]:
     """The task and the training loader."""
-    rows = rows_of_a_rank(config.batch_size, ranks)
+    rows = per_rank_batch_size(config.batch_size, ranks)
     if config.model not in vilt.CONFIGS:
         raise ValueError(f"model: expected one of {sorted(vilt.CONFIGS)}, got {config.model!r}")
     sizes = vilt.CONFIGS[config.model]

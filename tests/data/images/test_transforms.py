@@ -22,7 +22,7 @@ from fastvlp.data.images.transforms import (
 )
 
 assert not _native.load(), _native.load()
-# All that this processor has.
+# All that this CPU has.
 ISAS = torch.ops.fastvlp.cpu_instruction_sets().split(",")
 SIZES = [(96, 72), (72, 96), (33, 200), (250, 190), (17, 19)]
 

@@ -59,21 +59,21 @@ def reference(tmp_path_factory):
         return build(tmp_path_factory.mktemp("reference"))
 
 
-def test_load_gives_the_rendered_pictures_and_their_captions(reference):
+def test_load_gives_the_rendered_images_and_their_captions(reference):
     for split in SPLITS:
         images, captions = reference.load(split)
         assert images.shape == (LIMIT, 3, 16, 16) and images.dtype == torch.uint8
         assert len(captions) == len(set(captions)) == reference.count(split) == LIMIT
         assert len(reference.shards(split)) == 3
         for image, caption, sample in zip(images, captions, reference.samples(split), strict=True):
-            picture = Image.open(io.BytesIO(sample.members["png"]))
-            assert picture.mode == "RGB"
-            assert image[:, 3, 5].tolist() == list(picture.getpixel((5, 3)))
+            rendered = Image.open(io.BytesIO(sample.members["png"]))
+            assert rendered.mode == "RGB"
+            assert image[:, 3, 5].tolist() == list(rendered.getpixel((5, 3)))
             assert sample.members["txt"].decode() == caption
             assert json.loads(sample.members["json"])["split"] == split
 
 
-def test_pictures_are_drawings_on_white(reference):
+def test_images_are_drawings_on_white(reference):
     images, _ = reference.load("train")
     corners = images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert (corners == 255).float().mean() > 0.8

@@ -53,12 +53,12 @@ def test_every_word_of_composition_was_seen_with_its_base(splits):
         assert set(words(item.pair.caption)) <= seen[item.base], item.pair.caption
 
 
-def test_withheld_pictures_have_one_caption_each(splits):
+def test_withheld_images_have_one_caption_each(splits):
     for split in ("composition", "concept"):
         assert len(values(splits[split], "drawing")) == len(splits[split])
 
 
-def test_what_is_left_out_is_another_name_of_a_withheld_picture(pairs, splits):
+def test_what_is_left_out_is_another_name_of_a_withheld_image(pairs, splits):
     withheld = values(splits["composition"] + splits["concept"], "drawing")
     kept = {code for items in splits.values() for code in values(items, "code")}
     left_out = [pair for pair in pairs if pair.code not in kept]

@@ -238,15 +238,15 @@ def test_a_killed_run_goes_on_where_it_stopped(good, tmp_path, where, at, finish
 def test_any_damage_after_the_end_is_repaired(good, tmp_path):
     run(good / "pairs.csv", tmp_path)
     whole = contents(tmp_path)
-    draw = random.Random(0)
+    rng = random.Random(0)
     journal = tmp_path / ".journal.jsonl"
     for _ in range(6):
-        victims = draw.sample(sorted(whole), 3)
+        victims = rng.sample(sorted(whole), 3)
         (tmp_path / victims[0]).unlink()
         (tmp_path / victims[1]).write_bytes(whole[victims[1]][:-1])
         (tmp_path / victims[2]).write_bytes(b"\0" + whole[victims[2]][1:])
         recipe = journal.read_bytes().index(b"\n") + 1
-        journal.write_bytes(journal.read_bytes()[: draw.randrange(recipe, journal.stat().st_size)])
+        journal.write_bytes(journal.read_bytes()[: rng.randrange(recipe, journal.stat().st_size)])
         run(good / "pairs.csv", tmp_path)
         assert contents(tmp_path) == whole
 

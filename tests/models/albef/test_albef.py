@@ -61,7 +61,8 @@ def test_lengths_serve_as_mask():
 
 
 def teaching(model):
-    """What the twin holds, and the queue's position, whenever the teacher encodes images."""
+    """What the momentum encoder holds, and the queue's position, whenever the teacher encodes
+    images."""
     seen = []
     tower = model.teacher.visual_encoder
     tower.register_forward_pre_hook(
@@ -72,29 +73,30 @@ def teaching(model):
 
 @pytest.mark.parametrize("reference", [False, True])
 def test_order_of_the_state(reference):
-    """The twin moves before it teaches; the queue takes features after they were contrasted."""
+    """The momentum encoder moves before it teaches; the queue takes features after they were
+    contrasted."""
     model = make().use_reference(reference)
     arguments = batch(model.config)
     seen = teaching(model)
-    twin = model.momentum.module.visual_encoder.pos_embed
-    moved = twin.lerp(model.student.visual_encoder.pos_embed, 1 - model.config.momentum).detach()
+    average = model.momentum.module.visual_encoder.pos_embed
+    moved = average.lerp(model.student.visual_encoder.pos_embed, 1 - model.config.momentum).detach()
     before = model.queue.image_queue.clone()
     still = step(model, arguments)
     assert torch.equal(model.queue.image_queue, before) and model.momentum.num_updates == 0
     first = step(model, arguments, update=True)
-    torch.testing.assert_close(twin, moved)
+    torch.testing.assert_close(average, moved)
     torch.testing.assert_close(seen[-1][0], moved)
     assert seen[-1][1] == 0 and model.queue.position == 4 and model.momentum.num_updates == 1
     assert not torch.equal(model.queue.image_queue[:4], before[:4])
     assert torch.equal(model.queue.image_queue[4:], before[4:])
     assert first["itc"] != still["itc"]  # another teacher
-    # A step whose twin the optimiser moved leaves it alone.
+    # A step whose momentum encoder the optimiser moved leaves it alone.
     step(model, arguments, update=True, momentum_updated=True)
-    torch.testing.assert_close(twin, moved)
+    torch.testing.assert_close(average, moved)
     assert model.queue.position == 8 and model.momentum.num_updates == 1
 
 
-def test_the_optimiser_may_move_the_twin():
+def test_the_optimiser_may_move_the_momentum_encoder():
     """AdamWEma at the end of a step is the update at the beginning of the next one."""
     results = []
     for fused in (False, True):
@@ -109,7 +111,7 @@ def test_the_optimiser_may_move_the_twin():
         for i in range(3):
             optimizer.zero_grad()
             given = batch(model.config, seed=i)
-            # The twin and the weights start apart, so the first step moves it in both.
+            # The momentum encoder and the weights start apart, so the first step moves it in both.
             found = model.pretraining_loss(*given, seed=i, momentum_updated=fused and i > 0)
             found.total.backward()
             optimizer.step()
@@ -257,7 +259,7 @@ def test_save_and_load(tmp_path, copy):
         base.load(tmp_path / "model", "clip")
 
 
-def test_without_pretraining_there_is_no_twin():
+def test_without_pretraining_there_is_no_momentum_encoder():
     model = make(pretraining=False)
     assert model.momentum is None and not any("queue" in name for name in model.state_dict())
     for compute in (model.pretraining_loss, model.pretraining_step):

@@ -77,15 +77,16 @@ def test_files_and_containers(peer, tmp_path):
     assert torch.equal(ours["queue.image_queue"], state["image_queue"].T)
 
 
-def test_the_twin_and_its_copy_are_loaded_or_made(peer):
-    """LAVIS saves no twin; a copy in low precision follows whatever the twin becomes."""
+def test_the_momentum_encoder_and_its_copy_are_loaded_or_made(peer):
+    """LAVIS saves no momentum encoder; a copy in low precision follows whatever the momentum
+    encoder becomes."""
     for state, side in (
         (peer.checkpoint(), peer.teacher),
         ({k: v for k, v in peer.checkpoint().items() if "_m." not in k}, peer.student),
     ):
         model = fresh(momentum_copy="bfloat16")
         report = load_albef(model, state)
-        assert any("no momentum twin" in note for note in report.notes) == (side is peer.student)
+        assert any("no momentum encoder" in note for note in report.notes) == (side is peer.student)
         wanted = side.vision_proj.weight
         assert torch.equal(model.momentum.module.vision_proj.weight, wanted)
         assert torch.equal(model.momentum.copy.vision_proj.weight, wanted.bfloat16())
@@ -130,7 +131,7 @@ def test_positions_of_both_are_resized_and_other_queues_left(peer):
     assert any("queues of 32 pairs for 16" in note for note in report.notes)
 
 
-def test_a_model_for_fine_tuning_leaves_out_twin_and_queues(peer):
+def test_a_model_for_fine_tuning_leaves_out_momentum_encoder_and_queues(peer):
     model = fresh(pretraining=False)
     report = load_albef(model, peer.checkpoint())
     assert not report.missing and all(name.startswith("momentum.") for name in report.unused)
@@ -164,7 +165,7 @@ def test_vit_of_another_resolution_with_its_classifier():
     large.load_state_dict(tower.state_dict() | {"pos_embed": resized(tower.pos_embed, 6)})
     images = torch.randn(2, 3, 96, 96)
     near("tokens", model.student.encode_image(images), large.forward_features(images))
-    near("twin", model.teacher.encode_image(images), large.forward_features(images))
+    near("momentum encoder", model.teacher.encode_image(images), large.forward_features(images))
 
 
 @pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM, BertForPreTraining])
@@ -183,8 +184,8 @@ def test_bert(kind):
         x = layer.padded(x, mask)
     wanted = getattr(peer, "bert", peer)(ids, mask)[0]
     near("hidden", x[mask], wanted[mask])
-    twin = model.momentum.module.text_encoder.embeddings.word_embeddings.weight
-    assert torch.equal(twin, encoder.embeddings.word_embeddings.weight)
+    average = model.momentum.module.text_encoder.embeddings.word_embeddings.weight
+    assert torch.equal(average, encoder.embeddings.word_embeddings.weight)
 
 
 def test_bert_with_old_names():

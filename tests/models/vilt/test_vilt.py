@@ -56,7 +56,7 @@ def every_loss(model, dtype=torch.float32):
         )
         + model.retrieval_loss(tokens()[order], torch.tensor(LENGTHS)[order], embedded)
         + F.cross_entropy(words, torch.tensor([1, 3, 0]))
-        # The loss of retrieval has no gradient by the bias, which all texts share.
+        # The loss of retrieval has no gradient with respect to the bias, which all texts share.
         + model.rank_scores(sequences).square().mean()
     )
 
@@ -81,7 +81,8 @@ def test_every_gradient_is_as_accurate_as_the_padded_one(autocast):
     assert got.keys() == exact.keys()
     for name, value in exact.items():
         assert value.norm() > 0, name
-        # The gradient by a classifier's bias is a difference of probabilities, rounded at 1.
+        # The gradient with respect to a classifier's bias is a difference of probabilities, rounded
+        # at 1.
         size = value.norm().item() + name.endswith("classifier.3.bias")
         assert_as_accurate(name, got[name], plain[name], value, floor=unit * size)
 

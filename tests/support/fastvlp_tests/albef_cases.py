@@ -8,7 +8,8 @@ LENGTHS = [12, 5, 7, 9]
 
 
 def make(seed=0, **overrides):
-    """A tiny model without dropout, no parameter at a value that hides a mistake, twin apart."""
+    """A tiny model without dropout, no parameter at a value that hides a mistake, momentum encoder
+    apart."""
     torch.manual_seed(seed)
     model = albef.create("tiny", **(dict(dropout=0.0, attention_dropout=0.0) | overrides))
     with torch.no_grad():

@@ -15,7 +15,7 @@ def fresh(create, **overrides):
 
 
 def disturb(model):
-    """No parameter at a value that hides a mistake, the twin apart from the weights."""
+    """No parameter at a value that hides a mistake, the momentum encoder apart from the weights."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -25,7 +25,7 @@ def disturb(model):
     return model
 
 
-def pictures(*shape, seed=1):
+def make_images(*shape, seed=1):
     return torch.randn(*shape, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
 
 

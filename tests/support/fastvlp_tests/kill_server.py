@@ -75,16 +75,16 @@ def main():
     begin = time.monotonic()
     assert status(forked(train, folder / "whole", None, counts)) == 0
     seconds, events = time.monotonic() - begin, int(counts.read_text())
-    draw = random.Random(0)
+    rng = random.Random(0)
     killed = []
     for i in range(by_time):
         child = forked(train, folder / f"time-{i}")
         # Into the middle of each of equal parts of the run, give or take.
-        time.sleep(seconds * (i + draw.random()) / by_time)
+        time.sleep(seconds * (i + rng.random()) / by_time)
         os.kill(child, signal.SIGKILL)
         killed.append((f"time-{i}", status(child)))
     for i in range(by_event):
-        at = 1 + int(events * (i + draw.random()) / by_event)
+        at = 1 + int(events * (i + rng.random()) / by_event)
         killed.append((f"event-{i}", status(forked(train, folder / f"event-{i}", at))))
     resumed = {name: status(forked(train, folder / name)) for name, _ in killed}
     print(json.dumps({"killed": dict(killed), "resumed": resumed, "events": events}))

@@ -1,4 +1,4 @@
-"""Runs of ViLT and ALBEF small enough for tests, on the drawn pairs of `tiny_run`."""
+"""Runs of ViLT and ALBEF small enough for tests, on the random pairs of `tiny_run`."""
 
 import torch
 
@@ -63,5 +63,6 @@ def fit(folder, system, **changes):
 
 
 def train(folder):
-    """An ALBEF run: twin, queue, dropout, masking and drawn negatives all have to come back."""
+    """An ALBEF run: momentum encoder, queue, dropout, masking and sampled negatives all have to
+    come back."""
     return fit(folder, "albef")

@@ -1,4 +1,4 @@
-"""A run small enough for tests: a CLIP of a few thousand weights on a few drawn pairs."""
+"""A run small enough for tests: a CLIP of a few thousand weights on a few random pairs."""
 
 import json
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ PAIRS = 32
 
 
 class Pairs:
-    """In place of the OpenMoji set: random pictures, and captions that are numbers."""
+    """In place of the OpenMoji set: random images, and captions that are numbers."""
 
     def load(self, split):
         g = torch.Generator().manual_seed(len(split))
@@ -42,7 +42,7 @@ class Numbers:
 
 
 class NoisyTask(ClipTask):
-    """Draws from torch's generator at each step, as dropout does."""
+    """Takes random numbers from torch's generator at each step, as dropout does."""
 
     noise = 0.1
 

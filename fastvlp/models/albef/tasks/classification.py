@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.models import base
-from fastvlp.models.albef.momentum import WithTwin
+from fastvlp.models.albef.momentum import WithMomentum
 from fastvlp.models.albef.tasks.common import (
     FinetuningConfig,
     FusedTowers,
@@ -126,12 +126,12 @@ class _TwoImageNetwork(TwoImageTowers):
         return self.cls_head(self.encode_assigned(tokens, texts, places, reference))
 
 
-class AlbefClassifier(WithTwin):
+class AlbefClassifier(WithMomentum):
     """Texts with one or two images into classes.
 
     Attributes:
         student: the towers and `cls_head`.
-        momentum: the twin of both, None without `distill`.
+        momentum: the momentum encoder of both, None without `distill`.
     """
 
     kind = "albef-classifier"
@@ -139,7 +139,7 @@ class AlbefClassifier(WithTwin):
 
     def __init__(self, config: ClassifierConfig) -> None:
         network = _OneImageNetwork if config.images == 1 else _TwoImageNetwork
-        super().__init__(config, network(config), twin=config.distill)
+        super().__init__(config, network(config), with_momentum=config.distill)
 
     def logits(self, images: Tensor, text_ids: Tensor, text_mask: Tensor | list[int]) -> Tensor:
         """Logits of the classes [n, classes], at least float32.
@@ -166,17 +166,19 @@ class AlbefClassifier(WithTwin):
         update: bool = True,
         momentum_updated: bool = False,
     ) -> Tensor:
-        """Mean cross entropy; with a twin against (1 - alpha) labels + alpha its softmax.
+        """Mean cross entropy; with a momentum encoder against (1 - alpha) labels + alpha its
+        softmax.
 
         Args:
             images, text_ids, text_mask: as in `logits`.
             labels: int64 [n].
-            alpha: weight of the twin, 0 to 1; without one it has no effect.
-            update: move the twin first.
+            alpha: weight of the momentum encoder, 0 to 1; without one it has no effect.
+            update: move the momentum encoder first.
             momentum_updated: the optimiser has moved it already (`AdamWEma(ema=...)`).
 
         Raises:
-            TypeError, ValueError: an argument is not as described; the twin has not moved.
+            TypeError, ValueError: an argument is not as described; the momentum encoder has not
+            moved.
         """
         check_alpha(alpha)
         texts = self._texts(images, text_ids, text_mask)
@@ -184,7 +186,7 @@ class AlbefClassifier(WithTwin):
             raise ValueError(
                 f"labels: expected int64 [{len(images)}], got {labels.dtype} {tuple(labels.shape)}"
             )
-        self.move_twin(update and not momentum_updated)
+        self.update_momentum(update and not momentum_updated)
         taught = None
         if self.momentum is not None:
             with torch.no_grad():
@@ -213,7 +215,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 class Assignment(NamedTuple):
-    """Drawn images of the texts, by their numbers in the batch, on the host."""
+    """The sampled images of the texts, by their numbers in the batch, on the host."""
 
     images: Tensor  # int64 [n, 2]
     labels: Tensor  # int64 [n]: 0 the first image is the text's own, 1 the second, 2 neither
@@ -225,7 +227,7 @@ class _AssignmentNetwork(TwoImageTowers):
         self.ta_head = nn.Linear(config.text_width, 3)
 
 
-class AlbefTextAssignment(WithTwin):
+class AlbefTextAssignment(WithMomentum):
     """Text-assignment pretraining of the towers that NLVR2 fine-tunes.
 
     Attributes:
@@ -238,7 +240,7 @@ class AlbefTextAssignment(WithTwin):
     config_type = FinetuningConfig
 
     def __init__(self, config: FinetuningConfig) -> None:
-        super().__init__(config, _AssignmentNetwork(config), twin=False)
+        super().__init__(config, _AssignmentNetwork(config), with_momentum=False)
         self.vision_proj = nn.Linear(config.vision_width, config.embed_dim).requires_grad_(False)
 
     def loss(
@@ -258,7 +260,7 @@ class AlbefTextAssignment(WithTwin):
         Args:
             images: [n, 3, image_size, image_size], normalised, the texts' own.
             text_ids, text_mask: as in `AlbefClassifier.logits`.
-            seed: of the draws; None takes one from torch's generator.
+            seed: of the sampling; None takes one from torch's generator.
 
         Raises:
             TypeError, ValueError: an argument is not as described.
@@ -268,14 +270,14 @@ class AlbefTextAssignment(WithTwin):
         if len(images) < 3:
             raise ValueError(f"images: expected 3 or more, to draw from; got {len(images)}")
         tokens = self.student.encode_image(images)
-        drawn = self.draw(tokens, seed)
-        rows = tuple(row_map(i, len(images), images.device) for i in drawn.images.unbind(1))
+        sampled = self.sample(tokens, seed)
+        rows = tuple(row_map(i, len(images), images.device) for i in sampled.images.unbind(1))
         first = self.student.encode_assigned(tokens, texts, rows, self.reference)
         logits = _wide(self.student.ta_head(first))
-        return F.cross_entropy(logits, drawn.labels.to(images.device))
+        return F.cross_entropy(logits, sampled.labels.to(images.device))
 
     @torch.no_grad()
-    def draw(self, tokens: Tensor, seed: int | None = None) -> Assignment:
+    def sample(self, tokens: Tensor, seed: int | None = None) -> Assignment:
         """Images for the texts whose own images' tokens [n, L, vision_width] these are."""
         count = len(tokens)
         features = F.normalize(_wide(self.vision_proj(tokens[:, 0])), dim=-1)
@@ -283,7 +285,7 @@ class AlbefTextAssignment(WithTwin):
         generator = torch.Generator().manual_seed(
             int(torch.randint(2**62, ())) if seed is None else seed
         )
-        # The two largest of logits + Gumbel noise are two draws of a softmax without replacement.
+        # The two largest of logits + Gumbel noise are two samples of a softmax without replacement.
         noise = -torch.empty(count, count).exponential_(generator=generator).log()
         others = (logits + noise).fill_diagonal_(-torch.inf).topk(2).indices
         labels = torch.randint(3, (count,), generator=generator)

@@ -32,7 +32,7 @@ class FinetuningConfig(AlbefConfig):
     contrasts nothing.
 
     Attributes:
-        distill: keep a momentum twin, whose predictions are soft targets beside the labels.
+        distill: keep a momentum encoder, whose predictions are soft targets beside the labels.
     """
 
     distill: bool = True

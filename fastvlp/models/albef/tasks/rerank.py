@@ -1,9 +1,9 @@
 """Retrieval by ALBEF in two rounds: contrastive features choose candidates, fusion scores them.
 
 Li et al., arXiv 2107.07651, section 5. For each image the k texts, and for each text the k images,
-of the largest feature product are scored by the matching head's logit of "match"; all others get
--100. `fastvlp.evaluate.retrieval.retrieval_from_scores` turns the two matrices into recalls, an
-image being as good as its best-ranked caption.
+of the largest dot product of features are scored by the matching head's logit of "match"; all
+others get -100. `fastvlp.evaluate.retrieval.retrieval_from_scores` turns the two matrices into
+recalls, an image being as good as its best-ranked caption.
 
 A pair's score is the same in both directions, so the candidates of both are united and each pair is
 fused once. Pairs are grouped by image: the keys and values of an image are projected once in each
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastvlp.distributed import agree, group_device, reporting, spans_ranks
+from fastvlp.distributed import group_device, reporting, spans_ranks, validate_across_ranks
 from fastvlp.models.albef.model import Albef
 from fastvlp.models.albef.tasks.common import Texts, check_evaluating, fuse_first, runs
 from fastvlp.ops.packing import PairLayout, TextLayout
@@ -185,7 +185,7 @@ def _own(images: ImageSet, own: Tensor | None, group) -> tuple[Tensor, Tensor]:
 
 
 def _best(queries: Tensor, keys: Tensor, k: int, workspace_bytes: int) -> Tensor:
-    """The k keys of the largest product with each query, int64 [queries, k] on the host."""
+    """The k keys of the largest dot product with each query, int64 [queries, k] on the host."""
     rows = max(1, workspace_bytes // (2 * len(keys) * queries.element_size()))
     k = min(k, len(keys))
     return torch.cat([(part @ keys.T).topk(k, dim=1).indices.cpu() for part in queries.split(rows)])
@@ -203,7 +203,7 @@ def _match_sharded(model, images, texts, image, text, own, group, workspace_byte
     facts = {"images": len(images.features), "texts": len(texts.lengths), "pairs": len(image)}
     chosen = {"image": image, "text": text}
     facts |= {f"checksum of each pair's {n}": crc32(t.numpy().tobytes()) for n, t in chosen.items()}
-    agree(group, "rerank", facts=facts)
+    validate_across_ranks(group, "rerank", facts=facts)
     scores = torch.zeros(len(image), device=group_device(group))
     scores[mine.to(scores.device)] = found.to(scores.device)
     dist.all_reduce(scores, group=group)

@@ -65,7 +65,8 @@ class AlbefRetrieval(Albef):
         momentum_updated: bool = False,
         seed: Tensor | int | None = None,
     ) -> RetrievalLosses:
-        """The losses of B pairs; with `update` also moves the twin and fills the queues.
+        """The losses of B pairs; with `update` also moves the momentum encoder and fills the
+        queues.
 
         Args:
             images: [B, 3, image_size, image_size], normalised.
@@ -75,7 +76,8 @@ class AlbefRetrieval(Albef):
             alpha, update, momentum_updated, seed: as in `Albef.pretraining_loss`.
 
         Raises:
-            TypeError, ValueError: an argument is not as described; twin and queues are as before.
+            TypeError, ValueError: an argument is not as described; momentum encoder and queues are
+                as before.
             RuntimeError: the model was made without pretraining.
         """
         if self.momentum is None:
@@ -109,9 +111,9 @@ class _Batch(NamedTuple):
 def _step(model: AlbefRetrieval, batch: _Batch, seed) -> tuple[Tensor, Tensor, Teacher]:
     student, (ids, _, layout) = model.student, batch.texts
     with torch.no_grad():
-        twin, dtype = model.teacher, model.queue.image_queue.dtype
-        image = twin.image_features(twin.encode_image(batch.images)).to(dtype)
-        text = twin.text_features(layout.first(twin.encode_text(ids, layout))).to(dtype)
+        encoder, dtype = model.teacher, model.queue.image_queue.dtype
+        image = encoder.image_features(encoder.encode_image(batch.images)).to(dtype)
+        text = encoder.text_features(layout.first(encoder.encode_text(ids, layout))).to(dtype)
     images = student.encode_image(batch.images)
     texts = student.encode_text(ids, layout)
     contrast = momentum_contrastive(
@@ -136,9 +138,9 @@ def _plain_step(model: AlbefRetrieval, batch: _Batch, seed) -> tuple[Tensor, Ten
     """`_step` of padded texts, an image repeated for each of its pairs, whole similarities."""
     student, (ids, mask, _) = model.student, batch.texts
     with torch.no_grad():
-        twin, dtype = model.teacher, model.queue.image_queue.dtype
-        image = twin.image_features(twin.encode_image(batch.images)).to(dtype)
-        text = twin.text_features(twin.encode_padded(ids, mask)[:, 0]).to(dtype)
+        encoder, dtype = model.teacher, model.queue.image_queue.dtype
+        image = encoder.image_features(encoder.encode_image(batch.images)).to(dtype)
+        text = encoder.text_features(encoder.encode_padded(ids, mask)[:, 0]).to(dtype)
     teacher = Teacher(image, text, None)
     images = student.encode_image(batch.images)
     texts = student.encode_padded(ids, mask)
@@ -157,8 +159,8 @@ def create(name: str, **overrides) -> AlbefRetrieval:
 
     Args:
         name: a key of ``albef.CONFIGS``.
-        overrides: fields of ``AlbefConfig``. `pretraining=False` leaves out twin and queues, for
-            evaluation.
+        overrides: fields of ``AlbefConfig``. `pretraining=False` leaves out momentum encoder and
+            queues, for evaluation.
     """
     if name not in CONFIGS:
         raise ValueError(f"name: expected one of {sorted(CONFIGS)}, got {name!r}")

@@ -7,7 +7,7 @@ and [SEP]; each token is predicted from those before it.
 
     loss = (1 / questions) sum over answers a of weight_a sum over tokens t > 0 of CE(a_t | a_<t)
 
-where CE is against (1 - alpha) the token + alpha the momentum twin's softmax.
+where CE is against (1 - alpha) the token + alpha the momentum encoder's softmax.
 
 Answers are packed and grouped by question, so a question's keys and values are projected once in
 each layer for all of its answers, and padding never meets the vocabulary.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastvlp.models import base
 from fastvlp.models.albef.decoder import PlainRanker, Ranker, TextDecoder, predicting_rows
-from fastvlp.models.albef.momentum import WithTwin
+from fastvlp.models.albef.momentum import WithMomentum
 from fastvlp.models.albef.tasks.common import (
     FinetuningConfig,
     FusedTowers,
@@ -91,19 +91,19 @@ class Ranking(NamedTuple):
     log_probs: Tensor  # [questions, k], at least float32
 
 
-class AlbefVqa(WithTwin):
+class AlbefVqa(WithMomentum):
     """Answers to questions about images.
 
     Attributes:
         student: the towers and `text_decoder`.
-        momentum: the twin of both, None without `distill`.
+        momentum: the momentum encoder of both, None without `distill`.
     """
 
     kind = "albef-vqa"
     config_type = FinetuningConfig
 
     def __init__(self, config: FinetuningConfig) -> None:
-        super().__init__(config, VqaNetwork(config), twin=config.distill)
+        super().__init__(config, VqaNetwork(config), with_momentum=config.distill)
 
     def loss(
         self,
@@ -127,14 +127,15 @@ class AlbefVqa(WithTwin):
             answer_ids, answer_mask: the same of any number of answers.
             question_of_answer: whole numbers [answers], the row of each answer's question.
             weights: [answers] floating point, such as the share of people who gave the answer.
-            alpha: weight of the twin, 0 to 1; without one it has no effect.
-            update: move the twin first.
+            alpha: weight of the momentum encoder, 0 to 1; without one it has no effect.
+            update: move the momentum encoder first.
             momentum_updated: the optimiser has moved it already (`AdamWEma(ema=...)`).
 
         Masks and `question_of_answer` are best on the host.
 
         Raises:
-            TypeError, ValueError: an argument is not as described; the twin has not moved.
+            TypeError, ValueError: an argument is not as described; the momentum encoder has not
+            moved.
         """
         check_alpha(alpha)
         questions = self._questions(images, text_ids, text_mask)
@@ -155,7 +156,7 @@ class AlbefVqa(WithTwin):
                 f"{list(weights.shape)}"
             )
         answers = Answers.make(texts, question)
-        self.move_twin(update and not momentum_updated)
+        self.update_momentum(update and not momentum_updated)
         losses = (_plain_losses if self.reference else _losses)(
             self, images, questions, answers, alpha
         )
@@ -236,12 +237,12 @@ def _losses(model: AlbefVqa, images, questions: Texts, answers: Answers, alpha) 
     head = model.student.text_decoder.predictions
     taught = {}
     if model.momentum is not None:
-        twin = model.teacher.text_decoder.predictions
+        teacher_head = model.teacher.text_decoder.predictions
         with torch.no_grad():
             taught = {
                 "teacher_hidden": _hidden(model.teacher, images, questions, answers),
-                "teacher_weight": twin.decoder.weight,
-                "teacher_bias": twin.bias,
+                "teacher_weight": teacher_head.decoder.weight,
+                "teacher_bias": teacher_head.bias,
                 "alpha": alpha,
             }
     hidden = _hidden(model.student, images, questions, answers)

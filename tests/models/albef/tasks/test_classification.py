@@ -9,7 +9,7 @@ from fastvlp_tests.albef_head_cases import (
     assert_saved_and_loaded,
     disturb,
     fresh,
-    pictures,
+    make_images,
     sentences,
     with_gradients,
 )
@@ -28,7 +28,7 @@ def make(task, **overrides):
 
 
 def batch(task):
-    images = pictures(4) if task == "entailment" else pictures(4, 2)
+    images = make_images(4) if task == "entailment" else make_images(4, 2)
     return images, sentences(4, 9), LENGTHS
 
 
@@ -46,7 +46,7 @@ def test_forms_agree(task, distill):
 
 def test_forms_of_text_assignment_agree():
     model = disturb(fresh(albef_classifier.text_assignment))
-    images, texts = pictures(7), (sentences(7, 9), [9, 4, 6, 5, 1, 3, 8])
+    images, texts = make_images(7), (sentences(7, 9), [9, 4, 6, 5, 1, 3, 8])
 
     def loss(images):
         return lambda model: model.loss(images, *texts, seed=5)
@@ -68,7 +68,7 @@ def test_distillation_is_the_mean_of_two_targets(task):
     torch.testing.assert_close(both, 0.7 * alone + 0.3 * soft)
 
 
-def test_the_twin_moves_before_it_teaches():
+def test_the_momentum_encoder_moves_before_it_teaches():
     model, given = make("entailment"), batch("entailment")
     head = model.momentum.module.cls_head[0].weight
     moved = head.lerp(model.student.cls_head[0].weight, 1 - model.config.momentum).detach()
@@ -138,29 +138,31 @@ def test_two_images_agree_with_layers_of_transformers():
     torch.testing.assert_close(model.logits(images, ids, lengths), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_drawn_assignments():
+def test_sampled_assignments():
     model = fresh(albef_classifier.text_assignment)
     tokens = torch.randn(300, 2, 64)
     tokens[1] = tokens[0]
-    images, labels = model.draw(tokens, seed=1)
+    images, labels = model.sample(tokens, seed=1)
     own = torch.arange(300)
     assert torch.equal(images[labels == 0, 0], own[labels == 0])
     assert torch.equal(images[labels == 1, 1], own[labels == 1])
     assert (images[:, 0] != images[:, 1]).all()
     assert (images == own[:, None]).sum() == (labels < 2).sum()
     assert all(70 < (labels == i).sum() < 130 for i in range(3))
-    assert torch.equal(images, model.draw(tokens, seed=1).images)
-    # The twin of an image is by far the likeliest other one.
-    drawn = [model.draw(tokens[:40], seed=i).images[0] for i in range(20)]
-    assert sum(1 in pair.tolist() for pair in drawn) > 10
+    assert torch.equal(images, model.sample(tokens, seed=1).images)
+    # The momentum encoder of an image is by far the likeliest other one.
+    sampled = [model.sample(tokens[:40], seed=i).images[0] for i in range(20)]
+    assert sum(1 in pair.tolist() for pair in sampled) > 10
     state = torch.get_rng_state()
-    model.draw(tokens, seed=1)
+    model.sample(tokens, seed=1)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_text_assignment_leaves_its_projection_alone():
     model = disturb(fresh(albef_classifier.text_assignment))
-    found = with_gradients(model, lambda m: m.loss(pictures(4), sentences(4, 9), LENGTHS, seed=1))
+    found = with_gradients(
+        model, lambda m: m.loss(make_images(4), sentences(4, 9), LENGTHS, seed=1)
+    )
     assert not any(name.startswith("vision_proj") for name in found)
 
 
@@ -178,15 +180,15 @@ def test_save_and_load(tmp_path, task):
 @pytest.mark.parametrize(
     "task, change, message",
     [
-        ("entailment", dict(images=pictures(3)), "text_ids: expected one text"),
-        ("entailment", dict(images=pictures(4, 2)), "images: expected"),
-        ("nlvr2", dict(images=pictures(4)), r"images: expected \[n, 2, 3"),
+        ("entailment", dict(images=make_images(3)), "text_ids: expected one text"),
+        ("entailment", dict(images=make_images(4, 2)), "images: expected"),
+        ("nlvr2", dict(images=make_images(4)), r"images: expected \[n, 2, 3"),
         ("entailment", dict(labels=LABELS[:3]), r"labels: expected int64 \[4\]"),
         ("entailment", dict(alpha=2.0), "alpha: expected 0 to 1"),
         ("entailment", dict(text_mask=[9, 4]), "text_mask: expected"),
     ],
 )
-def test_bad_input_leaves_the_twin(task, change, message):
+def test_bad_input_leaves_the_momentum_encoder(task, change, message):
     model = make(task)
     names = ("images", "text_ids", "text_mask", "labels")
     given = dict(zip(names, (*batch(task), LABELS), strict=True)) | change
@@ -204,13 +206,13 @@ def test_faults_of_sizes_and_of_small_batches():
         albef_classifier.entailment("huge")
     model = albef_classifier.text_assignment("tiny")
     with pytest.raises(ValueError, match="images: expected 3 or more"):
-        model.loss(pictures(2), sentences(2, 9), [9, 4])
+        model.loss(make_images(2), sentences(2, 9), [9, 4])
 
 
 def test_a_text_layout_of_one_token():
     """Texts of [CLS] alone."""
     model = make("nlvr2", distill=False)
-    images, ids = pictures(2, 2), sentences(2, 3)
+    images, ids = make_images(2, 2), sentences(2, 3)
     assert TextLayout.from_lengths([1, 1], 3).total == 2
     found = model.logits(images, ids, [1, 1])
     torch.testing.assert_close(found, model.use_reference().logits(images, ids, [1, 1]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvlp_tests.albef_head_cases import disturb, fresh, pictures, sentences
+from fastvlp_tests.albef_head_cases import disturb, fresh, make_images, sentences
 from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 
 from fastvlp.models import albef
@@ -49,7 +49,7 @@ def plain_maps(model, images, layer):
 
 @pytest.mark.parametrize("layer", [2, 3, 4])
 def test_maps_agree_with_autograd_on_plain_attention(layer):
-    model, images = make(), pictures(3)
+    model, images = make(), make_images(3)
     eager = plain_maps(model, images, layer)
     arguments = sentences(4, 9), LENGTHS, OWNER
     ours = [
@@ -63,7 +63,7 @@ def test_maps_agree_with_autograd_on_plain_attention(layer):
 
 
 def test_gradients_and_frozen_parameters_are_left_alone():
-    model, given = make(), (pictures(3), sentences(4, 9), LENGTHS, OWNER)
+    model, given = make(), (make_images(3), sentences(4, 9), LENGTHS, OWNER)
     found = grounding_maps(model, *given, layer=3)
     assert not found.requires_grad and all(p.grad is None for p in model.parameters())
     model.requires_grad_(False)
@@ -94,7 +94,7 @@ def test_box_scores():
 
 
 def test_faults():
-    model, given = make(), (pictures(3), sentences(4, 9), LENGTHS)
+    model, given = make(), (make_images(3), sentences(4, 9), LENGTHS)
     for arguments, layer, message in (
         ((*given, OWNER), 1, "layer: expected a fusion layer, 2 to 4"),
         ((*given, OWNER), 5, "layer: expected a fusion layer, 2 to 4"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastvlp_tests.albef_head_cases import LENGTHS, disturb, fresh, pictures, sentences
+from fastvlp_tests.albef_head_cases import LENGTHS, disturb, fresh, make_images, sentences
 
 from fastvlp.models import albef
 from fastvlp.models.albef.tasks import classification as albef_classifier
@@ -31,7 +31,7 @@ def theirs(model):
 
 def one_image(model):
     return model.student.encode_first(
-        pictures(4),
+        make_images(4),
         albef_classifier.Texts.make(model.config, sentences(4, 9), LENGTHS, "cpu"),
         False,
     )
@@ -46,13 +46,13 @@ def test_entailment_starts_from_pretraining():
     wanted = source.student.fuse_padded(
         source.student.encode_padded(texts.ids, texts.mask),
         texts.mask,
-        source.student.encode_image(pictures(4)),
+        source.student.encode_image(make_images(4)),
     )[:, 0]
     torch.testing.assert_close(one_image(model), wanted, rtol=1e-4, atol=1e-5)
-    for ours, twins in zip(
+    for ours, theirs in zip(
         model.student.state_dict().values(), model.teacher.state_dict().values(), strict=True
     ):
-        assert torch.equal(ours, twins)
+        assert torch.equal(ours, theirs)
 
 
 def test_both_copies_of_a_fusion_layer_start_alike_and_go_on_to_nlvr2():
@@ -102,7 +102,7 @@ def test_fine_tuned_files_of_the_authors(make):
     wanted = source.state_dict()
     tensors = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
     assert all(torch.equal(v, wanted[k]) for k, v in tensors.items())
-    # Without a twin in the file it takes the model's weights.
+    # Without a momentum encoder in the file it takes the model's weights.
     student = {k: v for k, v in state["model"].items() if "_m." not in k}
     load_finetuned(model, student)
     assert torch.equal(

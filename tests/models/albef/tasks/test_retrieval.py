@@ -10,7 +10,7 @@ from fastvlp_tests.albef_head_cases import (
     assert_saved_and_loaded,
     disturb,
     fresh,
-    pictures,
+    make_images,
     sentences,
 )
 from fastvlp_tests.gloo_ranks import run, several
@@ -37,7 +37,7 @@ def loss(images):
 
 
 def test_forms_agree():
-    assert_forms_agree(make(), loss(pictures(4)), loss(pictures(4).double()))
+    assert_forms_agree(make(), loss(make_images(4)), loss(make_images(4).double()))
 
 
 def test_the_contrast_has_pairs_of_equal_id_as_positives_over_batch_and_queue():
@@ -48,7 +48,7 @@ def test_the_contrast_has_pairs_of_equal_id_as_positives_over_batch_and_queue():
         features = []
         for towers in (model.student, model.teacher):
             first = texts.first(towers.encode_text(sentences(4, 9), texts))
-            images = towers.image_features(towers.encode_image(pictures(4)))
+            images = towers.image_features(towers.encode_image(make_images(4)))
             features.append((images, towers.text_features(first)))
         (image, text), (image_m, text_m) = features
         positive = torch.cat([IDS, model.queue.queue_ids]) == IDS[:, None]
@@ -62,25 +62,25 @@ def test_the_contrast_has_pairs_of_equal_id_as_positives_over_batch_and_queue():
                 1
             )
             wanted = wanted - (target * (rows @ keys).log_softmax(1)).sum(1).mean() / 2
-    torch.testing.assert_close(loss(pictures(4))(model).itc, wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss(make_images(4))(model).itc, wanted, rtol=1e-5, atol=0)
 
 
-def test_a_step_moves_the_twin_and_fills_the_queue():
+def test_a_step_moves_the_momentum_encoder_and_fills_the_queue():
     model = make()
     weight = model.momentum.module.text_proj.weight
     moved = weight.lerp(model.student.text_proj.weight, 1 - model.config.momentum).detach()
-    model.retrieval_loss(pictures(4), sentences(4, 9), LENGTHS, IDS)
+    model.retrieval_loss(make_images(4), sentences(4, 9), LENGTHS, IDS)
     torch.testing.assert_close(weight, moved)
     assert torch.equal(model.queue.queue_ids[:4], IDS) and model.queue.position == 4
 
 
 def test_batches_of_one_image_have_no_negatives():
     model = make().eval()
-    found = model.retrieval_loss(pictures(2), sentences(2, 9), [9, 4], IDS[:1].repeat(2), seed=1)
+    found = model.retrieval_loss(make_images(2), sentences(2, 9), [9, 4], IDS[:1].repeat(2), seed=1)
     texts = TextLayout.from_lengths([9, 4], 9)
     pairs = PairLayout.make(texts, [0, 1], [0, 1], 2)
     student = model.student
-    tokens = student.encode_image(pictures(2))
+    tokens = student.encode_image(make_images(2))
     fused = student.fuse(student.encode_text(sentences(2, 9), texts), pairs, tokens)
     wanted = -model.itm_head(pairs.first(fused)).log_softmax(-1)[:, 1].mean()
     torch.testing.assert_close(found.itm, wanted)
@@ -88,18 +88,18 @@ def test_batches_of_one_image_have_no_negatives():
 
 def test_save_and_load(tmp_path):
     assert_saved_and_loaded(
-        make(), tmp_path, albef_retrieval.load, lambda m: loss(pictures(4))(m).total.detach()
+        make(), tmp_path, albef_retrieval.load, lambda m: loss(make_images(4))(m).total.detach()
     )
 
 
 def test_bad_input_leaves_the_state():
     model = make()
     before = {k: v.clone() for k, v in model.state_dict().items() if "extra" not in k}
-    given = dict(images=pictures(4), text_ids=sentences(4, 9), text_mask=LENGTHS, ids=IDS)
+    given = dict(images=make_images(4), text_ids=sentences(4, 9), text_mask=LENGTHS, ids=IDS)
     for change, message in (
         (dict(ids=IDS[:3]), r"ids: expected int64 \[4\]"),
         (dict(alpha=-1.0), "alpha: expected"),
-        (dict(images=pictures(3)), "text_ids: expected one text"),
+        (dict(images=make_images(3)), "text_ids: expected one text"),
     ):
         with pytest.raises(ValueError, match=message):
             model.retrieval_loss(**(given | change))
@@ -112,7 +112,7 @@ def test_bad_input_leaves_the_state():
 
 
 def sets(model):
-    images, ids = pictures(COUNTS[0]), sentences(COUNTS[1], 9)
+    images, ids = make_images(COUNTS[0]), sentences(COUNTS[1], 9)
     batches = [(ids[:3], TEXT_LENGTHS[:3]), (ids[3:], TEXT_LENGTHS[3:])]
     return (
         albef_rerank.encode_images(model, images.split(2)),
@@ -132,7 +132,7 @@ def every_pair(model):
         torch.arange(images).repeat_interleave(texts),
         images,
     )
-    fused = student.fuse(pairs.expand(tokens), pairs, student.encode_image(pictures(images)))
+    fused = student.fuse(pairs.expand(tokens), pairs, student.encode_image(make_images(images)))
     return model.itm_head(pairs.first(fused))[:, 1].view(images, texts)
 
 
@@ -265,7 +265,7 @@ def test_ranks_share_the_pairs(ranks):
 def test_faults_of_reranking():
     model = make(pretraining=False)
     with pytest.raises(RuntimeError, match="evaluation mode"):
-        albef_rerank.encode_images(model, [pictures(2)])
+        albef_rerank.encode_images(model, [make_images(2)])
     images, texts = sets(model.eval())
     with pytest.raises(ValueError, match="k: expected"):
         albef_rerank.rerank(model, images, texts, 0)

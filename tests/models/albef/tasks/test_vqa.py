@@ -9,7 +9,7 @@ from fastvlp_tests.albef_head_cases import (
     assert_saved_and_loaded,
     disturb,
     fresh,
-    pictures,
+    make_images,
     sentences,
 )
 from transformers import BertConfig, BertLMHeadModel, BertModel
@@ -33,7 +33,7 @@ def answers():
 
 
 def batch():
-    return pictures(4), sentences(4, 9), LENGTHS, *answers(), QUESTION, WEIGHTS
+    return make_images(4), sentences(4, 9), LENGTHS, *answers(), QUESTION, WEIGHTS
 
 
 def test_forms_agree():
@@ -239,7 +239,7 @@ def test_save_and_load(tmp_path):
         (1, sentences(3, 9), "text_mask: expected"),
     ],
 )
-def test_bad_input_leaves_the_twin(at, value, message):
+def test_bad_input_leaves_the_momentum_encoder(at, value, message):
     model, given = make(), list(batch())
     given[at] = value
     with pytest.raises((TypeError, ValueError), match=message):
