@@ -31,7 +31,9 @@ def test_kernel(costly, kernel_counts, number):
 @pytest.mark.thorough
 def test_two_processes(pytester, request, monkeypatch):
     pytest.importorskip("xdist")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    # Not as a part of the run that this test may be in.
+    for variable in ("OMP_NUM_THREADS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(variable, raising=False)
     # As if the machine had eight cores.
     conftest = (request.config.rootpath / "tests" / "conftest.py").read_text()
     pytester.makeconftest(f"{conftest}\n\ntorch.set_num_threads(8)\n")
