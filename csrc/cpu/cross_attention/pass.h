@@ -239,11 +239,11 @@ WeightBlock block_at(const Products& x, const AttentionProblem& p, const Attenti
 // become logits. The statistics of such rows are that product and minus the reciprocal.
 constexpr float kCoarseLogit = 0x1p29f;
 
-// Whether the task has such a logit, or NaN.
+// Whether the task has such a logit. Infinity and NaN stay in their rows as they are.
 inline bool is_coarse(const AttentionProblem& p, const AttentionTask& task, const float* statistics) {
   const float* largest = statistics + task.head * p.total_queries + task.first_query;
   bool fine = true;
-  for (int64_t i = 0; i < task.queries; ++i) fine &= std::abs(largest[i]) < kCoarseLogit;
+  for (int64_t i = 0; i < task.queries; ++i) fine &= !(std::abs(largest[i]) >= kCoarseLogit && std::isfinite(largest[i]));
   return !fine;
 }
 
