@@ -8,8 +8,7 @@ import torch
 
 import fastvlp
 from fastvlp import _native
-from fastvlp.ops import explain
-from fastvlp.ops._core.dispatch import operators
+from fastvlp.ops import explain, operators
 
 
 def report() -> str:

@@ -1,78 +1,98 @@
-"""Imports go downward only: train -> models, data, evaluate -> losses -> ops -> kernels."""
+"""The rules of the tree: imports go downward, private things stay private, siblings apart."""
 
-import ast
 from pathlib import Path
 
 import pytest
+from fastvlp_tests import layers
+from fastvlp_tests.layers import Import
 
 ROOT = Path(__file__).parents[1]
-# What each layer may import besides itself. `_native` is the loader of the compiled operators.
-ALLOWED = {
-    "_tracing": set(),
-    "kernels": {"_tracing"},
-    "_native": {"_tracing"},
-    "distributed": set(),
-    "ops": {"kernels", "_native", "_tracing", "distributed"},
-    "losses": {"distributed", "ops"},
-    "integrations": {"losses"},
-    "nn": {"ops", "_tracing", "distributed"},
-    "models": {"losses", "nn", "ops", "distributed", "masking"},
-    "data": {"_native", "ops", "masking"},
-    "evaluate": {"ops", "distributed"},
-    "grad_cache": {"distributed"},
-    "info": {"ops", "_native"},
-    "optim": {"nn", "ops"},
-    "masking": set(),
-    "train": {
-        "data", "distributed", "evaluate", "grad_cache", "losses",
-        "masking", "models", "nn", "ops", "optim",
-    },
-    "commands": {"data", "evaluate", "models", "train"},
-    "cli": {"commands", "data"},
-}  # fmt: skip
-FORBIDDEN_IN_KERNELS = ("torch.autograd", "torch.distributed", "torch.nn")
-
-
-def layer_of(path: Path) -> str:
-    if path.is_relative_to(ROOT / "kernels"):
-        return "kernels"
-    return path.relative_to(ROOT / "fastvlp").parts[0].removesuffix(".py")
-
-
-def imported(path: Path) -> list[str]:
-    """Absolute names of everything that a file imports, relative imports resolved."""
-    inside_kernels = path.is_relative_to(ROOT / "kernels")
-    base = ROOT if inside_kernels else ROOT / "fastvlp"
-    parts = list(path.relative_to(base).parent.parts)
-    package = ["fastvlp", *parts]
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            prefix = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*prefix, *filter(None, [node.module])])
-            names += [f"{module}.{alias.name}" for alias in node.names]
-    return names
-
-
-FILES = sorted([*(ROOT / "fastvlp").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+MODULES = layers.read(ROOT)
 # The package's own __init__ gathers the public names of every layer.
-FILES.remove(ROOT / "fastvlp" / "__init__.py")
+BOUND = sorted(set(MODULES) - {"fastvlp"})
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_downward(path):
-    layer = layer_of(path)
-    for name in imported(path):
-        parts = name.split(".")
-        if parts[0] == "fastvlp" and len(parts) > 1:
-            known = parts[1] in ALLOWED
-            assert not known or parts[1] in ALLOWED[layer] | {layer}, f"{layer} imports {name}"
-        if layer == "kernels":
-            assert not name.startswith(FORBIDDEN_IN_KERNELS), f"a kernel imports {name}"
+def imports_of(module):
+    path = MODULES[module]
+    return list(layers.imports(module, path.read_text(), path.name == "__init__.py"))
+
+
+@pytest.mark.parametrize("module", BOUND)
+def test_every_rule_holds(module):
+    wrong = [
+        f"{each.name}: {what}"
+        for each in imports_of(module)
+        for rule in layers.RULES
+        if (what := rule(each))
+    ]
+    assert not wrong
+
+
+def test_every_part_of_the_package_is_a_known_layer():
+    assert {layers.layer(module) for module in BOUND} == set(layers.LAYERS)
+
+
+def test_exceptions_are_needed():
+    used = {
+        (f"{package}.{here}", f"{package}.{there}")
+        for module in BOUND
+        for each in imports_of(module)
+        for package in layers.SIBLINGS
+        if (here := layers._part(each.module, package))
+        and (there := layers._part(each.name, package))
+    }
+    assert set(layers.SIBLINGS_ALLOWED) <= used
+
+
+def test_dynamic_imports_are_known():
+    found = {m for m, path in MODULES.items() if layers.dynamic_imports(path.read_text())}
+    assert found == set(layers.DYNAMIC)
+
+
+def test_nothing_is_imported_in_a_circle():
+    graph = {}
+    for module in BOUND:
+        names = {each.name for each in imports_of(module)}
+        owners = {name.rpartition(".")[0] for name in names if name not in MODULES}
+        graph[module] = ({*names, *owners} & set(MODULES)) - {module, "fastvlp"}
+    assert len(graph) > 150
+    assert layers.circles(graph) == []
+
+
+@pytest.mark.parametrize(
+    "rule, module, name",
+    [
+        (layers.goes_upward, "fastvlp.ops.ema.api", "fastvlp.nn.Linear"),
+        (layers.goes_upward, "fastvlp.kernels._core.tiles", "fastvlp.ops.matmul"),
+        (layers.goes_upward, "fastvlp.novel.thing", "fastvlp.ops"),
+        (layers.goes_upward, "fastvlp.models.clip.model", "fastvlp.kernels.supported"),
+        (layers.is_private_elsewhere, "fastvlp.nn.linear", "fastvlp.ops._core.checks.check_tensor"),
+        (layers.is_private_elsewhere, "fastvlp.models.vilt.packing", "fastvlp.ops.packing._ranges"),
+        (layers.is_a_siblings, "fastvlp.ops.ema.api", "fastvlp.ops.contrastive.checks"),
+        (layers.is_a_siblings, "fastvlp.ops._core.checks", "fastvlp.ops.matmul.matmul"),
+        (layers.is_a_siblings, "fastvlp.kernels.contrastive.forward",
+         "fastvlp.kernels.cross_attention.host"),
+        (layers.is_a_siblings, "fastvlp.models.clip.model", "fastvlp.models.albef.Albef"),
+        (layers.is_beyond_a_kernel, "fastvlp.kernels.contrastive.forward", "torch.nn.functional"),
+    ],
+)  # fmt: skip
+def test_a_violation_is_found(rule, module, name):
+    assert rule(Import(module, name))
+
+
+def test_a_dynamic_import_is_found():
+    assert layers.dynamic_imports("import importlib\nx = importlib.import_module(name)") == [2]
+    assert layers.dynamic_imports("import importlib.util") == []
+
+
+def test_a_circle_is_found():
+    graph = {"a": ["b"], "b": ["c"], "c": ["b", "d"], "d": []}
+    assert layers.circles(graph) == [["b", "c"]]
 
 
 def test_a_relative_import_is_resolved():
-    assert "fastvlp.kernels.supported" in imported(ROOT / "fastvlp/ops/contrastive/checks.py")
-    assert "fastvlp.ops" in imported(ROOT / "fastvlp/losses.py")
+    text = "from . import x\nfrom ..b import y\nimport z"
+    found = [each.name for each in layers.imports("fastvlp.a.c", text, is_package=False)]
+    assert found == ["fastvlp.a.x", "fastvlp.b.y", "z"]
+    (inside,) = layers.imports("fastvlp.a", "from .c import d", is_package=True)
+    assert inside.name == "fastvlp.a.c.d"

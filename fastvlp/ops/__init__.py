@@ -1,7 +1,7 @@
 """The operators: one public function each, its reference beside it, and `explain`."""
 
 from . import packing
-from ._core.dispatch import explain
+from ._core.dispatch import explain, operators
 from ._core.workspace import release_workspace
 from .contrastive import contrastive, contrastive_reference
 from .contrastive.sigmoid import sigmoid_contrastive, sigmoid_contrastive_reference
@@ -37,6 +37,7 @@ __all__ = [
     "MomentumContrastive",
     "momentum_contrastive",
     "momentum_contrastive_reference",
+    "operators",
     "packing",
     "release_workspace",
     "sigmoid_contrastive",
