@@ -9,11 +9,16 @@
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from . import losses, nn, ops, optim
 from .grad_cache import GradCache
 from .nn.ema_model import EmaModel, EmaWarmup
 from .nn.feature_queue import FeatureQueue
+
+if TYPE_CHECKING:  # else on demand, below
+    from . import data, evaluate, integrations, masking, models, train
 
 try:
     __version__ = version("fastvlp")
@@ -32,12 +37,17 @@ __all__ = [
     "nn",
     "ops",
     "optim",
-    *_ON_DEMAND,
+    "data",
+    "evaluate",
+    "integrations",
+    "masking",
+    "models",
+    "train",
     "__version__",
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType:
     if name in _ON_DEMAND:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,7 @@ def group_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cpu")
 
 
-def spans_ranks(group: dist.ProcessGroup | None) -> bool:
+def spans_ranks(group: dist.ProcessGroup | None) -> TypeGuard[dist.ProcessGroup]:
     """Whether there is a group, and of more than one rank. Raises TypeError for anything else."""
     if group is None:
         return False

@@ -2,9 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import ParamsT
 
 from .nn.ema_model import EmaModel, unwrap
 from .ops import adamw_ema, last_exceeding
@@ -54,7 +56,7 @@ class AdamWEma(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -108,7 +110,7 @@ class AdamWEma(torch.optim.Optimizer):
                 group[_UPDATES] = self.ema.num_updates
         return state
 
-    def load_state_dict(self, state_dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of an AdamWEma or of a torch.optim.AdamW.
 
         Raises:

@@ -83,8 +83,9 @@ class _WithOurLoss:
 
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
         made = self._factory(*args, **kwargs)
-        if isinstance(getattr(made, "loss", None), nn.Module):  # a task
-            made.loss = _ours(made.loss)
+        loss = getattr(made, "loss", None)
+        if isinstance(loss, nn.Module):  # a task
+            made.loss = _ours(loss)
             return made
         return _ours(made)
 

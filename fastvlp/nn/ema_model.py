@@ -7,6 +7,7 @@ import copy as copying
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -119,7 +120,7 @@ class EmaModel(nn.Module):
         """Leaves the evaluation mode as it is, so that a parent's `train()` does not end it."""
         return self if mode else super().train(False)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the low-precision copy where there is one, else the momentum module."""
         return (self.module if self.copy is None else self.copy)(*args, **kwargs)
 
@@ -184,11 +185,11 @@ class EmaModel(nn.Module):
                 f"{what}: the model and its momentum are swapped; leave swap() first"
             )
 
-    def state_dict(self, *args, **kwargs):
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self.refuse_while_swapped("state_dict()")
         return super().state_dict(*args, **kwargs)
 
-    def load_state_dict(self, *args, **kwargs):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self.refuse_while_swapped("load_state_dict()")
         return super().load_state_dict(*args, **kwargs)
 

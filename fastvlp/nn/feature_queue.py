@@ -35,6 +35,12 @@ class FeatureQueue(torch.nn.Module):
             device once.
     """
 
+    image_queue: torch.Tensor
+    text_queue: torch.Tensor
+    queue_ids: torch.Tensor | None
+    queue_length: torch.Tensor
+    position: torch.Tensor
+
     def __init__(
         self,
         size: int,

@@ -25,6 +25,8 @@ repeats an image for each of its P pairs takes 4 P n L E D for the images: at 4 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -271,13 +273,13 @@ class PaddedFusionLayer(_BertParameters):
     What the public implementations do, and what the packed layer is measured against.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, Linear):
                 module.reference = True
 
-    def forward(self, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         """`padded`, with its arguments."""
         return self.padded(*args, **kwargs)
 

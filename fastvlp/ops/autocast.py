@@ -1,11 +1,13 @@
 """What torch.autocast does to an operator's inputs, for operators that torch does not know."""
 
+from typing import Any
+
 import torch
 
 from .._tracing import constant_result
 
 
-def as_autocast(*tensors):
+def as_autocast(*tensors: Any) -> tuple[Any, ...]:
     """Each as torch.autocast would hand it to a matmul: cast to its dtype, inside of one.
 
     As in torch, float64 stays float64. What is no tensor, or no floating-point one, is returned as

@@ -7,10 +7,14 @@ greys above 255 white and clips floats to whole numbers from 0 to 255.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastvlp.data.optional import require
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _DEEP = ("I", "F")  # and "I;16" with its byte orders
 # Formats whose 32-bit greys are 16-bit samples that Pillow widened.
@@ -63,7 +67,7 @@ class RgbConversion:
             )
         object.__setattr__(self, "background", values)
 
-    def __call__(self, image):
+    def __call__(self, image: Image) -> Image:
         """The Pillow image as one of mode "RGB"."""
         if self.method == "range":
             if image.mode in _DEEP or image.mode.startswith("I;16"):

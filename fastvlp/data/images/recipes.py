@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from fastvlp.data.images.randaugment import AlbefRandAugment, Operation, ViltRandAugment
 
@@ -177,7 +178,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def recipe(name: str, **changes) -> Recipe:
+def recipe(name: str, **changes: Any) -> Recipe:
     """The recipe of this name, with some parameters changed.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 # Images of the last ones cannot be put into shards; they are named as broken, not passed over.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -59,7 +60,7 @@ class Columns:
 Rows = Iterator[Pair | Broken]
 
 
-def open_text(path: Path):
+def open_text(path: Path) -> TextIO:
     """Text whose wrong bytes come through as lone surrogates, to be found row by row."""
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 

@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -106,14 +106,14 @@ class BertTokenizer(TextTokenizer):
 
 
 def vilt_tokenizer(
-    source: str | os.PathLike[str] | Sequence[str] | None = None, **options
+    source: str | os.PathLike[str] | Sequence[str] | None = None, **options: Any
 ) -> BertTokenizer:
     """BertTokenizer as in ViLT: 40 ids, always padded to that."""
     return BertTokenizer(source, **{"context_length": 40, "padding": "max_length", **options})
 
 
 def albef_tokenizer(
-    source: str | os.PathLike[str] | Sequence[str] | None = None, **options
+    source: str | os.PathLike[str] | Sequence[str] | None = None, **options: Any
 ) -> BertTokenizer:
     """BertTokenizer as in ALBEF's pre-training: captions cleaned, at most 25 ids, no [SEP].
 
@@ -125,7 +125,7 @@ def albef_tokenizer(
 
 
 def train_wordpiece(
-    captions: Iterable[str], vocab_size: int = 8192, *, lowercase: bool = True, **options
+    captions: Iterable[str], vocab_size: int = 8192, *, lowercase: bool = True, **options: Any
 ) -> BertTokenizer:
     """Learn the pieces of a BertTokenizer from ``captions``; equal captions give equal pieces.
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class Albef(WithMomentum):
                 config.queue_size, config.embed_dim, fill="random", with_ids=config.queue_ids
             )
 
-    def forward(self, *args, return_features: bool = False, **kwargs) -> Losses | Step:
+    def forward(self, *args: Any, return_features: bool = False, **kwargs: Any) -> Losses | Step:
         """`pretraining_loss`, or with `return_features` `pretraining_step`, so that a wrapper such
         as DistributedDataParallel can call either."""
         if return_features:
@@ -269,7 +269,7 @@ def _teach(model: Albef, batch: Batch) -> Teacher:
     return Teacher(teacher.image_features(images).to(dtype), features.to(dtype), hidden)
 
 
-def create(name: str, **overrides) -> Albef:
+def create(name: str, **overrides: Any) -> Albef:
     """A freshly initialised model of a named size.
 
     Args:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from fastvlp.models import base
+from fastvlp.models.albef.config import AlbefConfig
 from fastvlp.nn.ema_model import EmaModel
 
 
@@ -19,7 +22,7 @@ class WithMomentum(base.Model):
         momentum: the momentum encoder, an `EmaModel` of `student`, or None.
     """
 
-    def __init__(self, config, student: nn.Module, *, with_momentum: bool) -> None:
+    def __init__(self, config: AlbefConfig, student: nn.Module, *, with_momentum: bool) -> None:
         super().__init__(config)
         self.student = student
         self.momentum = None
@@ -33,7 +36,7 @@ class WithMomentum(base.Model):
         )
         self._set_teacher_mode()
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """`loss`, so that a wrapper such as DistributedDataParallel can call it."""
         return self.loss(*args, **kwargs)
 

@@ -83,7 +83,14 @@ def check_ids(name: str, ids: Tensor, config: AlbefConfig) -> None:
 
 
 def prepare(
-    config: AlbefConfig, images, text_ids, text_mask_, masked_ids, labels, alpha, pair_ids
+    config: AlbefConfig,
+    images: Tensor,
+    text_ids: Tensor,
+    text_mask_: Tensor | list[int],
+    masked_ids: Tensor,
+    labels: Tensor,
+    alpha: Tensor | float,
+    pair_ids: Tensor | None,
 ) -> Batch:
     """Checks everything that a step takes, so that nothing fails after state was written."""
     count = len(images)

@@ -6,6 +6,8 @@ its pairs, whole similarity matrices, and logits of the vocabulary at every posi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ from fastvlp.models.base import mean_cross_entropy
 from fastvlp.ops.momentum_contrastive import momentum_contrastive_reference
 
 
-def step(model, batch: Batch, seed) -> tuple[tuple[Tensor, ...], Teacher]:
+def step(model: Any, batch: Batch, seed: int | Tensor) -> tuple[tuple[Tensor, ...], Teacher]:
     """ITC, ITM and MLM of a checked batch, and the teacher's features."""
     student, count = model.student, len(batch)
     ids, masked_ids = batch.ids[:count], batch.ids[count:]

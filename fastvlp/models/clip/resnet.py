@@ -8,6 +8,7 @@ Shift-Invariant Again", arXiv 1904.11486. Parameter names and initialisation are
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ class AttentionPool(ReferenceMixin):
 class ModifiedResNet(ReferenceMixin):
     """Images [n, 3, size, size] → features [n, embed_dim], not normalised."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         width = config.vision_width
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)

@@ -7,6 +7,7 @@ checkpoints use.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ class ResidualAttentionBlock(ReferenceMixin):
         self.ln_2 = LayerNorm(width)
         self.mlp = Mlp(width, hidden, activation)
 
-    def forward(self, x: Tensor, *, pick: Pick | None = None, **options) -> Tensor:
+    def forward(self, x: Tensor, *, pick: Pick | None = None, **options: Any) -> Tensor:
         """As `SelfAttention.forward`, whose options are also these."""
         attended = self.attn(self.ln_1(x), pick=pick, **options)
         x = (x if pick is None else pick(x)) + attended
@@ -118,7 +119,7 @@ class Transformer(nn.Module):
             ResidualAttentionBlock(width, heads, hidden, activation) for _ in range(layers)
         )
 
-    def forward(self, x: Tensor, *, pick: Pick | None = None, **options) -> Tensor:
+    def forward(self, x: Tensor, *, pick: Pick | None = None, **options: Any) -> Tensor:
         """Options: `causal` and `segments` of `SelfAttention.forward`."""
         *blocks, last = self.resblocks
         for block in blocks:

@@ -27,7 +27,12 @@ class BertEmbeddings(nn.Module):
     """LN(word + position + token type 0), then dropout."""
 
     def __init__(
-        self, vocab_size: int, width: int, positions: int = 512, types: int = 2, dropout=0.1
+        self,
+        vocab_size: int,
+        width: int,
+        positions: int = 512,
+        types: int = 2,
+        dropout: float = 0.1,
     ) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(vocab_size, width)

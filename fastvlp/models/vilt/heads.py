@@ -8,7 +8,8 @@ whose images are replaced by others for half of the texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ TASKS = ("mlm", "itm", "vqa", "nlvr2", "retrieval", "tokens")
 MATCH = 1
 
 
-def add(model: nn.Module, config) -> None:
+def add(model: nn.Module, config: Any) -> None:
     """Give the model the heads of its tasks, by the original's names."""
     width = config.width
     if "mlm" in config.tasks:
@@ -73,7 +74,7 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def without_autocast(device: torch.device):
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """For what is float32 whatever the rest is."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
@@ -90,7 +91,10 @@ def draw_matches(n: int, seed: int | None = None) -> Tensor:
 
 
 def vqa_targets(
-    labels: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], answers: int, device=None
+    labels: Sequence[Sequence[int]],
+    scores: Sequence[Sequence[float]],
+    answers: int,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """[n, answers], the score of each accepted answer and 0 for others."""
     targets = torch.zeros(len(labels), answers)

@@ -22,6 +22,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -303,7 +304,7 @@ class Vilt(vilt_heads.Objectives, base.Model):
         return index
 
 
-def create(name: str, **overrides) -> Vilt:
+def create(name: str, **overrides: Any) -> Vilt:
     """A freshly initialised model of a named size, a key of ``CONFIGS``.
 
     Args:

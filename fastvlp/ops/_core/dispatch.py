@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(op: str, *args, **kwargs) -> Explanation:
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Says which implementation `fastvlp.ops.<op>(*args, **kwargs)` would run and why no other.
 
         print(explain("contrastive"))  # of small float32 tensors on a GPU if there is one
@@ -83,13 +84,13 @@ def explain(op: str, *args, **kwargs) -> Explanation:
         raise ValueError(f"op: expected one of {', '.join(operators())}; got {op!r}")
     if not args and not kwargs:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        args = [_zeros(shape, device) for shape in _OPERATORS[op].example.values()]
+        args = tuple(_zeros(shape, device) for shape in _OPERATORS[op].example.values())
     else:
         _check_arguments(op, args, kwargs)
     return _explain(op, *args, **kwargs)
 
 
-def choose(op: str, *args, **kwargs) -> str:
+def choose(op: str, *args: Any, **kwargs: Any) -> str:
     """The backend to run. Raises RuntimeError where none can, above all a forced one."""
     explanation = _explain(op, *args, **kwargs)
     if explanation.chosen is None:
@@ -99,7 +100,8 @@ def choose(op: str, *args, **kwargs) -> str:
 
 def _explain(op: str, *args, **kwargs) -> Explanation:
     variable, candidates = _OPERATORS[op].variable, _OPERATORS[op].candidates
-    if _OPERATORS[op].first is not None and (name := _OPERATORS[op].first(*args, **kwargs)):
+    first = _OPERATORS[op].first
+    if first is not None and (name := first(*args, **kwargs)):
         candidates = {name: candidates[name], **candidates}
     forced = forced_backend(op)
     chosen, reasons = None, {}

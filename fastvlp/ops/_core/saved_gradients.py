@@ -11,9 +11,9 @@ SECOND_DERIVATIVE = (
 )
 
 
-def wants_gradients(*tensors: torch.Tensor) -> bool:
+def wants_gradients(*tensors: torch.Tensor | None) -> bool:
     """Whether a backward pass may follow, also inside of torch.func's transforms."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def once_differentiable(function: Callable, *args):

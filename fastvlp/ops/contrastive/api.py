@@ -107,7 +107,7 @@ def contrastive(
                 f"{explain('contrastive', image_features, text_features)}"
             )
         features = unit_stride(image_features), unit_stride(text_features)
-    if distributed:
+    if distributed and group is not None:
         loss = Distributed.apply(
             torch.ops.fastvlp.contrastive_distributed, 3, *features, scale, group.group_name,
             direction, schedule, comm_dtype, wants_gradients(*features, scale), workspace_bytes,

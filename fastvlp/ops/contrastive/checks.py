@@ -1,5 +1,7 @@
 """Which backend the contrastive losses run on, and why not the others."""
 
+from typing import Any
+
 import torch
 
 from ...kernels import supported
@@ -23,7 +25,7 @@ def triton_reasons(
 
 # The backends in order of preference. Triton refuses CPU tensors: the compiled kernels come first
 # there, and on a GPU second, but for float32.
-CANDIDATES = {
+CANDIDATES: dict[str, Any] = {
     "triton": triton_reasons,
     "native": native_reasons,
     "reference": backends.reference_reasons,

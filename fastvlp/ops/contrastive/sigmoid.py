@@ -60,7 +60,7 @@ def sigmoid_contrastive(
             )
         features = unit_stride(image_features), unit_stride(text_features)
     gradients = wants_gradients(*features, scale, bias)
-    if distributed:
+    if distributed and group is not None:
         return Distributed.apply(
             torch.ops.fastvlp.sigmoid_contrastive_distributed, 4, *features, scale, bias,
             group.group_name, comm_dtype, gradients, workspace_bytes,

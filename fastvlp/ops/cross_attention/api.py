@@ -114,11 +114,14 @@ def cross_attention(
             **options,
         )  # fmt: skip
     max_q = longest(cu_seqlens_q, max_seqlen_q, q.device, len(q))
-    max_k = k.shape[1] if k.dim() == 4 else longest(cu_seqlens_k, max_seqlen_k, q.device, len(k))
+    if cu_seqlens_k is None:
+        max_k = k.shape[1]
+    else:
+        max_k = longest(cu_seqlens_k, max_seqlen_k, q.device, len(k))
     key_mask = None if key_mask is None else key_mask.contiguous()
-    rows = (unit_stride(t) for t in (q, k, v))
+    strided = (unit_stride(t) for t in (q, k, v))
     return _CrossAttention.apply(
-        *distinct(*rows, cu_seqlens_q, cu_seqlens_k), key_mask, seed, scale, dropout_p, causal,
+        *distinct(*strided, cu_seqlens_q, cu_seqlens_k), key_mask, seed, scale, dropout_p, causal,
         max_q, max_k,
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """What `cross_attention` accepts, and which implementation can take it."""
 
 from numbers import Real
+from typing import Any
 
 import torch
 
@@ -229,7 +230,7 @@ def triton_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_, **__) 
     return backends.triton_reasons(attention_supported, q, k, v)
 
 
-CANDIDATES = {
+CANDIDATES: dict[str, Any] = {
     "triton": triton_reasons,
     "native": backends.native_reasons,
     "reference": backends.reference_reasons,

@@ -92,10 +92,22 @@ def adamw_ema(
 
 @torch.no_grad()
 def adamw_ema_reference(
-    weights, gradients, first_moments, second_moments, momentum=(), weight_copies=(),
-    momentum_copies=(), *, step, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2,
-    maximize=False, decay=0.999,
-):  # fmt: skip
+    weights: Tensors,
+    gradients: Tensors,
+    first_moments: Tensors,
+    second_moments: Tensors,
+    momentum: Tensors = (),
+    weight_copies: Tensors = (),
+    momentum_copies: Tensors = (),
+    *,
+    step: float,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    maximize: bool = False,
+    decay: float | torch.Tensor = 0.999,
+) -> None:
     """The definition of `adamw_ema`, for any floating dtype."""
     for p, g, m, v in zip(weights, gradients, first_moments, second_moments, strict=True):
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32

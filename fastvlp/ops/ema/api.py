@@ -57,7 +57,11 @@ def ema(
             forces an implementation that cannot run. Nothing was written.
     """
     momentum, source, copies = list(momentum), list(source), list(copies or ())
-    lists = {"momentum": momentum, "source": source, "copies": copies}
+    lists: dict[str, Sequence[torch.Tensor]] = {
+        "momentum": momentum,
+        "source": source,
+        "copies": copies,
+    }
 
     multi.check_lists(lists, optional=("copies",))
     if not momentum:
@@ -75,7 +79,7 @@ def ema(
     if not torch.compiler.is_compiling():
         parts = without_ties(dict(zip(lists, parts, strict=True)), read=("source",))
     if found is None or found.item() < 0:
-        ema_reference(*parts[:2], decay, parts[2])
+        ema_reference(parts[0], parts[1], decay, parts[2])
     return found
 
 

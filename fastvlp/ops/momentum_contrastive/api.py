@@ -136,7 +136,7 @@ def momentum_contrastive_reference(
     row = column[:batch, None]
     valid = column < batch + queue_length
     positive = column == row
-    if ids is not None:
+    if ids is not None and queue_ids is not None:
         positive = positive | ((ids[:, None] == torch.cat([ids, queue_ids])) & valid)
 
     def direction(student, teacher, keys, queue, stream):

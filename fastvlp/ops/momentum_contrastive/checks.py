@@ -1,7 +1,7 @@
 """Checks of momentum_contrastive's arguments, for people."""
 
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +21,7 @@ def triton_reasons(
     return backends.triton_reasons(supported, image_features, text_features)
 
 
-CANDIDATES = {
+CANDIDATES: dict[str, Any] = {
     "triton": triton_reasons,
     "native": backends.native_reasons,
     "reference": backends.reference_reasons,

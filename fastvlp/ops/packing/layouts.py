@@ -64,7 +64,10 @@ class TextLayout:
 
     @classmethod
     def from_lengths(
-        cls, lengths: Sequence[int] | torch.Tensor, padded_length: int, device=None
+        cls,
+        lengths: Sequence[int] | torch.Tensor,
+        padded_length: int,
+        device: torch.device | str | None = None,
     ) -> TextLayout:
         """For texts padded at the end. CLIP's, whose causal attention never looks at what follows
         the end of text, have the length (position of the end of text) + 1.
@@ -87,7 +90,7 @@ class TextLayout:
         return cls._make(torch.arange(padded_length) < lengths[:, None], device)
 
     @classmethod
-    def from_mask(cls, mask: torch.Tensor, device=None) -> TextLayout:
+    def from_mask(cls, mask: torch.Tensor, device: torch.device | str | None = None) -> TextLayout:
         """For a mask [texts, padded length], true or nonzero at tokens, in any pattern.
 
         Waits for the device once if the mask is on a GPU. `device` is where the texts are; None

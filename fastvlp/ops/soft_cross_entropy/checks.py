@@ -1,6 +1,7 @@
 """Checks of the arguments of soft cross entropy, for people, and the backends that take them."""
 
 from numbers import Real
+from typing import Any
 
 import torch
 
@@ -114,7 +115,7 @@ def _supported(hidden: torch.Tensor) -> list[str]:
     return [*device_reasons(hidden.device), *backends.dtype_reasons(hidden)]
 
 
-CANDIDATES = {
+CANDIDATES: dict[str, Any] = {
     "triton": triton_reasons,
     "native": backends.native_reasons,
     "reference": backends.reference_reasons,

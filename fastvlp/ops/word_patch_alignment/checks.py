@@ -2,6 +2,7 @@
 
 import math
 from numbers import Real
+from typing import Any
 
 import torch
 
@@ -72,7 +73,7 @@ def triton_reasons(text_features, image_features, *_, **__) -> list[str]:
 
 
 # The backends in order of preference.
-CANDIDATES = {
+CANDIDATES: dict[str, Any] = {
     "triton": triton_reasons,
     "native": backends.native_reasons,
     "reference": backends.reference_reasons,

@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -297,18 +297,18 @@ class AlbefTextAssignment(WithMomentum):
         return Assignment(torch.stack(chosen, 1), labels)
 
 
-def entailment(name: str, **overrides) -> AlbefClassifier:
+def entailment(name: str, **overrides: Any) -> AlbefClassifier:
     """A freshly initialised model of visual entailment, of a named size of `albef.CONFIGS`."""
     return AlbefClassifier(ClassifierConfig.named(name, **overrides))
 
 
-def nlvr2(name: str, **overrides) -> AlbefClassifier:
+def nlvr2(name: str, **overrides: Any) -> AlbefClassifier:
     """A freshly initialised model of NLVR2, of a named size of `albef.CONFIGS`."""
     given = dict(classes=2, images=2) | overrides
     return AlbefClassifier(ClassifierConfig.named(name, **given))
 
 
-def text_assignment(name: str, **overrides) -> AlbefTextAssignment:
+def text_assignment(name: str, **overrides: Any) -> AlbefTextAssignment:
     """A freshly initialised model of text assignment, of a named size of `albef.CONFIGS`."""
     return AlbefTextAssignment(FinetuningConfig.named(name, **overrides))
 

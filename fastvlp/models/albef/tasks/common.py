@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class FinetuningConfig(AlbefConfig):
     distill: bool = True
 
     @classmethod
-    def named(cls: type[Config], name: str, **overrides) -> Config:
+    def named(cls: type[Config], name: str, **overrides: Any) -> Config:
         """The settings of a key of ``albef.CONFIGS``, with some fields changed.
 
         Raises:
@@ -58,7 +58,12 @@ class Texts(NamedTuple):
 
     @classmethod
     def make(
-        cls, config: AlbefConfig, ids: Tensor, mask: Tensor | list[int], device, what: str = "text"
+        cls,
+        config: AlbefConfig,
+        ids: Tensor,
+        mask: Tensor | list[int],
+        device: torch.device | str,
+        what: str = "text",
     ) -> Texts:
         """Texts on a device, from ids and their mask or lengths; `what` names them in messages.
 

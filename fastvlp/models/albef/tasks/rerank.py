@@ -56,7 +56,9 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def encode_images(model: Albef, batches: Iterable[Tensor], storage="cpu") -> ImageSet:
+def encode_images(
+    model: Albef, batches: Iterable[Tensor], storage: torch.device | str = "cpu"
+) -> ImageSet:
     """Images [n, 3, image_size, image_size] in batches; their tokens are kept on `storage`."""
     check_evaluating(model)
     tokens, features = [], []
@@ -69,7 +71,9 @@ def encode_images(model: Albef, batches: Iterable[Tensor], storage="cpu") -> Ima
 
 @torch.no_grad()
 def encode_texts(
-    model: Albef, batches: Iterable[tuple[Tensor, Tensor | list[int]]], storage="cpu"
+    model: Albef,
+    batches: Iterable[tuple[Tensor, Tensor | list[int]]],
+    storage: torch.device | str = "cpu",
 ) -> TextSet:
     """Texts in batches of ids [n, length] and masks or lengths; tokens are kept on `storage`."""
     check_evaluating(model)

@@ -11,7 +11,7 @@ differs outside 0.001 to 0.5 only.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class AlbefRetrieval(Albef):
         for name, parameter in head.named_parameters():
             parameter.requires_grad_(name == "decoder.weight")
 
-    def forward(self, *args, **kwargs) -> RetrievalLosses:
+    def forward(self, *args: Any, **kwargs: Any) -> RetrievalLosses:
         """`retrieval_loss`, so that a wrapper such as DistributedDataParallel can call it."""
         return self.retrieval_loss(*args, **kwargs)
 
@@ -154,7 +154,7 @@ def _plain_step(model: AlbefRetrieval, batch: _Batch, seed) -> tuple[Tensor, Ten
     return contrast.loss, itm, teacher
 
 
-def create(name: str, **overrides) -> AlbefRetrieval:
+def create(name: str, **overrides: Any) -> AlbefRetrieval:
     """A freshly initialised model of a named size.
 
     Args:

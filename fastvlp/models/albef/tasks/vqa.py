@@ -2,6 +2,7 @@
 
 Li et al., arXiv 2107.07651, section 5 and appendix A. The decoder is BERT with causal
 self-attention and, in every layer, cross-attention to the fused tokens of the question; it starts
+from typing import Any
 from the weights of the fusion layers and of the text embeddings. An answer is [CLS], its tokens
 and [SEP]; each token is predicted from those before it.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -271,7 +272,7 @@ def _plain_losses(model: AlbefVqa, images, questions: Texts, answers: Answers, a
     return (1 - alpha) * hard + alpha * F.cross_entropy(logits, taught, reduction="none")
 
 
-def create(name: str, **overrides) -> AlbefVqa:
+def create(name: str, **overrides: Any) -> AlbefVqa:
     """A freshly initialised model of a named size of `albef.CONFIGS`."""
     return AlbefVqa(FinetuningConfig.named(name, **overrides))
 
