@@ -1,7 +1,7 @@
 """Compile Triton kernels ahead of time, with no GPU, and read what the compiler made of them.
 
-`python -m fastvlp.kernels` prints the register table of every kernel. A kernel module lists what is
-to be compiled in its function `aot_cases()`.
+`python -m fastvlp.kernels` prints the register table of every kernel. A module of an operator's
+folder lists what is to be compiled in its function `aot_cases()`.
 """
 
 import argparse
@@ -23,17 +23,6 @@ from triton.compiler import ASTSource
 
 from .support import ROUNDED_PRODUCTS, rounds_products
 
-MODULES = (
-    "contrastive.forward",
-    "contrastive.backward",
-    "contrastive.sigmoid",
-    "cross_attention.forward",
-    "cross_attention.backward",
-    "momentum_contrastive.losses",
-    "momentum_contrastive.negatives",
-    "soft_cross_entropy.rows",
-    "word_patch_alignment.transport",
-)
 # Shared memory one block may use, in bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 # One SASS line: optional predicate, then the opcode with its dotted modifiers.
@@ -158,9 +147,12 @@ def _cuda_tool(name: str, *arguments: Any) -> str:
 
 
 def all_cases() -> list[Case]:
-    """The cases of every kernel module."""
-    modules = (importlib.import_module(f"fastvlp.kernels.{name}") for name in MODULES)
-    return [case for module in modules for case in module.aot_cases()]
+    """The cases of every kernel module: of every one in an operator's folder with `aot_cases`."""
+    paths = sorted(Path(__file__).parents[1].glob("[!_]*/[!_]*.py"))
+    names = (f"fastvlp.kernels.{path.parent.name}.{path.stem}" for path in paths)
+    modules = [importlib.import_module(name) for name in names]
+    described = [module for module in modules if hasattr(module, "aot_cases")]
+    return [case for module in described for case in module.aot_cases()]
 
 
 def _compile_index(index: int) -> Compiled:
