@@ -92,20 +92,20 @@ def measure(
     case: Case, phase: str, settings: harness.Settings, args: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[harness.Missing]]:
     backward = phase == "fwd+bwd"
-    contenders, absent = attention_peers.contenders(case, backward)
+    implementations, absent = attention_peers.implementations(case, backward)
     if args.no_compile:
-        contenders = [each for each in contenders if not each.compiled]
+        implementations = [each for each in implementations if not each.compiled]
     reference = functools.partial(attention_inputs.float64_reference, backward)
     rows, failed = harness.compare(
         case.op(),
-        contenders,
+        implementations,
         functools.partial(attention_inputs.draw, case),
         functools.partial(attention_inputs.draw, case.tiny()),
         settings,
         dtype=case.dtype,
         shape=case.shape(),
         phase=phase,
-        # Every contender draws its own dropout mask: there is no common result.
+        # Every implementation draws its own dropout mask: there is no common result.
         reference=None if case.dropout else reference,
         measure_memory=not args.no_memory,
     )

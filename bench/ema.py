@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from _harness import measure as harness
-from _harness.measure import BOUND, OURS, Contender, Missing
+from _harness.measure import BOUND, OURS, Implementation, Missing
 from _harness.run import Run
 
 from fastvlp import EmaModel
@@ -274,7 +274,7 @@ def float64(phase: str, inputs: Inputs) -> Mapping[str, torch.Tensor]:
     return found
 
 
-def contenders(phase: str) -> tuple[list[Contender], list[Missing]]:
+def implementations(phase: str) -> tuple[list[Implementation], list[Missing]]:
     """Ours, the bound and every peer that can run here; and those that cannot, with reasons."""
     copies = phase == "step+copy"
     makes: dict[str, Callable[[Inputs], Callable[[], Results]]] = {
@@ -301,9 +301,10 @@ def contenders(phase: str) -> tuple[list[Contender], list[Missing]]:
             except ImportError:
                 missing.append(Missing(name, f"{module} is not installed", remedy))
     found = [
-        Contender(name, make, unify=unify, note=NOTES.get(name, "")) for name, make in makes.items()
+        Implementation(name, make, unify=unify, note=NOTES.get(name, ""))
+        for name, make in makes.items()
     ]
-    bound = Contender(
+    bound = Implementation(
         BOUND,
         functools.partial(traffic, BYTES[phase]),
         bound=True,
@@ -336,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         summary=summary,
     ) as run:
         for phase in args.phase:
-            entrants, absent = contenders(phase)
+            entrants, absent = implementations(phase)
             make = functools.partial(build, device=args.device, gradients=phase == "adamw")
             rows, failed = harness.compare(
                 OP,
@@ -356,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each phase: fastvlp against every other contender."""
+    """A line for each phase: fastvlp against every baseline."""
     lines = []
     for phase in dict.fromkeys(row["phase"] for row in rows):
         group = [row for row in rows if row["phase"] == phase]

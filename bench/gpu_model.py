@@ -20,10 +20,10 @@ from _gpu import sanity as gpu_sanity
 from _gpu.bound import Bound, Executed, bounds, floor_bound, torch_bound
 from _gpu.chips import CHIPS, Chip
 from _gpu.launches import Event, record, record_eager
-from _gpu.model_case import Case, Implementation, installed
+from _gpu.model_case import Case, ModelledImplementation, installed
 from _gpu.model_cases import cases
 from _harness import measure as harness
-from _harness.measure import BOUND, OURS, Contender, Missing
+from _harness.measure import BOUND, OURS, Implementation, Missing
 from _harness.run import Run
 from ptx_machine.cuda_library import Missing as NoCompiler
 from ptx_machine.errors import ProgramError, UnknownForm
@@ -45,7 +45,7 @@ class Machine:
         self._executed: dict[tuple, Executed] = {}
         self._true: dict[tuple, list[Event]] = {}
 
-    def bounds(self, chip: Chip, each: Implementation, size: int) -> list[Bound]:
+    def bounds(self, chip: Chip, each: ModelledImplementation, size: int) -> list[Bound]:
         """The bounds of everything that an implementation launches at a size."""
         around = [torch_bound(chip, op) for op in each.around]
         key = (each.name, each.run.func, each.run.args, chip.executes, size)
@@ -60,7 +60,7 @@ class Machine:
             return [*around, *(torch_bound(chip, op) for op in true)]
         return [*around, *bounds(chip, self._execute(chip, each), true, size)]
 
-    def _execute(self, chip: Chip, each: Implementation) -> Executed:
+    def _execute(self, chip: Chip, each: ModelledImplementation) -> Executed:
         key = (each.name, each.run.func, each.run.args, chip.executes)
         if key not in self._executed:
             events = tuple(
@@ -110,9 +110,9 @@ def _row(case: Case, chip: Chip, name: str, found: Sequence[Bound], note: str = 
         "limited_by": slowest.limited_by,
         "parts": {kernel: round(ms, 6) for kernel, ms in by_kernel.most_common(6)},
     }
-    contender = Contender(name, None, bound=name == BOUND, note=note, extra=extra)
+    implementation = Implementation(name, None, bound=name == BOUND, note=note, extra=extra)
     phase = f"{case.phase} (model of {chip.name})"
-    row = harness.row(case.op, contender, case.dtype, case.shape, phase, [total], None)
+    row = harness.row(case.op, implementation, case.dtype, case.shape, phase, [total], None)
     # Nothing was measured: no rounds, and no quartiles of them.
     return {**row, "rounds": 0, "ms_q1": None, "ms_q3": None}
 

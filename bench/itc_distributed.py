@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 from _harness import measure as harness
 from _harness import memory, ranks, report
-from _harness.measure import DTYPES, OURS, Contender, Missing, Settings, dtypes, positives
+from _harness.measure import DTYPES, OURS, Implementation, Missing, Settings, dtypes, positives
 from _harness.run import Run
 from _harness.timing import status
 from baselines.contrastive import features as itc_features
 from baselines.contrastive import softmax as itc_peers
-from baselines.contrastive.distributed import PEER, contenders
+from baselines.contrastive.distributed import PEER, implementations
 from baselines.contrastive.projection import TITLE, Products, Rates, print_projection, project
 from baselines.contrastive.softmax import Inputs
 from baselines.contrastive.traffic import RULE, Traffic, loopback_bytes
@@ -72,7 +72,7 @@ def _together(tensor: torch.Tensor) -> torch.Tensor:
     return parts
 
 
-def errors(contender: Contender, job: Job) -> dict[str, float]:
+def errors(implementation: Implementation, job: Job) -> dict[str, float]:
     """Relative errors of the whole batch's loss and gradients against one float64 process.
 
     Loss and gradients are averaged over the ranks as DDP averages them: a rank's gradient by
@@ -84,13 +84,13 @@ def errors(contender: Contender, job: Job) -> dict[str, float]:
     for name in ("d_image", "d_text"):
         truth[name] = truth[name] * job.world_size
     found = {}
-    for name, value in contender.make(own)().items():
+    for name, value in implementation.make(own)().items():
         whole = _together(value) if value.dim() else _together(value.reshape(1)).double().mean()
         found[name] = harness.relative_error(whole, truth[name])
     return found
 
 
-def measure(job: Job, runners: Sequence[Contender]) -> list[dict[str, Any]]:
+def measure(job: Job, runners: Sequence[Implementation]) -> list[dict[str, Any]]:
     """On every rank of a group: the rows of a comparison, the same on each, without memory."""
     label = f"{OP} {job.dtype} " + " ".join(f"{key}={value}" for key, value in job.shape.items())
     with status(f"{label}: errors at {job.error_batch} pairs a rank"):
@@ -152,19 +152,19 @@ def count(call: Callable[[], Any], device: str) -> dict[str, Any]:
     }
 
 
-def peak(job: Job, contender: Contender) -> memory.Probe:
+def peak(job: Job, implementation: Implementation) -> memory.Probe:
     """On every rank of a new group: the extra peak of one call, inputs not counted."""
     build, tiny = functools.partial(inputs, job, job.batch), functools.partial(inputs, job, 64)
     if job.settings.device == "cuda":
-        return memory._cuda_peak(contender.make, build, tiny, 0)
+        return memory._cuda_peak(implementation.make, build, tiny, 0)
     if not memory._CLEAR.exists():
         return memory.Probe(None, failure="needs Linux with /proc/self/clear_refs")
-    return memory._resident_peak(contender.make, build, tiny, False, 0)
+    return memory._resident_peak(implementation.make, build, tiny, False, 0)
 
 
 def compare(job: Job) -> tuple[list[dict[str, Any]], list[Missing]]:
     """The rows of one comparison, and what could not be measured."""
-    runners, missing = contenders(job.dtype, job.world_size, job.settings.device)
+    runners, missing = implementations(job.dtype, job.world_size, job.settings.device)
     group = functools.partial(
         ranks.launch, job.world_size, device=job.settings.device, threads=job.settings.threads
     )

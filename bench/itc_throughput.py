@@ -124,10 +124,10 @@ def measure(args: argparse.Namespace, run: Run, our_loss: Callable[[], itc_peers
         for dtype in args.dtype
     }
     for n, dtype in itertools.product(args.n, args.dtype):
-        contenders, absent = itc_peers.contenders(dtype, args.device, our_loss)
+        implementations, absent = itc_peers.implementations(dtype, args.device, our_loss)
         rows, failed = harness.compare(
             OP,
-            [each for each in contenders if args.compile or not each.compiled],
+            [each for each in implementations if args.compile or not each.compiled],
             functools.partial(build[dtype], n=n),
             functools.partial(build[dtype], n=64),
             run.settings,
@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace, run: Run, our_loss: Callable[[], itc_peers
         )
         run.add(rows, absent + failed)
     for n, dtype in itertools.product(args.memory_n, args.dtype):
-        ours = itc_peers.contenders(dtype, args.device, our_loss)[0][0]
+        ours = itc_peers.implementations(dtype, args.device, our_loss)[0][0]
         run.add([alone(ours, build[dtype], run.settings, dtype, n, args.dim)])
 
 
@@ -154,7 +154,7 @@ def inputs(
 
 
 def alone(
-    contender: harness.Contender,
+    implementation: harness.Implementation,
     build: Callable[..., itc_peers.Inputs],
     settings: harness.Settings,
     dtype: str,
@@ -162,9 +162,9 @@ def alone(
     dim: int,
 ) -> dict[str, Any]:
     """Time and memory of fastvlp where its peers would not fit."""
-    with status(f"{OP} {dtype} n={n}: {contender.name} alone"):
+    with status(f"{OP} {dtype} n={n}: {implementation.name} alone"):
         probe = memory.extra_peak(
-            contender.make,
+            implementation.make,
             functools.partial(build, n=n),
             functools.partial(build, n=64),
             threads=settings.threads,
@@ -172,9 +172,9 @@ def alone(
             repeats=1,
         )
     if probe.failure:
-        raise RuntimeError(f"{contender.name} at N = {n}: {probe.failure}")
+        raise RuntimeError(f"{implementation.name} at N = {n}: {probe.failure}")
     return harness.row(
-        OP, contender, dtype, {"n": n, "d": dim}, "fwd+bwd", [probe.ms], probe.peak_mb
+        OP, implementation, dtype, {"n": n, "d": dim}, "fwd+bwd", [probe.ms], probe.peak_mb
     )
 
 

@@ -3,11 +3,10 @@
     python bench/loader.py --threads 2
 
 Photographs of about 500 x 375 pixels cut from scikit-image's, as JPEGs of quality 90 in WebDataset
-shards. Every contender makes one epoch of batches by one recipe with as many threads or worker
-processes. `ms` is wall time for each epoch; `cpu_ms` is processor time for each image, workers
-included, which says more where the machine is shared. torchvision's contenders have their files in
-memory. The floor is DALI's decoding alone. Errors are against torchvision on Pillow images, where a
-recipe draws nothing.
+shards. Every implementation makes one epoch of batches by one recipe with as many threads or worker
+processes. `ms` is wall time for each epoch; `cpu_ms` is CPU time for each image, workers included,
+which says more where the machine is shared. torchvision's files are in memory. The floor is DALI's
+decoding alone. Errors are against torchvision on Pillow images, where a recipe is not random.
 """
 
 from __future__ import annotations
@@ -246,8 +245,8 @@ def decoding(data: Data, threads: int) -> Batches:
     return epoch
 
 
-def contenders(name: str, data: Data, threads: int) -> dict[str, Callable[[], Batches]]:
-    """What makes each contender's epoch, by the contender's name."""
+def implementations(name: str, data: Data, threads: int) -> dict[str, Callable[[], Batches]]:
+    """What makes each implementation's epoch, by the implementation's name."""
     recipe = RECIPES[name]
     by_pillow = PillowTransform(recipe)
     # Those that fork first, before others have threads.
@@ -295,15 +294,15 @@ class Clock:
         began, spent = time.perf_counter(), processor_seconds()
         call()
         elapsed = time.perf_counter() - began
-        self.cpu.setdefault(call.contender, []).append(processor_seconds() - spent)
+        self.cpu.setdefault(call.implementation, []).append(processor_seconds() - spent)
         return elapsed * 1e3
 
 
 class Epoch:
-    """One epoch of a contender as a call."""
+    """One epoch of an implementation as a call."""
 
-    def __init__(self, contender: str, batches: Batches) -> None:
-        self.contender, self.batches = contender, batches
+    def __init__(self, implementation: str, batches: Batches) -> None:
+        self.implementation, self.batches = implementation, batches
 
     def __call__(self) -> None:
         for _ in self.batches():
@@ -313,22 +312,24 @@ class Epoch:
 def measured(
     name: str, data: Data, settings: harness.Settings
 ) -> tuple[list[dict[str, Any]], list[Missing]]:
-    """Rows of one recipe, and which contenders failed and why."""
+    """Rows of one recipe, and which implementations failed and why."""
     calls, errors, missing = {}, {}, []
     reference = None if RECIPES[name].uses else first_batch(PillowTransform(RECIPES[name]), data)
-    for contender, make in contenders(name, data, settings.threads).items():
-        with timing.status(f"{name}: warming up {contender}"):
+    for implementation, make in implementations(name, data, settings.threads).items():
+        with timing.status(f"{name}: warming up {implementation}"):
             try:
                 batches = make()
                 seen = [batch for batch in batches()]
             except Exception as error:
-                if contender == OURS:
+                if implementation == OURS:
                     raise
-                missing.append(Missing(contender, f"{type(error).__name__}: {str(error)[:200]}"))
+                missing.append(
+                    Missing(implementation, f"{type(error).__name__}: {str(error)[:200]}")
+                )
                 continue
         if reference is not None and seen:
-            errors[contender] = harness.relative_error(seen[0], reference)
-        calls[contender] = Epoch(contender, batches)
+            errors[implementation] = harness.relative_error(seen[0], reference)
+        calls[implementation] = Epoch(implementation, batches)
     clock = Clock()
     with Neighbours() as neighbours:
         times = timing.alternate(
@@ -341,18 +342,20 @@ def measured(
         )
     count = len(data.images)
     rows = []
-    for contender in calls:
+    for implementation in calls:
         row = harness.row(
             OP,
-            harness.Contender(contender, make=lambda _: None, note=NOTES.get(contender, "")),
+            harness.Implementation(
+                implementation, make=lambda _: None, note=NOTES.get(implementation, "")
+            ),
             "uint8",
             {"images": count, "batch": data.batch},
             f"{name} {PHASE}",
-            times[contender],
+            times[implementation],
             None,
-            {"images": errors[contender]} if contender in errors else None,
+            {"images": errors[implementation]} if implementation in errors else None,
         )
-        cpu = float(np.median(clock.cpu[contender])) * 1e3 / count
+        cpu = float(np.median(clock.cpu[implementation])) * 1e3 / count
         rows.append(row | {"cpu_ms": round(cpu, 3), "neighbours": neighbours.share})
     return rows, missing
 
@@ -362,7 +365,7 @@ def first_batch(transform: PillowTransform, data: Data) -> torch.Tensor:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each recipe: processor time for an image against every other contender's."""
+    """A line for each recipe: processor time for an image against every baseline's."""
     lines = []
     for group in report.groups(rows):
         by_name = {row["impl"]: row["cpu_ms"] for row in group}

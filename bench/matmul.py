@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from _harness import measure as harness
 from _harness import report
-from _harness.measure import BOUND, OURS, Contender
+from _harness.measure import BOUND, OURS, Implementation
 from _harness.run import Run
 from _harness.timing import Call
 
@@ -108,17 +108,17 @@ def floor(phase: str, given: Inputs) -> Call:
     return call
 
 
-def contenders(phase: str) -> list[Contender]:
+def implementations(phase: str) -> list[Implementation]:
     return [
-        Contender(OURS, functools.partial(ours, phase)),
-        Contender(
+        Implementation(OURS, functools.partial(ours, phase)),
+        Implementation(
             f"{BOUND}, {PARTS} bf16 products",
             functools.partial(floor, phase),
             bound=True,
             note=f"torch.mm in bfloat16 for the {PARTS} products that each float32 one consists of",
         ),
-        Contender("torch", functools.partial(plain, phase)),
-        Contender("torch, bf16", functools.partial(rounded, phase)),
+        Implementation("torch", functools.partial(plain, phase)),
+        Implementation("torch, bf16", functools.partial(rounded, phase)),
     ]
 
 
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for width, out in args.layers:
             for phase in ("fwd", "fwd+bwd"):
                 run.add(*harness.compare(
-                    OP, contenders(phase),
+                    OP, implementations(phase),
                     functools.partial(inputs, args, width, out, args.rows),
                     functools.partial(inputs, args, 32, 32, 8), run.settings, dtype="fp32",
                     shape={"rows": args.rows, "in": width, "out": out}, phase=phase,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from _harness import measure as harness
-from _harness.measure import BOUND, OURS, Contender, Missing
+from _harness.measure import BOUND, OURS, Implementation, Missing
 from _harness.run import Run
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def inputs(batch: int, queue: int, dim: int, dtype: str, device: str) -> Inputs:
     student = draw(batch), draw(batch)
     teacher = tuple(F.normalize(t + 0.5 * draw(batch), dim=1) for t in student)
     kind = harness.DTYPES[dtype]
-    # All contenders see the values that the measured dtype can hold.
+    # All implementations see the values that the measured dtype can hold.
     rounded = [t.to(device, kind) for t in (*student, *teacher, draw(queue), draw(queue))]
     wide = [t.float() for t in rounded]
     return Inputs(
@@ -173,25 +173,25 @@ def float64(data: Inputs) -> Mapping[str, Tensor]:
     return gradients(loss, leaves)()
 
 
-def contenders(dtype: str, compiled: bool, backward: bool = True) -> list[Contender]:
+def implementations(dtype: str, compiled: bool, backward: bool = True) -> list[Implementation]:
     """Ours, with a backward pass the bound, and the peers, compiled as well if asked."""
-    found = [Contender(OURS, functools.partial(ours, backward))]
+    found = [Implementation(OURS, functools.partial(ours, backward))]
     if backward:
         note = "torch.mm for the logits against both queues and for the gradients alone"
-        found.append(Contender(BOUND, products, bound=True, note=note))
+        found.append(Implementation(BOUND, products, bound=True, note=note))
     for name in ("paper", "tuned"):
         for autocast in (False, True) if dtype != "fp32" else (False,):
             label = f"{name} {'autocast' if autocast else 'fp32'}"
             make = functools.partial(formula, name, autocast, False, backward)
-            found.append(Contender(label, make, note=NOTES[name]))
+            found.append(Implementation(label, make, note=NOTES[name]))
             if compiled:
                 make = functools.partial(formula, name, autocast, True, backward)
-                found.append(Contender(f"{label} compiled", make, compiled=True))
+                found.append(Implementation(f"{label} compiled", make, compiled=True))
     return found
 
 
 def summary(rows: Sequence[Mapping]) -> str:
-    """Ratios of every contender to fastvlp, by dtype."""
+    """Ratios of every implementation to fastvlp, by dtype."""
     lines = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         group = {row["impl"]: row for row in rows if row["dtype"] == dtype}
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.add(
                 *harness.compare(
                     OP,
-                    contenders(dtype, compile_),
+                    implementations(dtype, compile_),
                     functools.partial(build, batch=args.batch),
                     functools.partial(build, batch=4, queue=64),
                     run.settings,

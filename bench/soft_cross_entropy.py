@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from _harness import measure as harness
 from _harness import report
-from _harness.measure import BOUND, DTYPES, OURS, Contender, Missing
+from _harness.measure import BOUND, DTYPES, OURS, Implementation, Missing
 from _harness.run import Run
 from torch import Tensor
 
@@ -159,7 +159,7 @@ def chunked(**options) -> Loss:
     return call
 
 
-def chunked_contenders(dtype: str, quick: bool) -> list[Contender]:
+def chunked_implementations(dtype: str, quick: bool) -> list[Implementation]:
     """At the best of 256 to 1000 rows and both policies here; and, ten times slower, at its own
     choice of chunks."""
     best: dict[str, Any] = {"batch_chunk_size": 512}
@@ -167,8 +167,8 @@ def chunked_contenders(dtype: str, quick: bool) -> list[Contender]:
         best["acc_policy"] = "compact"
     make = functools.partial(chunked, **best)
     note = f"in chunks of {best['batch_chunk_size']} rows, the fastest of 256 to 1000"
-    found = [_contender("linear_cross_entropy tuned", make, False, note=note)]
-    return found if quick else [_contender("linear_cross_entropy", chunked, False), *found]
+    found = [_implementation("linear_cross_entropy tuned", make, False, note=note)]
+    return found if quick else [_implementation("linear_cross_entropy", chunked, False), *found]
 
 
 def liger() -> Loss:
@@ -210,37 +210,37 @@ def products(teacher: bool, inputs: Inputs) -> Callable[[], None]:
     return call
 
 
-def contenders(
+def implementations(
     dtype: str, device: str, teacher: bool, compile_: bool, quick: bool = False
-) -> tuple[list[Contender], list[Missing]]:
+) -> tuple[list[Implementation], list[Missing]]:
     """Ours, the bound and every peer that can run here; and those that cannot, with reasons."""
     make_eager: Callable[[], Loss] = eager
     name = "eager"
     if DTYPES[dtype] != torch.float32:
         make_eager, name = functools.partial(autocast, eager, dtype, device), "eager autocast"
     found = [
-        _contender(OURS, ours, teacher),
-        Contender(
+        _implementation(OURS, ours, teacher),
+        Implementation(
             BOUND,
             functools.partial(products, teacher),
             bound=True,
             note="torch.mm for logits" + ", the teacher's" * teacher + " and two gradients alone",
             extra={"products": 3 + teacher},
         ),
-        _contender(name, make_eager, teacher),
+        _implementation(name, make_eager, teacher),
     ]
     missing = []
     if not quick:
         make = functools.partial(ours, workspace_bytes=LARGE_WORKSPACE)
         note = f"keeps more logits: workspace_bytes={LARGE_WORKSPACE:,}"
-        found.append(_contender(f"{OURS} large workspace", make, teacher, note=note))
+        found.append(_implementation(f"{OURS} large workspace", make, teacher, note=note))
     if compile_:
         make = functools.partial(compiled, make_eager)
-        found.append(_contender(f"{name} compiled", make, teacher, compiled=True))
+        found.append(_implementation(f"{name} compiled", make, teacher, compiled=True))
     if teacher:
         return found, missing
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        found += chunked_contenders(dtype, quick)
+        found += chunked_implementations(dtype, quick)
     else:
         reason = f"torch {torch.__version__} has no chunked F.linear_cross_entropy"
         missing.append(Missing("linear_cross_entropy", reason, "pip install -U torch"))
@@ -253,19 +253,19 @@ def contenders(
         elif importlib.util.find_spec(module) is None:
             missing.append(Missing(peer, "not installed", f"pip install {peer}"))
         else:
-            found.append(_contender(peer, make, teacher))
+            found.append(_implementation(peer, make, teacher))
     return found, missing
 
 
-def _contender(
+def _implementation(
     name: str,
     make_loss: Callable[[], Loss],
     teacher: bool,
     compiled: bool = False,
     note: str = "",
-) -> Contender:
+) -> Implementation:
     make = functools.partial(forward_backward, make_loss, teacher)
-    return Contender(name, make, compiled=compiled, note=note)
+    return Implementation(name, make, compiled=compiled, note=note)
 
 
 def float64_reference(teacher: bool, inputs: Inputs) -> Mapping[str, Tensor]:
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not compile_:
             run.missing.append(Missing("torch.compile", "left out", "no --quick, --no-compile"))
         for dtype, teacher in itertools.product(args.dtype, (True, False)):
-            found, absent = contenders(dtype, args.device, teacher, compile_, args.quick)
+            found, absent = implementations(dtype, args.device, teacher, compile_, args.quick)
             build = functools.partial(draw, args.rows, args.width, args.vocabulary, dtype)
             rows, failed = harness.compare(
                 OP,

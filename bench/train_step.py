@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from _harness import measure as harness
 from _harness import report
-from _harness.measure import OURS, Contender, Missing
+from _harness.measure import OURS, Implementation, Missing
 from _harness.run import Run
 from _harness.table import Column, print_grid
 
@@ -148,8 +148,10 @@ def ways(adapter: Any) -> dict[str, tuple[str | None, str | None]]:
     }
 
 
-def contenders(adapter: Any) -> list[Contender]:
-    return [Contender(name, functools.partial(Step, *way)) for name, way in ways(adapter).items()]
+def implementations(adapter: Any) -> list[Implementation]:
+    return [
+        Implementation(name, functools.partial(Step, *way)) for name, way in ways(adapter).items()
+    ]
 
 
 def parts(way: tuple[str | None, str | None], inputs: Inputs, rounds: int) -> dict[str, float]:
@@ -205,7 +207,7 @@ def measure(
     case: Case, args: argparse.Namespace, settings: harness.Settings
 ) -> tuple[list[dict[str, Any]], list[Missing], dict[str, Any]]:
     """Rows, what failed, and the parts of every way."""
-    chosen = [each for each in contenders(case.adapter) if each.name in args.way]
+    chosen = [each for each in implementations(case.adapter) if each.name in args.way]
     inputs = build(case)
     rows, missing = harness.compare(
         case.op(),

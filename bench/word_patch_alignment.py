@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from _harness import measure as harness
 from _harness import report
-from _harness.measure import OURS, Contender
+from _harness.measure import OURS, Implementation
 from _harness.run import Run
 from _harness.timing import alternate, status
 from baselines.word_patch_alignment import peers
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show = functools.partial(summary, layers=args.layers)
     with Run(args, axis=("pairs", "pairs B"), summary=show, facts={"layers": args.layers}) as run:
         for dtype, text, phase in itertools.product(args.dtype, args.text, JUDGED):
-            field = peers.contenders(phase)
+            field = peers.implementations(phase)
             if args.no_compile or args.quick:  # a loop of 50 steps compiles for a minute
                 field = [each for each in field if not each.compiled]
             build = functools.partial(inputs, args, dtype, text)
@@ -126,7 +126,7 @@ def transformer_row(args: argparse.Namespace, settings: harness.Settings) -> dic
             {"layer": call}, device=settings.device, min_rounds=2, max_rounds=3, budget_s=10.0
         )["layer"]
     return harness.row(
-        OP, Contender(f"transformer of {args.layers} layers", peers.products), "fp32",
+        OP, Implementation(f"transformer of {args.layers} layers", peers.products), "fp32",
         {"rows": args.pairs * (args.words + args.patches), "d": args.dim}, LAYERS,
         [args.layers * each for each in times], None,
     )  # fmt: skip

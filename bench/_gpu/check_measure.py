@@ -137,18 +137,18 @@ def compare(args: argparse.Namespace, out: Out, each: Any, ceilings: Mapping[str
 
     from _gpu import check_ops as gpu_check_ops
 
-    contenders = list(each.contenders)
+    implementations = list(each.implementations)
     if args.dry_run:  # what torch.compile makes has nothing to run on
-        contenders = gpu_check_ops.uncompiled(each)
-        left_out = [c.name for c in each.contenders if c.compiled]
+        implementations = gpu_check_ops.uncompiled(each)
+        left_out = [c.name for c in each.implementations if c.compiled]
         out(missing=[
             {"name": f"{name}, {each.name}", "reason": "left out of a dry run", "remedy": ""}
             for name in left_out
         ])  # fmt: skip
-        if not contenders:
+        if not implementations:
             return
     rows, failed = harness.compare(
-        each.op, contenders, each.build, each.tiny, args.settings, dtype=each.dtype,
+        each.op, implementations, each.build, each.tiny, args.settings, dtype=each.dtype,
         shape=each.shape, phase=each.phase, judged=each.judged, measure_memory=False,
         reference=None if args.dry_run else each.reference,
     )  # fmt: skip

@@ -19,7 +19,7 @@ import momentum_contrastive
 import soft_cross_entropy
 import torch
 import word_patch_alignment
-from _harness.measure import BOUND, DTYPES, OURS, Contender, Missing
+from _harness.measure import BOUND, DTYPES, OURS, Implementation, Missing
 from baselines.contrastive import features as itc_features
 from baselines.contrastive import sigmoid as sigmoid_peers
 from baselines.contrastive import softmax as itc_peers
@@ -44,7 +44,7 @@ def _phases(quick: bool) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One table: an operator's contenders on the same inputs.
+    """One table: an operator's implementations on the same inputs.
 
     flops, bytes: what cannot be done without.
     reference: float64 results of `build()`, or None where that takes too long.
@@ -54,7 +54,7 @@ class Comparison:
     dtype: str
     shape: Mapping[str, int]
     phase: str
-    contenders: Sequence[Contender]
+    implementations: Sequence[Implementation]
     build: Callable[[], Any]
     tiny: Callable[[], Any]
     reference: Callable[[Any], Mapping[str, Any]] | None
@@ -79,19 +79,19 @@ def comparisons(quick: bool) -> list[Comparison]:
         *_in_turn([*(kind("bf16", quick) for kind in KINDS), updates(quick)]),
         *([] if quick else _in_turn([kind(dtype, False) for kind in KINDS for dtype in OTHERS])),
     ]
-    plain = [replace(each, contenders=uncompiled(each)) for each in found]
+    plain = [replace(each, implementations=uncompiled(each)) for each in found]
     first = {each.op: each for each in reversed(found) if each.phase == PHASES[1]}
     late = [
-        replace(each, contenders=[c for c in each.contenders if c.compiled], missing=())
+        replace(each, implementations=[c for c in each.implementations if c.compiled], missing=())
         for each in first.values()
         if each.op not in SLOW_TO_COMPILE and each.dtype == "bf16" and not quick
     ]
     split = sum(each.dtype == "bf16" or each.op in ("ema", "adamw_ema") for each in plain)
-    return [*plain[:split], *(each for each in late if each.contenders), *plain[split:]]
+    return [*plain[:split], *(each for each in late if each.implementations), *plain[split:]]
 
 
-def uncompiled(comparison: Comparison) -> list[Contender]:
-    return [each for each in comparison.contenders if not each.compiled]
+def uncompiled(comparison: Comparison) -> list[Implementation]:
+    return [each for each in comparison.implementations if not each.compiled]
 
 
 def _in_turn(lists: Sequence[Iterable[Comparison]]) -> Iterator[Comparison]:
@@ -103,9 +103,9 @@ def _in_turn(lists: Sequence[Iterable[Comparison]]) -> Iterator[Comparison]:
 def contrastive(dtype: str, quick: bool) -> Iterator[Comparison]:
     element = DTYPES[dtype].itemsize
     for n, phase in itertools.product((128,) if quick else LARGE_N, _phases(quick)):
-        found, absent = itc_peers.contenders(dtype, "cuda")
+        found, absent = itc_peers.implementations(dtype, "cuda")
         make = functools.partial(itc_peers.forward_backward, itc_peers.transformers_clip)
-        found.append(Contender("transformers", make))
+        found.append(Implementation("transformers", make))
         if phase == "fwd":
             found = [_forward_only(each) for each in found if not each.bound]
             found = [each for each in found if each is not None]
@@ -120,14 +120,14 @@ def contrastive(dtype: str, quick: bool) -> Iterator[Comparison]:
         )  # fmt: skip
 
 
-def _forward_only(contender: Contender) -> Contender | None:
-    """The contender of the loss alone; None where its loss cannot be had alone."""
-    make = contender.make
+def _forward_only(implementation: Implementation) -> Implementation | None:
+    """The implementation of the loss alone; None where its loss cannot be had alone."""
+    make = implementation.make
     if make.func is not itc_peers.forward_backward:
         return None
-    return Contender(
-        contender.name, functools.partial(itc_peers.forward, *make.args),
-        compiled=contender.compiled, extra=contender.extra,
+    return Implementation(
+        implementation.name, functools.partial(itc_peers.forward, *make.args),
+        compiled=implementation.compiled, extra=implementation.extra,
     )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def sigmoid(dtype: str, quick: bool) -> Iterator[Comparison]:
         build = functools.partial(sigmoid_peers.draw, dim=WIDTH, dtype=dtype, device="cuda")
         yield Comparison(
             "sigmoid_contrastive", dtype, {"n": n, "d": WIDTH}, phase,
-            sigmoid_peers.contenders(dtype, "cuda", backward),
+            sigmoid_peers.implementations(dtype, "cuda", backward),
             functools.partial(build, n), functools.partial(build, 64),
             functools.partial(sigmoid_peers.float64_reference, backward),
             flops=(6 if backward else 2) * n * n * WIDTH,
@@ -170,7 +170,7 @@ def momentum(dtype: str, quick: bool) -> Iterator[Comparison]:
         keys = queue + batch
         yield Comparison(
             "momentum_contrastive", dtype, {"b": batch, "q": queue, "d": dim}, phase,
-            momentum_contrastive.contenders(dtype, True, backward),
+            momentum_contrastive.implementations(dtype, True, backward),
             functools.partial(build, batch, queue), functools.partial(build, 4, 64),
             functools.partial(_momentum_reference, backward),
             # Student and teacher against all keys, and the student's gradient; both directions.
@@ -193,7 +193,7 @@ def cross_attention(dtype: str, quick: bool) -> Iterator[Comparison]:
         cases = [case(images=2, heads=2, keys=40)]
     for each, phase in itertools.product(cases, _phases(quick)):
         backward = phase != "fwd"
-        found, absent = attention_peers.contenders(each, backward)
+        found, absent = attention_peers.implementations(each, backward)
         work = _attention_work(each)
         small = each.images <= REFERENCE_IMAGES
         reference = functools.partial(attention_inputs.float64_reference, backward)
@@ -226,7 +226,7 @@ def soft(dtype: str, quick: bool) -> Iterator[Comparison]:
         _phases(quick),
     ):
         backward = phase != "fwd"
-        found, absent = soft_cross_entropy.contenders(dtype, "cuda", teacher, True)
+        found, absent = soft_cross_entropy.implementations(dtype, "cuda", teacher, True)
         if not backward:
             found = [_loss_alone(each) for each in found if not each.bound]
         build = functools.partial(soft_cross_entropy.draw, width=width, dtype=dtype, device="cuda")
@@ -244,9 +244,11 @@ def soft(dtype: str, quick: bool) -> Iterator[Comparison]:
         )  # fmt: skip
 
 
-def _loss_alone(contender: Contender) -> Contender:
-    make = functools.partial(contender.make, backward=False)
-    return Contender(contender.name, make, compiled=contender.compiled, note=contender.note)
+def _loss_alone(implementation: Implementation) -> Implementation:
+    make = functools.partial(implementation.make, backward=False)
+    return Implementation(
+        implementation.name, make, compiled=implementation.compiled, note=implementation.note
+    )
 
 
 def _soft_reference(teacher: bool, backward: bool, inputs: Any) -> Mapping[str, Any]:
@@ -267,7 +269,7 @@ def word_patch(dtype: str, quick: bool) -> Iterator[Comparison]:
         tokens = pairs * (words + patches) * dim * DTYPES[dtype].itemsize
         yield Comparison(
             "word_patch_alignment", dtype, word_patch_alignment.shape(args, "full"), phase,
-            word_patch_alignment_peers.contenders(phase),
+            word_patch_alignment_peers.implementations(phase),
             build, functools.partial(build, pairs=1),
             functools.partial(word_patch_alignment.reference, judged) if pairs <= 512 else None,
             flops=2 * (3 if backward else 1) * pairs * words * patches * dim,
@@ -281,7 +283,7 @@ def updates(quick: bool) -> Iterator[Comparison]:
     blocks = 0 if quick else 12
     count = sum(torch.Size(shape).numel() for shape in ema.shapes(blocks))
     for phase in ema.PHASES[::2] if quick else ema.PHASES:
-        found, absent = ema.contenders(phase)
+        found, absent = ema.implementations(phase)
         build = functools.partial(ema.build, device="cuda", gradients=phase == "adamw")
         yield Comparison(
             "adamw_ema" if phase == "adamw" else "ema", "fp32", {"parameters": count}, phase,

@@ -19,7 +19,7 @@ WORKSPACE = 4 << 30
 
 
 @dataclass(frozen=True)
-class Implementation:
+class ModelledImplementation:
     """`run(size)` makes a call that launches kernels, which is executed at two small sizes.
 
     sizes: two that are executed, or one where the size is the number of equal blocks of a launch.
@@ -46,7 +46,7 @@ class Case:
     op: str
     shape: dict[str, int]
     size: int
-    implementations: Sequence[Implementation]
+    implementations: Sequence[ModelledImplementation]
     floor: TorchOp
     note: str
     dtype: str = "bf16"

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from _gpu.launches import TorchOp
-from _gpu.model_case import BF16, Case, Implementation, gradient, leaves, products
+from _gpu.model_case import BF16, Case, ModelledImplementation, gradient, leaves, products
 from _gpu.model_heads import soft_cross_entropy
 from _gpu.model_pairs import contrastive, sigmoid
 
@@ -55,8 +55,8 @@ def eager_momentum(batch: int, dim: int, queue: int):
 
 def momentum(queue: int, batch: int = 64, dim: int = 256) -> Case:
     implementations = [
-        Implementation("fastvlp", partial(our_momentum, batch, dim), (2112, 4224)),
-        Implementation(
+        ModelledImplementation("fastvlp", partial(our_momentum, batch, dim), (2112, 4224)),
+        ModelledImplementation(
             "paper's formula, autocast", partial(eager_momentum, batch, dim), eager=True
         ),
     ]
@@ -101,8 +101,10 @@ def eager_alignment(words: int, patches: int, width: int, pairs: int):
 def word_patch_alignment(pairs: int, words=40, patches=200, width=768) -> Case:
     sizes = (words, patches, width)
     implementations = [
-        Implementation("fastvlp", partial(our_alignment, *sizes), (1, 2)),
-        Implementation("ViLT's formula, batched", partial(eager_alignment, *sizes), eager=True),
+        ModelledImplementation("fastvlp", partial(our_alignment, *sizes), (1, 2)),
+        ModelledImplementation(
+            "ViLT's formula, batched", partial(eager_alignment, *sizes), eager=True
+        ),
     ]
     moved = 2 * 2 * pairs * (words + patches) * width
     return Case(
@@ -148,12 +150,12 @@ def eager_attention(queries, keys, heads, width, backward: bool, images: int):
 def cross_attention(images: int, queries=30, keys=577, heads=12, width=64, backward=True) -> Case:
     sizes = (queries, keys, heads, width, backward)
     implementations = [
-        Implementation(
+        ModelledImplementation(
             # The tiles are those of all the images: of the multiprocessors each has its share.
             "fastvlp", partial(our_attention, *sizes), (1,),
             processors=lambda size: max(1, round(132 * size / images)),
         ),
-        Implementation("eager attention", partial(eager_attention, *sizes), eager=True),
+        ModelledImplementation("eager attention", partial(eager_attention, *sizes), eager=True),
     ]  # fmt: skip
     each = images * heads * width
     one = 2 * each * queries * keys
@@ -211,8 +213,8 @@ def ema(millions: int, adamw: bool) -> Case:
     fused = (TorchOp("fused AdamW", 28 * elements),) if adamw else ()
     implementations = [
         # Whole chunks of 8,192 elements, one for each block.
-        Implementation("fastvlp", partial(our_ema, adamw), (8 * 8192,), native=True),
-        Implementation(peer, partial(foreach_ema, adamw), around=fused, eager=True),
+        ModelledImplementation("fastvlp", partial(our_ema, adamw), (8 * 8192,), native=True),
+        ModelledImplementation(peer, partial(foreach_ema, adamw), around=fused, eager=True),
     ]
     note = "weights read, averages read and written, copies written"
     if adamw:

@@ -13,7 +13,7 @@ from _gpu.model_case import (
     BF16,
     WORKSPACE,
     Case,
-    Implementation,
+    ModelledImplementation,
     claiming_cuda,
     gradient,
     leaves,
@@ -95,8 +95,8 @@ def eager_soft_cross_entropy(width: int, vocabulary: int, teacher: bool, rows: i
 def soft_cross_entropy(rows: int, width=768, vocabulary=30522, teacher=True) -> Case:
     sizes = (width, vocabulary)
     implementations = [
-        Implementation("fastvlp", partial(our_soft_cross_entropy, *sizes, teacher), (4,)),
-        Implementation(
+        ModelledImplementation("fastvlp", partial(our_soft_cross_entropy, *sizes, teacher), (4,)),
+        ModelledImplementation(
             "ALBEF's formula, autocast" if teacher else "cross_entropy, autocast",
             partial(eager_soft_cross_entropy, *sizes, teacher), eager=True,
         ),
@@ -106,7 +106,9 @@ def soft_cross_entropy(rows: int, width=768, vocabulary=30522, teacher=True) -> 
         missing = ()
         # As many launches for 40 rows as chunks that it makes of them, of one row each.
         liger = partial(liger_cross_entropy, *sizes)
-        implementations.append(Implementation("liger-kernel", liger, (40,), needs="liger_kernel"))
+        implementations.append(
+            ModelledImplementation("liger-kernel", liger, (40,), needs="liger_kernel")
+        )
     count = 4 if teacher else 3
     return Case(
         "soft_cross_entropy",

@@ -12,7 +12,7 @@ from _gpu.model_case import (
     BF16,
     WORKSPACE,
     Case,
-    Implementation,
+    ModelledImplementation,
     claiming_cuda,
     gradient,
     leaves,
@@ -89,10 +89,10 @@ def eager_contrastive(dim: int, n: int):
 def contrastive(n: int, dim: int = 512) -> Case:
     small = (256, 512)
     implementations = [
-        Implementation("fastvlp", partial(our_contrastive, dim), small),
-        Implementation("inf-cl", partial(infcl, dim), (128, 256), needs="inf_cl"),
-        Implementation("memeff", partial(memeff, dim), small, needs="memeff"),
-        Implementation(
+        ModelledImplementation("fastvlp", partial(our_contrastive, dim), small),
+        ModelledImplementation("inf-cl", partial(infcl, dim), (128, 256), needs="inf_cl"),
+        ModelledImplementation("memeff", partial(memeff, dim), small, needs="memeff"),
+        ModelledImplementation(
             "open_clip's formula, autocast", partial(eager_contrastive, dim), eager=True
         ),
     ]
@@ -149,15 +149,17 @@ def eager_sigmoid(dim: int, n: int):
 
 def sigmoid(n: int, dim: int = 512) -> Case:
     implementations = [
-        Implementation("fastvlp", partial(our_sigmoid, dim), (256, 512)),
-        Implementation(
+        ModelledImplementation("fastvlp", partial(our_sigmoid, dim), (256, 512)),
+        ModelledImplementation(
             # Its blocks have 2,048 columns from 512 pairs on: one of them, and two.
             "siglip-kernel",
             partial(siglip_kernel, dim),
             (2048, 4096),
             needs="siglip_kernel",
         ),
-        Implementation("open_clip's formula, autocast", partial(eager_sigmoid, dim), eager=True),
+        ModelledImplementation(
+            "open_clip's formula, autocast", partial(eager_sigmoid, dim), eager=True
+        ),
     ]
     return Case(
         "sigmoid", {"n": n, "d": dim}, n, implementations,

@@ -1,9 +1,9 @@
 """Fair comparisons of several implementations of one op, in one process and one run.
 
-The contenders alternate: every round calls each of them once, in an order of its own, so that
+The implementations alternate: every round calls each of them once, in an order of its own, so that
 a machine that slows down or heats up, and what one leaves in the caches, slows all of them
 alike. Reported times are medians with their quartiles. Every script in this folder builds
-its contenders, hands them to `compare`, and gives the rows to a `run.Run`.
+its implementations, hands them to `compare`, and gives the rows to a `run.Run`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OURS, BOUND = "fastvlp", "floor"
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
     """One implementation under a name.
 
     `make(inputs)` prepares everything that is not to be timed and returns the call that
@@ -162,38 +162,38 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 @dataclass
 class _Prepared:
-    contender: Contender
+    implementation: Implementation
     call: Call
     errors: dict[str, float]
 
 
 def _prepare(
-    contender: Contender,
+    implementation: Implementation,
     inputs: Any,
     reference: Mapping[str, torch.Tensor] | None,
     settings: Settings,
 ) -> _Prepared:
-    call = contender.make(inputs)
+    call = implementation.make(inputs)
     result = call()
     errors = {}
-    if reference is not None and not contender.bound:
-        if contender.unify and result is not None:
-            result = contender.unify(inputs, result)
+    if reference is not None and not implementation.bound:
+        if implementation.unify and result is not None:
+            result = implementation.unify(inputs, result)
         if result is None or set(result) != set(reference):
             raise ValueError(
-                f"contender {contender.name!r} must return {sorted(reference)}, "
+                f"implementation {implementation.name!r} must return {sorted(reference)}, "
                 f"it returned {sorted(result) if result else None}"
             )
         errors = {name: relative_error(result[name], reference[name]) for name in reference}
     del result
     for _ in range(settings.warmups - 1):
         call()
-    return _Prepared(contender, call, errors)
+    return _Prepared(implementation, call, errors)
 
 
 def compare(
     op: str,
-    contenders: Sequence[Contender],
+    implementations: Sequence[Implementation],
     build: Callable[[], Any],
     tiny: Callable[[], Any],
     settings: Settings,
@@ -206,14 +206,14 @@ def compare(
     measure_memory: bool = True,
     warm_memory: bool = False,
 ) -> tuple[list[dict[str, Any]], list[Missing]]:
-    """Time, extra peak memory and error of every contender on the inputs `build()` makes.
+    """Time, extra peak memory and error of every implementation on the inputs `build()` makes.
 
     `tiny()` makes small inputs of the same kind, which warm up the memory probe. `build`
     and `tiny` must be picklable and give the same inputs each time. `error` in a row is
     the largest relative error over the results named in `judged` (default: all). `warm_memory`
     measures the memory of a second call, for ops whose first one makes lasting state.
 
-    Returns the rows, and which contenders failed and why. A failure of ours raises.
+    Returns the rows, and which implementations failed and why. A failure of ours raises.
     """
     inputs = build()
     prepared: list[_Prepared] = []
@@ -221,19 +221,19 @@ def compare(
     label = f"{op} {dtype} " + " ".join(f"{key}={value}" for key, value in shape.items())
     with status(f"{label}: float64 reference"):
         truth = reference(inputs) if reference else None
-    for contender in contenders:
-        with status(f"{label}: warming up {contender.name}"):
+    for implementation in implementations:
+        with status(f"{label}: warming up {implementation.name}"):
             try:
-                prepared.append(_prepare(contender, inputs, truth, settings))
+                prepared.append(_prepare(implementation, inputs, truth, settings))
             except Exception as error:
-                if contender.name == OURS:
+                if implementation.name == OURS:
                     raise
                 summary = (str(error).strip().splitlines() or [""])[0][:200]
-                missing.append(Missing(contender.name, f"{type(error).__name__}: {summary}"))
+                missing.append(Missing(implementation.name, f"{type(error).__name__}: {summary}"))
     launches: dict[str, list[float]] = {}
     with Neighbours() as neighbours:
         times = alternate(
-            {each.contender.name: each.call for each in prepared},
+            {each.implementation.name: each.call for each in prepared},
             device=settings.device,
             min_rounds=settings.min_rounds,
             max_rounds=settings.max_rounds,
@@ -242,32 +242,42 @@ def compare(
             cold=settings.cold,
             launches=launches,
         )
-    prepared_contenders = [(each.contender, each.errors) for each in prepared]
+    prepared_implementations = [(each.implementation, each.errors) for each in prepared]
     # Free what the timed calls hold before memory is measured beside them.
     del prepared, inputs, truth
     rows = []
-    for contender, errors in prepared_contenders:
+    for implementation, errors in prepared_implementations:
         peak = None
-        if contender.compiled and settings.quick:
+        if implementation.compiled and settings.quick:
             # Compiling once more, in another process, takes longer than all the rest.
-            missing.append(Missing(f"peak memory of {contender.name}", "left out by --quick"))
-        elif measure_memory and not contender.bound:
-            with status(f"{label}: peak memory of {contender.name}"):
+            missing.append(Missing(f"peak memory of {implementation.name}", "left out by --quick"))
+        elif measure_memory and not implementation.bound:
+            with status(f"{label}: peak memory of {implementation.name}"):
                 probe = memory.extra_peak(
-                    contender.make,
+                    implementation.make,
                     build,
                     tiny,
                     threads=settings.threads,
                     device=settings.device,
-                    warm_full=contender.compiled or warm_memory,
+                    warm_full=implementation.compiled or warm_memory,
                 )
             peak = probe.peak_mb
             if probe.failure:
-                missing.append(Missing(f"peak memory of {contender.name}", probe.failure))
+                missing.append(Missing(f"peak memory of {implementation.name}", probe.failure))
         rows.append(
-            row(op, contender, dtype, shape, phase, times[contender.name], peak, errors, judged)
+            row(
+                op,
+                implementation,
+                dtype,
+                shape,
+                phase,
+                times[implementation.name],
+                peak,
+                errors,
+                judged,
+            )
             | {"neighbours": neighbours.share}
-            | launch_field(launches.get(contender.name))
+            | launch_field(launches.get(implementation.name))
         )
     return rows, missing
 
@@ -279,7 +289,7 @@ def launch_field(times: Sequence[float] | None) -> dict[str, float]:
 
 def row(
     op: str,
-    contender: Contender,
+    implementation: Implementation,
     dtype: str,
     shape: Mapping[str, int],
     phase: str,
@@ -294,7 +304,7 @@ def row(
     kept = [errors[name] for name in (judged or errors) if name in errors]
     return {
         "op": op,
-        "impl": contender.name,
+        "impl": implementation.name,
         "dtype": dtype,
         "shape": dict(shape),
         "phase": phase,
@@ -306,6 +316,6 @@ def row(
         "ms_q3": None if high is None else float(high),
         "rounds": len(times),
         "errors": errors,
-        **contender.extra,
-        **({"note": contender.note} if contender.note else {}),
+        **implementation.extra,
+        **({"note": implementation.note} if implementation.note else {}),
     }

@@ -64,7 +64,7 @@ def extra_peak(
     """Extra peak memory of `make(build())()`, its results included, its inputs not.
 
     A call on `tiny()` goes first, so that thread pools and lazily loaded code are not
-    counted; `warm_full` adds a call on the full inputs, for a contender that compiles for
+    counted; `warm_full` adds a call on the full inputs, for an implementation that compiles for
     its shape. `repeats` further calls are timed (0: the measured call itself is).
     On a CPU `make`, `build` and `tiny` must be picklable.
     """

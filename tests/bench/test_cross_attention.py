@@ -24,19 +24,21 @@ def case(part="cross", **changes):
     return Case(**(vars(SMALL) | {"part": part, "queries": 30 if part != "cross" else 7} | changes))
 
 
-def results(contenders, inputs):
-    """What every contender that runs uncompiled computes, by its name."""
+def results(implementations, inputs):
+    """What every implementation that runs uncompiled computes, by its name."""
     found = {}
-    for contender in contenders:
-        if contender.bound or contender.compiled:
+    for implementation in implementations:
+        if implementation.bound or implementation.compiled:
             continue
-        result = contender.make(inputs)()
-        found[contender.name] = contender.unify(inputs, result) if contender.unify else result
+        result = implementation.make(inputs)()
+        found[implementation.name] = (
+            implementation.unify(inputs, result) if implementation.unify else result
+        )
     return found
 
 
 def assert_all_as_accurate(found, eager, truth):
-    """Every contender is as accurate as the one called `eager`."""
+    """Every implementation is as accurate as the one called `eager`."""
     for name, result in found.items():
         assert set(result) == set(truth)
         for part, exact in truth.items():
@@ -51,13 +53,13 @@ def assert_all_as_accurate(found, eager, truth):
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("backward", [False, True])
-def test_every_contender_computes_the_same(part, mask, backward):
+def test_every_implementation_computes_the_same(part, mask, backward):
     measured = case(part, mask=mask)
     inputs = attention_inputs.draw(measured)
     truth = attention_inputs.float64_reference(backward, inputs)
     assert set(truth) == ({"out", "d_q", "d_k", "d_v"} if backward else {"out"})
-    contenders, _ = attention_peers.contenders(measured, backward)
-    assert_all_as_accurate(results(contenders, inputs), "eager, heads first", truth)
+    implementations, _ = attention_peers.implementations(measured, backward)
+    assert_all_as_accurate(results(implementations, inputs), "eager, heads first", truth)
 
 
 def test_inputs_are_the_same_each_time_and_as_long_as_told():
@@ -88,9 +90,9 @@ def test_the_floor_does_exactly_the_products_it_names(names):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_contenders_have_names_of_their_own_and_absent_ones_a_reason(part):
+def test_implementations_have_names_of_their_own_and_absent_ones_a_reason(part):
     for backward in (False, True):
-        found, missing = attention_peers.contenders(case(part), backward)
+        found, missing = attention_peers.implementations(case(part), backward)
         names = [each.name for each in found]
         assert names[0] == harness.OURS and len(set(names)) == len(names)
         absent = {each.name: each for each in missing}
@@ -99,7 +101,7 @@ def test_contenders_have_names_of_their_own_and_absent_ones_a_reason(part):
         assert ("flex_attention" in absent) == backward
         assert ("sdpa, heads first" in names) == (part != "self")
         assert ("fastvlp, heads first" in names) == (part != "self")
-    dropped, missing = attention_peers.contenders(case(part, dropout=0.1), True)
+    dropped, missing = attention_peers.implementations(case(part, dropout=0.1), True)
     assert "flex_attention" in {each.name for each in missing}
 
 
@@ -159,7 +161,7 @@ def test_a_quick_run_writes_every_row(tmp_path):
     for part in ("cross", "self"):
         measured = case(part, images=2, queries=6, dtype="bf16")
         rows = {row["impl"]: row for row in found["rows"] if row["op"] == measured.op()}
-        expected, _ = attention_peers.contenders(measured, True)
+        expected, _ = attention_peers.implementations(measured, True)
         assert set(rows) == {each.name for each in expected if not each.compiled}
         for name, row in rows.items():
             bound = name.startswith(harness.BOUND)
@@ -175,9 +177,9 @@ def test_every_layer_computes_the_same(drawn):
     inputs = fusion_layer_peers.draw(measured)
     truth = fusion_layer_peers.reference(inputs)
     assert {"out", "d_text", "d_images"} < set(truth)
-    contenders = fusion_layer_peers.contenders()
-    assert all(each.make(inputs)() is None for each in contenders if each.bound)
-    assert_all_as_accurate(results(contenders, inputs), "BertLayer, eager", truth)
+    implementations = fusion_layer_peers.implementations()
+    assert all(each.make(inputs)() is None for each in implementations if each.bound)
+    assert_all_as_accurate(results(implementations, inputs), "BertLayer, eager", truth)
 
 
 def test_dropout_and_forward_alone(tmp_path):
@@ -188,9 +190,12 @@ def test_dropout_and_forward_alone(tmp_path):
     assert all(row["error"] is None and row["peak_mb"] is None for row in found["rows"])
 
 
-def test_inputs_and_contenders_can_be_sent_to_another_process():
+def test_inputs_and_implementations_can_be_sent_to_another_process():
     import pickle
 
-    contenders, _ = attention_peers.contenders(case(), True)
-    made = [functools.partial(attention_inputs.draw, case()), *(each.make for each in contenders)]
+    implementations, _ = attention_peers.implementations(case(), True)
+    made = [
+        functools.partial(attention_inputs.draw, case()),
+        *(each.make for each in implementations),
+    ]
     assert len(pickle.loads(pickle.dumps(made))) == len(made)

@@ -17,19 +17,19 @@ def phase(request):
     return request.param
 
 
-def test_every_contender_makes_the_same_first_update(phase):
+def test_every_implementation_makes_the_same_first_update(phase):
     inputs = ema.build(0, "cpu", gradients=True)
     before = [p.detach().clone() for p in inputs.model.parameters()]
     truth = ema.float64(phase, inputs)
-    contenders, _ = ema.contenders(phase)
-    names = [each.name for each in contenders]
+    implementations, _ = ema.implementations(phase)
+    names = [each.name for each in implementations]
     assert names[:2] == [harness.OURS, harness.BOUND] and len(set(names)) == len(names)
-    for contender in contenders:
-        result = contender.make(inputs)()
-        if contender.bound:
+    for implementation in implementations:
+        result = implementation.make(inputs)()
+        if implementation.bound:
             assert result is None
             continue
-        found = contender.unify(inputs, result)
+        found = implementation.unify(inputs, result)
         assert {"momentum"} <= set(found) == set(truth)
         for name, value in truth.items():
             low = name in ("copy", "low")
@@ -41,12 +41,12 @@ def test_every_contender_makes_the_same_first_update(phase):
 def test_later_calls_go_on_updating(phase):
     inputs = ema.build(0, "cpu", gradients=True)
     ends = []
-    for contender in ema.contenders(phase)[0]:
-        call = contender.make(inputs)
+    for implementation in ema.implementations(phase)[0]:
+        call = implementation.make(inputs)
         call()
         result = call()
-        if not contender.bound:
-            ends.append(contender.unify(inputs, result)["momentum"])
+        if not implementation.bound:
+            ends.append(implementation.unify(inputs, result)["momentum"])
     assert not torch.equal(ends[0].double(), ema.float64(phase, inputs)["momentum"])
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0])
@@ -85,7 +85,7 @@ def test_a_quick_run_writes_every_row(tmp_path, capsys):
     assert {row["phase"] for row in rows} == set(ema.PHASES)
     missing = missing_names(meta)
     for phase in ema.PHASES:
-        expected, absent = ema.contenders(phase)
+        expected, absent = ema.implementations(phase)
         group = {row["impl"]: row for row in rows if row["phase"] == phase}
         assert set(group) == {each.name for each in expected}
         assert {each.name for each in absent} <= missing

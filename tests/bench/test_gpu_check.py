@@ -234,7 +234,7 @@ def test_comparisons_cover_every_op_dtype_and_size():
     assert {("ema", "fp32", "step"), ("adamw_ema", "fp32", "adamw")} <= seen
     # Slow compilation comes after all that is measured in bfloat16 without it.
     compiled = [
-        number for number, each in enumerate(found) if any(c.compiled for c in each.contenders)
+        number for number, each in enumerate(found) if any(c.compiled for c in each.implementations)
     ]
     plain = [n for n, each in enumerate(found) if each.dtype == "bf16" and n not in compiled]
     assert compiled and max(plain) < min(compiled)

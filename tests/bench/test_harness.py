@@ -12,7 +12,7 @@ from _harness import table as comparison_table
 SETTINGS = harness.Settings(threads=1, quick=True, min_rounds=2, max_rounds=2, budget_s=0.0)
 
 
-# Contenders go to another process to have their memory measured, so they live at module level.
+# Implementations go to another process to have their memory measured, so they live at module level.
 def matrix(n: int = 8) -> torch.Tensor:
     return torch.eye(n)
 
@@ -56,7 +56,7 @@ def reference(inputs):
     return {"twice": inputs.double() * 2}
 
 
-def compare(contenders, **changes):
+def compare(implementations, **changes):
     arguments = {
         "dtype": "fp32",
         "shape": {"n": 8},
@@ -64,11 +64,11 @@ def compare(contenders, **changes):
         "reference": reference,
         **changes,
     }
-    return harness.compare("twice", contenders, matrix, matrix, SETTINGS, **arguments)
+    return harness.compare("twice", implementations, matrix, matrix, SETTINGS, **arguments)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_contenders_take_turns_in_orders_that_runs_have_in_common(count):
+def test_implementations_take_turns_in_orders_that_runs_have_in_common(count):
     names = "abc"[:count]
 
     def run():
@@ -100,7 +100,7 @@ def test_rounds_go_on_while_the_budget_lasts(monkeypatch, budget_s, rounds):
 def test_a_row_has_the_median_the_quartiles_and_every_field():
     row = harness.row(
         "op",
-        harness.Contender("peer", silent, extra={"softmax": "fp32"}),
+        harness.Implementation("peer", silent, extra={"softmax": "fp32"}),
         "bf16",
         {"n": 4},
         "fwd",
@@ -128,13 +128,15 @@ def test_a_row_has_the_median_the_quartiles_and_every_field():
 
 def test_a_bound_says_what_it_computes():
     with pytest.raises(ValueError, match="bound 'floor': expected a note"):
-        harness.Contender("floor", silent, bound=True)
+        harness.Implementation("floor", silent, bound=True)
 
 
 def test_a_nan_is_the_largest_error():
-    contender = harness.Contender("peer", silent)
+    implementation = harness.Implementation("peer", silent)
     errors = {"loss": 0.1, "grad": math.nan, "scale": 0.2}
-    assert math.isnan(harness.row("op", contender, "fp32", {}, "fwd", [1.0], None, errors)["error"])
+    assert math.isnan(
+        harness.row("op", implementation, "fp32", {}, "fwd", [1.0], None, errors)["error"]
+    )
 
 
 def test_relative_error_is_of_frobenius_norms():
@@ -145,12 +147,12 @@ def test_relative_error_is_of_frobenius_norms():
         harness.relative_error(torch.ones(1, 2), truth)
 
 
-def test_compare_measures_each_contender_against_the_reference():
+def test_compare_measures_each_implementation_against_the_reference():
     rows, missing = compare(
         [
-            harness.Contender("fastvlp", functools.partial(doubled, 0)),
-            harness.Contender("off", functools.partial(doubled, 1)),
-            harness.Contender("floor", silent, bound=True, note="nothing"),
+            harness.Implementation("fastvlp", functools.partial(doubled, 0)),
+            harness.Implementation("off", functools.partial(doubled, 1)),
+            harness.Implementation("floor", silent, bound=True, note="nothing"),
         ]
     )
     assert not missing
@@ -172,19 +174,19 @@ def test_work_of_other_processes_is_told_from_ours(monkeypatch):
 
 
 def test_a_peer_that_fails_is_named_and_ours_must_not():
-    ours = harness.Contender("fastvlp", functools.partial(doubled, 0))
-    rows, missing = compare([ours, harness.Contender("peer", broken)])
+    ours = harness.Implementation("fastvlp", functools.partial(doubled, 0))
+    rows, missing = compare([ours, harness.Implementation("peer", broken)])
     assert [row["impl"] for row in rows] == ["fastvlp"]
     assert [str(each) for each in missing] == ["peer: RuntimeError: no such device"]
     with pytest.raises(RuntimeError, match="no such device"):
-        compare([harness.Contender("fastvlp", broken)])
+        compare([harness.Implementation("fastvlp", broken)])
     with pytest.raises(ValueError, match="must return"):
-        compare([harness.Contender("fastvlp", silent)])
+        compare([harness.Implementation("fastvlp", silent)])
 
 
 def test_compare_measures_memory_in_another_process():
-    contender = harness.Contender("fastvlp", functools.partial(ones, [40], True))
-    rows, missing = compare([contender], reference=None, measure_memory=True)
+    implementation = harness.Implementation("fastvlp", functools.partial(ones, [40], True))
+    rows, missing = compare([implementation], reference=None, measure_memory=True)
     assert not missing
     assert rows[0]["peak_mb"] == pytest.approx(40, rel=0.05)
 
@@ -233,11 +235,11 @@ def test_ratios_are_to_ours_within_one_comparison():
 
 
 def test_json_and_plot_hold_what_was_measured(tmp_path):
-    contenders = [
-        harness.Contender("fastvlp", functools.partial(doubled, 0)),
-        harness.Contender("peer", functools.partial(doubled, 0)),
+    implementations = [
+        harness.Implementation("fastvlp", functools.partial(doubled, 0)),
+        harness.Implementation("peer", functools.partial(doubled, 0)),
     ]
-    rows = [row for n in (8, 16) for row in compare(contenders, shape={"n": n})[0]]
+    rows = [row for n in (8, 16) for row in compare(implementations, shape={"n": n})[0]]
     facts = report.meta(SETTINGS, ("numpy",)) | {"note": "hello"}
     report.write_json(tmp_path / "x.json", facts, rows)
     found = json.loads((tmp_path / "x.json").read_text())
@@ -257,8 +259,10 @@ def test_json_and_plot_hold_what_was_measured(tmp_path):
 def test_the_table_names_everything(capsys):
     rows, _ = compare(
         [
-            harness.Contender("fastvlp", functools.partial(doubled, 0)),
-            harness.Contender("a rather long name of a peer", silent, bound=True, note="a sum"),
+            harness.Implementation("fastvlp", functools.partial(doubled, 0)),
+            harness.Implementation(
+                "a rather long name of a peer", silent, bound=True, note="a sum"
+            ),
         ]
     )
     comparison_table.table([row | {"neighbours": 0.0} for row in rows], rate=("items/s", "n"))

@@ -67,11 +67,11 @@ def test_a_loss_with_a_fixed_scale_gets_its_gradient_to_the_scale():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_contenders_say_how_they_round(dtype):
-    contenders, missing = itc_peers.contenders(dtype, "cpu")
-    names = [each.name for each in contenders]
+def test_implementations_say_how_they_round(dtype):
+    implementations, missing = itc_peers.implementations(dtype, "cpu")
+    names = [each.name for each in implementations]
     assert names[:3] == ["fastvlp", "floor", "floor3"] and len(set(names)) == len(names)
-    peers = [each for each in contenders if not each.bound]
+    peers = [each for each in implementations if not each.bound]
     assert all({"logits", "softmax"} <= set(each.extra) for each in peers)
     assert any(each.compiled for each in peers)
     assert {"inf-cl", "memeff"} <= {each.name for each in missing}
@@ -272,7 +272,7 @@ def test_a_quick_run_writes_every_row(tmp_path):
             for row in found["rows"]
             if row["dtype"] == dtype and row["shape"] == {"n": 256, "d": 512}
         }
-        expected, _ = itc_peers.contenders(dtype, "cpu")
+        expected, _ = itc_peers.implementations(dtype, "cpu")
         assert set(rows) == {each.name for each in expected if not each.compiled}
         assert all(row["ms"] > 0 and row["phase"] == "fwd+bwd" for row in rows.values())
         for name, row in rows.items():

@@ -1,4 +1,4 @@
-"""bench/loader.py: every contender makes the same batches, a quick run every row."""
+"""bench/loader.py: every implementation makes the same batches, a quick run every row."""
 
 import json
 
@@ -16,16 +16,16 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["clip_eval", "albef_eval", "vilt_eval"])
-def test_contenders_make_the_same_batches(data, name):
+def test_implementations_make_the_same_batches(data, name):
     reference = bench.first_batch(bench.PillowTransform(RECIPES[name]), data)
-    for contender, make in bench.contenders(name, data, 1).items():
+    for implementation, make in bench.implementations(name, data, 1).items():
         batches = list(make()())
-        if contender.startswith(harness.BOUND):
+        if implementation.startswith(harness.BOUND):
             assert not batches
             continue
         assert [len(batch) for batch in batches] == [4, 2]
         # torchvision's resize of tensors rounds otherwise than Pillow's; ours does not.
-        if contender == "torchvision tensor":
+        if implementation == "torchvision tensor":
             assert harness.relative_error(batches[0], reference) < 0.02
         else:
             assert torch.equal(batches[0], reference)

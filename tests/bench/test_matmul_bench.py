@@ -1,4 +1,4 @@
-"""bench/matmul.py: its contenders compute the same, and a quick run writes every row."""
+"""bench/matmul.py: its implementations compute the same, and a quick run writes every row."""
 
 import matmul as bench
 import pytest
@@ -9,21 +9,21 @@ LAYERS = ["--rows", "40", "--layers", "32x48,48x32"]
 
 
 @pytest.mark.parametrize("phase", ["fwd", "fwd+bwd"])
-def test_contenders_agree(phase):
+def test_implementations_agree(phase):
     given = bench.inputs(bench.parse(LAYERS), 32, 48, 40)
     truth = bench.reference(phase, given)
     names = []
-    for contender in bench.contenders(phase):
-        names.append(contender.name)
-        found = contender.make(given)()
-        if contender.bound:
+    for implementation in bench.implementations(phase):
+        names.append(implementation.name)
+        found = implementation.make(given)()
+        if implementation.bound:
             assert found is None
             continue
         assert set(found) == set(truth)
-        low = contender.name.endswith("bf16")
+        low = implementation.name.endswith("bf16")
         for name, value in truth.items():
             error = harness.relative_error(found[name], value)
-            assert error < (2e-2 if low else 1e-6), (contender.name, name)
+            assert error < (2e-2 if low else 1e-6), (implementation.name, name)
     assert names[0] == harness.OURS and "torch" in names
 
 
@@ -37,5 +37,5 @@ def test_widths_are_checked(capsys):
 def test_quick_run(tmp_path, capsys):
     meta, rows = quick_rows(bench.main, tmp_path / "found.json", *LAYERS)
     assert not missing_names(meta)
-    assert len(rows) == 2 * 2 * len(bench.contenders("fwd"))
+    assert len(rows) == 2 * 2 * len(bench.implementations("fwd"))
     assert "of its error" in capsys.readouterr().out

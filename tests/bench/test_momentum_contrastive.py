@@ -1,4 +1,4 @@
-"""bench/momentum_contrastive.py: every contender computes the loss, a quick run every row."""
+"""bench/momentum_contrastive.py: every implementation computes the loss, a quick run every row."""
 
 import momentum_contrastive as bench
 import pytest
@@ -11,25 +11,28 @@ SIZES = {"batch": 6, "queue": 40, "dim": 24}
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("bf16", 3e-2)])
-def test_every_contender_computes_the_same(dtype, tolerance):
+def test_every_implementation_computes_the_same(dtype, tolerance):
     inputs = bench.inputs(**SIZES, dtype=dtype, device="cpu")
     truth = bench.float64(inputs)
     assert set(truth) == {"loss", "d_image", "d_text", "d_temperature"}
-    contenders = bench.contenders(dtype, compiled=False)
-    names = [each.name for each in contenders]
+    implementations = bench.implementations(dtype, compiled=False)
+    names = [each.name for each in implementations]
     assert names[:2] == [harness.OURS, harness.BOUND] and len(set(names)) == len(names)
-    for contender in contenders:
-        found = contender.make(inputs)()
-        if contender.bound:
+    for implementation in implementations:
+        found = implementation.make(inputs)()
+        if implementation.bound:
             assert found is None
             continue
         assert set(found) == set(truth)
         for name, value in truth.items():
-            assert harness.relative_error(found[name], value) < tolerance, (contender.name, name)
+            assert harness.relative_error(found[name], value) < tolerance, (
+                implementation.name,
+                name,
+            )
 
 
 def test_compiled_peers_stand_beside_the_eager_ones():
-    compiled = [each for each in bench.contenders("bf16", compiled=True) if each.compiled]
+    compiled = [each for each in bench.implementations("bf16", compiled=True) if each.compiled]
     assert {each.name for each in compiled} == {
         f"{form} {how} compiled" for form in ("paper", "tuned") for how in ("fp32", "autocast")
     }
@@ -64,7 +67,7 @@ def test_a_quick_run_writes_every_row(tmp_path, capsys):
     assert "torch.compile" in missing_names(meta)
     for dtype in ("fp32", "bf16"):
         group = {row["impl"]: row for row in rows if row["dtype"] == dtype}
-        assert set(group) == {each.name for each in bench.contenders(dtype, compiled=False)}
+        assert set(group) == {each.name for each in bench.implementations(dtype, compiled=False)}
         for name, row in group.items():
             assert row["op"] == "momentum_contrastive" and row["phase"] == "fwd+bwd"
             assert row["shape"] == {"b": 6, "q": 40, "d": 24}

@@ -91,10 +91,10 @@ def test_ctrl_c_before_the_first_comparison_leaves_an_earlier_file(tmp_path):
 
 def test_the_plot_is_drawn_as_rows_come(tmp_path):
     target = tmp_path / "found.png"
-    contender = harness.Contender("fastvlp", None)
+    implementation = harness.Implementation("fastvlp", None)
     with run.Run(parsed("--plot", target), axis=("n", "size")) as found:
         for n in (1, 2):
-            found.add([harness.row("op", contender, "fp32", {"n": n}, "fwd", [n], None)])
+            found.add([harness.row("op", implementation, "fp32", {"n": n}, "fwd", [n], None)])
             assert target.read_bytes().startswith(b"\x89PNG")
             target.unlink()
     assert target.exists()
@@ -102,8 +102,8 @@ def test_the_plot_is_drawn_as_rows_come(tmp_path):
 
 def test_an_error_keeps_what_was_measured_and_is_raised(tmp_path):
     target = tmp_path / "found.json"
-    contender = harness.Contender("fastvlp", None)
-    row = harness.row("op", contender, "fp32", {"n": 1}, "fwd", [1.0], None)
+    implementation = harness.Implementation("fastvlp", None)
+    row = harness.row("op", implementation, "fp32", {"n": 1}, "fwd", [1.0], None)
     with pytest.raises(RuntimeError, match="lost"), run.Run(parsed("--json", target)) as found:
         found.add([row], [harness.Missing("peer", "none")])
         raise RuntimeError("lost")
@@ -116,13 +116,13 @@ def test_a_plot_that_does_not_exist_is_refused(tmp_path):
         run.Run(parsed("--plot", tmp_path / "x.png"))
 
 
-def fake_rows(op, contenders, _build, _tiny, _settings, *, dtype, shape, phase="fwd+bwd", **_):
+def fake_rows(op, implementations, _build, _tiny, _settings, *, dtype, shape, phase="fwd+bwd", **_):
     return [
         harness.row(
             op, each, dtype, shape, phase, [1.0, 2.0], None if each.bound else 3.0,
             None if each.bound else {"result": 1e-6},
         )
-        for each in contenders
+        for each in implementations
     ], []  # fmt: skip
 
 
@@ -201,8 +201,8 @@ def test_each_recipe_of_the_loader_is_printed_and_kept_at_once(watched, monkeypa
 
     def measured(name, data, settings):
         shape = {"images": 1, "batch": 1}
-        contender = harness.Contender("fastvlp", None, extra={"cpu_ms": 1.0})
-        return [harness.row("loader", contender, "uint8", shape, name, [1.0], None)], []
+        implementation = harness.Implementation("fastvlp", None, extra={"cpu_ms": 1.0})
+        return [harness.row("loader", implementation, "uint8", shape, name, [1.0], None)], []
 
     monkeypatch.setattr(loader, "photographs", lambda count: [])
     calls, target, _ = watched(loader, "measured", measured)
@@ -215,8 +215,10 @@ def test_each_number_of_ranks_is_printed_and_kept_at_once(watched):
 
     def compare(job):
         counts = {"softmax": "fp32", "flops": 1e9, "bytes_sent": 1000}
-        contender = harness.Contender("fastvlp", None, extra=counts)
-        return [harness.row("ranks", contender, job.dtype, job.shape, "fwd+bwd", [1.0], None)], []
+        implementation = harness.Implementation("fastvlp", None, extra=counts)
+        return [
+            harness.row("ranks", implementation, job.dtype, job.shape, "fwd+bwd", [1.0], None)
+        ], []
 
     calls, target, _ = watched(itc_distributed, "compare", compare)
     itc_distributed.main(["--world-sizes", "1,2", "--json", str(target)])

@@ -1,4 +1,4 @@
-"""bench/soft_cross_entropy.py: every contender computes the loss, a quick run every row."""
+"""bench/soft_cross_entropy.py: every implementation computes the loss, a quick run every row."""
 
 import functools
 
@@ -11,27 +11,30 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def compared(dtype, teacher, quick=False):
-    contenders, _ = bench.contenders(dtype, "cpu", teacher, compile_=False, quick=quick)
-    return contenders
+    implementations, _ = bench.implementations(dtype, "cpu", teacher, compile_=False, quick=quick)
+    return implementations
 
 
 @pytest.mark.parametrize("teacher", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("bf16", 3e-2)])
-def test_every_contender_computes_the_same(dtype, tolerance, teacher):
+def test_every_implementation_computes_the_same(dtype, tolerance, teacher):
     inputs = bench.draw(12, 24, 50, dtype, "cpu")
     truth = bench.float64_reference(teacher, inputs)
     assert set(truth) == set(bench.RESULTS)
-    contenders = compared(dtype, teacher)
-    names = [each.name for each in contenders]
+    implementations = compared(dtype, teacher)
+    names = [each.name for each in implementations]
     assert names[0] == harness.OURS and harness.BOUND in names and len(set(names)) == len(names)
-    for contender in contenders:
-        found = contender.make(inputs)()
-        if contender.bound:
+    for implementation in implementations:
+        found = implementation.make(inputs)()
+        if implementation.bound:
             assert found is None
             continue
         assert set(found) == set(truth)
         for name, value in truth.items():
-            assert harness.relative_error(found[name], value) < tolerance, (contender.name, name)
+            assert harness.relative_error(found[name], value) < tolerance, (
+                implementation.name,
+                name,
+            )
 
 
 def test_the_teacher_changes_the_loss():
@@ -49,8 +52,8 @@ def test_the_floor_does_exactly_the_products_it_names(teacher):
 
 
 def test_a_compiled_peer_is_told_apart():
-    contenders, _ = bench.contenders("bf16", "cpu", True, compile_=True)
-    assert [each.name for each in contenders if each.compiled] == ["eager autocast compiled"]
+    implementations, _ = bench.implementations("bf16", "cpu", True, compile_=True)
+    assert [each.name for each in implementations if each.compiled] == ["eager autocast compiled"]
 
 
 @pytest.mark.parametrize("flags", [["--rows", "-1"], ["--width", "0"], ["--dtype", "int8"]])

@@ -1,4 +1,4 @@
-"""bench/train_step.py: its contenders train the same model, and a quick run writes every row."""
+"""bench/train_step.py: its implementations train the same model, a quick run writes every row."""
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ def case(request):
 def test_every_way_starts_from_the_same_losses(case):
     inputs = train_step.build(case)
     exact = train_step.reference_losses(inputs)
-    for contender in train_step.contenders(case.adapter):
-        found = contender.make(inputs)()
+    for implementation in train_step.implementations(case.adapter):
+        found = implementation.make(inputs)()
         assert found.keys() == exact.keys()
-        relative = 1e-2 if contender.name == train_step.LOW else 1e-5
+        relative = 1e-2 if implementation.name == train_step.LOW else 1e-5
         for name, value in exact.items():
             torch.testing.assert_close(found[name].double(), value.double(), rtol=relative, atol=0)
 

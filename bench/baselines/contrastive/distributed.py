@@ -1,4 +1,4 @@
-"""The contenders of itc_distributed.py: the contrastive loss over the ranks of the default group.
+"""What itc_distributed.py compares: the contrastive loss over the ranks of the default group.
 
 Each gives the loss and the gradients to both towers and to the logit scale.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _harness.measure import DTYPES, OURS, Contender, Missing
+from _harness.measure import DTYPES, OURS, Implementation, Missing
 
 from baselines.contrastive import softmax as itc_peers
 from baselines.contrastive.softmax import Loss, forward_backward
@@ -53,11 +53,13 @@ def open_clip_autocast(dtype: torch.dtype, device: str) -> Loss:
     return call
 
 
-def contenders(dtype: str, world_size: int, device: str) -> tuple[list[Contender], list[Missing]]:
+def implementations(
+    dtype: str, world_size: int, device: str
+) -> tuple[list[Implementation], list[Missing]]:
     """fastvlp by each of its schedules, and open_clip at each precision of its softmax."""
 
-    def one(name: str, make_loss: Callable[[], Loss], **extra: str) -> Contender:
-        return Contender(name, functools.partial(forward_backward, make_loss), extra=extra)
+    def one(name: str, make_loss: Callable[[], Loss], **extra: str) -> Implementation:
+        return Implementation(name, functools.partial(forward_backward, make_loss), extra=extra)
 
     found = [one(OURS, functools.partial(ours, "gather"), softmax="fp32")]
     if world_size > 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from _harness.measure import BOUND, DTYPES, OURS, Contender
+from _harness.measure import BOUND, DTYPES, OURS, Implementation
 from torch import Tensor
 
 from baselines.contrastive import features as itc_features
@@ -84,15 +84,15 @@ def autocast(dtype: torch.dtype, device: str) -> Loss:
     return call
 
 
-def contenders(dtype: str, device: str, backward: bool) -> list[Contender]:
+def implementations(dtype: str, device: str, backward: bool) -> list[Implementation]:
     """Ours, with a backward pass the bound, and the peers."""
     low = DTYPES[dtype] != torch.float32
     name = "eager autocast" if low else "eager"
     make = functools.partial(autocast, DTYPES[dtype], device) if low else eager
     found = [
-        Contender(OURS, functools.partial(run, ours, backward)),
-        Contender(name, functools.partial(run, make, backward)),
-        Contender(
+        Implementation(OURS, functools.partial(run, ours, backward)),
+        Implementation(name, functools.partial(run, make, backward)),
+        Implementation(
             f"{name} compiled",
             functools.partial(run, functools.partial(compiled, make), backward),
             compiled=True,
@@ -100,7 +100,7 @@ def contenders(dtype: str, device: str, backward: bool) -> list[Contender]:
     ]
     if backward:
         note = "torch.mm for 3 products alone: the logits and the two gradients"
-        found.append(Contender(BOUND, functools.partial(products, 1), bound=True, note=note))
+        found.append(Implementation(BOUND, functools.partial(products, 1), bound=True, note=note))
     return found
 
 

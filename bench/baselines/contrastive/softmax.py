@@ -1,7 +1,7 @@
-"""The contenders of itc_throughput.py: ways to compute the symmetric contrastive loss.
+"""What itc_throughput.py compares: implementations of the symmetric contrastive loss.
 
 Every one of them gives the loss and the gradients to both towers and to the logit scale.
-They do not all run one race, so every row says two things of its contender: `logits`, the
+They do not all run one race, so every row says two things of its implementation: `logits`, the
 precision to which logits are rounded before the softmax (at s = 100 a bfloat16 logit is off
 by up to 0.25), and `softmax`, that of the softmax itself.
 """
@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from _harness.measure import BOUND, DTYPES, OURS, Contender, Missing
+from _harness.measure import BOUND, DTYPES, OURS, Implementation, Missing
 from _harness.timing import CpuClock, CudaClock
 from torch import Tensor
 
@@ -188,15 +188,15 @@ def memeff(scale: float) -> Loss:
     return lambda image, text, _scale: loss(image, text)
 
 
-def contenders(
+def implementations(
     dtype: str, device: str, our_loss: Callable[[], Loss] = ours
-) -> tuple[list[Contender], list[Missing]]:
+) -> tuple[list[Implementation], list[Missing]]:
     """Ours, the bounds and every peer that can run here; and those that cannot, with reasons."""
     low = DTYPES[dtype] != torch.float32
     base = "open_clip" if has_open_clip() else "eager"
     found = [
-        _contender(OURS, our_loss, "fp32", "fp32"),
-        Contender(
+        _implementation(OURS, our_loss, "fp32", "fp32"),
+        Implementation(
             BOUND,
             functools.partial(products, 2),
             bound=True,
@@ -204,7 +204,7 @@ def contenders(
             "the two gradients",
             extra={"products": 4},
         ),
-        Contender(
+        Implementation(
             BOUND + "3",
             functools.partial(products, 1),
             bound=True,
@@ -215,11 +215,13 @@ def contenders(
     ]
     precise = functools.partial(autocast, DTYPES[dtype], device) if low else eager
     precise_name = f"{base} autocast" if low else base
-    found.append(_contender(precise_name, precise, dtype, "fp32"))
-    found.append(_contender(f"{precise_name} compiled", precise, dtype, "fp32", compile_=True))
+    found.append(_implementation(precise_name, precise, dtype, "fp32"))
+    found.append(_implementation(f"{precise_name} compiled", precise, dtype, "fp32", compile_=True))
     if low:
-        found.append(_contender(f"{base} {dtype}", eager, dtype, dtype))
-        found.append(_contender(f"{base} {dtype} compiled", eager, dtype, dtype, compile_=True))
+        found.append(_implementation(f"{base} {dtype}", eager, dtype, dtype))
+        found.append(
+            _implementation(f"{base} {dtype} compiled", eager, dtype, dtype, compile_=True)
+        )
     missing = (
         []
         if has_open_clip()
@@ -233,10 +235,10 @@ def contenders(
     )
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         wide = functools.partial(chunked, torch.float32 if low else None)
-        found.append(_contender("linear_cross_entropy", wide, "fp32", "fp32"))
+        found.append(_implementation("linear_cross_entropy", wide, "fp32", "fp32"))
         if low:
             narrow = functools.partial(chunked, DTYPES[dtype])
-            found.append(_contender(f"linear_cross_entropy {dtype}", narrow, dtype, dtype))
+            found.append(_implementation(f"linear_cross_entropy {dtype}", narrow, dtype, dtype))
     else:
         missing.append(
             Missing(
@@ -245,18 +247,18 @@ def contenders(
                 "pip install -U torch",
             )
         )
-    for contender, absence in _gpu_peers(device):
-        found.extend(contender)
+    for implementation, absence in _gpu_peers(device):
+        found.extend(implementation)
         missing.extend(absence)
     return found, missing
 
 
-def _contender(
+def _implementation(
     name: str, make_loss: Callable[[], Loss], logits: str, softmax: str, compile_: bool = False
-) -> Contender:
+) -> Implementation:
     if compile_:
         make_loss = functools.partial(compiled, make_loss)
-    return Contender(
+    return Implementation(
         name,
         functools.partial(forward_backward, make_loss),
         compiled=compile_,
@@ -264,7 +266,7 @@ def _contender(
     )
 
 
-def _gpu_peers(device: str) -> Iterator[tuple[list[Contender], list[Missing]]]:
+def _gpu_peers(device: str) -> Iterator[tuple[list[Implementation], list[Missing]]]:
     peers = {
         "inf-cl": ("inf_cl", functools.partial(forward_backward, infcl)),
         "memeff": ("memeff", functools.partial(fixed_scale, memeff)),
@@ -275,7 +277,7 @@ def _gpu_peers(device: str) -> Iterator[tuple[list[Contender], list[Missing]]]:
         elif importlib.util.find_spec(module) is None:
             yield [], [Missing(name, "not installed", f"pip install {name}")]
         else:
-            yield [Contender(name, make, extra={"logits": "fp32", "softmax": "fp32"})], []
+            yield [Implementation(name, make, extra={"logits": "fp32", "softmax": "fp32"})], []
 
 
 def products(logit_products: int, inputs: Inputs) -> Callable[[], None]:

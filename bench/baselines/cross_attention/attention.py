@@ -1,6 +1,6 @@
-"""The contenders of cross_attention.py: ways to let packed text attend to image tokens.
+"""What cross_attention.py compares: attention of packed text to image tokens.
 
-Every contender starts from inputs prepared before the clock starts: fastvlp and the
+Every implementation starts from inputs prepared before the clock starts: fastvlp and the
 variable-length kernels from packed rows, the others from rows padded to the longest. `tokens
 first` means that these lie as a projection leaves them, [n, M, H, d], and `heads first` that they
 have been copied to [n, H, M, d] (of fastvlp's the keys and values).
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness.measure import BOUND, OURS, Contender, Missing
+from _harness.measure import BOUND, OURS, Implementation, Missing
 from _harness.timing import Call, CpuClock, CudaClock
 from torch import Tensor
 
@@ -181,12 +181,12 @@ def varlen_results(inputs: Inputs, results: dict[str, Tensor]) -> dict[str, Tens
     return {n: t.view(inputs.k.shape) if n in keys else t for n, t in results.items()}
 
 
-def contenders(case: Case, backward: bool) -> tuple[list[Contender], list[Missing]]:
+def implementations(case: Case, backward: bool) -> tuple[list[Implementation], list[Missing]]:
     """Ours, the bounds and every peer that can run here; and those that cannot, with reasons."""
     stored = ("S", "O", "dV", "dP", "dQ", "dK") if backward else ("S", "O")
     found = [
-        Contender(OURS, functools.partial(ours, False, backward)),
-        Contender(
+        Implementation(OURS, functools.partial(ours, False, backward)),
+        Implementation(
             BOUND,
             functools.partial(products, stored),
             bound=True,
@@ -197,7 +197,7 @@ def contenders(case: Case, backward: bool) -> tuple[list[Contender], list[Missin
     if backward:
         again = (*stored, "S")
         found.append(
-            Contender(
+            Implementation(
                 f"{BOUND} {len(again)} products",
                 functools.partial(products, again),
                 bound=True,
@@ -206,7 +206,9 @@ def contenders(case: Case, backward: bool) -> tuple[list[Contender], list[Missin
             )  # fmt: skip
         )
     if case.part != "self":  # packed keys have no heads-first layout of their own
-        found.append(Contender(f"{OURS}, heads first", functools.partial(ours, True, backward)))
+        found.append(
+            Implementation(f"{OURS}, heads first", functools.partial(ours, True, backward))
+        )
     missing = []
     masked = case.has_mask() or case.part == "self"
     for layout in ("heads first", "tokens first"):
@@ -232,8 +234,8 @@ def contenders(case: Case, backward: bool) -> tuple[list[Contender], list[Missin
     return found + gpu_found, missing + gpu_missing
 
 
-def _padded(name, make, layout: str, backward: bool, compiled: bool = False) -> Contender:
-    return Contender(
+def _padded(name, make, layout: str, backward: bool, compiled: bool = False) -> Implementation:
+    return Implementation(
         f"{name}, {layout}",
         functools.partial(peer, make, layout == "heads first", backward),
         compiled=compiled,
@@ -241,7 +243,7 @@ def _padded(name, make, layout: str, backward: bool, compiled: bool = False) -> 
     )
 
 
-def _gpu_peers(case: Case, backward: bool) -> tuple[list[Contender], list[Missing]]:
+def _gpu_peers(case: Case, backward: bool) -> tuple[list[Implementation], list[Missing]]:
     found, missing = [], []
     modules = {
         "flash-attn": "flash_attn",
@@ -264,7 +266,7 @@ def _gpu_peers(case: Case, backward: bool) -> tuple[list[Contender], list[Missin
             missing.append(Missing(name, reason, remedy))
         else:
             make = functools.partial(varlen, name, backward)
-            found.append(Contender(name, make, unify=varlen_results))
+            found.append(Implementation(name, make, unify=varlen_results))
     return found, missing
 
 

@@ -1,4 +1,4 @@
-"""The contenders of cross_attention.py --layer: one fusion layer over the pairs of a step.
+"""What cross_attention.py --layer compares: one fusion layer over the pairs of a step.
 
 Every image has four pairs: its own caption, two hard negatives, and the caption masked for
 MLM. fastvlp packs the captions and groups them by image; the peers pad them, and repeat the
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from _harness import measure as harness
-from _harness.measure import BOUND, DTYPES, OURS, Contender, Missing
+from _harness.measure import BOUND, DTYPES, OURS, Implementation, Missing
 from _harness.timing import Call
 from torch import Tensor
 
@@ -211,10 +211,10 @@ def products(inputs: LayerInputs) -> Call:
     return call
 
 
-def contenders() -> list[Contender]:
+def implementations() -> list[Implementation]:
     found = [
-        Contender(OURS, ours),
-        Contender(
+        Implementation(OURS, ours),
+        Implementation(
             BOUND,
             products,
             bound=True,
@@ -225,7 +225,7 @@ def contenders() -> list[Contender]:
     for attention in ("sdpa", "eager"):
         for compile_ in (False, True):
             found.append(
-                Contender(
+                Implementation(
                     f"BertLayer, {attention}" + ", compiled" * compile_,
                     functools.partial(padded, attention, compile_),
                     compiled=compile_,
@@ -244,7 +244,7 @@ def measure(
             case = LayerCase(args.batch, args.keys, dtype, drawn, args.device)
             yield harness.compare(
                 case.op(),
-                [each for each in contenders() if not (args.no_compile and each.compiled)],
+                [each for each in implementations() if not (args.no_compile and each.compiled)],
                 functools.partial(draw, case),
                 functools.partial(draw, replace(case, images=1, keys=min(case.keys, 40))),
                 settings,

@@ -1,4 +1,4 @@
-"""The contenders of word_patch_alignment.py: ways to compute ViLT's transport distance."""
+"""What word_patch_alignment.py compares: implementations of ViLT's transport distance."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from _harness.measure import BOUND, OURS, Contender
+from _harness.measure import BOUND, OURS, Implementation
 from torch import Tensor
 
 Distance = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -121,16 +121,16 @@ def products(inputs: Inputs) -> Callable[[], None]:
     return call
 
 
-def contenders(phase: str) -> list[Contender]:
+def implementations(phase: str) -> list[Implementation]:
     run = forward if phase == "fwd" else forward_backward
     found = [
-        Contender(OURS, functools.partial(run, ours)),
-        Contender("batched loop", functools.partial(run, batched_loop)),
-        Contender("batched loop compiled", functools.partial(run, compiled), compiled=True),
+        Implementation(OURS, functools.partial(run, ours)),
+        Implementation("batched loop", functools.partial(run, batched_loop)),
+        Implementation("batched loop compiled", functools.partial(run, compiled), compiled=True),
     ]
     if phase != "fwd":
         note = "torch.bmm for the costs and the two gradients alone"
-        found.insert(1, Contender(BOUND, products, bound=True, note=note))
+        found.insert(1, Implementation(BOUND, products, bound=True, note=note))
     return found
 
 

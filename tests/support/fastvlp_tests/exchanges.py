@@ -178,7 +178,7 @@ def errors_of(job, local_gradient_only):
     from functools import partial
 
     import itc_distributed
-    from _harness.measure import Contender
+    from _harness.measure import Implementation
     from baselines.contrastive import distributed as distributed_peers
     from baselines.contrastive.softmax import forward_backward
     from open_clip.loss import ClipLoss
@@ -188,4 +188,6 @@ def errors_of(job, local_gradient_only):
         make_loss = partial(
             ClipLoss, True, False, rank=dist.get_rank(), world_size=dist.get_world_size()
         )
-    return itc_distributed.errors(Contender("open_clip", partial(forward_backward, make_loss)), job)
+    return itc_distributed.errors(
+        Implementation("open_clip", partial(forward_backward, make_loss)), job
+    )

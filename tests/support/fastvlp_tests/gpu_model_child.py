@@ -239,7 +239,7 @@ def compare_raising(name):
         error = getattr(gpu_model, name, None) or getattr(builtins, name)
         raise error(1, 2, "shared memory") if name == "OutOfResources" else error("a reason")
 
-    ours = gpu_model_case.Implementation("fastvlp", partial(fail), (1, 2))
+    ours = gpu_model_case.ModelledImplementation("fastvlp", partial(fail), (1, 2))
     least = gpu_model_case.products(1, 8, 8, 8, 8)
     case = gpu_model_case.Case("op", {"n": 8}, 8, [ours], least, "one product")
     rows, missing = gpu_model.compare(gpu_model.Machine(), H100, case)

@@ -19,8 +19,8 @@ def main():
                 *harness.compare(
                     "double",
                     [
-                        harness.Contender("fastvlp", doubled),
-                        harness.Contender("floor", doubled, bound=True, note="the sum alone"),
+                        harness.Implementation("fastvlp", doubled),
+                        harness.Implementation("floor", doubled, bound=True, note="the sum alone"),
                     ],
                     lambda n=n: torch.eye(n),
                     lambda: torch.eye(2),
