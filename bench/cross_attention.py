@@ -4,7 +4,7 @@
     python bench/cross_attention.py --layer --batch 16
 
 Three attentions are measured: `cross`, every image with the same number of query rows;
-`ragged`, captions of drawn lengths, which fastvlp takes packed and its peers padded; and
+`ragged`, captions of random lengths, which fastvlp takes packed and its peers padded; and
 `self`, the self-attention of such captions. With --layer: a whole fusion layer on the pairs of
 one training step, which fastvlp groups by image, against the padded layer that projects an
 image's keys and values once for every pair.
@@ -149,7 +149,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
                 parts.append(f"{peer['ms'] / ours['ms']:.2f}x as fast as {peer['impl']}")
             for bound in bounds:
                 share = bound["ms"] / ours["ms"]
-                parts.append(f"{share:.0%} of the floor of {bound['products']} products")
+                parts.append(f"{share:.0%} of the floor of {bound['products']} matmuls")
             lines.append(
                 f"{ours['op']} {ours['phase']} {ours['dtype']}, {shape}: " + ", ".join(parts) + "."
             )

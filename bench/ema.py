@@ -70,8 +70,8 @@ class Inputs:
 
 def build(blocks: int, device: str, gradients: bool) -> Inputs:
     model = Weights(blocks).to(device)
-    drawn = [p.detach() * 0.1 for p in model.parameters()] if gradients else []
-    return Inputs(model, drawn)
+    found = [p.detach() * 0.1 for p in model.parameters()] if gradients else []
+    return Inputs(model, found)
 
 
 def start(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:

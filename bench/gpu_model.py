@@ -1,10 +1,10 @@
-"""A performance model's milliseconds of each op on GPUs that are not there: ours beside peers.
+"""A performance model's milliseconds of each op on GPUs that are not there: ours and its peers.
 
     python bench/gpu_model.py --chip h100,a100 --json model.json
 
 Nothing here is a time. Kernels are compiled for the GPU, their PTX is executed on the CPU and
 counted, and the counts are turned into a bound by the chip's rates (_gpu/chips.py, _gpu/bound.py).
-Operations of torch and products of vendors' libraries are bounded by their bytes and by the share
+Operations of torch and matmuls of vendors' libraries are bounded by their bytes and by the share
 of peak that is published; the floor has the chip's peak, which our own kernels may reach. --sanity
 compares the model with published times of three kernels.
 """
@@ -66,7 +66,7 @@ class Machine:
             events = tuple(
                 record(
                     each.run(n), chip.executes, execute=True,
-                    processors=each.processors(n) if each.processors else None,
+                    multiprocessors=each.multiprocessors(n) if each.multiprocessors else None,
                     native=each.native,
                 )
                 for n in each.sizes

@@ -5,7 +5,7 @@
 Spawns the ranks on this machine and compares fastvlp with open_clip's ClipLoss(local_loss,
 gather_with_grad), the setting large runs train with: time of the slowest rank, ranks
 starting each call together; bytes each rank sends, counted (distributed_traffic.py); the
-largest extra peak memory of a rank; FLOPs of the products; error against the float64 loss
+largest extra peak memory of a rank; FLOPs of the matmuls; error against the float64 loss
 of the whole batch on one process. `--project` adds what the counts mean for more GPUs.
 """
 
@@ -28,7 +28,7 @@ from _harness.timing import status
 from baselines.contrastive import features as itc_features
 from baselines.contrastive import softmax as itc_peers
 from baselines.contrastive.distributed import PEER, implementations
-from baselines.contrastive.projection import TITLE, Products, Rates, print_projection, project
+from baselines.contrastive.projection import TITLE, CountedMatmuls, Rates, print_projection, project
 from baselines.contrastive.softmax import Inputs
 from baselines.contrastive.traffic import RULE, Traffic, loopback_bytes
 
@@ -57,7 +57,7 @@ class Job:
 
 def inputs(job: Job, batch: int) -> Inputs:
     """This rank's pairs of a global batch; the same at each call, others on other ranks."""
-    everything = itc_features.pairs(itc_features.DRAWN, batch * job.world_size, job.dim)
+    everything = itc_features.pairs(itc_features.RANDOM, batch * job.world_size, job.dim)
     mine = slice(dist.get_rank() * batch, (dist.get_rank() + 1) * batch)
     # Copies, so that the global batch is freed and not taken for an input.
     image, text = (
@@ -75,8 +75,8 @@ def _together(tensor: torch.Tensor) -> torch.Tensor:
 def errors(implementation: Implementation, job: Job) -> dict[str, float]:
     """Relative errors of the whole batch's loss and gradients against one float64 process.
 
-    Loss and gradients are averaged over the ranks as DDP averages them: a rank's gradient by
-    its own features then is W times that of the global mean, the scale's its plain mean.
+    Loss and gradients are averaged over the ranks as DDP averages them: a rank's gradient
+    w.r.t. its own features then is W times that of the global mean, the scale's its plain mean.
     """
     own = inputs(job, job.error_batch)
     image, text = _together(own.image), _together(own.text)
@@ -138,9 +138,9 @@ def count(call: Callable[[], Any], device: str) -> dict[str, Any]:
     if dist.get_rank() == 0:
         after = loopback_bytes()
     dist.barrier()
-    with Products() as products:
+    with CountedMatmuls() as matmuls:
         call()
-    most = ranks.slowest([float(traffic.bytes_sent), products.flops], device)
+    most = ranks.slowest([float(traffic.bytes_sent), matmuls.flops], device)
     seen = None
     if device == "cpu" and before is not None and after is not None:
         seen = (after - before) / dist.get_world_size()
@@ -212,7 +212,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--matrix-tflops",
         type=float,
         default=Rates.matrix_tflops,
-        help="of the projection: 10^12 FLOP/s that products sustain",
+        help="of the projection: 10^12 FLOP/s that matmuls sustain",
     )
     args = flags.parse_args(argv)
     args.world_sizes = args.world_sizes or ([2] if args.quick else [1, 2, 4])
@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     rates = Rates(args.matrix_tflops, args.link_gbs)
     facts = {
-        "features": itc_features.DRAWN.about,
+        "features": itc_features.RANDOM.about,
         "scale": args.scale,
         "backend": "nccl" if args.device == "cuda" else "gloo",
         "error_batch": args.error_batch,
@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 LEGEND = (
-    f"MB sent: {RULE}. 'of its bytes': as a share of {PEER}'s. Products: 1 is this rank's "
+    f"MB sent: {RULE}. 'of its bytes': as a share of {PEER}'s. Matmuls: 1 is this rank's "
     "rows against all columns. Time and memory: of the slowest and the largest rank."
 )
 

@@ -3,8 +3,8 @@
     python bench/itc_throughput.py
     python bench/itc_throughput.py --full --n 2048,8192 --dim 512 --dtype fp32,bf16
 
-Times fastvlp.losses.ClipLoss against its peers on the features of real picture–caption
-pairs, and against the matrix products that no implementation can do without; measures the
+Times fastvlp.losses.ClipLoss against its peers on the features of real image–caption
+pairs, and against the matmuls that no implementation can do without; measures the
 extra peak memory of each and its error against float64.
 """
 
@@ -190,7 +190,7 @@ def summary(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], n: int) -> 
         for bound in (row for row in group if row["impl"].startswith(BOUND) and row["ms"]):
             parts.append(
                 f"{bound['ms'] / ours['ms']:.0%} of the torch.mm floor of "
-                f"{bound['products']} products"
+                f"{bound['products']} matmuls"
             )
         if ours["peak_mb"] is not None:
             parts.append(f"{ours['peak_mb']:.0f} MB extra")

@@ -1,4 +1,4 @@
-"""Images a second, and processor time for each image, from shards or files to batches.
+"""Images a second, and CPU time for each image, from shards or files to batches.
 
     python bench/loader.py --threads 2
 
@@ -40,7 +40,7 @@ OP, PHASE = "loader", "epoch"
 PACKAGES = ("torchvision", "pillow", "nvidia-dali-cuda130", "webdataset", "scikit-image")
 QUICK = ("clip_train", "albef_pretrain", "vilt_finetune")
 PER_SHARD = 64
-LEGEND = "cpu_ms: processor time for an image, workers included."
+LEGEND = "cpu_ms: CPU time for an image, workers included."
 DECODING = f"{BOUND} (decoding)"
 NOTES = {DECODING: "DALI's decoder alone, without resizing, normalising or batches"}
 Batches = Callable[[], Iterable[torch.Tensor]]
@@ -265,7 +265,7 @@ def implementations(name: str, data: Data, threads: int) -> dict[str, Callable[[
     return found
 
 
-def processor_seconds() -> float:
+def cpu_seconds() -> float:
     """Of this process and of its living children."""
     own = os.times()
     total = own.user + own.system
@@ -281,20 +281,20 @@ class Neighbours(timing.Neighbours):
     @staticmethod
     def _read() -> tuple[float, float, float]:
         wall, _, busy = timing.Neighbours._read()
-        return wall, processor_seconds(), busy
+        return wall, cpu_seconds(), busy
 
 
 class Clock:
-    """Wall milliseconds of a call; keeps the processor time of each by its name."""
+    """Wall milliseconds of a call; keeps the CPU time of each by its name."""
 
     def __init__(self) -> None:
         self.cpu: dict[str, list[float]] = {}
 
     def __call__(self, call: Callable[[], Any]) -> float:
-        began, spent = time.perf_counter(), processor_seconds()
+        began, spent = time.perf_counter(), cpu_seconds()
         call()
         elapsed = time.perf_counter() - began
-        self.cpu.setdefault(call.implementation, []).append(processor_seconds() - spent)
+        self.cpu.setdefault(call.implementation, []).append(cpu_seconds() - spent)
         return elapsed * 1e3
 
 
@@ -365,7 +365,7 @@ def first_batch(transform: PillowTransform, data: Data) -> torch.Tensor:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each recipe: processor time for an image against every baseline's."""
+    """A line for each recipe: CPU time for an image against every baseline's."""
     lines = []
     for group in report.groups(rows):
         by_name = {row["impl"]: row["cpu_ms"] for row in group}
@@ -374,7 +374,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         seen = {name: cpu for name, cpu in by_name.items() if cpu}
         parts = [f"{mine / cpu:.0%} of {name}'s {cpu:.2f}" for name, cpu in seen.items()]
         lines.append(
-            f"{group[0]['phase']}: {mine:.2f} ms of processor an image, {', '.join(parts)}."
+            f"{group[0]['phase']}: {mine:.2f} ms of CPU time an image, {', '.join(parts)}."
         )
     return "\n".join(["", *lines])
 

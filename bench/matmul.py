@@ -1,9 +1,9 @@
-"""Time of a float32 linear layer on tiles of bfloat16, forward and backward.
+"""Time of a float32 linear layer by bf16x3 GEMMs, forward and backward.
 
     python bench/matmul.py --rows 3152 --layers 384x1536,1536x384
 
 Times fastvlp.nn.linear against torch.nn.functional.linear. The floor is the time of the six
-bfloat16 products that each float32 product is made of, by torch.mm. torch in bfloat16 rounds its
+bfloat16 matmuls that each float32 matmul is made of, by torch.mm. torch in bfloat16 rounds its
 inputs: it is faster and less exact, see the errors.
 """
 
@@ -45,7 +45,7 @@ def sizes(text: str) -> list[tuple[int, int]]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = harness.parser((__doc__ or "").splitlines()[0])
-    flags.add_argument("--rows", type=int, help="of x (3152: 16 pictures; 788 if quick)")
+    flags.add_argument("--rows", type=int, help="of x (3152: 16 images; 788 if quick)")
     flags.add_argument(
         "--layers", type=sizes, default="384x1152,384x1536,1536x384,768x3072",
         help="widths before and after, each layer's",
@@ -94,14 +94,14 @@ def rounded(phase: str, given: Inputs) -> Call:
 
 
 def floor(phase: str, given: Inputs) -> Call:
-    """The bfloat16 products, on operands as they lie in memory."""
+    """The bfloat16 matmuls, on operands as they lie in memory."""
     x, weight, _, upstream = (t.bfloat16() for t in given)
-    products = [(x, weight.T)]
+    matmuls = [(x, weight.T)]
     if phase != "fwd":
-        products += [(upstream, weight), (upstream.T, x)]
+        matmuls += [(upstream, weight), (upstream.T, x)]
 
     def call() -> None:
-        for a, b in products:
+        for a, b in matmuls:
             for _ in range(PARTS):
                 torch.mm(a, b)
 
@@ -112,10 +112,10 @@ def implementations(phase: str) -> list[Implementation]:
     return [
         Implementation(OURS, functools.partial(ours, phase)),
         Implementation(
-            f"{BOUND}, {PARTS} bf16 products",
+            f"{BOUND}, {PARTS} bf16 matmuls",
             functools.partial(floor, phase),
             bound=True,
-            note=f"torch.mm in bfloat16 for the {PARTS} products that each float32 one consists of",
+            note=f"torch.mm in bfloat16 for the {PARTS} matmuls that each float32 one consists of",
         ),
         Implementation("torch", functools.partial(plain, phase)),
         Implementation("torch, bf16", functools.partial(rounded, phase)),
@@ -147,8 +147,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     for group in report.groups(rows):
         by_name = {row["impl"]: row for row in group}
         mine, peer = by_name[OURS], by_name["torch"]
-        shape, products = mine["shape"], 1 if mine["phase"] == "fwd" else 3
-        work = 2e-6 * products * shape["rows"] * shape["in"] * shape["out"]
+        shape, matmuls = mine["shape"], 1 if mine["phase"] == "fwd" else 3
+        work = 2e-6 * matmuls * shape["rows"] * shape["in"] * shape["out"]
         lines.append(
             f"{shape['in']} to {shape['out']}, {mine['phase']}: {work / mine['ms']:.0f} GFLOP/s, "
             f"torch {work / peer['ms']:.0f}: {peer['ms'] / mine['ms']:.2f}x as fast with "

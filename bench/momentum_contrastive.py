@@ -4,7 +4,7 @@
 
 Times fastvlp.ops.momentum_contrastive, hard negatives included, against the formulation of the
 paper (concatenated keys, queues of columns; its multinomial draw is left out), eager and compiled,
-in fp32 and under bf16 autocast, against a tuned eager form, and against the matrix products alone.
+in fp32 and under bf16 autocast, against a tuned eager form, and against the matmuls alone.
 """
 
 from __future__ import annotations
@@ -146,9 +146,9 @@ def formula(name: str, autocast: bool, compiled: bool, backward: bool, data: Inp
     return gradients(loss, (*data.features[:2], data.temperature), backward)
 
 
-def products(data: Inputs):
-    """The products that nothing can do without: student and teacher rows stacked against the
-    queue, then one product of combined weights for the gradient; per direction."""
+def matmuls(data: Inputs):
+    """The matmuls that nothing can do without: student and teacher rows stacked against the
+    queue, then one matmul of combined weights for the gradient; per direction."""
     batch = len(data.low[0])
     stacked = torch.cat([data.low[0], data.low[2]])
     queue = data.low[4]
@@ -178,7 +178,7 @@ def implementations(dtype: str, compiled: bool, backward: bool = True) -> list[I
     found = [Implementation(OURS, functools.partial(ours, backward))]
     if backward:
         note = "torch.mm for the logits against both queues and for the gradients alone"
-        found.append(Implementation(BOUND, products, bound=True, note=note))
+        found.append(Implementation(BOUND, matmuls, bound=True, note=note))
     for name in ("paper", "tuned"):
         for autocast in (False, True) if dtype != "fp32" else (False,):
             label = f"{name} {'autocast' if autocast else 'fp32'}"

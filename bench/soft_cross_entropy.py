@@ -4,7 +4,7 @@
 
 Times fastvlp.ops.soft_cross_entropy with a teacher (ALBEF's momentum distillation) and without one
 against eager PyTorch, torch.compile of it and torch's chunked F.linear_cross_entropy, on rows that
-are masked ones already, and against the matrix products that no implementation can do without;
+are masked ones already, and against the matmuls that no implementation can do without;
 measures the extra peak memory of each and its error against float64. In half precision the hidden
 states are low and the weights float32, as under autocast.
 """
@@ -193,19 +193,19 @@ def cut() -> Loss:
     return call
 
 
-def products(teacher: bool, inputs: Inputs) -> Callable[[], None]:
-    """The matrix products of `hidden.dtype` by torch.mm: logits, the teacher's, two gradients."""
+def matmuls(teacher: bool, inputs: Inputs) -> Callable[[], None]:
+    """The matmuls of `hidden.dtype` by torch.mm: logits, the teacher's, two gradients."""
     hidden, weight = inputs.hidden, inputs.weight.to(inputs.hidden.dtype)
     other, other_weight = inputs.teacher[0], inputs.teacher[1].to(hidden.dtype)
     logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
-    by_hidden, by_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def call() -> None:
         if teacher:
             torch.mm(other, other_weight.T, out=logits)
         torch.mm(hidden, weight.T, out=logits)
-        torch.mm(logits, weight, out=by_hidden)
-        torch.mm(logits.T, hidden, out=by_weight)
+        torch.mm(logits, weight, out=d_hidden)
+        torch.mm(logits.T, hidden, out=d_weight)
 
     return call
 
@@ -222,7 +222,7 @@ def implementations(
         _implementation(OURS, ours, teacher),
         Implementation(
             BOUND,
-            functools.partial(products, teacher),
+            functools.partial(matmuls, teacher),
             bound=True,
             note="torch.mm for logits" + ", the teacher's" * teacher + " and two gradients alone",
             extra={"products": 3 + teacher},

@@ -3,7 +3,7 @@
     python bench/train_curves.py --threads 2 --json curves.json --plot curves.png
 
 Each system trains as `fastvlp train` does by default, for --steps steps and twice with one seed:
-with the kernels, and with `reference=True`. Batches, masks, wrong pictures and hard negatives are
+with the kernels, and with `reference=True`. Batches, masks, wrong images and hard negatives are
 the same; what differs is rounding, which training amplifies from step to step.
 """
 

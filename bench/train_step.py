@@ -10,7 +10,7 @@ in float64; peak memory is that of a later step, above weights and optimiser sta
 
 A model is an adapter: a module of this folder with `build`, `draw`, `use`, `losses`, `momentum`,
 `timed_parts`, `work` and `shape`, as _train_step/albef.py has, and with the forms it knows: the
-`ATTENTIONS` of its plain form, and whether it has a `MOMENTUM` twin.
+`ATTENTIONS` of its plain form, and whether it has a `MOMENTUM` encoder.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Case:
         return self.adapter.draw(self.size, self.batch, self.full)
 
     def op(self) -> str:
-        return f"{self.model} step, {'full' if self.full else 'drawn'} lengths"
+        return f"{self.model} step, {'full' if self.full else 'random'} lengths"
 
 
 @dataclass
@@ -131,7 +131,7 @@ def _double(batch: Any) -> Any:
 
 
 # By name: the attention of the plain form or None for the kernels, and the momentum copy's dtype.
-WAYS: dict[str, tuple[str | None, str | None]] = {
+FORMS: dict[str, tuple[str | None, str | None]] = {
     OURS: (None, None),
     LOW: (None, "bfloat16"),
     "reference, eager": ("eager", None),
@@ -139,24 +139,25 @@ WAYS: dict[str, tuple[str | None, str | None]] = {
 }
 
 
-def ways(adapter: Any) -> dict[str, tuple[str | None, str | None]]:
+def forms(adapter: Any) -> dict[str, tuple[str | None, str | None]]:
     """Those that a model knows."""
     return {
         name: (attention, copy)
-        for name, (attention, copy) in WAYS.items()
+        for name, (attention, copy) in FORMS.items()
         if attention in (None, *adapter.ATTENTIONS) and (copy is None or adapter.MOMENTUM)
     }
 
 
 def implementations(adapter: Any) -> list[Implementation]:
     return [
-        Implementation(name, functools.partial(Step, *way)) for name, way in ways(adapter).items()
+        Implementation(name, functools.partial(Step, *form))
+        for name, form in forms(adapter).items()
     ]
 
 
-def parts(way: tuple[str | None, str | None], inputs: Inputs, rounds: int) -> dict[str, float]:
+def parts(form: tuple[str | None, str | None], inputs: Inputs, rounds: int) -> dict[str, float]:
     """Median milliseconds of each part of a step; what no part claims is "objectives"."""
-    step = Step(*way, inputs)
+    step = Step(*form, inputs)
     spent: dict[str, float] = defaultdict(float)
     for name, owner, methods in step.adapter.timed_parts(step.model):
         for method in methods:
@@ -188,7 +189,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     flags.add_argument("--batch", type=int, help="pairs of a step (16; 4 if quick)")
     flags.add_argument("--lengths", choices=("drawn", "full"), nargs="+", default=["drawn", "full"])
-    flags.add_argument("--way", choices=list(WAYS), nargs="+", default=list(WAYS))
+    flags.add_argument("--way", choices=list(FORMS), nargs="+", default=list(FORMS))
     flags.add_argument("--parts", type=int, default=3, help="rounds of the table of parts; 0: none")
     flags.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     args = flags.parse_args(argv)
@@ -206,7 +207,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def measure(
     case: Case, args: argparse.Namespace, settings: harness.Settings
 ) -> tuple[list[dict[str, Any]], list[Missing], dict[str, Any]]:
-    """Rows, what failed, and the parts of every way."""
+    """Rows, what failed, and the parts of every form."""
     chosen = [each for each in implementations(case.adapter) if each.name in args.way]
     inputs = build(case)
     rows, missing = harness.compare(
@@ -225,22 +226,22 @@ def measure(
     )
     table = {}
     for name in [each.name for each in chosen] if args.parts else ():
-        way = WAYS[name]
+        form = FORMS[name]
         table[name] = {
-            "ms": parts(way, inputs, args.parts),
-            "gflop": case.adapter.work(case.size, inputs.batch, packed=way[0] is None),
+            "ms": parts(form, inputs, args.parts),
+            "gflop": case.adapter.work(case.size, inputs.batch, packed=form[0] is None),
         }
     return rows, missing, {"op": case.op(), "parts": table}
 
 
 def print_parts(found: Mapping[str, Any]) -> None:
-    """A table of GFLOP and milliseconds for each part and way."""
+    """A table of GFLOP and milliseconds for each part and form."""
     names = list(dict.fromkeys(name for each in found["parts"].values() for name in each["ms"]))
     columns = []
-    for way, each in found["parts"].items():
+    for form, each in found["parts"].items():
         work = [each["gflop"].get(name) for name in names]
         columns += [
-            Column(f"{way}, GFLOP", ["" if value is None else f"{value:.1f}" for value in work]),
+            Column(f"{form}, GFLOP", ["" if value is None else f"{value:.1f}" for value in work]),
             Column("ms", [f"{each['ms'][name]:.0f}" for name in names]),
         ]
     print_grid(f"{found['op']}: GFLOP and ms of each part", Column("part", names), columns)

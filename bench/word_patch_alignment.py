@@ -3,7 +3,7 @@
     python bench/word_patch_alignment.py --pairs 64 --words 40 --patches 200 --dim 768
 
 Times fastvlp.ops.word_patch_alignment against the batched PyTorch loop as ViLT writes it, eager and
-compiled, and against the three products nothing can do without. The training step is estimated:
+compiled, and against the three matmuls nothing can do without. The training step is estimated:
 one layer of a transformer of this width on words and patches together, times --layers.
 """
 
@@ -126,7 +126,7 @@ def transformer_row(args: argparse.Namespace, settings: harness.Settings) -> dic
             {"layer": call}, device=settings.device, min_rounds=2, max_rounds=3, budget_s=10.0
         )["layer"]
     return harness.row(
-        OP, Implementation(f"transformer of {args.layers} layers", peers.products), "fp32",
+        OP, Implementation(f"transformer of {args.layers} layers", peers.matmuls), "fp32",
         {"rows": args.pairs * (args.words + args.patches), "d": args.dim}, LAYERS,
         [args.layers * each for each in times], None,
     )  # fmt: skip

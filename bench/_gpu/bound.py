@@ -126,23 +126,23 @@ def memory_bytes(chip: Chip, total: float, compulsory: float, blocks: int, at_on
 
 
 def torch_bound(chip: Chip, op: TorchOp) -> Bound:
-    """The bound of an operation of torch: its bytes once, and products at the vendor's share."""
+    """The bound of an operation of torch: its bytes once, and matmuls at the vendor's share."""
     parts = {"memory": op.bytes / (chip.hbm_tb_s * chip.hbm_share) / 1e9}
     if op.flops:
-        parts["vendor product"] = op.flops / (peak(chip, op.kind) * chip.vendor_share) / 1e9
+        parts["vendor matmul"] = op.flops / (peak(chip, op.kind) * chip.vendor_share) / 1e9
     return Bound(f"torch {op.name}", chip.launch_us / 1e3 + max(parts.values()), parts)
 
 
 def floor_bound(chip: Chip, op: TorchOp) -> Bound:
-    """What nothing goes below: the bytes once, and products at the peak that a kernel may reach."""
+    """What nothing goes below: the bytes once, and matmuls at the peak that a kernel may reach."""
     parts = {"memory": op.bytes / (chip.hbm_tb_s * chip.hbm_share) / 1e9}
     if op.flops:
-        parts["products at peak"] = op.flops / peak(chip, op.kind) / 1e9
+        parts["matmuls at peak"] = op.flops / peak(chip, op.kind) / 1e9
     return Bound(op.name, chip.launch_us / 1e3 + max(parts.values()), parts)
 
 
 def peak(chip: Chip, kind: str) -> float:
-    """TFLOP/s of products of a type at the boost clock; fp32 without tensor cores."""
+    """TFLOP/s of matmuls of a type at the boost clock; fp32 without tensor cores."""
     rate = 2 * chip.lanes["fma"] if kind in ("f32", "f64") else chip.tensor[kind]
     return rate * chip.sms * chip.boost_ghz / 1e3
 

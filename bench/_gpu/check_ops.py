@@ -1,7 +1,7 @@
 """The comparisons of gpu_check.py: every operator at its sizes, dtypes and phases, with its peers.
 
 Each knows the arithmetic and the traffic that no implementation can do without, so that its times
-can be held against what the device was measured to do. Products are counted once where they could
+can be held against what the device was measured to do. Matmuls are counted once where they could
 be kept; elementwise work is not counted.
 """
 
@@ -132,7 +132,7 @@ def _forward_only(implementation: Implementation) -> Implementation | None:
 
 
 def _features(dim: int, dtype: str, n: int) -> itc_peers.Inputs:
-    image, text = itc_features.pairs(itc_features.DRAWN, n, dim)
+    image, text = itc_features.pairs(itc_features.RANDOM, n, dim)
     kind = DTYPES[dtype]
     scale = torch.tensor(100.0, device="cuda")
     return itc_peers.Inputs(image.to("cuda", kind), text.to("cuda", kind), scale)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 class Chip:
     """Rates are of one multiprocessor (SM) in a clock, unless they say otherwise.
 
-    tensor: floating point operations, a product and a sum being two, by the type of the operands.
+    tensor: floating point operations, a matmul and a sum being two, by the type of the operands.
     mma_share: what mma.sync reaches of that where the chip has an asynchronous form.
     lanes: results by pipe. Latencies are in clocks.
     """
@@ -31,7 +31,7 @@ class Chip:
     capability: int
     sms: int
     boost_ghz: float
-    # What the model computes with: the clock that products keep up at the power limit.
+    # What the model computes with: the clock that matmuls keep up at the power limit.
     sustained_ghz: float
     tensor: dict[str, int]
     mma_share: float
@@ -50,7 +50,7 @@ class Chip:
     l1_bytes: int
     l2_latency: int
     hbm_latency: int
-    # Of peak: the best product of the vendor's library that was published, or assumed.
+    # Of peak: the best matmul of the vendor's library that was published, or assumed.
     vendor_share: float
     registers: int = 65_536
     warps: int = 64
@@ -121,7 +121,7 @@ A100 = Chip(
     vendor_share=0.73,  # [triton]: cuBLAS at its best, 228.6 of 312 TFLOP/s
 )  # fmt: skip
 
-# The machine on which Triton's documentation is built: its copies pass 1.28 TB/s and its products
+# The machine on which Triton's documentation is built: its copies pass 1.28 TB/s and its matmuls
 # are those of an A100, which fits the card of 40 GB, whose memory is slower.
 A100_40GB = Chip(**{**vars(A100), "name": "A100 40GB SXM", "hbm_tb_s": 1.555})
 

@@ -72,7 +72,7 @@ class KernelLaunch:
 @dataclass(frozen=True)
 class TorchOp:
     """An operation of torch, which a vendor's or torch's own kernel does: its bytes, and the
-    floating point operations of a matrix product (0 for any other) with operands of `kind`."""
+    floating point operations of a matmul (0 for any other) with operands of `kind`."""
 
     name: str
     bytes: int
@@ -84,7 +84,7 @@ Event = KernelLaunch | TorchOp
 MOVE_NOTHING = ("empty", "new_empty", "_local_scalar", "prim::", "_unsafe_view", "detach", "lift")
 # In-place operations that do not look at what they overwrite.
 WRITE_ONLY = ("copy_", "fill_", "zero_")
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+MATMULS = ("mm", "addmm", "bmm", "baddbmm")
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 KINDS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 # Where the host code of fastvlp.kernels multiplies matrices, for which a CPU lacks the operation
@@ -96,16 +96,16 @@ def record(
     run: Callable[[], object],
     capability: int,
     execute: bool,
-    processors: int | None = None,
+    multiprocessors: int | None = None,
     native: bool = False,
 ) -> list[Event]:
     """What `run()` launches on a virtual GPU, in order.
 
-    execute False: kernels and matrix products do nothing, so that sizes can be those of a GPU.
-    processors: multiprocessors that the GPU reports, if others than its own. native: whether the
+    execute False: kernels and matmuls do nothing, so that sizes can be those of a GPU.
+    multiprocessors: those that the GPU reports, if others than its own. native: whether the
     operators of csrc/cuda take part, which then must be compiled.
     """
-    recorder = _Recorder(capability, execute, processors)
+    recorder = _Recorder(capability, execute, multiprocessors)
     log = _TorchOps(recorder.events, execute)
     with ExitStack() as stack:
         if native:
@@ -140,8 +140,8 @@ def _products():
 
 
 class _Recorder(VirtualGPU):
-    def __init__(self, capability: int, execute: bool, processors: int | None):
-        super().__init__(capability, execute, hazards=False, processors=processors)
+    def __init__(self, capability: int, execute: bool, multiprocessors: int | None):
+        super().__init__(capability, execute, hazards=False, processors=multiprocessors)
         self.events: list[Event] = []
 
     def launch(self, compiled, x, y, z, stream, function, packed, metadata, enter, leave, *values):
@@ -209,7 +209,7 @@ class _TorchOps(TorchDispatchMode):
         if func.namespace == "fastvlp":
             with self:  # it is made of others
                 return func.redispatch(_CPU, *args, **kwargs)
-        if name.rstrip("_") in PRODUCTS:
+        if name.rstrip("_") in MATMULS:
             return self._multiply(name, func, args, kwargs)
         result = func(*args, **kwargs)
         if not _is_view(func) and not name.startswith(MOVE_NOTHING):
@@ -224,20 +224,20 @@ class _TorchOps(TorchDispatchMode):
         adds = "add" in name
         a, b = args[1:3] if adds else args[:2]
         dtype = next((arg for arg in args if isinstance(arg, torch.dtype)), a.dtype)
-        self.events.append(product_of(a, b, dtype.itemsize, _bytes(args[:1]) if adds else 0))
+        self.events.append(matmul_of(a, b, dtype.itemsize, _bytes(args[:1]) if adds else 0))
         out = args[0] if name.endswith("_") else kwargs.get("out")
         if self.execute and dtype == a.dtype:
             return func(*args, **kwargs)
-        if self.execute:  # a CPU has no products with wider results
+        if self.execute:  # a CPU has no matmuls with wider results
             made = torch.matmul(a.to(dtype), b.to(dtype))
             return made if out is None else out.copy_(made)
         return a.new_empty(*a.shape[:-1], b.shape[-1], dtype=dtype) if out is None else out
 
     def product(self, original):
-        """In place of fastvlp.kernels' own `product`: one product with fp32 results."""
+        """In place of fastvlp.kernels' own `product`: one matmul with fp32 results."""
 
         def multiply(a, b, total=None):
-            self.events.append(product_of(a, b, result=4))
+            self.events.append(matmul_of(a, b, result=4))
             with _disable_current_modes():
                 if self.execute:
                     return original(a, b, total)
@@ -247,13 +247,13 @@ class _TorchOps(TorchDispatchMode):
         return multiply
 
 
-def product_of(a, b, result: int | None = None, added: int = 0) -> TorchOp:
+def matmul_of(a, b, result: int | None = None, added: int = 0) -> TorchOp:
     """The operation a @ b; result: bytes of its elements, by default those of a's. added: bytes of
     what is read to be added to it."""
     rows, depth, columns = a.shape[:-1].numel(), a.shape[-1], b.shape[-1]
     out = rows * columns * (result or a.element_size())
     moved = a.numel() * a.element_size() + b.numel() * b.element_size() + out + added
-    return TorchOp("product", moved, 2 * rows * depth * columns, KINDS[a.dtype])
+    return TorchOp("matmul", moved, 2 * rows * depth * columns, KINDS[a.dtype])
 
 
 def _is_view(func) -> bool:

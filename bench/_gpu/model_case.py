@@ -25,7 +25,7 @@ class ModelledImplementation:
     sizes: two that are executed, or one where the size is the number of equal blocks of a launch.
     needs: a distribution that must be installed. around: operations of torch that belong to it and
     that its launcher does not do. eager: run(size) is recorded on fake tensors instead.
-    processors: multiprocessors of the device on which a size is executed, where the launcher
+    multiprocessors: those of the device on which a size is executed, where the launcher
     chooses tiles by how many blocks there are for them. native: it launches kernels of csrc/cuda.
     """
 
@@ -35,13 +35,13 @@ class ModelledImplementation:
     needs: str | None = None
     around: tuple[TorchOp, ...] = ()
     eager: bool = False
-    processors: Callable[[int], int] | None = None
+    multiprocessors: Callable[[int], int] | None = None
     native: bool = False
 
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison of one op at one shape. floor: products and bytes that nothing does without."""
+    """A comparison of one op at one shape. floor: matmuls and bytes that nothing does without."""
 
     op: str
     shape: dict[str, int]
@@ -70,9 +70,9 @@ def gradient(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
 
 
 def leaves(*shapes: tuple[int, ...], dtype=BF16) -> list[Tensor]:
-    """Small values, so that exponentials of products stay finite."""
+    """Small values, so that exponentials of matmuls stay finite."""
     return [torch.full(shape, 0.01, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def products(count: int, m: int, n: int, k: int, moved: int) -> TorchOp:
+def matmuls(count: int, m: int, n: int, k: int, moved: int) -> TorchOp:
     return TorchOp("floor", moved, count * 2 * m * n * k, "bf16")

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from _gpu.launches import TorchOp
-from _gpu.model_case import BF16, Case, ModelledImplementation, gradient, leaves, products
+from _gpu.model_case import BF16, Case, ModelledImplementation, gradient, leaves, matmuls
 from _gpu.model_heads import soft_cross_entropy
 from _gpu.model_pairs import contrastive, sigmoid
 
@@ -62,8 +62,8 @@ def momentum(queue: int, batch: int = 64, dim: int = 256) -> Case:
     ]
     return Case(
         "momentum_contrastive", {"b": batch, "q": queue, "d": dim}, queue, implementations,
-        products(6, batch, queue, dim, 2 * 2 * queue * dim),
-        "both queues once, and for each direction two products of logits and one of gradients",
+        matmuls(6, batch, queue, dim, 2 * 2 * queue * dim),
+        "both queues once, and for each direction two matmuls of logits and one of gradients",
         missing=(("peers", "no kernel library has this loss"),),
     )  # fmt: skip
 
@@ -110,7 +110,7 @@ def word_patch_alignment(pairs: int, words=40, patches=200, width=768) -> Case:
     return Case(
         "word_patch_alignment", {"b": pairs, "lx": words, "ly": patches, "d": width}, pairs,
         implementations, TorchOp("floor", moved, 3 * 2 * pairs * words * patches * width, "bf16"),
-        "3 products and the features and gradients once, without the 50 iterations",
+        "3 matmuls and the features and gradients once, without the 50 iterations",
         missing=(("peers", "no kernel library has this op"),),
     )  # fmt: skip
 
@@ -153,7 +153,7 @@ def cross_attention(images: int, queries=30, keys=577, heads=12, width=64, backw
         ModelledImplementation(
             # The tiles are those of all the images: of the multiprocessors each has its share.
             "fastvlp", partial(our_attention, *sizes), (1,),
-            processors=lambda size: max(1, round(132 * size / images)),
+            multiprocessors=lambda size: max(1, round(132 * size / images)),
         ),
         ModelledImplementation("eager attention", partial(eager_attention, *sizes), eager=True),
     ]  # fmt: skip
@@ -166,9 +166,9 @@ def cross_attention(images: int, queries=30, keys=577, heads=12, width=64, backw
         TorchOp("floor", 2 * each * (6 * keys + 5 * queries), 6 * one, "bf16")
         if backward
         else TorchOp("floor", read, 2 * one, "bf16"),
-        "6 products; keys, values and queries read for each pass and the gradients written"
+        "6 matmuls; keys, values and queries read for each pass and the gradients written"
         if backward
-        else "2 products; keys, values and queries read once and the output written",
+        else "2 matmuls; keys, values and queries read once and the output written",
         phase="fwd+bwd" if backward else "fwd",
         missing=(("FlashAttention", "is CUDA C++ of its own, which is not compiled here"),),
     )  # fmt: skip

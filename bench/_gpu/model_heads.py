@@ -17,7 +17,7 @@ from _gpu.model_case import (
     claiming_cuda,
     gradient,
     leaves,
-    products,
+    matmuls,
 )
 
 
@@ -113,7 +113,7 @@ def soft_cross_entropy(rows: int, width=768, vocabulary=30522, teacher=True) -> 
     return Case(
         "soft_cross_entropy",
         {"m": rows, "d": width, "v": vocabulary, "teacher": int(teacher)}, rows, implementations,
-        products(count, rows, vocabulary, width, 2 * (count - 1) * vocabulary * width),
-        f"{count} products, two of them of gradients, and weights and their gradient once",
+        matmuls(count, rows, vocabulary, width, 2 * (count - 1) * vocabulary * width),
+        f"{count} matmuls, two of them of gradients, and weights and their gradient once",
         missing=missing,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from _gpu.model_case import (
     claiming_cuda,
     gradient,
     leaves,
-    products,
+    matmuls,
 )
 
 
@@ -98,8 +98,8 @@ def contrastive(n: int, dim: int = 512) -> Case:
     ]
     return Case(
         "contrastive", {"n": n, "d": dim}, n, implementations,
-        products(3, n, n, dim, 4 * 2 * n * dim),
-        "3 products: the logits and two gradients, and the features and gradients once",
+        matmuls(3, n, n, dim, 4 * 2 * n * dim),
+        "3 matmuls: the logits and two gradients, and the features and gradients once",
     )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def sigmoid(n: int, dim: int = 512) -> Case:
     ]
     return Case(
         "sigmoid", {"n": n, "d": dim}, n, implementations,
-        products(3, n, n, dim, 4 * 2 * n * dim),
-        "3 products: the logits and two gradients, and the features and gradients once",
+        matmuls(3, n, n, dim, 4 * 2 * n * dim),
+        "3 matmuls: the logits and two gradients, and the features and gradients once",
         missing=(("siglip-kernel's other backends", "their autotuner times kernels on a GPU"),),
     )  # fmt: skip

@@ -7,7 +7,7 @@ outputs of the same tutorials that only a chip of the H100 class reaches, but ne
 the card is known.
 """
 
-# Matrix product of fp16 [N, N]: TFLOP/s of Triton's kernel by N.
+# Matmul of fp16 [N, N]: TFLOP/s of Triton's kernel by N.
 MATMUL_A100 = {256: 4.096, 512: 26.21, 768: 68.06, 1024: 99.86, 1536: 157.3, 2048: 190.7,
                2560: 221.4, 3072: 213.7, 3584: 225.4, 4096: 220.0}  # fmt: skip
 MATMUL_HOPPER = {256: 4.60, 512: 30.2, 768: 88.5, 1024: 156.4, 1536: 288.5, 2048: 315.6,

@@ -1,4 +1,4 @@
-"""The model beside published measurements of kernels of the same form and tiles."""
+"""The model compared with published measurements of kernels of the same form and tiles."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _executed(chip: Chip, sizes: tuple[int, int], run: Callable[[int], Callable]
 def matmul(
     chip: Chip, table: dict[int, float], sizes: Sequence[int], tiles=kernels.MATMUL_TILES
 ) -> Comparison:
-    """Executed at two depths of a product of 256 x 256, scaled to [N, N] by [N, N]."""
+    """Executed at two depths of a matmul of 256 x 256, scaled to [N, N] by [N, N]."""
     depths = (128, 256)
     executed = {
         tile: _executed(

@@ -1,4 +1,4 @@
-"""Kernels of textbook form whose times on GPUs are public: product, softmax, attention.
+"""Kernels of textbook form whose times on GPUs are public: matmul, softmax, attention.
 
 They have the tiles of the kernels of Triton's tutorials, and were written for this comparison: the
 model has to rank their sizes and variants as the published times do.

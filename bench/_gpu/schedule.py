@@ -147,7 +147,7 @@ def _occupies(chip, step, share, memory_latency) -> tuple[str | None, float, flo
     """(unit, clocks for which the warps of a scheduler take it, latency after them)."""
     opcode, pipe = step.opcode, step.pipe
     if pipe == "tensor":
-        # A warp's product goes to its scheduler's quarter; a warpgroup's to all four.
+        # A warp's matmul goes to its scheduler's quarter; a warpgroup's to all four.
         if opcode.startswith("wgmma"):
             return "tensor", matrix_clocks(chip, opcode) * share, MATRIX_LATENCY
         return "tensor", matrix_clocks(chip, opcode) * chip.schedulers * share, MATRIX_LATENCY

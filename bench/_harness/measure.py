@@ -36,7 +36,7 @@ class Implementation:
 
     name: str
     make: Callable[[Any], Call]
-    # A bound (a matrix product, a memory copy) is only timed: it computes no result.
+    # A bound (a matmul, a memory copy) is only timed: it computes no result.
     bound: bool = False
     # What it is, where the name does not say it; printed under its table. A bound must have one.
     note: str = ""
@@ -64,7 +64,7 @@ class Settings:
     max_rounds: int = 30
     # Seconds of alternation per comparison, once the least number of rounds is done.
     budget_s: float = 20.0
-    # On a GPU: whether each call finds the second-level cache overwritten.
+    # On a GPU: whether each call finds L2 overwritten.
     cold: bool = True
 
 
@@ -243,7 +243,7 @@ def compare(
             launches=launches,
         )
     prepared_implementations = [(each.implementation, each.errors) for each in prepared]
-    # Free what the timed calls hold before memory is measured beside them.
+    # Free what the timed calls hold before memory is measured.
     del prepared, inputs, truth
     rows = []
     for implementation, errors in prepared_implementations:

@@ -32,7 +32,7 @@ _imports = ["torch"]
 
 
 def preload(*modules: str) -> None:
-    """Start importing `modules` for all measuring processes, beside what this process does.
+    """Start importing `modules` for all measuring processes, while this process goes on.
 
     To be called before the first of them starts. Importing must start no threads.
     """

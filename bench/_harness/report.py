@@ -19,7 +19,7 @@ import torch
 from _harness.measure import BOUND, OURS, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-# The features that decide which matrix products a CPU has.
+# The features that decide which matmuls a CPU has.
 _CPU_FEATURES = (
     "avx2",
     "fma",
@@ -49,7 +49,7 @@ _PALETTE = (
 
 def meta(settings: Settings, packages: Sequence[str]) -> dict[str, Any]:
     """The circumstances of a run: machine, versions, and threads."""
-    model, features = _processor()
+    model, features = _cpu()
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": model,
@@ -87,7 +87,7 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def _processor() -> tuple[str, list[str]]:
+def _cpu() -> tuple[str, list[str]]:
     name, flags = platform.processor() or platform.machine(), set()
     info = Path("/proc/cpuinfo")
     if info.exists():

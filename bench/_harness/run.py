@@ -30,7 +30,7 @@ class Run:
 
     Args:
         args: parsed flags of a `harness.parser`.
-        packages: distributions whose versions are kept beside those of torch and fastvlp.
+        packages: distributions whose versions are kept next to those of torch and fastvlp.
         axis: (key of `shape`, label) of the plot; None: the benchmark has no plot.
         rate, columns: as in `comparison_table.table`.
         legend: what `columns` mean; printed once, under the first table, with what all have.
@@ -106,9 +106,9 @@ class Run:
     def draw(self, path: Path) -> None:
         """Draw the rows that have the axis."""
         key, label = self._axis
-        drawn = [row for row in self.rows if key in row["shape"]]
-        if drawn:
-            report.plot(path, drawn, self.meta, key, label)
+        rows = [row for row in self.rows if key in row["shape"]]
+        if rows:
+            report.plot(path, rows, self.meta, key, label)
 
     @functools.cached_property
     def meta(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ LEGEND = (
     "ms: median of the rounds. peak MB: 10^6 bytes beyond the inputs. error: the largest relative "
     "error of the results against float64 (Frobenius norm)."
 )
-# Share of the processor above which others' work shows in the medians.
+# Share of the CPU above which others' work shows in the medians.
 DISTURBED = 0.05
 
 
@@ -48,7 +48,7 @@ class Column:
 
 
 def blocks(names: Column, columns: Sequence[Column], width: int) -> list[list[Column]]:
-    """`columns` in as few blocks as fit into `width` beside the names, folded or not."""
+    """`columns` in as few blocks as fit into `width` next to the names, folded or not."""
     room = width - min(names.width, LEAST_NAME)
     found: list[list[Column]] = [[]]
     left = room
@@ -119,10 +119,7 @@ def table(
     print_notes(rows)
     busy = first.get("neighbours") or 0.0
     if busy > DISTURBED:
-        print(
-            f"Other processes took {busy:.0%} of the processor meanwhile: do not rely on "
-            "these times."
-        )
+        print(f"Other processes took {busy:.0%} of the CPU meanwhile: do not rely on these times.")
 
 
 def print_notes(rows: Sequence[Mapping[str, Any]]) -> None:

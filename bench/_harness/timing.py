@@ -42,7 +42,7 @@ class CudaClock:
     spins until the host has launched the whole call, whose kernels then run back to back. A call
     that itself waits for the device cannot be launched ahead: its time has the host's part in it.
 
-    `cold`: whether the second-level cache is overwritten before each call. `launch_ms` is the
+    `cold`: whether L2 is overwritten before each call. `launch_ms` is the
     host's time of the last call; a step that launches faster than its kernels run does not see it.
     """
 
@@ -91,7 +91,7 @@ class CudaClock:
 class Neighbours:
     """How much of the machine other processes took while a with block lasted.
 
-    `share` is their processor time over that of all cores, the time that a virtual machine
+    `share` is their CPU time over that of all cores, the time that a virtual machine
     did not get included; None where /proc/stat does not tell.
     """
 
@@ -142,7 +142,7 @@ def alternate(
     At least `min_rounds` rounds, then more, up to `max_rounds`, while `budget_s` seconds
     last. Warm-up is the caller's business. The garbage collector rests meanwhile.
 
-    On a GPU, `cold` is whether each call finds its second-level cache overwritten, and `launches`
+    On a GPU, `cold` is whether each call finds L2 overwritten, and `launches`
     takes the host's milliseconds to launch each call, by name like the result.
     """
     clock = clock or (CudaClock(cold) if device == "cuda" else CpuClock())

@@ -1,4 +1,4 @@
-"""Captions as long as those of the pretraining sets, drawn for the benchmarks of whole steps."""
+"""Captions as long as those of the pretraining sets, at random, for the benchmarks of whole steps."""
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ def caption_lengths(batch: int, padded: int, full: bool) -> Tensor:
     if full:
         return torch.full((batch,), padded)
     # Quantiles of a normal distribution, so that the mean is met at any batch size.
-    drawn = torch.special.ndtri((torch.arange(batch) + 0.5) / batch) * SPREAD + MEAN_LENGTH
-    return drawn.round().clamp(SHORTEST, padded).long()
+    lengths = torch.special.ndtri((torch.arange(batch) + 0.5) / batch) * SPREAD + MEAN_LENGTH
+    return lengths.round().clamp(SHORTEST, padded).long()
 
 
 def masked(ids: Tensor, lengths: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

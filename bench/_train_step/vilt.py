@@ -39,7 +39,7 @@ def build(size: str, momentum_copy: str | None) -> vilt.Vilt:
 
 
 def draw(size: str, batch: int, full: bool) -> Batch:
-    """Pictures of 3:4 and 4:3, two of each three on their side, on the canvas that holds both."""
+    """Images of 3:4 and 4:3, two of each three on their side, on the canvas that holds both."""
     c, generator = config(size), torch.Generator().manual_seed(1)
     lengths = caption_lengths(batch, c.context_length, full)
     ids = torch.randint(5, c.vocab_size, (batch, c.context_length), generator=generator)

@@ -19,7 +19,7 @@ def row(impl, ms, **more):
 ROWS = [
     row("fastvlp", 1446.7),
     row("open_clip autocast compiled", 12078.9),
-    row("floor3", 615.6, peak_mb=None, error=None, note="torch.mm for 3 products alone"),
+    row("floor3", 615.6, peak_mb=None, error=None, note="torch.mm for 3 matmuls alone"),
 ]
 
 
@@ -46,7 +46,7 @@ def test_no_number_is_cut(width, monkeypatch, capsys):
     assert (parts == 1) == (width >= 110)
     for name in ("fastvlp", "floor3"):
         assert len(re.findall(rf"^{name} ", printed, re.M)) == parts
-    assert "floor3: torch.mm for 3 products alone." in printed
+    assert "floor3: torch.mm for 3 matmuls alone." in printed
 
 
 @given(

@@ -82,7 +82,7 @@ def test_padding_and_packing_are_inverse():
 @pytest.mark.parametrize("names", [("S", "O"), ("S", "O", "dV", "dP", "dQ", "dK", "S")])
 def test_the_floor_does_exactly_the_products_it_names(names):
     inputs = attention_inputs.draw(SMALL)
-    call = attention_peers.products(names, inputs)
+    call = attention_peers.matmuls(names, inputs)
     with FlopCounterMode(display=False) as counter:
         call()
     expected = len(names) * 1e9 * attention_inputs.work(inputs)["gflop_per_product"]
@@ -124,7 +124,7 @@ def test_the_summary_names_the_best_peers_and_the_bounds():
     tokens, heads = text.split("\n")[1:]
     assert "fastvlp 10.0 ms, 2.00x as fast as sdpa, heads first, 3.00x as fast as eager, " in tokens
     assert "fastvlp, heads first 5.0 ms, 4.00x as fast as sdpa, heads first, 160%" in heads
-    assert "80% of the floor of 6 products" in tokens
+    assert "80% of the floor of 6 matmuls" in tokens
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,9 @@ def test_a_quick_run_writes_every_row(tmp_path):
     assert len(found["meta"]["work"]) == 2 and "pip install" in printed
 
 
-@pytest.mark.parametrize("drawn", [False, True])
-def test_every_layer_computes_the_same(drawn):
-    measured = fusion_layer_peers.LayerCase(2, 9, "fp32", drawn, "cpu", width=24, heads=3)
+@pytest.mark.parametrize("random_lengths", [False, True])
+def test_every_layer_computes_the_same(random_lengths):
+    measured = fusion_layer_peers.LayerCase(2, 9, "fp32", random_lengths, "cpu", width=24, heads=3)
     inputs = fusion_layer_peers.draw(measured)
     truth = fusion_layer_peers.reference(inputs)
     assert {"out", "d_text", "d_images"} < set(truth)

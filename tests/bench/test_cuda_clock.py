@@ -1,4 +1,4 @@
-"""The GPU's clock on a simulated device, whose queue runs beside the host."""
+"""The GPU's clock on a simulated device, whose queue runs concurrently with the host."""
 
 from types import SimpleNamespace
 

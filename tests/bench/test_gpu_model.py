@@ -65,7 +65,7 @@ def test_each_block_has_its_share_of_l1():
 
 
 def test_chips_agree_with_their_datasheets():
-    """Products of bf16 in TFLOP/s, from multiprocessors, rate and clock."""
+    """Matmuls of bf16 in TFLOP/s, from multiprocessors, rate and clock."""
     for name, tflops in {"h100": 989.4, "h200": 989.4, "a100": 312.0, "b200": 2250.0}.items():
         chip = CHIPS[name]
         peak = chip.tensor["bf16"] * chip.sms * chip.boost_ghz / 1e3
@@ -133,13 +133,13 @@ def test_waits_and_barriers_hold_back_what_follows():
 
 
 def test_matrix_units_run_while_a_warpgroup_goes_on():
-    product = TracedStep(WGMMA, "tensor", (7,), (7,))
+    matmul = TracedStep(WGMMA, "tensor", (7,), (7,))
     commit = TracedStep("wgmma.commit_group", "control", (), ())
     wait = TracedStep("wgmma.wait_group", "control", (), (), 0)
-    alone = clocks(product, product, commit, wait, chip=H100)
+    alone = clocks(matmul, matmul, commit, wait, chip=H100)
     assert alone == 2 * 128 + 32
-    assert clocks(product, product, commit, fma(1, 0), wait, chip=H100) == alone
-    assert clocks(product, product, commit, wait, fma(1, 0), chip=H100) == alone + 1 + 4
+    assert clocks(matmul, matmul, commit, fma(1, 0), wait, chip=H100) == alone
+    assert clocks(matmul, matmul, commit, wait, fma(1, 0), chip=H100) == alone + 1 + 4
 
 
 def test_a_profile_is_scaled_to_what_execution_gives(pool):
@@ -207,25 +207,25 @@ def test_bytes_from_memory(pool):
 def test_operations_of_torch_are_recorded_without_views(pool):
     fake, wide, dry, result = pool.submit(child.recorded).result()
     assert fake == [
-        ("product", 2 * (64 * 128 + 128 * 32 + 64 * 32), 2 * 64 * 128 * 32),
+        ("matmul", 2 * (64 * 128 + 128 * 32 + 64 * 32), 2 * 64 * 128 * 32),
         ("relu", 2 * 2 * 64 * 32, 0),
     ]
     assert dry == 2
-    # Wider results, and what a product is added to.
+    # Wider results, and what a matmul is added to.
     one = 2 * 4 * 8 * 2
     assert wide == [
-        ("product", 2 * (32 + 16) + 4 * 8, one), ("product", 4 * (32 + 16) + 2 * 4 * 8, one),
+        ("matmul", 2 * (32 + 16) + 4 * 8, one), ("matmul", 4 * (32 + 16) + 2 * 4 * 8, one),
     ]  # fmt: skip
     assert result.dtype == torch.float32 and (result == 16).all()
 
 
 def test_operators_of_fastvlp_are_recorded_as_what_they_are_made_of(pool):
-    """Soft cross entropy: two products of logits in fp32, a pass, and three of gradients in fp32,
+    """Soft cross entropy: two matmuls of logits in fp32, a pass, and three of gradients in fp32,
     the last of which, with respect to the bias, has 16 columns."""
-    launches, products = pool.submit(child.soft_cross_entropy_launches).result()
+    launches, matmuls = pool.submit(child.soft_cross_entropy_launches).result()
     m, d, v = 300, 64, 1000
     assert launches == [m]
-    assert products == [
+    assert matmuls == [
         *[(2 * (m * d + v * d) + 4 * m * v, 2 * m * d * v)] * 2,
         (2 * (m * v + v * d) + 4 * m * d, 2 * m * d * v),
         (2 * (m * v + m * d) + 4 * v * d, 2 * m * d * v),
@@ -292,16 +292,16 @@ def test_the_model_ranks_as_published_measurements_do(pool):
         assert 1.0 < ratio < 2.0, kernel
 
 
-def test_floors_count_the_products_that_gpu_check_counts(pool):
-    ours, checked = pool.submit(child.floor_products).result()
-    products = {"contrastive": 3, "sigmoid": 3, "cross_attention": 6}
-    assert ours == pytest.approx(products) and checked == pytest.approx(products)
+def test_floors_count_the_matmuls_that_gpu_check_counts(pool):
+    ours, checked = pool.submit(child.floor_matmuls).result()
+    matmuls = {"contrastive": 3, "sigmoid": 3, "cross_attention": 6}
+    assert ours == pytest.approx(matmuls) and checked == pytest.approx(matmuls)
 
 
-def test_a_floor_has_products_at_peak(pool):
+def test_a_floor_has_matmuls_at_peak(pool):
     """989 TFLOP/s, whatever share of them the vendor's library reaches; or the bytes."""
     name, ms, limited_by = pool.submit(child.floor, 10**9, 3 * 10**13).result()
-    assert (name, limited_by) == ("floor", "products at peak")
+    assert (name, limited_by) == ("floor", "matmuls at peak")
     assert ms == pytest.approx(0.0025 + 3e13 / 989.4e9, rel=1e-3)
     _, ms, limited_by = pool.submit(child.floor, 10**11, 10**12).result()
     assert limited_by == "memory" and ms == pytest.approx(0.0025 + 1e11 / (3.35e9 * 0.92))

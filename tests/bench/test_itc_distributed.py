@@ -9,7 +9,7 @@ import torch
 from _harness import ranks
 from _harness.measure import Settings
 from baselines.contrastive import traffic as distributed_traffic
-from baselines.contrastive.projection import Products, Rates, project
+from baselines.contrastive.projection import CountedMatmuls, Rates, project
 from fastvlp_tests import exchanges
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,9 +76,9 @@ def test_errors_tell_a_right_gradient_from_a_local_one(dtype):
         assert wrong["loss"] < limit < 0.1 < wrong["d_image"]
 
 
-def test_products_of_torch_are_counted():
+def test_matmuls_of_torch_are_counted():
     a, b = torch.ones(3, 5, requires_grad=True), torch.ones(5, 7)
-    with Products() as counter:
+    with CountedMatmuls() as counter:
         (a @ b).sum().backward()
         torch.addmm(torch.ones(7), torch.ones(3, 5), b)
         torch.ones(2, 3, 5) @ torch.ones(2, 5, 7)
@@ -87,28 +87,28 @@ def test_products_of_torch_are_counted():
 
 
 @pytest.mark.parametrize("workspace_bytes, least, most", [(1 << 26, 3.0, 3.0), (1 << 18, 3.5, 4.0)])
-def test_our_products_are_counted_with_what_is_computed_again(workspace_bytes, least, most):
+def test_our_matmuls_are_counted_with_what_is_computed_again(workspace_bytes, least, most):
     from fastvlp.ops import contrastive
 
     n, d = 1024, 16
     image, text = torch.randn(2, n, d, requires_grad=True)
-    with Products() as counter:
+    with CountedMatmuls() as counter:
         contrastive(image, text, 5.0, workspace_bytes=workspace_bytes).backward()
     assert least <= counter.flops / (2 * n * n * d) <= most
 
 
-def row(impl, world_size, products, sent, batch=4096, dim=512):
+def row(impl, world_size, matmuls, sent, batch=4096, dim=512):
     return {
         "impl": impl,
         "dtype": "bf16",
-        "flops": products * 2 * batch**2 * world_size * dim,
+        "flops": matmuls * 2 * batch**2 * world_size * dim,
         "bytes_sent": sent,
         "shape": {"world_size": world_size, "batch": batch, "dim": dim},
     }
 
 
 def test_a_projection_is_the_formula_it_states():
-    # Six products and two towers gathered and scattered in bf16.
+    # Six matmuls and two towers gathered and scattered in bf16.
     shard = 4096 * 512 * 2
     rows = [row("open_clip", w, 6, 4 * (w - 1) * shard) for w in (1, 2, 4)]
     (found,) = project(rows, Rates(matrix_tflops=400, link_gbs=50), [64])

@@ -77,14 +77,14 @@ def test_implementations_say_how_they_round(dtype):
     assert {"inf-cl", "memeff"} <= {each.name for each in missing}
 
 
-@pytest.mark.parametrize("logit_products", [1, 2])
-def test_the_floor_does_exactly_the_products_it_names(logit_products):
+@pytest.mark.parametrize("logit_matmuls", [1, 2])
+def test_the_floor_does_exactly_the_matmuls_it_names(logit_matmuls):
     n, d = 300, 16
     inputs = itc_peers.Inputs(*torch.randn(2, n, d), torch.ones(()))
-    call = itc_peers.products(logit_products, inputs)
+    call = itc_peers.matmuls(logit_matmuls, inputs)
     with FlopCounterMode(display=False) as counter:
         call()
-    assert counter.get_total_flops() == (logit_products + 2) * 2 * n * n * d
+    assert counter.get_total_flops() == (logit_matmuls + 2) * 2 * n * n * d
 
 
 def stored(tmp_path, count=50, width=16):
@@ -106,7 +106,7 @@ def test_features_are_unit_rows_in_pairs_and_all_different(tmp_path, n, dim):
         torch.testing.assert_close(side.norm(dim=1), torch.ones(n))
         assert len(side.unique(dim=0)) == n
     if dim >= 16:
-        # A rotation keeps every product, so each picture still meets its own caption; a copy's
+        # A rotation keeps every product, so each image still meets its own caption; a copy's
         # noise of norm 0.1 on both sides moves a product by less than 0.5.
         products = (found[0] * found[1]).sum(1).sort().values[: min(n, 50)]
         if n <= 50:
@@ -119,13 +119,13 @@ def test_a_description_says_what_was_done(tmp_path):
     assert itc_features.describe(source, 40, 16) == "50 pairs"
     assert "tiled to 130" in itc_features.describe(source, 130, 16)
     assert "from width 16 to 8" in itc_features.describe(source, 40, 8)
-    assert "drawn" in itc_features.describe(itc_features.DRAWN, 40, 8)
+    assert "random" in itc_features.describe(itc_features.RANDOM, 40, 8)
 
 
 def test_quick_draws_where_nothing_is_cached_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTVLP_CACHE", str(tmp_path))
     source, missing = itc_features.prepare("cached")
-    assert source == itc_features.DRAWN
+    assert source == itc_features.RANDOM
     assert [each.name for each in missing] == ["features of real pairs"]
     assert not list(tmp_path.iterdir())
 
@@ -200,7 +200,7 @@ def test_the_summary_names_the_best_of_each_kind():
         "3.00x as fast as open_clip autocast (",
         "5.00x as fast as linear_cross_entropy",
         "1.50x as fast as open_clip bf16",
-        "80% of the torch.mm floor of 4 products",
+        "80% of the torch.mm floor of 4 matmuls",
     ):
         assert part in text
 
@@ -280,4 +280,4 @@ def test_a_quick_run_writes_every_row(tmp_path):
             assert (row["error"] is None) == bound and (row["peak_mb"] is None) == bound
     large = [row for row in found["rows"] if row["shape"]["n"] == 300]
     assert [row["impl"] for row in large] == ["fastvlp"] * 2
-    assert "pairs/s" in done.stdout and "floor of 4 products" in done.stdout
+    assert "pairs/s" in done.stdout and "floor of 4 matmuls" in done.stdout

@@ -52,7 +52,7 @@ def test_a_quick_run_writes_every_row(tmp_path, capsys):
         }  # fmt: skip
         assert all(row["ms"] > 0 and row["cpu_ms"] >= 0 for row in group.values())
         assert group["fastvlp"]["error"] == (0.0 if name == "vilt_eval" else None)
-    assert "ms of processor an image" in capsys.readouterr().out
+    assert "ms of CPU time an image" in capsys.readouterr().out
 
 
 def test_the_summary_names_shares():

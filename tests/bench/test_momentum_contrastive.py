@@ -48,7 +48,7 @@ def test_inputs_are_the_same_each_time_and_of_unit_length():
 
 def test_the_floor_does_exactly_the_products_it_names():
     inputs = bench.inputs(**SIZES, dtype="fp32", device="cpu")
-    call = bench.products(inputs)
+    call = bench.matmuls(inputs)
     with FlopCounterMode(display=False) as counter:
         call()
     assert counter.get_total_flops() == 2 * 3 * 2 * 6 * 40 * 24

@@ -45,7 +45,7 @@ def test_the_teacher_changes_the_loss():
 
 @pytest.mark.parametrize("teacher", [True, False])
 def test_the_floor_does_exactly_the_products_it_names(teacher):
-    call = bench.products(teacher, bench.draw(12, 24, 50, "fp32", "cpu"))
+    call = bench.matmuls(teacher, bench.draw(12, 24, 50, "fp32", "cpu"))
     with FlopCounterMode(display=False) as counter:
         call()
     assert counter.get_total_flops() == (3 + teacher) * 2 * 12 * 24 * 50

@@ -1,4 +1,4 @@
-"""The curves of a few steps on a few pictures, and what is written of them."""
+"""The curves of a few steps on a few images, and what is written of them."""
 
 import json
 from functools import partial

@@ -25,8 +25,8 @@ def test_every_way_starts_from_the_same_losses(case):
 
 def test_steps_change_weights(case):
     inputs = train_step.build(case)
-    for way in train_step.ways(case.adapter).values():
-        step = train_step.Step(*way, inputs)
+    for form in train_step.forms(case.adapter).values():
+        step = train_step.Step(*form, inputs)
         before = {k: v.clone() for k, v in step.model.named_parameters() if v.requires_grad}
         step()
         changed = {k for k, v in step.model.named_parameters() if k in before and v.grad is None}
@@ -37,15 +37,15 @@ def test_steps_change_weights(case):
 
 def test_steps_change_momentum_and_queue():
     inputs = train_step.build(train_step.Case("albef", "tiny", 3, False))
-    weight, twin = (f"{p}.visual_encoder.pos_embed" for p in ("student", "momentum.module"))
-    for way in train_step.WAYS.values():
-        step = train_step.Step(*way, inputs)
+    weight, momentum = (f"{p}.visual_encoder.pos_embed" for p in ("student", "momentum.module"))
+    for form in train_step.FORMS.values():
+        step = train_step.Step(*form, inputs)
         before = {k: v.clone() for k, v in step.model.state_dict().items()}
         step()
         after = step.model.state_dict()
         changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
         assert {k.split(".")[0] for k in changed} >= {"student", "momentum", "queue"}
-        torch.testing.assert_close(after[twin], before[twin].lerp(after[weight], 0.005))
+        torch.testing.assert_close(after[momentum], before[momentum].lerp(after[weight], 0.005))
 
 
 def test_parts_and_their_work(case):
@@ -55,7 +55,7 @@ def test_parts_and_their_work(case):
     assert all(packed[name] <= padded[name] for name in packed)
     assert packed["backward"] < padded["backward"]
     for name in (harness.OURS, "reference, SDPA"):
-        parts = train_step.parts(train_step.WAYS[name], inputs, 1)
+        parts = train_step.parts(train_step.FORMS[name], inputs, 1)
         assert packed.keys() < parts.keys() and all(ms > 0 for ms in parts.values())
 
 
@@ -65,10 +65,10 @@ def test_a_quick_run(tmp_path, capsys):
         "--lengths", "drawn",
     )  # fmt: skip
     albef = [row["impl"] for row in rows if row["op"].startswith("albef")]
-    assert albef == list(train_step.WAYS)
+    assert albef == list(train_step.FORMS)
     assert {row["op"].split()[0] for row in rows} == set(train_step.MODELS)
     assert {row["phase"] for row in rows} == {"step"}
-    assert set(meta["parts"][-1]["parts"]) == set(train_step.WAYS)
+    assert set(meta["parts"][-1]["parts"]) == set(train_step.FORMS)
     printed = capsys.readouterr().out
     assert "x as fast as reference" in printed and "student: fusion" in printed
 

@@ -1,7 +1,7 @@
-"""Features for itc_throughput.py: of real picture–caption pairs where that is possible.
+"""Features for itc_throughput.py: of real image–caption pairs where that is possible.
 
 The OpenMoji pairs, or some of them, are encoded once by the tiny CLIP and kept in the cache
-directory. What cannot be had is replaced by drawn features, and every description says which it
+directory. What cannot be had is replaced by random features, and every description says which it
 was.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 # Tiled copies differ by noise of this norm, so that no pair occurs twice.
 NOISE = 0.1
-# Pictures' noise against captions of norm 1. Nearer pairs would be told apart with certainty
+# Images' noise against captions of norm 1. Nearer pairs would be told apart with certainty
 # at s = 100, and gradients that vanish measure nothing.
 DRAWN_NOISE = 5.0
 BATCH = 128
@@ -31,25 +31,25 @@ LIMIT = 256
 
 @dataclass(frozen=True)
 class Source:
-    """Where features come from: a file of cached ones, or None for drawn ones."""
+    """Where features come from: a file of cached ones, or None for random ones."""
 
     path: Path | None
     about: str
 
 
-DRAWN = Source(None, "drawn: captions are unit Gaussian vectors, pictures the same plus noise")
+RANDOM = Source(None, "random: captions are unit Gaussian vectors, images the same plus noise")
 
 
 def prepare(pairs: str) -> tuple[Source, list[Missing]]:
     """The source of features, encoding and caching real pairs where that is possible.
 
-    pairs: "drawn" draws. "all" takes every real pair; where they are not yet in the cache that
+    pairs: "drawn" makes random ones. "all" takes every real pair; where they are not yet in the cache that
     takes about 20 s. "some" takes LIMIT of each split at most, in a third of that time, unless
-    all of them are there. "cached" takes either, and draws where neither is there. What is
+    all of them are there. "cached" takes either, and random ones where neither is there. What is
     missing is said.
     """
     if pairs == "drawn":
-        return DRAWN, []
+        return RANDOM, []
     try:
         every, model = _cache_file()
         some = every.with_stem(f"{every.stem}-{LIMIT}")
@@ -59,7 +59,7 @@ def prepare(pairs: str) -> tuple[Source, list[Missing]]:
         else:
             path, limit = found or some, LIMIT
         if pairs == "cached" and found is None:
-            return DRAWN, [
+            return RANDOM, [
                 Missing(
                     "features of real pairs", "not yet in the cache", "run once without --quick"
                 )
@@ -67,7 +67,7 @@ def prepare(pairs: str) -> tuple[Source, list[Missing]]:
         if not path.exists():
             _encode(path, limit)
     except ImportError as error:
-        return DRAWN, [
+        return RANDOM, [
             Missing("features of real pairs", str(error), "pip install 'fastvlp[bench]'")
         ]
     return Source(path, f"OpenMoji pairs encoded by the {model} tiny CLIP"), []

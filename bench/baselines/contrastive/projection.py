@@ -2,15 +2,15 @@
 
 From two things that are counted, not estimated, on a few ranks with B pairs each:
 
-- FLOPs of the matrix products of one rank, forward and backward, of the form f + g W. Of fastvlp
+- FLOPs of the matmuls of one rank, forward and backward, of the form f + g W. Of fastvlp
   not the counted ones, where a few ranks' logits fit into the workspace of a CPU and make 3
-  products enough, but 4 products, 8 B (B W) D: on a GPU, and on more ranks, logits are not kept.
+  matmuls enough, but 4 matmuls, 8 B (B W) D: on a GPU, and on more ranks, logits are not kept.
 - bytes sent by one rank. With B fixed every exchange of the loss is of the form p + q W (an
   all-gather sends W-1 shards, a ring W-2 or W-1).
 
 Both lines go through the counts at two or more numbers of ranks W > 1.
 
-and from two rates that are given, R FLOP/s of products and L bytes/s of the slowest link of a
+and from two rates that are given, R FLOP/s of matmuls and L bytes/s of the slowest link of a
 GPU in one direction:
 
     compute  = (f + g W) / R
@@ -18,7 +18,7 @@ GPU in one direction:
     step, nothing overlapped    = compute + transfer
     step, perfectly overlapped  = max(compute, transfer)
 
-Left out: passes over the logits outside products (an eager loss makes several over its
+Left out: passes over the logits outside matmuls (an eager loss makes several over its
 B x (B W) matrices), latency of messages, and faster links inside a node. All three favour the
 implementations that make more passes and send more.
 """
@@ -40,14 +40,14 @@ TITLE = "PROJECTION, not a measurement"
 
 @dataclass(frozen=True)
 class Rates:
-    """matrix_tflops: 10^12 FLOP/s of products; link_gbs: 10^9 bytes/s per GPU, one way."""
+    """matrix_tflops: 10^12 FLOP/s of matmuls; link_gbs: 10^9 bytes/s per GPU, one way."""
 
     matrix_tflops: float = 400.0
     link_gbs: float = 50.0
 
 
-class Products:
-    """FLOPs of the matrix products made while open, a product of MxK and KxN being 2 M N K."""
+class CountedMatmuls:
+    """FLOPs of the matmuls made while open, a matmul of MxK and KxN being 2 M N K."""
 
     def __init__(self) -> None:
         self.flops = 0.0
@@ -56,7 +56,7 @@ class Products:
             Listener("fastvlp", ("contrastive_statistics", "contrastive_gradients"), self._own),
         )
 
-    def __enter__(self) -> Products:
+    def __enter__(self) -> CountedMatmuls:
         for listener in self._listeners:
             listener.__enter__()
         return self
@@ -72,13 +72,13 @@ class Products:
 
     def _own(self, name: str, arguments: Mapping[str, Any]) -> None:
         x, y = arguments["x"], arguments["y"]
-        products = 1.0
+        matmuls = 1.0
         if name == "contrastive_gradients":
             # Two for the gradients, and the logits again where they were not kept.
             rows = arguments["keep_blocks"] * arguments["block_rows"]
             kept = min(rows, len(x)) / len(x) if arguments["kept"].numel() else 0.0
-            products = 3.0 - kept
-        self.flops += products * 2 * len(x) * len(y) * x.shape[1]
+            matmuls = 3.0 - kept
+        self.flops += matmuls * 2 * len(x) * len(y) * x.shape[1]
 
 
 def project(
@@ -147,7 +147,7 @@ def print_projection(entries: Sequence[Mapping[str, Any]], rates: Rates) -> None
         ):
             columns.append(Column(heading, [f"{each[key]:,.2f}" for each in group]))
         print_grid(
-            f"{TITLE}: counted bytes and FLOPs of {dtype} ({OURS}: 4 products), "
+            f"{TITLE}: counted bytes and FLOPs of {dtype} ({OURS}: 4 matmuls), "
             f"{group[0]['batch']:,} pairs per GPU, at "
             f"{rates.matrix_tflops:g} TFLOP/s and {rates.link_gbs:g} GB/s per GPU",
             Column("implementation", [each["impl"] for each in group]),

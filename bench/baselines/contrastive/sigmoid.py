@@ -1,4 +1,4 @@
-"""Ways to compute SigLIP's loss, with and without gradients; a comparison of gpu_check.py.
+"""Implementations of SigLIP's loss, with and without gradients; a comparison of gpu_check.py.
 
 The loss of N pairs is the sum over all N x N pairs of -log sigmoid(z) for the positives and
 -log sigmoid(-z) for the others, z = scale <x, y> + bias, divided by N (arXiv 2303.15343).
@@ -16,7 +16,7 @@ from _harness.measure import BOUND, DTYPES, OURS, Implementation
 from torch import Tensor
 
 from baselines.contrastive import features as itc_features
-from baselines.contrastive.softmax import compiled, products
+from baselines.contrastive.softmax import compiled, matmuls
 
 # As SigLIP starts: temperature 10, bias -10.
 SCALE, BIAS = 10.0, -10.0
@@ -37,7 +37,7 @@ class Inputs:
 
 def draw(n: int, dim: int, dtype: str, device: str) -> Inputs:
     """Random unit features of n pairs; the same for the same arguments."""
-    image, text = itc_features.pairs(itc_features.DRAWN, n, dim)
+    image, text = itc_features.pairs(itc_features.RANDOM, n, dim)
     kind = DTYPES[dtype]
     numbers = (torch.tensor(number, device=device) for number in (SCALE, BIAS))
     return Inputs(image.to(device, kind), text.to(device, kind), *numbers)
@@ -99,8 +99,8 @@ def implementations(dtype: str, device: str, backward: bool) -> list[Implementat
         ),
     ]
     if backward:
-        note = "torch.mm for 3 products alone: the logits and the two gradients"
-        found.append(Implementation(BOUND, functools.partial(products, 1), bound=True, note=note))
+        note = "torch.mm for 3 matmuls alone: the logits and the two gradients"
+        found.append(Implementation(BOUND, functools.partial(matmuls, 1), bound=True, note=note))
     return found
 
 

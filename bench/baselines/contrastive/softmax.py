@@ -24,7 +24,7 @@ from _harness.timing import CpuClock, CudaClock
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-# What the error of a row is taken over; the scale's gradient is recorded beside it.
+# What the error of a row is taken over; the scale's gradient is recorded as well.
 JUDGED = ("loss", "d_image", "d_text")
 
 
@@ -198,17 +198,17 @@ def implementations(
         _implementation(OURS, our_loss, "fp32", "fp32"),
         Implementation(
             BOUND,
-            functools.partial(products, 2),
+            functools.partial(matmuls, 2),
             bound=True,
-            note="torch.mm for 4 products alone: logits, logits again for the backward pass, and "
+            note="torch.mm for 4 matmuls alone: logits, logits again for the backward pass, and "
             "the two gradients",
             extra={"products": 4},
         ),
         Implementation(
             BOUND + "3",
-            functools.partial(products, 1),
+            functools.partial(matmuls, 1),
             bound=True,
-            note="torch.mm for 3 products alone: the logits, kept for the backward pass, and the "
+            note="torch.mm for 3 matmuls alone: the logits, kept for the backward pass, and the "
             "two gradients",
             extra={"products": 3},
         ),
@@ -280,10 +280,10 @@ def _gpu_peers(device: str) -> Iterator[tuple[list[Implementation], list[Missing
             yield [Implementation(name, make, extra={"logits": "fp32", "softmax": "fp32"})], []
 
 
-def products(logit_products: int, inputs: Inputs) -> Callable[[], None]:
-    """The matrix products that no implementation of the loss can do without.
+def matmuls(logit_matmuls: int, inputs: Inputs) -> Callable[[], None]:
+    """The matmuls that no implementation of the loss can do without.
 
-    `logit_products` times image·textᵀ (1: the exponentials are kept for backward; 2: they
+    `logit_matmuls` times image·textᵀ (1: the exponentials are kept for backward; 2: they
     are computed again), then g·text and gᵀ·image. Each is done by torch.mm in the row
     blocks, reused as a fused kernel would, that are fastest here.
     """
@@ -293,7 +293,7 @@ def products(logit_products: int, inputs: Inputs) -> Callable[[], None]:
     logits, d_image, d_text = (_product(kind, inputs, rows) for kind, rows in best.items())
 
     def call() -> None:
-        for _ in range(logit_products):
+        for _ in range(logit_matmuls):
             logits()
         d_image()
         d_text()
@@ -303,10 +303,10 @@ def products(logit_products: int, inputs: Inputs) -> Callable[[], None]:
 
 @functools.lru_cache(maxsize=32)
 def fastest_blocks(n: int, d: int, dtype: torch.dtype, device: str) -> dict[str, int]:
-    """The fastest of a few block heights for each of the three products."""
+    """The fastest of a few block heights for each of the three matmuls."""
     image, text = torch.randn(2, n, d, device=device).to(dtype)
     inputs = Inputs(image, text, torch.ones((), device=device))
-    # A whole N x N result only while it stays small beside a machine's memory.
+    # A whole N x N result only while it is small compared with a machine's memory.
     heights = sorted({min(n, rows) for rows in (256, 512, 2048, 8192)})
     clock = CudaClock() if device == "cuda" else CpuClock()
     best = {}
@@ -321,7 +321,7 @@ def _product(kind: str, inputs: Inputs, rows: int) -> Callable[[], None]:
     image, text = inputs.image, inputs.text
     n = len(image)
     blocks = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
-    # Not zeros: a processor that switches fewer bits may clock higher.
+    # Not zeros: a CPU that switches fewer bits may clock higher.
     tile = torch.randn(rows, n, device=image.device).to(image.dtype)
     gradient = torch.empty_like(image)
 

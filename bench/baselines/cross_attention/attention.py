@@ -188,9 +188,9 @@ def implementations(case: Case, backward: bool) -> tuple[list[Implementation], l
         Implementation(OURS, functools.partial(ours, False, backward)),
         Implementation(
             BOUND,
-            functools.partial(products, stored),
+            functools.partial(matmuls, stored),
             bound=True,
-            note=f"torch.bmm for the {len(stored)} products alone, with weights that are kept",
+            note=f"torch.bmm for the {len(stored)} matmuls alone, with weights that are kept",
             extra={"products": len(stored)},
         ),
     ]
@@ -198,8 +198,8 @@ def implementations(case: Case, backward: bool) -> tuple[list[Implementation], l
         again = (*stored, "S")
         found.append(
             Implementation(
-                f"{BOUND} {len(again)} products",
-                functools.partial(products, again),
+                f"{BOUND} {len(again)} matmuls",
+                functools.partial(matmuls, again),
                 bound=True,
                 note="the same, with QKᵀ computed again for the backward pass",
                 extra={"products": len(again)},
@@ -270,7 +270,7 @@ def _gpu_peers(case: Case, backward: bool) -> tuple[list[Implementation], list[M
     return found, missing
 
 
-# The operands of each product, and the shape of its result: tile is [M, L].
+# The operands of each matmul, and the shape of its result: tile is [M, L].
 _PRODUCTS = {
     "S": ("q", "k.T", "tile"),
     "O": ("tile", "v", "q"),
@@ -281,8 +281,8 @@ _PRODUCTS = {
 }
 
 
-def products(names: Sequence[str], inputs: Inputs) -> Call:
-    """The matrix products that no implementation can do without, by torch.bmm.
+def matmuls(names: Sequence[str], inputs: Inputs) -> Call:
+    """The matmuls that no implementation can do without, by torch.bmm.
 
     Forward S = QKᵀ and O = PV; backward dV = PᵀdO, dP = dO Vᵀ, dQ = dS K, dK = dSᵀQ, and S
     again where the weights were not kept. As many images at once, over a reused tile of weights
@@ -311,7 +311,7 @@ def _grouped_products(names: Sequence[str], inputs: Inputs, size: int) -> Call:
         groups.append(part)
     batch = max(len(part["q"]) for part in groups)
     rows, keys = (max(part[name].shape[1] for part in groups) for name in "qk")
-    # Not zeros: a processor that switches fewer bits may clock higher.
+    # Not zeros: a CPU that switches fewer bits may clock higher.
     weights, scores = torch.randn(2, batch, rows, keys, device=k.device).to(k.dtype)
     steps = []
     for part in groups:

@@ -29,18 +29,18 @@ PAIRS = 4
 WIDTH, HEADS = 768, 12
 OP = "fusion_layer"
 # What the error of a row is taken over. The gradient to a key's bias is zero but for rounding, so
-# that its relative error says nothing; those to all parameters are recorded beside it.
+# that its relative error says nothing; those to all parameters are recorded as well.
 JUDGED = ("out", "d_text", "d_images")
 
 
 @dataclass(frozen=True)
 class LayerCase:
-    """`drawn`: captions of 5 to 30 tokens, else all of 30."""
+    """`random_lengths`: captions of 5 to 30 tokens, else all of 30."""
 
     images: int
     keys: int
     dtype: str
-    drawn: bool
+    random_lengths: bool
     device: str
     width: int = WIDTH
     heads: int = HEADS
@@ -49,7 +49,7 @@ class LayerCase:
         return {"images": self.images, "pairs": PAIRS, "keys": self.keys, "width": self.width}
 
     def op(self) -> str:
-        return OP + (", drawn lengths" if self.drawn else "")
+        return OP + (", random lengths" if self.random_lengths else "")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ def draw(case: LayerCase) -> LayerInputs:
     generator = torch.Generator().manual_seed(0)
     low, high = attention_inputs.CAPTION
     pairs = case.images * PAIRS
-    lengths = torch.randint(low if case.drawn else high, high + 1, (pairs,), generator=generator)
+    lengths = torch.randint(
+        low if case.random_lengths else high, high + 1, (pairs,), generator=generator
+    )
     total = int(lengths.sum())
 
     def normal(*shape: int) -> Tensor:
@@ -185,8 +187,8 @@ def reference(inputs: LayerInputs) -> dict[str, Tensor]:
     return packed_results(inputs, call())
 
 
-def products(inputs: LayerInputs) -> Call:
-    """The products of the linear maps alone, forward and backward, each image projected once."""
+def matmuls(inputs: LayerInputs) -> Call:
+    """The matmuls of the linear maps alone, forward and backward, each image projected once."""
     width = inputs.text.shape[-1]
     rows, keys = len(inputs.text), inputs.images.shape[0] * inputs.images.shape[1]
     steps = []
@@ -216,7 +218,7 @@ def implementations() -> list[Implementation]:
         Implementation(OURS, ours),
         Implementation(
             BOUND,
-            products,
+            matmuls,
             bound=True,
             note="torch.mm for the linear layers alone, without attention",
             extra={"products": "linear"},
@@ -238,10 +240,10 @@ def implementations() -> list[Implementation]:
 def measure(
     args: argparse.Namespace, settings: harness.Settings
 ) -> Iterator[tuple[list[dict[str, Any]], list[Missing]]]:
-    """The layer's rows, and what failed, at each dtype with full and with drawn caption lengths."""
+    """The layer's rows, and what failed, at each dtype with full and with random caption lengths."""
     for dtype in args.dtype:
-        for drawn in (False, True):
-            case = LayerCase(args.batch, args.keys, dtype, drawn, args.device)
+        for random_lengths in (False, True):
+            case = LayerCase(args.batch, args.keys, dtype, random_lengths, args.device)
             yield harness.compare(
                 case.op(),
                 [each for each in implementations() if not (args.no_compile and each.compiled)],

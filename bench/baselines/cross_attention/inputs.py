@@ -1,4 +1,4 @@
-"""What cross_attention.py computes on: shapes, drawn inputs, padding, and the float64 result."""
+"""What cross_attention.py computes on: shapes, random inputs, padding, and the float64 result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from _harness.measure import DTYPES
 from torch import Tensor
 
-# Shortest and longest drawn caption; peers pad all of them to the longest.
+# Shortest and longest random caption; peers pad all of them to the longest.
 CAPTION = (5, 30)
 SEED = 0
 PARTS = ("cross", "ragged", "self")
@@ -22,8 +22,8 @@ class Case:
     """One comparison. `part`: which attention is measured.
 
     cross: every image has `queries` query rows; ragged: every image has queries / 30 captions
-    of drawn lengths, so at most `queries` rows; self: the self-attention of `images` captions of
-    drawn lengths (`keys` and `mask` do not count).
+    of random lengths, so at most `queries` rows; self: the self-attention of `images` captions of
+    random lengths (`keys` and `mask` do not count).
     """
 
     part: str = "cross"
@@ -81,8 +81,8 @@ def draw(case: Case) -> Inputs:
     generator = torch.Generator().manual_seed(SEED)
 
     def normal(*shape: int) -> Tensor:
-        drawn = torch.randn(*shape, case.heads, case.dim, generator=generator)
-        return drawn.to(case.device, DTYPES[case.dtype])
+        values = torch.randn(*shape, case.heads, case.dim, generator=generator)
+        return values.to(case.device, DTYPES[case.dtype])
 
     lengths = query_lengths(case, generator)
     total = sum(lengths)
@@ -106,11 +106,11 @@ def draw(case: Case) -> Inputs:
 
 
 def query_lengths(case: Case, generator: torch.Generator) -> list[int]:
-    """How many query rows each image, or each caption, has; drawn first of all that is drawn."""
+    """How many query rows each image, or each caption, has; the first use of the generator."""
     captions = max(1, case.queries // CAPTION[1]) if case.part == "ragged" else 1
     low, high = CAPTION
-    drawn = torch.randint(low, high + 1, (case.images, captions), generator=generator).sum(1)
-    return [case.queries] * case.images if case.part == "cross" else drawn.tolist()
+    lengths = torch.randint(low, high + 1, (case.images, captions), generator=generator).sum(1)
+    return [case.queries] * case.images if case.part == "cross" else lengths.tolist()
 
 
 def cumulative(lengths: Sequence[int], device: str) -> Tensor:
@@ -119,7 +119,7 @@ def cumulative(lengths: Sequence[int], device: str) -> Tensor:
 
 
 def hole_mask(images: int, keys: int, generator: torch.Generator) -> Tensor:
-    """True where a key counts: all but a hole of drawn place and size in the middle, as ViLT's
+    """True where a key counts: all but a hole of random place and size in the middle, as ViLT's
     concatenation of padded text and padded image has it."""
     start = keys // 4 + torch.randint(0, keys // 4 + 1, (images, 1), generator=generator)
     size = torch.randint(1, max(2, keys // 4), (images, 1), generator=generator)
@@ -213,7 +213,7 @@ def work(inputs: Inputs) -> dict[str, float]:
 def work_of(
     q_lengths: Sequence[int], k_lengths: Sequence[int], heads: int, dim: int, element: int
 ) -> dict[str, float]:
-    """Arithmetic and least traffic of the attention: GFLOP of one of its products (two forward,
+    """Arithmetic and least traffic of the attention: GFLOP of one of its matmuls (two forward,
     four or five backward), MB read and written forward, and forward and backward."""
     pairs = sum(q * k for q, k in zip(q_lengths, k_lengths, strict=True))
     queries, keys = (sum(lengths) * heads * dim * element for lengths in (q_lengths, k_lengths))

@@ -89,7 +89,7 @@ def vilt_plan(
     cost: Tensor, text_padding: Tensor, image_padding: Tensor, either: Tensor,
     beta: float = 0.5, iterations: int = 50,
 ) -> Tensor:  # fmt: skip
-    """[B, patches, words], one inner scaling a step, products by batched matmul."""
+    """[B, patches, words], one inner scaling a step, one batched matmul each."""
     either = either.transpose(1, 2)
     words = (~text_padding).sum(1).to(cost).view(-1, 1, 1)
     patches = (~image_padding).sum(1).to(cost).view(-1, 1, 1)
@@ -106,8 +106,8 @@ def vilt_plan(
     return plan.masked_fill(either, 0)
 
 
-def products(inputs: Inputs) -> Callable[[], None]:
-    """The products no implementation can do without: the costs and, at fwd+bwd, two with plans."""
+def matmuls(inputs: Inputs) -> Callable[[], None]:
+    """The matmuls no implementation can do without: the costs and, at fwd+bwd, two with plans."""
     pairs, words, _ = inputs.text.shape
     x, y = inputs.text.float(), inputs.image.float()
     cost = torch.randn(pairs, words, y.shape[1], device=x.device)
@@ -130,7 +130,7 @@ def implementations(phase: str) -> list[Implementation]:
     ]
     if phase != "fwd":
         note = "torch.bmm for the costs and the two gradients alone"
-        found.insert(1, Implementation(BOUND, products, bound=True, note=note))
+        found.insert(1, Implementation(BOUND, matmuls, bound=True, note=note))
     return found
 
 

@@ -12,7 +12,7 @@ def _benchmarks_on_path():
 
 
 def scaled_and_executed():
-    """A product [64, K] [K, 64] at K = 256: its profile scaled from 64 and 128, and executed."""
+    """A matmul [64, K] [K, 64] at K = 256: its profile scaled from 64 and 128, and executed."""
     _benchmarks_on_path()
     import torch
     from _gpu import sanity_kernels as kernels
@@ -74,7 +74,7 @@ def attention_launches():
     (size,) = ours.sizes
     found = (
         record(ours.run(32), 90, execute=False),
-        record(ours.run(size), 90, execute=False, processors=ours.processors(size)),
+        record(ours.run(size), 90, execute=False, multiprocessors=ours.multiprocessors(size)),
     )
     return [[(e.kernel, e.blocks, e.binary.warps) for e in events] for events in found]
 
@@ -130,7 +130,7 @@ def recorded():
 
 
 def soft_cross_entropy_launches():
-    """Blocks of the launches, and bytes and operations of the products, of 300 rows of a head
+    """Blocks of the launches, and bytes and operations of the matmuls, of 300 rows of a head
     [1,000, 64] with a teacher on a GPU."""
     _benchmarks_on_path()
     from _gpu import model_heads as gpu_model_heads
@@ -186,8 +186,8 @@ def comparison():
     return [(each.kernel, each.rank_of_times, each.rank_of_rates, each.ratio) for each in found]
 
 
-def floor_products():
-    """Products in the floors of the model and of gpu_check.py, forward and backward, by op."""
+def floor_matmuls():
+    """Matmuls in the floors of the model and of gpu_check.py, forward and backward, by op."""
     _benchmarks_on_path()
     from _gpu import check_ops as gpu_check_ops
     from _gpu import model_cases as cases
@@ -240,7 +240,7 @@ def compare_raising(name):
         raise error(1, 2, "shared memory") if name == "OutOfResources" else error("a reason")
 
     ours = gpu_model_case.ModelledImplementation("fastvlp", partial(fail), (1, 2))
-    least = gpu_model_case.products(1, 8, 8, 8, 8)
-    case = gpu_model_case.Case("op", {"n": 8}, 8, [ours], least, "one product")
+    least = gpu_model_case.matmuls(1, 8, 8, 8, 8)
+    case = gpu_model_case.Case("op", {"n": 8}, 8, [ours], least, "one matmul")
     rows, missing = gpu_model.compare(gpu_model.Machine(), H100, case)
     return [row["impl"] for row in rows], [(each.name, each.reason) for each in missing]
