@@ -18,12 +18,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from _harness import measure as harness
-from _harness import report
+from _harness import measure, report
 from _harness.measure import BOUND, OURS
 from _harness.run import Run
-from baselines.cross_attention import attention as attention_peers
-from baselines.cross_attention import fusion_layer as fusion_layer_peers
+from baselines.cross_attention import attention, fusion_layer
 from baselines.cross_attention import inputs as attention_inputs
 from baselines.cross_attention.inputs import PARTS, Case
 
@@ -32,27 +30,27 @@ PHASES = ("fwd", "fwd+bwd")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser((__doc__ or "").splitlines()[0])
     flags.add_argument("--images", type=int, default=32, help="images (4 if quick)")
     flags.add_argument("--heads", type=int, default=12)
     flags.add_argument("--dim", type=int, default=64, help="width of a head")
     flags.add_argument("--keys", type=int, default=577, help="image tokens")
     flags.add_argument(
         "--queries",
-        type=harness.positives,
+        type=measure.positives,
         help="query rows per image (default 30,120; 30 if quick)",
     )
     flags.add_argument(
-        "--dtype", type=harness.dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16"
+        "--dtype", type=measure.dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16"
     )
     flags.add_argument(
         "--phase",
-        type=harness.choices(*PHASES),
+        type=measure.choices(*PHASES),
         help="fwd, fwd+bwd (default both; fwd+bwd if quick)",
     )
     flags.add_argument(
         "--part",
-        type=harness.choices(*PARTS),
+        type=measure.choices(*PARTS),
         default=list(PARTS),
         help=f"which attention: {', '.join(PARTS)}",
     )
@@ -88,15 +86,15 @@ def cases(args: argparse.Namespace) -> list[Case]:
     return found
 
 
-def measure(
-    case: Case, phase: str, settings: harness.Settings, args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], list[harness.Missing]]:
+def measure_case(
+    case: Case, phase: str, settings: measure.Settings, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[measure.Missing]]:
     backward = phase == "fwd+bwd"
-    implementations, absent = attention_peers.implementations(case, backward)
+    implementations, absent = attention.implementations(case, backward)
     if args.no_compile:
         implementations = [each for each in implementations if not each.compiled]
     reference = functools.partial(attention_inputs.float64_reference, backward)
-    rows, failed = harness.compare(
+    rows, failed = measure.compare(
         case.op(),
         implementations,
         functools.partial(attention_inputs.draw, case),
@@ -118,10 +116,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Run(args, PACKAGES, axis=axis, summary=summary, facts={"work": []}) as run:
         if args.no_compile:
             run.missing.append(
-                harness.Missing("torch.compile", "left out", "no --quick, --no-compile")
+                measure.Missing("torch.compile", "left out", "no --quick, --no-compile")
             )
         if args.layer:
-            for found in fusion_layer_peers.measure(args, run.settings):
+            for found in fusion_layer.measure_layers(args, run.settings):
                 run.add(*found)
             return
         work = run.facts["work"]
@@ -129,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             facts = {"op": case.op(), "dtype": case.dtype, "shape": case.shape()}
             facts |= attention_inputs.work(attention_inputs.draw(case))
             work += [facts] if facts not in work else []
-            run.add(*measure(case, phase, run.settings, args))
+            run.add(*measure_case(case, phase, run.settings, args))
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _harness import measure as harness
+from _harness import measure
 from _harness.measure import BOUND, OURS, Implementation, Missing
 from _harness.run import Run
 
@@ -314,7 +314,7 @@ def implementations(phase: str) -> tuple[list[Implementation], list[Missing]]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser((__doc__ or "").splitlines()[0])
     flags.add_argument("--phase", choices=PHASES, nargs="+", default=list(PHASES))
     flags.add_argument("--blocks", type=int, help="of 12, of the image's model (2 if quick)")
     flags.add_argument("--no-memory", action="store_true", help="leave out peak memory")
@@ -339,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for phase in args.phase:
             entrants, absent = implementations(phase)
             make = functools.partial(build, device=args.device, gradients=phase == "adamw")
-            rows, failed = harness.compare(
+            rows, failed = measure.compare(
                 OP,
                 entrants,
                 functools.partial(make, args.blocks),

@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _gpu import check_folder as gpu_check_folder
+from _gpu import check_folder
 from _gpu.check_worker import LOST
 
 BENCH = Path(__file__).resolve().parent
@@ -81,12 +81,12 @@ def prepare_libraries(
     args: argparse.Namespace, results: Results, scratch: Path, seconds: float
 ) -> None:
     """The compiled libraries, built where those that came along do not load."""
-    results.meta["libraries"] = gpu_check_folder.build_if_needed(ROOT, seconds)
+    results.meta["libraries"] = check_folder.build_if_needed(ROOT, seconds)
 
 
 def run_tests(args: argparse.Namespace, results: Results, scratch: Path, seconds: float) -> None:
     """`pytest -m gpu` in `--workers` processes until the time is up."""
-    known = gpu_check_folder.known_tests(ROOT)
+    known = check_folder.known_tests(ROOT)
     files = sorted({test.partition("::")[0] for test in known}) if known else ["tests"]
     if args.quick:
         files = [QUICK_TESTS]
@@ -305,9 +305,9 @@ def check(args: argparse.Namespace) -> int:
     """Run all stages; 0 where all tests ran and none failed, and every stage ended as it should."""
     began = time.monotonic()
     results = Results(args.json, args.dry_run)
-    results.meta |= {"gpu": gpu_name(), "prepared_from": gpu_check_folder.commit(ROOT)}
-    args.cache = gpu_check_folder.unpack_cache(ROOT, args.cache)
-    brought = gpu_check_folder.kernels_in(args.cache)
+    results.meta |= {"gpu": gpu_name(), "prepared_from": check_folder.commit(ROOT)}
+    args.cache = check_folder.unpack_cache(ROOT, args.cache)
+    brought = check_folder.kernels_in(args.cache)
     stages = {"libraries": prepare_libraries, "tests": run_tests, "measurements": run_measurements}
     with tempfile.TemporaryDirectory() as folder:
         for name, stage in stages.items():
@@ -321,7 +321,7 @@ def check(args: argparse.Namespace) -> int:
             facts["seconds"] = round(time.monotonic() - entered, 1)
             results.meta["stages"][name] = facts
             results.write()
-    compiled = gpu_check_folder.kernels_in(args.cache) - brought
+    compiled = check_folder.kernels_in(args.cache) - brought
     results.meta["kernels"] = {"brought": brought, "compiled_here": compiled}
     results.meta["complete"] = True
     results.write()
@@ -359,7 +359,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--json", type=Path, help="default: bench/results, none of a dry run")
     flags.add_argument("--cache", type=Path, help="Triton's cache (default: build/triton)")
     flags.add_argument("--prepare", type=Path, metavar="FOLDER", help="what the machine needs")
-    gpu_check_folder.add_flags(flags)
+    check_folder.add_flags(flags)
     args = flags.parse_args(argv)
     if args.seconds <= 0 or args.workers < 1:
         flags.error("--seconds and --workers must be positive")
@@ -372,7 +372,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.prepare:
-        return gpu_check_folder.prepare(args, ROOT)
+        return check_folder.prepare(args, ROOT)
     return check(args)
 
 

@@ -16,13 +16,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from _gpu import sanity as gpu_sanity
+from _gpu import sanity
 from _gpu.bound import Bound, Executed, bounds, floor_bound, torch_bound
 from _gpu.chips import CHIPS, Chip
 from _gpu.launches import Event, record, record_eager
 from _gpu.model_case import Case, ModelledImplementation, installed
 from _gpu.model_cases import cases
-from _harness import measure as harness
+from _harness import measure
 from _harness.measure import BOUND, OURS, Implementation, Missing
 from _harness.run import Run
 from ptx_machine.cuda_library import Missing as NoCompiler
@@ -112,7 +112,7 @@ def _row(case: Case, chip: Chip, name: str, found: Sequence[Bound], note: str = 
     }
     implementation = Implementation(name, None, bound=name == BOUND, note=note, extra=extra)
     phase = f"{case.phase} (model of {chip.name})"
-    row = harness.row(case.op, implementation, case.dtype, case.shape, phase, [total], None)
+    row = measure.row(case.op, implementation, case.dtype, case.shape, phase, [total], None)
     # Nothing was measured: no rounds, and no quartiles of them.
     return {**row, "rounds": 0, "ms_q1": None, "ms_q3": None}
 
@@ -140,9 +140,9 @@ def summary(rows: Sequence[Mapping]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser((__doc__ or "").splitlines()[0])
     flags.add_argument(
-        "--chip", type=harness.choices(*CHIPS), default=None, metavar="NAMES",
+        "--chip", type=measure.choices(*CHIPS), default=None, metavar="NAMES",
         help=f"comma-separated, of {', '.join(CHIPS)}; default h100,a100,h200,b200, quick: h100",
     )  # fmt: skip
     flags.add_argument("--op", default="", help="only this op")
@@ -184,13 +184,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def show_sanity(run: Run, quick: bool) -> None:
-    found = gpu_sanity.comparisons(quick)
+    found = sanity.comparisons(quick)
     run.facts["sanity"] = [
         {**vars(each), "rank_of_times": each.rank_of_times, "rank_of_rates": each.rank_of_rates}
         for each in found
     ]
     for each in found:
-        run.print(gpu_sanity.describe(each))
+        run.print(sanity.describe(each))
 
 
 if __name__ == "__main__":

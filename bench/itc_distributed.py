@@ -20,13 +20,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _harness import measure as harness
-from _harness import memory, ranks, report
+from _harness import measure, memory, ranks, report
 from _harness.measure import DTYPES, OURS, Implementation, Missing, Settings, dtypes, positives
 from _harness.run import Run
 from _harness.timing import status
-from baselines.contrastive import features as itc_features
-from baselines.contrastive import softmax as itc_peers
+from baselines.contrastive import features, softmax
 from baselines.contrastive.distributed import PEER, implementations
 from baselines.contrastive.projection import TITLE, CountedMatmuls, Rates, print_projection, project
 from baselines.contrastive.softmax import Inputs
@@ -57,7 +55,7 @@ class Job:
 
 def inputs(job: Job, batch: int) -> Inputs:
     """This rank's pairs of a global batch; the same at each call, others on other ranks."""
-    everything = itc_features.pairs(itc_features.RANDOM, batch * job.world_size, job.dim)
+    everything = features.pairs(features.RANDOM, batch * job.world_size, job.dim)
     mine = slice(dist.get_rank() * batch, (dist.get_rank() + 1) * batch)
     # Copies, so that the global batch is freed and not taken for an input.
     image, text = (
@@ -80,17 +78,17 @@ def errors(implementation: Implementation, job: Job) -> dict[str, float]:
     """
     own = inputs(job, job.error_batch)
     image, text = _together(own.image), _together(own.text)
-    truth = dict(itc_peers.float64_reference(Inputs(image, text, own.scale)))
+    truth = dict(softmax.float64_reference(Inputs(image, text, own.scale)))
     for name in ("d_image", "d_text"):
         truth[name] = truth[name] * job.world_size
     found = {}
     for name, value in implementation.make(own)().items():
         whole = _together(value) if value.dim() else _together(value.reshape(1)).double().mean()
-        found[name] = harness.relative_error(whole, truth[name])
+        found[name] = measure.relative_error(whole, truth[name])
     return found
 
 
-def measure(job: Job, runners: Sequence[Implementation]) -> list[dict[str, Any]]:
+def measure_on_ranks(job: Job, runners: Sequence[Implementation]) -> list[dict[str, Any]]:
     """On every rank of a group: the rows of a comparison, the same on each, without memory."""
     label = f"{OP} {job.dtype} " + " ".join(f"{key}={value}" for key, value in job.shape.items())
     with status(f"{label}: errors at {job.error_batch} pairs a rank"):
@@ -110,7 +108,7 @@ def measure(job: Job, runners: Sequence[Implementation]) -> list[dict[str, Any]]
     for each in runners:
         with status(f"{label}: counting {each.name}"):
             counts = count(calls[each.name], settings.device)
-        row = harness.row(
+        row = measure.row(
             OP,
             each,
             job.dtype,
@@ -119,7 +117,7 @@ def measure(job: Job, runners: Sequence[Implementation]) -> list[dict[str, Any]]
             times[each.name],
             None,
             wrong[each.name],
-            itc_peers.JUDGED,
+            softmax.JUDGED,
         )
         rows.append({**row, **counts})
     return rows
@@ -168,7 +166,7 @@ def compare(job: Job) -> tuple[list[dict[str, Any]], list[Missing]]:
     group = functools.partial(
         ranks.launch, job.world_size, device=job.settings.device, threads=job.settings.threads
     )
-    rows = group(measure, job, runners, timeout_s=3600.0)[0]
+    rows = group(measure_on_ranks, job, runners, timeout_s=3600.0)[0]
     for row, runner in zip(rows, runners, strict=True):
         with status(f"{OP} {job.dtype} W={job.world_size}: peak memory of {runner.name}"):
             probes = group(peak, job, runner)
@@ -181,7 +179,7 @@ def compare(job: Job) -> tuple[list[dict[str, Any]], list[Missing]]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser((__doc__ or "").splitlines()[0])
     flags.set_defaults(threads=1)
     flags.add_argument(
         "--world-sizes", type=positives, metavar="W,...", help="ranks (default 1,2,4; 2 if quick)"
@@ -233,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     rates = Rates(args.matrix_tflops, args.link_gbs)
     facts = {
-        "features": itc_features.RANDOM.about,
+        "features": features.RANDOM.about,
         "scale": args.scale,
         "backend": "nccl" if args.device == "cuda" else "gloo",
         "error_batch": args.error_batch,

@@ -18,13 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from _harness import measure as harness
-from _harness import memory
+from _harness import measure, memory
 from _harness.measure import BOUND, OURS
 from _harness.run import Run
 from _harness.timing import status
-from baselines.contrastive import features as itc_features
-from baselines.contrastive import softmax as itc_peers
+from baselines.contrastive import features, softmax
 
 OP = "contrastive"
 # By size of the run: pairs of the comparisons, of fastvlp alone, and which features are taken.
@@ -35,7 +33,7 @@ PACKAGES = ("open_clip_torch", "inf-cl", "memeff", "triton", "numpy")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser((__doc__ or "").splitlines()[0])
     flags.add_argument(
         "--full",
         action="store_true",
@@ -43,17 +41,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     flags.add_argument(
         "--n",
-        type=harness.integers(2),
+        type=measure.integers(2),
         help="pairs (default 1024,4096; 2048,8192 if full; 1024 if quick)",
     )
     flags.add_argument("--dim", type=int, default=512, help="width of the features")
     flags.add_argument(
-        "--dtype", type=harness.dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16"
+        "--dtype", type=measure.dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16"
     )
     flags.add_argument("--scale", type=float, default=100.0, help="exp(logit_scale)")
     flags.add_argument(
         "--memory-n",
-        type=harness.integers(2, may_be_empty=True),
+        type=measure.integers(2, may_be_empty=True),
         metavar="N,...",
         help="fastvlp alone at these N: time and memory (default 16384; 32768 if full; none if "
         "quick)",
@@ -90,7 +88,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(
     argv: Sequence[str] | None = None,
-    our_loss: Callable[[], itc_peers.Loss] = itc_peers.ours,
+    our_loss: Callable[[], softmax.Loss] = softmax.ours,
 ) -> None:
     args = parse(argv)
     with Run(
@@ -108,24 +106,24 @@ def main(
             memory.preload("fastvlp.losses", "torch.distributed.nn")
         if not (args.full or args.rounds or args.quick):
             run.settings = dataclasses.replace(run.settings, min_rounds=3, budget_s=2.0)
-        measure(args, run, our_loss)
+        compare_all(args, run, our_loss)
 
 
-def measure(args: argparse.Namespace, run: Run, our_loss: Callable[[], itc_peers.Loss]) -> None:
+def compare_all(args: argparse.Namespace, run: Run, our_loss: Callable[[], softmax.Loss]) -> None:
     """Every comparison, the smallest N first, and then fastvlp alone."""
     torch.manual_seed(0)
-    source, run.missing = itc_features.prepare(args.features)
-    run.facts["features"] = sorted({itc_features.describe(source, n, args.dim) for n in args.n})
+    source, run.missing = features.prepare(args.features)
+    run.facts["features"] = sorted({features.describe(source, n, args.dim) for n in args.n})
     run.print("\n".join(f"Features: {note}." for note in run.facts["features"]))
     if not args.compile:
-        run.missing.append(harness.Missing("torch.compile", "left out", "--compile or --full"))
+        run.missing.append(measure.Missing("torch.compile", "left out", "--compile or --full"))
     build = {
         dtype: functools.partial(inputs, source, args.dim, dtype, args.scale, args.device)
         for dtype in args.dtype
     }
     for n, dtype in itertools.product(args.n, args.dtype):
-        implementations, absent = itc_peers.implementations(dtype, args.device, our_loss)
-        rows, failed = harness.compare(
+        implementations, absent = softmax.implementations(dtype, args.device, our_loss)
+        rows, failed = measure.compare(
             OP,
             [each for each in implementations if args.compile or not each.compiled],
             functools.partial(build[dtype], n=n),
@@ -133,30 +131,30 @@ def measure(args: argparse.Namespace, run: Run, our_loss: Callable[[], itc_peers
             run.settings,
             dtype=dtype,
             shape={"n": n, "d": args.dim},
-            reference=itc_peers.float64_reference if n <= args.error_n else None,
-            judged=itc_peers.JUDGED,
+            reference=softmax.float64_reference if n <= args.error_n else None,
+            judged=softmax.JUDGED,
         )
         run.add(rows, absent + failed)
     for n, dtype in itertools.product(args.memory_n, args.dtype):
-        ours = itc_peers.implementations(dtype, args.device, our_loss)[0][0]
+        ours = softmax.implementations(dtype, args.device, our_loss)[0][0]
         run.add([alone(ours, build[dtype], run.settings, dtype, n, args.dim)])
 
 
 def inputs(
-    source: itc_features.Source, dim: int, dtype: str, scale: float, device: str, n: int
-) -> itc_peers.Inputs:
+    source: features.Source, dim: int, dtype: str, scale: float, device: str, n: int
+) -> softmax.Inputs:
     """Unit-norm features of n pairs and the scale; the same for the same arguments."""
-    image, text = itc_features.pairs(source, n, dim)
-    kind = harness.DTYPES[dtype]
-    return itc_peers.Inputs(
+    image, text = features.pairs(source, n, dim)
+    kind = measure.DTYPES[dtype]
+    return softmax.Inputs(
         image.to(device, kind), text.to(device, kind), torch.tensor(scale, device=device)
     )
 
 
 def alone(
-    implementation: harness.Implementation,
-    build: Callable[..., itc_peers.Inputs],
-    settings: harness.Settings,
+    implementation: measure.Implementation,
+    build: Callable[..., softmax.Inputs],
+    settings: measure.Settings,
     dtype: str,
     n: int,
     dim: int,
@@ -173,7 +171,7 @@ def alone(
         )
     if probe.failure:
         raise RuntimeError(f"{implementation.name} at N = {n}: {probe.failure}")
-    return harness.row(
+    return measure.row(
         OP, implementation, dtype, {"n": n, "d": dim}, "fwd+bwd", [probe.ms], probe.peak_mb
     )
 

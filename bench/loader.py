@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _harness import measure as harness
-from _harness import report, timing
+from _harness import measure, report, timing
 from _harness.measure import BOUND, OURS, Missing
 from _harness.run import Run
 from PIL import Image
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = harness.parser(__doc__.split("\n")[0])
+    flags = measure.parser(__doc__.split("\n")[0])
     flags.add_argument("--images", type=int, default=0, help="in an epoch; 0: 512, or 128 if quick")
     flags.add_argument("--batch", type=int, default=64)
     flags.add_argument("--recipe", nargs="+", choices=list(RECIPES), default=None)
@@ -310,7 +309,7 @@ class Epoch:
 
 
 def measured(
-    name: str, data: Data, settings: harness.Settings
+    name: str, data: Data, settings: measure.Settings
 ) -> tuple[list[dict[str, Any]], list[Missing]]:
     """Rows of one recipe, and which implementations failed and why."""
     calls, errors, missing = {}, {}, []
@@ -328,7 +327,7 @@ def measured(
                 )
                 continue
         if reference is not None and seen:
-            errors[implementation] = harness.relative_error(seen[0], reference)
+            errors[implementation] = measure.relative_error(seen[0], reference)
         calls[implementation] = Epoch(implementation, batches)
     clock = Clock()
     with Neighbours() as neighbours:
@@ -343,9 +342,9 @@ def measured(
     count = len(data.images)
     rows = []
     for implementation in calls:
-        row = harness.row(
+        row = measure.row(
             OP,
-            harness.Implementation(
+            measure.Implementation(
                 implementation, make=lambda _: None, note=NOTES.get(implementation, "")
             ),
             "uint8",

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _harness import measure as harness
-from _harness import report
+from _harness import measure, report
 from _harness.measure import BOUND, OURS, Implementation
 from _harness.run import Run
 from _harness.timing import Call
@@ -44,7 +43,7 @@ def sizes(text: str) -> list[tuple[int, int]]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser((__doc__ or "").splitlines()[0])
     flags.add_argument("--rows", type=int, help="of x (3152: 16 images; 788 if quick)")
     flags.add_argument(
         "--layers", type=sizes, default="384x1152,384x1536,1536x384,768x3072",
@@ -131,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Run(args, axis=("out", "width after the layer"), summary=summary) as run:
         for width, out in args.layers:
             for phase in ("fwd", "fwd+bwd"):
-                run.add(*harness.compare(
+                run.add(*measure.compare(
                     OP, implementations(phase),
                     functools.partial(inputs, args, width, out, args.rows),
                     functools.partial(inputs, args, 32, 32, 8), run.settings, dtype="fp32",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from _harness import measure as harness
+from _harness import measure
 from _harness.measure import BOUND, OURS, Implementation, Missing
 from _harness.run import Run
 from torch import Tensor
@@ -51,7 +51,7 @@ def inputs(batch: int, queue: int, dim: int, dtype: str, device: str) -> Inputs:
 
     student = draw(batch), draw(batch)
     teacher = tuple(F.normalize(t + 0.5 * draw(batch), dim=1) for t in student)
-    kind = harness.DTYPES[dtype]
+    kind = measure.DTYPES[dtype]
     # All implementations see the values that the measured dtype can hold.
     rounded = [t.to(device, kind) for t in (*student, *teacher, draw(queue), draw(queue))]
     wide = [t.float() for t in rounded]
@@ -207,7 +207,7 @@ def summary(rows: Sequence[Mapping]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser((__doc__ or "").splitlines()[0])
     flags.add_argument("--batch", type=int, default=64)
     flags.add_argument("--queue", type=int, default=0, help="default 65536; 8192 if quick")
     flags.add_argument("--dim", type=int, default=256)
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 inputs, queue=queue, dim=args.dim, dtype=dtype, device=args.device
             )
             run.add(
-                *harness.compare(
+                *measure.compare(
                     OP,
                     implementations(dtype, compile_),
                     functools.partial(build, batch=args.batch),

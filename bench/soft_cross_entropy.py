@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import measure as harness
-from _harness import report
+from _harness import measure, report
 from _harness.measure import BOUND, DTYPES, OURS, Implementation, Missing
 from _harness.run import Run
 from torch import Tensor
@@ -281,12 +280,12 @@ def float64_reference(teacher: bool, inputs: Inputs) -> Mapping[str, Tensor]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser((__doc__ or "").splitlines()[0])
     flags.add_argument("--rows", type=int, help="masked rows (default 1000; 240 if quick)")
     flags.add_argument("--width", type=int, default=768)
     flags.add_argument("--vocabulary", type=int, default=30522)
     flags.add_argument(
-        "--dtype", type=harness.dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16"
+        "--dtype", type=measure.dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16"
     )
     flags.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     args = flags.parse_args(argv)
@@ -312,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for dtype, teacher in itertools.product(args.dtype, (True, False)):
             found, absent = implementations(dtype, args.device, teacher, compile_, args.quick)
             build = functools.partial(draw, args.rows, args.width, args.vocabulary, dtype)
-            rows, failed = harness.compare(
+            rows, failed = measure.compare(
                 OP,
                 found,
                 functools.partial(build, args.device),

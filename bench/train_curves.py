@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _harness import measure as harness
-from _harness import report
+from _harness import measure, report
 from _harness.measure import OURS
 from _harness.run import Run
 from _harness.table import Column, print_grid
@@ -53,8 +52,8 @@ def difference(ours: Sequence[float], plain: Sequence[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, plain, strict=True))
 
 
-def measure(
-    system: str, args: argparse.Namespace, settings: harness.Settings
+def measure_curve(
+    system: str, args: argparse.Namespace, settings: measure.Settings
 ) -> list[dict[str, Any]]:
     """Two rows: the kernels' curve and the plain one."""
     steps = 8 if args.quick else args.steps
@@ -121,8 +120,8 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    flags = harness.parser(__doc__.splitlines()[0])
-    flags.add_argument("--systems", type=harness.choices(*SYSTEMS), default=list(SYSTEMS))
+    flags = measure.parser(__doc__.splitlines()[0])
+    flags.add_argument("--systems", type=measure.choices(*SYSTEMS), default=list(SYSTEMS))
     flags.add_argument("--steps", type=int, default=80)
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
@@ -130,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     units = {"error": "largest difference of a step's loss, relative to the reference"}
     with Curves(args, axis=("steps", "step"), facts={"units": units}) as run:
         for system in args.systems:
-            run.add(measure(system, args, run.settings))
+            run.add(measure_curve(system, args, run.settings))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _harness import measure as harness
-from _harness import report
+from _harness import measure, report
 from _harness.measure import OURS, Implementation, Missing
 from _harness.run import Run
 from _harness.table import Column, print_grid
@@ -185,7 +184,7 @@ def _clocked(method: Callable, name: str, spent: dict[str, float]) -> Callable:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser((__doc__ or "").splitlines()[0])
     flags.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     flags.add_argument("--batch", type=int, help="pairs of a step (16; 4 if quick)")
     flags.add_argument("--lengths", choices=("drawn", "full"), nargs="+", default=["drawn", "full"])
@@ -204,13 +203,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure(
-    case: Case, args: argparse.Namespace, settings: harness.Settings
+def measure_case(
+    case: Case, args: argparse.Namespace, settings: measure.Settings
 ) -> tuple[list[dict[str, Any]], list[Missing], dict[str, Any]]:
     """Rows, what failed, and the parts of every form."""
     chosen = [each for each in implementations(case.adapter) if each.name in args.way]
     inputs = build(case)
-    rows, missing = harness.compare(
+    rows, missing = measure.compare(
         case.op(),
         chosen,
         functools.partial(build, case),
@@ -254,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Run(args, axis=axis, summary=summary, facts={"parts": []}) as run:
         for model, lengths in itertools.product(args.model, args.lengths):
             case = Case(model, size, args.batch, lengths == "full")
-            found, failed, table = measure(case, args, run.settings)
+            found, failed, table = measure_case(case, args, run.settings)
             run.facts["parts"].append(table)
             run.add(found, failed)
             if table["parts"]:

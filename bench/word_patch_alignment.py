@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from _harness import measure as harness
-from _harness import report
+from _harness import measure, report
 from _harness.measure import OURS, Implementation
 from _harness.run import Run
 from _harness.timing import alternate, status
@@ -30,12 +29,12 @@ JUDGED = {"fwd": ("distance",), "fwd+bwd": ("distance", "d_text", "d_image")}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = harness.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser((__doc__ or "").splitlines()[0])
     flags.add_argument("--pairs", type=int, help="B (default 64; 16 if quick)")
     flags.add_argument("--words", type=int, default=40, help="Lx")
     flags.add_argument("--patches", type=int, default=200, help="Ly")
     flags.add_argument("--dim", type=int, default=768, help="width of the features")
-    flags.add_argument("--dtype", choices=tuple(harness.DTYPES), nargs="+", default=["fp32"])
+    flags.add_argument("--dtype", choices=tuple(measure.DTYPES), nargs="+", default=["fp32"])
     flags.add_argument(
         "--text", choices=("full", "captions"), nargs="+", default=["full", "captions"],
         help="every word valid, or 6 to 20 tokens as captions have",
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.no_compile or args.quick:  # a loop of 50 steps compiles for a minute
                 field = [each for each in field if not each.compiled]
             build = functools.partial(inputs, args, dtype, text)
-            run.add(*harness.compare(
+            run.add(*measure.compare(
                 OP, field, build, functools.partial(build, pairs=1), run.settings, dtype=dtype,
                 shape=shape(args, text), phase=phase,
                 reference=functools.partial(reference, JUDGED[phase]),
@@ -96,7 +95,7 @@ def inputs(
         images = torch.full((pairs,), args.patches)
         padding = alignment_padding(tokens, images, args.words, args.patches)
     upstream = torch.where(torch.arange(pairs) % 2 == 0, 0.1, -0.1) / pairs
-    kind = harness.DTYPES[dtype]
+    kind = measure.DTYPES[dtype]
     return peers.Inputs(
         words.to(args.device, kind), patches.to(args.device, kind),
         *(each.to(args.device) for each in padding), upstream.to(args.device),
@@ -108,7 +107,7 @@ def reference(names: Sequence[str], given: peers.Inputs) -> Mapping[str, torch.T
     return {name: found[name] for name in names}
 
 
-def transformer_row(args: argparse.Namespace, settings: harness.Settings) -> dict[str, Any]:
+def transformer_row(args: argparse.Namespace, settings: measure.Settings) -> dict[str, Any]:
     """One pre-norm layer, forward and backward, times the number of layers; fp32."""
     layer = torch.nn.TransformerEncoderLayer(
         args.dim, args.dim // HEAD_WIDTH, 4 * args.dim, dropout=0.0, activation="gelu",
@@ -125,7 +124,7 @@ def transformer_row(args: argparse.Namespace, settings: harness.Settings) -> dic
         times = alternate(
             {"layer": call}, device=settings.device, min_rounds=2, max_rounds=3, budget_s=10.0
         )["layer"]
-    return harness.row(
+    return measure.row(
         OP, Implementation(f"transformer of {args.layers} layers", peers.matmuls), "fp32",
         {"rows": args.pairs * (args.words + args.patches), "d": args.dim}, LAYERS,
         [args.layers * each for each in times], None,
@@ -142,12 +141,12 @@ def summary(rows: Sequence[Mapping[str, Any]], layers: int) -> str:
         parts += [
             f"{row['ms'] / ours['ms']:.1f}x as fast as {row['impl']}"
             for row in group
-            if row is not ours and row["ms"] and not row["impl"].startswith(harness.BOUND)
+            if row is not ours and row["ms"] and not row["impl"].startswith(measure.BOUND)
         ]
         if layer:
             step = layer["ms"]
             shares = [f"{row['impl']} {row['ms'] / (step + row['ms']):.2%}" for row in group
-                      if not row["impl"].startswith(harness.BOUND)]  # fmt: skip
+                      if not row["impl"].startswith(measure.BOUND)]  # fmt: skip
             parts.append(
                 f"share of a step with one fp32 pass through {layers} layers ({step:.0f} ms): "
                 + ", ".join(shares)

@@ -108,12 +108,12 @@ def _drop(_: Any) -> None:
     """A call that returns nothing has no results to be judged."""
 
 
-def measure(args: argparse.Namespace, out: Out, ceilings: Mapping[str, float]) -> None:
+def run_comparisons(args: argparse.Namespace, out: Out, ceilings: Mapping[str, float]) -> None:
     """The comparison `--first`, and those behind it until the time is up."""
-    from _gpu import check_ops as gpu_check_ops
+    from _gpu import check_ops
 
     ends = time.monotonic() + args.seconds
-    found = gpu_check_ops.comparisons(args.quick)
+    found = check_ops.comparisons(args.quick)
     for number, each in enumerate(found):
         if number < args.first:
             continue
@@ -133,13 +133,13 @@ def measure(args: argparse.Namespace, out: Out, ceilings: Mapping[str, float]) -
 
 
 def compare(args: argparse.Namespace, out: Out, each: Any, ceilings: Mapping[str, float]) -> None:
-    from _harness import measure as harness
+    from _harness import measure
 
-    from _gpu import check_ops as gpu_check_ops
+    from _gpu import check_ops
 
     implementations = list(each.implementations)
     if args.dry_run:  # what torch.compile makes has nothing to run on
-        implementations = gpu_check_ops.uncompiled(each)
+        implementations = check_ops.uncompiled(each)
         left_out = [c.name for c in each.implementations if c.compiled]
         out(missing=[
             {"name": f"{name}, {each.name}", "reason": "left out of a dry run", "remedy": ""}
@@ -147,14 +147,14 @@ def compare(args: argparse.Namespace, out: Out, each: Any, ceilings: Mapping[str
         ])  # fmt: skip
         if not implementations:
             return
-    rows, failed = harness.compare(
+    rows, failed = measure.compare(
         each.op, implementations, each.build, each.tiny, args.settings, dtype=each.dtype,
         shape=each.shape, phase=each.phase, judged=each.judged, measure_memory=False,
         reference=None if args.dry_run else each.reference,
     )  # fmt: skip
-    floor = gpu_check_ops.floor_row(each, ceilings)
-    rows = [*rows, floor] if gpu_check_ops.ours_of(rows) else rows
-    out(rows=gpu_check_ops.with_shares(rows, floor["ms"]))
+    floor = check_ops.floor_row(each, ceilings)
+    rows = [*rows, floor] if check_ops.ours_of(rows) else rows
+    out(rows=check_ops.with_shares(rows, floor["ms"]))
     out(missing=[
         {"name": f"{one.name}, {each.name}", "reason": one.reason, "remedy": one.remedy}
         for one in [*each.missing, *failed]
@@ -179,10 +179,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             device = stack.enter_context(dry_device.DryDevice())
         elif not torch.cuda.is_available():
             raise SystemExit("gpu_check needs a CUDA device, and torch sees none; --dry-run: none")
-        from _harness import measure as harness
+        from _harness import measure
 
         args.settings = replace(
-            harness.Settings("cuda", torch.get_num_threads(), args.quick), warmups=2,
+            measure.Settings("cuda", torch.get_num_threads(), args.quick), warmups=2,
             min_rounds=1 if args.dry_run else 5, max_rounds=1 if args.dry_run else 50,
             budget_s=ROUNDS_S,
         )  # fmt: skip
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             out(meta=describe(args.settings, args.dry_run))
             args.ceilings = measure_ceilings(args.quick or args.dry_run)
             out(ceilings=args.ceilings)
-        measure(args, out, args.ceilings)
+        run_comparisons(args, out, args.ceilings)
         if device is not None:
             out(launches=len(device.launches))
 

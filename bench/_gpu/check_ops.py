@@ -20,12 +20,11 @@ import soft_cross_entropy
 import torch
 import word_patch_alignment
 from _harness.measure import BOUND, DTYPES, OURS, Implementation, Missing
-from baselines.contrastive import features as itc_features
+from baselines.contrastive import features, softmax
 from baselines.contrastive import sigmoid as sigmoid_peers
-from baselines.contrastive import softmax as itc_peers
-from baselines.cross_attention import attention as attention_peers
+from baselines.cross_attention import attention
 from baselines.cross_attention import inputs as attention_inputs
-from baselines.word_patch_alignment import peers as word_patch_alignment_peers
+from baselines.word_patch_alignment import peers
 
 PHASES = ("fwd", "fwd+bwd")
 WIDTH = 512  # of CLIP's features
@@ -103,8 +102,8 @@ def _in_turn(lists: Sequence[Iterable[Comparison]]) -> Iterator[Comparison]:
 def contrastive(dtype: str, quick: bool) -> Iterator[Comparison]:
     element = DTYPES[dtype].itemsize
     for n, phase in itertools.product((128,) if quick else LARGE_N, _phases(quick)):
-        found, absent = itc_peers.implementations(dtype, "cuda")
-        make = functools.partial(itc_peers.forward_backward, itc_peers.transformers_clip)
+        found, absent = softmax.implementations(dtype, "cuda")
+        make = functools.partial(softmax.forward_backward, softmax.transformers_clip)
         found.append(Implementation("transformers", make))
         if phase == "fwd":
             found = [_forward_only(each) for each in found if not each.bound]
@@ -116,30 +115,30 @@ def contrastive(dtype: str, quick: bool) -> Iterator[Comparison]:
             functools.partial(_contrastive_reference, phase),
             flops=(2 if phase == "fwd" else 6) * n * n * WIDTH,
             bytes=(2 if phase == "fwd" else 4) * n * WIDTH * element,
-            judged=("loss",) if phase == "fwd" else itc_peers.JUDGED, missing=absent,
+            judged=("loss",) if phase == "fwd" else softmax.JUDGED, missing=absent,
         )  # fmt: skip
 
 
 def _forward_only(implementation: Implementation) -> Implementation | None:
     """The implementation of the loss alone; None where its loss cannot be had alone."""
     make = implementation.make
-    if make.func is not itc_peers.forward_backward:
+    if make.func is not softmax.forward_backward:
         return None
     return Implementation(
-        implementation.name, functools.partial(itc_peers.forward, *make.args),
+        implementation.name, functools.partial(softmax.forward, *make.args),
         compiled=implementation.compiled, extra=implementation.extra,
     )  # fmt: skip
 
 
-def _features(dim: int, dtype: str, n: int) -> itc_peers.Inputs:
-    image, text = itc_features.pairs(itc_features.RANDOM, n, dim)
+def _features(dim: int, dtype: str, n: int) -> softmax.Inputs:
+    image, text = features.pairs(features.RANDOM, n, dim)
     kind = DTYPES[dtype]
     scale = torch.tensor(100.0, device="cuda")
-    return itc_peers.Inputs(image.to("cuda", kind), text.to("cuda", kind), scale)
+    return softmax.Inputs(image.to("cuda", kind), text.to("cuda", kind), scale)
 
 
-def _contrastive_reference(phase: str, inputs: itc_peers.Inputs) -> Mapping[str, Any]:
-    found = itc_peers.float64_reference(inputs)
+def _contrastive_reference(phase: str, inputs: softmax.Inputs) -> Mapping[str, Any]:
+    found = softmax.float64_reference(inputs)
     return {"loss": found["loss"]} if phase == "fwd" else found
 
 
@@ -193,7 +192,7 @@ def cross_attention(dtype: str, quick: bool) -> Iterator[Comparison]:
         cases = [case(images=2, heads=2, keys=40)]
     for each, phase in itertools.product(cases, _phases(quick)):
         backward = phase != "fwd"
-        found, absent = attention_peers.implementations(each, backward)
+        found, absent = attention.implementations(each, backward)
         work = _attention_work(each)
         small = each.images <= REFERENCE_IMAGES
         reference = functools.partial(attention_inputs.float64_reference, backward)
@@ -269,7 +268,7 @@ def word_patch(dtype: str, quick: bool) -> Iterator[Comparison]:
         tokens = pairs * (words + patches) * dim * DTYPES[dtype].itemsize
         yield Comparison(
             "word_patch_alignment", dtype, word_patch_alignment.shape(args, "full"), phase,
-            word_patch_alignment_peers.implementations(phase),
+            peers.implementations(phase),
             build, functools.partial(build, pairs=1),
             functools.partial(word_patch_alignment.reference, judged) if pairs <= 512 else None,
             flops=2 * (3 if backward else 1) * pairs * words * patches * dim,

@@ -8,9 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _harness import measure as harness
-from _harness import report
-from _harness import table as comparison_table
+from _harness import measure, report, table
 from _harness.measure import Missing
 
 INTERRUPTED = 128 + 2  # as shells report a process that SIGINT ended
@@ -21,7 +19,7 @@ class Run:
 
         with Run(args, PACKAGES, axis=("n", "pairs N"), summary=summary) as run:
             for dtype in args.dtype:
-                run.add(*harness.compare(..., run.settings, dtype=dtype))
+                run.add(*measure.compare(..., run.settings, dtype=dtype))
 
     `add` prints the tables of its rows and rewrites the files of `--json` and `--plot`, each whole
     or not at all; their `meta` has `complete: false` until the block has ended. At the end what is
@@ -29,10 +27,10 @@ class Run:
     status 130.
 
     Args:
-        args: parsed flags of a `harness.parser`.
+        args: parsed flags of a `measure.parser`.
         packages: distributions whose versions are kept next to those of torch and fastvlp.
         axis: (key of `shape`, label) of the plot; None: the benchmark has no plot.
-        rate, columns: as in `comparison_table.table`.
+        rate, columns: as in `table.table`.
         legend: what `columns` mean; printed once, under the first table, with what all have.
         summary: the text that ends a whole run, of all rows.
         facts: further entries of `meta`, which may be added to later.
@@ -50,14 +48,14 @@ class Run:
         summary: Callable[[Sequence[Mapping[str, Any]]], str] | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        self.settings = harness.settings_from(args)
+        self.settings = measure.settings_from(args)
         self.rows: list[dict[str, Any]] = []
         self.missing: list[Missing] = []
         self.facts = dict(facts or {})
         self._json, self._plot = args.json, args.plot
         self._packages, self._axis = packages, axis
         self._rate, self._columns = rate, columns
-        self._legend = " ".join([comparison_table.LEGEND, legend]).strip()
+        self._legend = " ".join([table.LEGEND, legend]).strip()
         self._summary = summary
         if self._plot and not axis:
             raise SystemExit("--plot: this benchmark draws nothing; --json keeps its numbers")
@@ -98,9 +96,9 @@ class Run:
     def show(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Print a table for each comparison among `rows`."""
         for group in report.groups(rows):
-            comparison_table.table(group, self._rate, self._columns)
+            table.table(group, self._rate, self._columns)
         if self._legend:
-            comparison_table.console().print(self._legend, markup=False, highlight=False)
+            table.console().print(self._legend, markup=False, highlight=False)
             self._legend = ""
 
     def draw(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Captions as long as those of the pretraining sets, at random, for the benchmarks of whole steps."""
+"""Random captions as long as those of the pretraining sets, for benchmarks of whole steps."""
 
 import torch
 from torch import Tensor

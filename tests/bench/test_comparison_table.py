@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from _harness import table as comparison_table
+from _harness import table
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,7 +35,7 @@ def numbers(each):
 @pytest.mark.parametrize("width", [60, 80, 110, 140])
 def test_no_number_is_cut(width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(width))
-    comparison_table.table(ROWS, rate=("pairs/s", "n"), extra_columns=("logits", "softmax"))
+    table.table(ROWS, rate=("pairs/s", "n"), extra_columns=("logits", "softmax"))
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= width
     words = printed.split()
@@ -55,17 +55,17 @@ def test_no_number_is_cut(width, monkeypatch, capsys):
     st.lists(st.integers(1, 12), min_size=1, max_size=12),
 )
 def test_every_column_is_in_one_block_that_fits(width, name, cells):
-    names = comparison_table.Column("", ["n" * name])
-    columns = [comparison_table.Column("", ["1" * size]) for size in cells]
-    found = comparison_table.blocks(names, columns, width)
+    names = table.Column("", ["n" * name])
+    columns = [table.Column("", ["1" * size]) for size in cells]
+    found = table.blocks(names, columns, width)
     assert [column for block in found for column in block] == columns and all(found)
-    least = min(name, comparison_table.LEAST_NAME)
+    least = min(name, table.LEAST_NAME)
     for block in found:
-        used = least + sum(column.width + comparison_table.GAP for column in block)
+        used = least + sum(column.width + table.GAP for column in block)
         assert used <= width or len(block) == 1
 
 
 def test_a_pipe_is_as_wide_as_the_names_need(monkeypatch, capsys):
     monkeypatch.delenv("COLUMNS", raising=False)
-    comparison_table.table(ROWS, rate=("pairs/s", "n"), extra_columns=("logits", "softmax"))
+    table.table(ROWS, rate=("pairs/s", "n"), extra_columns=("logits", "softmax"))
     assert "open_clip autocast compiled  " in capsys.readouterr().out

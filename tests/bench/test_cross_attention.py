@@ -7,9 +7,8 @@ from pathlib import Path
 import cross_attention
 import pytest
 import torch
-from _harness import measure as harness
-from baselines.cross_attention import attention as attention_peers
-from baselines.cross_attention import fusion_layer as fusion_layer_peers
+from _harness import measure
+from baselines.cross_attention import attention, fusion_layer
 from baselines.cross_attention import inputs as attention_inputs
 from baselines.cross_attention.inputs import PARTS, Case
 from fastvlp_tests.tolerance import assert_as_accurate, epsilon
@@ -58,7 +57,7 @@ def test_every_implementation_computes_the_same(part, mask, backward):
     inputs = attention_inputs.draw(measured)
     truth = attention_inputs.float64_reference(backward, inputs)
     assert set(truth) == ({"out", "d_q", "d_k", "d_v"} if backward else {"out"})
-    implementations, _ = attention_peers.implementations(measured, backward)
+    implementations, _ = attention.implementations(measured, backward)
     assert_all_as_accurate(results(implementations, inputs), "eager, heads first", truth)
 
 
@@ -82,7 +81,7 @@ def test_padding_and_packing_are_inverse():
 @pytest.mark.parametrize("names", [("S", "O"), ("S", "O", "dV", "dP", "dQ", "dK", "S")])
 def test_the_floor_does_exactly_the_products_it_names(names):
     inputs = attention_inputs.draw(SMALL)
-    call = attention_peers.matmuls(names, inputs)
+    call = attention.matmuls(names, inputs)
     with FlopCounterMode(display=False) as counter:
         call()
     expected = len(names) * 1e9 * attention_inputs.work(inputs)["gflop_per_product"]
@@ -92,16 +91,16 @@ def test_the_floor_does_exactly_the_products_it_names(names):
 @pytest.mark.parametrize("part", PARTS)
 def test_implementations_have_names_of_their_own_and_absent_ones_a_reason(part):
     for backward in (False, True):
-        found, missing = attention_peers.implementations(case(part), backward)
+        found, missing = attention.implementations(case(part), backward)
         names = [each.name for each in found]
-        assert names[0] == harness.OURS and len(set(names)) == len(names)
+        assert names[0] == measure.OURS and len(set(names)) == len(names)
         absent = {each.name: each for each in missing}
         assert {"flash-attn", "xformers"} <= set(absent)
         assert all("pip install" in absent[name].remedy for name in ("flash-attn", "xformers"))
         assert ("flex_attention" in absent) == backward
         assert ("sdpa, heads first" in names) == (part != "self")
         assert ("fastvlp, heads first" in names) == (part != "self")
-    dropped, missing = attention_peers.implementations(case(part, dropout=0.1), True)
+    dropped, missing = attention.implementations(case(part, dropout=0.1), True)
     assert "flex_attention" in {each.name for each in missing}
 
 
@@ -161,10 +160,10 @@ def test_a_quick_run_writes_every_row(tmp_path):
     for part in ("cross", "self"):
         measured = case(part, images=2, queries=6, dtype="bf16")
         rows = {row["impl"]: row for row in found["rows"] if row["op"] == measured.op()}
-        expected, _ = attention_peers.implementations(measured, True)
+        expected, _ = attention.implementations(measured, True)
         assert set(rows) == {each.name for each in expected if not each.compiled}
         for name, row in rows.items():
-            bound = name.startswith(harness.BOUND)
+            bound = name.startswith(measure.BOUND)
             assert row["shape"] == measured.shape() and row["phase"] == "fwd+bwd"
             assert (row["error"] is None) == bound and (row["peak_mb"] is None) == bound
     assert {"flash-attn", "xformers"} <= {each["name"] for each in found["meta"]["missing"]}
@@ -173,11 +172,11 @@ def test_a_quick_run_writes_every_row(tmp_path):
 
 @pytest.mark.parametrize("random_lengths", [False, True])
 def test_every_layer_computes_the_same(random_lengths):
-    measured = fusion_layer_peers.LayerCase(2, 9, "fp32", random_lengths, "cpu", width=24, heads=3)
-    inputs = fusion_layer_peers.draw(measured)
-    truth = fusion_layer_peers.reference(inputs)
+    measured = fusion_layer.LayerCase(2, 9, "fp32", random_lengths, "cpu", width=24, heads=3)
+    inputs = fusion_layer.draw(measured)
+    truth = fusion_layer.reference(inputs)
     assert {"out", "d_text", "d_images"} < set(truth)
-    implementations = fusion_layer_peers.implementations()
+    implementations = fusion_layer.implementations()
     assert all(each.make(inputs)() is None for each in implementations if each.bound)
     assert_all_as_accurate(results(implementations, inputs), "BertLayer, eager", truth)
 
@@ -193,7 +192,7 @@ def test_dropout_and_forward_alone(tmp_path):
 def test_inputs_and_implementations_can_be_sent_to_another_process():
     import pickle
 
-    implementations, _ = attention_peers.implementations(case(), True)
+    implementations, _ = attention.implementations(case(), True)
     made = [
         functools.partial(attention_inputs.draw, case()),
         *(each.make for each in implementations),

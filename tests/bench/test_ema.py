@@ -3,7 +3,7 @@
 import ema
 import pytest
 import torch
-from _harness import measure as harness
+from _harness import measure
 from fastvlp_tests.bench_runs import missing_names, quick_rows
 
 
@@ -23,7 +23,7 @@ def test_every_implementation_makes_the_same_first_update(phase):
     truth = ema.float64(phase, inputs)
     implementations, _ = ema.implementations(phase)
     names = [each.name for each in implementations]
-    assert names[:2] == [harness.OURS, harness.BOUND] and len(set(names)) == len(names)
+    assert names[:2] == [measure.OURS, measure.BOUND] and len(set(names)) == len(names)
     for implementation in implementations:
         result = implementation.make(inputs)()
         if implementation.bound:
@@ -102,5 +102,5 @@ def test_peak_memory_is_that_of_an_update_not_of_its_state(tmp_path):
     flags = ["--blocks", "0", "--phase", "step+copy"]
     _, rows = quick_rows(ema.main, tmp_path / "ema.json", *flags)
     peaks = {row["impl"]: row["peak_mb"] for row in rows}
-    assert peaks.pop(harness.BOUND) is None
-    assert peaks["albef loop"] > peaks[harness.OURS] and peaks[harness.OURS] < 1.0
+    assert peaks.pop(measure.BOUND) is None
+    assert peaks["albef loop"] > peaks[measure.OURS] and peaks[measure.OURS] < 1.0

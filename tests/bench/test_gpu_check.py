@@ -10,8 +10,7 @@ from pathlib import Path
 import gpu_check
 import pytest
 import torch
-from _gpu import check_folder as gpu_check_folder
-from _gpu import check_ops as gpu_check_ops
+from _gpu import check_folder, check_ops
 from _gpu.check_worker import is_sticky
 from baselines.contrastive.sigmoid import draw, eager, float64_reference, run
 from fastvlp_tests.tolerance import assert_as_accurate
@@ -39,7 +38,7 @@ def travelled(tmp_path_factory):
     output and its JSON."""
     home = tmp_path_factory.mktemp("travelled")
     folder, cache, target = home / "folder", home / "cache", home / "found.json"
-    gpu_check_folder.copy_sources(BENCH.parent, folder)
+    check_folder.copy_sources(BENCH.parent, folder)
     done = python(
         folder, "bench/gpu_check.py", "--dry-run", "--quick", "--workers", 1, "--cache", cache,
         "--json", target, "--seconds", 1500,
@@ -51,7 +50,7 @@ def travelled(tmp_path_factory):
 @pytest.mark.thorough
 def test_a_dry_run_goes_through_every_stage_where_only_what_travels_is(travelled):
     folder, _, output, found = travelled
-    assert gpu_check_folder.report_size(folder) == 0
+    assert check_folder.report_size(folder) == 0
     meta, rows = found["meta"], found["rows"]
     assert meta["complete"] and meta["dry_run"] and not meta["tests"]["trouble"]
     assert meta["libraries"] == "the libraries load"
@@ -72,7 +71,7 @@ def test_a_dry_run_goes_through_every_stage_where_only_what_travels_is(travelled
 
 def test_every_source_file_travels(tmp_path):
     root, folder = BENCH.parent, tmp_path / "folder"
-    gpu_check_folder.copy_sources(root, folder)
+    check_folder.copy_sources(root, folder)
     for name in ("bench", "tests", "fastvlp", "csrc", "kernels"):
         there = folder / "fastvlp" / name if name == "kernels" else folder / name
         copied = {path.relative_to(there) for path in there.rglob("*.py")}
@@ -85,10 +84,10 @@ def test_a_packed_cache_serves_at_another_place(travelled, tmp_path):
     folder, cache, *_ = travelled
     there = tmp_path / "there"
     there.mkdir()
-    archive = there / gpu_check_folder.ARCHIVE
-    kernels = gpu_check_folder.pack_cache(cache, archive)
+    archive = there / check_folder.ARCHIVE
+    kernels = check_folder.pack_cache(cache, archive)
     assert kernels > 10 and archive.stat().st_size < 10 << 20
-    unpacked = gpu_check_folder.unpack_cache(there, None)
+    unpacked = check_folder.unpack_cache(there, None)
     before = {path.name for path in unpacked.iterdir()}
     assert len(before) == kernels
     for group in unpacked.glob("*/__grp__*.json"):
@@ -205,8 +204,8 @@ def test_other_errors_leave_the_context_as_it_is(message):
 
 def test_a_folder_that_is_too_large_fails(tmp_path, monkeypatch, capsys):
     (tmp_path / "big").write_bytes(bytes(3000))
-    monkeypatch.setattr(gpu_check_folder, "LIMIT", 2000)
-    assert gpu_check_folder.report_size(tmp_path) == 1
+    monkeypatch.setattr(check_folder, "LIMIT", 2000)
+    assert check_folder.report_size(tmp_path) == 1
     assert "too large" in capsys.readouterr().err
 
 
@@ -225,7 +224,7 @@ def test_flags_that_cannot_be(flags, capsys):
 
 
 def test_comparisons_cover_every_op_dtype_and_size():
-    found = gpu_check_ops.comparisons(quick=False)
+    found = check_ops.comparisons(quick=False)
     seen = {(each.op, each.dtype, each.phase) for each in found}
     for op in OPS - {"ema", "adamw_ema"}:
         for dtype in ("bf16", "fp32", "fp16"):
@@ -242,14 +241,14 @@ def test_comparisons_cover_every_op_dtype_and_size():
 
 def test_the_floor_is_the_slower_of_arithmetic_and_traffic():
     each = next(
-        each for each in gpu_check_ops.comparisons(quick=False)
+        each for each in check_ops.comparisons(quick=False)
         if (each.op, each.phase, each.dtype) == ("contrastive", "fwd+bwd", "bf16")
     )  # fmt: skip
     n, d = each.shape["n"], each.shape["d"]
     rates = {"copy_gb_s": 4000.0, "matmul_bf16_tflop_s": 800.0}
-    floor = gpu_check_ops.floor_row(each, rates)
+    floor = check_ops.floor_row(each, rates)
     assert floor["ms"] == pytest.approx(3 * 2 * n * n * d / 800e12 * 1e3)
-    slow = gpu_check_ops.floor_row(each, rates | {"copy_gb_s": 1.0})
+    slow = check_ops.floor_row(each, rates | {"copy_gb_s": 1.0})
     assert slow["ms"] == pytest.approx(4 * n * d * 2 / 1e9 * 1e3) and "traffic" in slow["note"]
 
 

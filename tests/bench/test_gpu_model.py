@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _gpu import occupancy as gpu_occupancy
-from _gpu import schedule as gpu_schedule
+from _gpu import occupancy, schedule
 from _gpu.chips import A100, CHIPS, H100
 from _gpu.schedule import TracedStep
 from fastvlp_tests import gpu_model_child as child
@@ -44,7 +43,7 @@ def pool():
     ],
 )
 def test_occupancy(chip, warps, registers, shared, blocks, limit):
-    found = gpu_occupancy.occupancy(chip, warps, registers, shared)
+    found = occupancy.occupancy(chip, warps, registers, shared)
     assert (found.blocks, found.limited_by) == (blocks, limit)
 
 
@@ -54,14 +53,14 @@ def test_occupancy(chip, warps, registers, shared, blocks, limit):
 )
 def test_a_block_that_does_not_fit_is_refused(warps, registers, shared, what):
     with pytest.raises(ValueError, match=f"does not fit H100 SXM: too much for {what}"):
-        gpu_occupancy.occupancy(H100, warps, registers, shared)
+        occupancy.occupancy(H100, warps, registers, shared)
 
 
 def test_each_block_has_its_share_of_l1():
     """Three blocks by registers share 256 KiB; of each, shared memory and a KiB are taken."""
-    assert gpu_occupancy.l1_share(H100, 4, 168, 0) == (256 << 10) // 3 - 1024
-    assert gpu_occupancy.l1_share(H100, 4, 168, 1000) == (256 << 10) // 3 - 2048
-    assert gpu_occupancy.l1_share(A100, 4, 32, 73728) == (192 << 10) // 2 - 73728 - 1024
+    assert occupancy.l1_share(H100, 4, 168, 0) == (256 << 10) // 3 - 1024
+    assert occupancy.l1_share(H100, 4, 168, 1000) == (256 << 10) // 3 - 2048
+    assert occupancy.l1_share(A100, 4, 32, 73728) == (192 << 10) // 2 - 73728 - 1024
 
 
 def test_chips_agree_with_their_datasheets():
@@ -77,11 +76,11 @@ MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 
 
 def test_clocks_of_matrix_instructions():
-    assert gpu_schedule.matrix_clocks(H100, WGMMA) == 128
-    assert gpu_schedule.matrix_clocks(A100, MMA) == 2
-    assert gpu_schedule.matrix_clocks(H100, MMA) == pytest.approx(1 / 0.63)
+    assert schedule.matrix_clocks(H100, WGMMA) == 128
+    assert schedule.matrix_clocks(A100, MMA) == 2
+    assert schedule.matrix_clocks(H100, MMA) == pytest.approx(1 / 0.63)
     tf32 = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
-    assert gpu_schedule.matrix_clocks(A100, tf32) == 2
+    assert schedule.matrix_clocks(A100, tf32) == 2
 
 
 def test_clocks_of_pipes():
@@ -90,7 +89,7 @@ def test_clocks_of_pipes():
     pipes = {"fma.rn.f32": "fma", "ex2.approx.ftz.f32": "mufu", "mov.b32": "move",
              "add.s64": "alu", "fma.rn.bf16x2": "fma", "div.full.f32": "alu", MMA: "tensor",
              "ld.global.b32": "memory"}  # fmt: skip
-    found = gpu_schedule.pipe_clocks(A100, counts, pipes)
+    found = schedule.pipe_clocks(A100, counts, pipes)
     assert found["fma"] == (40 + 2 * 2) * 32 / 64
     assert found["mufu"] == (6 + 2) * 32 / 16
     assert found["alu"] == (8 * 2 + 2 * 2) * 32 / 64
@@ -104,7 +103,7 @@ def fma(result, *operands):
 
 
 def clocks(*steps, warps=4, chip=A100):
-    return gpu_schedule.block_clocks(chip, steps, warps, memory_latency=400)
+    return schedule.block_clocks(chip, steps, warps, memory_latency=400)
 
 
 def test_dependent_instructions_wait_and_others_do_not():

@@ -5,11 +5,9 @@ import os
 
 import pytest
 import torch
-from _harness import measure as harness
-from _harness import memory, report, timing
-from _harness import table as comparison_table
+from _harness import measure, memory, report, table, timing
 
-SETTINGS = harness.Settings(threads=1, quick=True, min_rounds=2, max_rounds=2, budget_s=0.0)
+SETTINGS = measure.Settings(threads=1, quick=True, min_rounds=2, max_rounds=2, budget_s=0.0)
 
 
 # Implementations go to another process to have their memory measured, so they live at module level.
@@ -64,7 +62,7 @@ def compare(implementations, **changes):
         "reference": reference,
         **changes,
     }
-    return harness.compare("twice", implementations, matrix, matrix, SETTINGS, **arguments)
+    return measure.compare("twice", implementations, matrix, matrix, SETTINGS, **arguments)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -98,9 +96,9 @@ def test_rounds_go_on_while_the_budget_lasts(monkeypatch, budget_s, rounds):
 
 
 def test_a_row_has_the_median_the_quartiles_and_every_field():
-    row = harness.row(
+    row = measure.row(
         "op",
-        harness.Implementation("peer", silent, extra={"softmax": "fp32"}),
+        measure.Implementation("peer", silent, extra={"softmax": "fp32"}),
         "bf16",
         {"n": 4},
         "fwd",
@@ -128,31 +126,31 @@ def test_a_row_has_the_median_the_quartiles_and_every_field():
 
 def test_a_bound_says_what_it_computes():
     with pytest.raises(ValueError, match="bound 'floor': expected a note"):
-        harness.Implementation("floor", silent, bound=True)
+        measure.Implementation("floor", silent, bound=True)
 
 
 def test_a_nan_is_the_largest_error():
-    implementation = harness.Implementation("peer", silent)
+    implementation = measure.Implementation("peer", silent)
     errors = {"loss": 0.1, "grad": math.nan, "scale": 0.2}
     assert math.isnan(
-        harness.row("op", implementation, "fp32", {}, "fwd", [1.0], None, errors)["error"]
+        measure.row("op", implementation, "fp32", {}, "fwd", [1.0], None, errors)["error"]
     )
 
 
 def test_relative_error_is_of_frobenius_norms():
     truth = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert harness.relative_error(torch.tensor([3.0, 4.5]), truth) == pytest.approx(0.1)
-    assert harness.relative_error(torch.tensor([0.5]), torch.zeros(1)) == 0.5
+    assert measure.relative_error(torch.tensor([3.0, 4.5]), truth) == pytest.approx(0.1)
+    assert measure.relative_error(torch.tensor([0.5]), torch.zeros(1)) == 0.5
     with pytest.raises(ValueError, match="shape"):
-        harness.relative_error(torch.ones(1, 2), truth)
+        measure.relative_error(torch.ones(1, 2), truth)
 
 
 def test_compare_measures_each_implementation_against_the_reference():
     rows, missing = compare(
         [
-            harness.Implementation("fastvlp", functools.partial(doubled, 0)),
-            harness.Implementation("off", functools.partial(doubled, 1)),
-            harness.Implementation("floor", silent, bound=True, note="nothing"),
+            measure.Implementation("fastvlp", functools.partial(doubled, 0)),
+            measure.Implementation("off", functools.partial(doubled, 1)),
+            measure.Implementation("floor", silent, bound=True, note="nothing"),
         ]
     )
     assert not missing
@@ -174,18 +172,18 @@ def test_work_of_other_processes_is_told_from_ours(monkeypatch):
 
 
 def test_a_peer_that_fails_is_named_and_ours_must_not():
-    ours = harness.Implementation("fastvlp", functools.partial(doubled, 0))
-    rows, missing = compare([ours, harness.Implementation("peer", broken)])
+    ours = measure.Implementation("fastvlp", functools.partial(doubled, 0))
+    rows, missing = compare([ours, measure.Implementation("peer", broken)])
     assert [row["impl"] for row in rows] == ["fastvlp"]
     assert [str(each) for each in missing] == ["peer: RuntimeError: no such device"]
     with pytest.raises(RuntimeError, match="no such device"):
-        compare([harness.Implementation("fastvlp", broken)])
+        compare([measure.Implementation("fastvlp", broken)])
     with pytest.raises(ValueError, match="must return"):
-        compare([harness.Implementation("fastvlp", silent)])
+        compare([measure.Implementation("fastvlp", silent)])
 
 
 def test_compare_measures_memory_in_another_process():
-    implementation = harness.Implementation("fastvlp", functools.partial(ones, [40], True))
+    implementation = measure.Implementation("fastvlp", functools.partial(ones, [40], True))
     rows, missing = compare([implementation], reference=None, measure_memory=True)
     assert not missing
     assert rows[0]["peak_mb"] == pytest.approx(40, rel=0.05)
@@ -231,13 +229,13 @@ def test_ratios_are_to_ours_within_one_comparison():
     ]
     groups = report.groups(rows)
     assert [[row["ms"] for row in group] for group in groups] == [[2.0, 5.0], [1.0, 3.0], [8.0]]
-    assert [comparison_table.ratio(group, group[-1]) for group in groups] == [2.5, 3.0, 1.0]
+    assert [table.ratio(group, group[-1]) for group in groups] == [2.5, 3.0, 1.0]
 
 
 def test_json_and_plot_hold_what_was_measured(tmp_path):
     implementations = [
-        harness.Implementation("fastvlp", functools.partial(doubled, 0)),
-        harness.Implementation("peer", functools.partial(doubled, 0)),
+        measure.Implementation("fastvlp", functools.partial(doubled, 0)),
+        measure.Implementation("peer", functools.partial(doubled, 0)),
     ]
     rows = [row for n in (8, 16) for row in compare(implementations, shape={"n": n})[0]]
     facts = report.meta(SETTINGS, ("numpy",)) | {"note": "hello"}
@@ -259,16 +257,16 @@ def test_json_and_plot_hold_what_was_measured(tmp_path):
 def test_the_table_names_everything(capsys):
     rows, _ = compare(
         [
-            harness.Implementation("fastvlp", functools.partial(doubled, 0)),
-            harness.Implementation(
+            measure.Implementation("fastvlp", functools.partial(doubled, 0)),
+            measure.Implementation(
                 "a rather long name of a peer", silent, bound=True, note="a sum"
             ),
         ]
     )
-    comparison_table.table([row | {"neighbours": 0.0} for row in rows], rate=("items/s", "n"))
+    table.table([row | {"neighbours": 0.0} for row in rows], rate=("items/s", "n"))
     printed = capsys.readouterr().out
     assert "Other processes" not in printed
-    comparison_table.table([row | {"neighbours": 0.4} for row in rows])
+    table.table([row | {"neighbours": 0.4} for row in rows])
     assert "Other processes took 40%" in capsys.readouterr().out
     for text in (
         "twice fwd+bwd, fp32, n=8",
@@ -280,10 +278,10 @@ def test_the_table_names_everything(capsys):
 
 
 def test_types_of_flags(capsys):
-    flags = harness.parser("a benchmark")
-    flags.add_argument("--dtype", type=harness.dtypes)
-    flags.add_argument("--n", type=harness.positives)
-    flags.add_argument("--more", type=harness.integers(2, may_be_empty=True))
+    flags = measure.parser("a benchmark")
+    flags.add_argument("--dtype", type=measure.dtypes)
+    flags.add_argument("--n", type=measure.positives)
+    flags.add_argument("--more", type=measure.integers(2, may_be_empty=True))
     found = flags.parse_args(["--dtype", "fp32, bf16", "--n", "1,20,", "--more", ""])
     assert (found.dtype, found.n, found.more) == (["fp32", "bf16"], [1, 20], [])
     for bad in ("--dtype=int8", "--dtype=", "--n=0,1", "--n=two", "--n=", "--more=1,4"):
@@ -293,10 +291,10 @@ def test_types_of_flags(capsys):
 
 
 def test_flags_are_checked():
-    flags = harness.parser("a benchmark")
-    assert harness.settings_from(flags.parse_args(["--quick", "--rounds", "9"])).max_rounds == 9
+    flags = measure.parser("a benchmark")
+    assert measure.settings_from(flags.parse_args(["--quick", "--rounds", "9"])).max_rounds == 9
     with pytest.raises(SystemExit, match="positive"):
-        harness.settings_from(flags.parse_args(["--threads", "-1"]))
+        measure.settings_from(flags.parse_args(["--threads", "-1"]))
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="no CUDA device"):
-            harness.settings_from(flags.parse_args(["--device", "cuda"]))
+            measure.settings_from(flags.parse_args(["--device", "cuda"]))

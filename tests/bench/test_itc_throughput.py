@@ -8,9 +8,8 @@ from pathlib import Path
 import itc_throughput
 import pytest
 import torch
-from _harness import measure as harness
-from baselines.contrastive import features as itc_features
-from baselines.contrastive import softmax as itc_peers
+from _harness import measure
+from baselines.contrastive import features, softmax
 from torch.utils.flop_counter import FlopCounterMode
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -19,14 +18,14 @@ BENCH = Path(__file__).parents[2] / "bench"
 def double_inputs(n=40, d=24, scale=30.0):
     generator = torch.Generator().manual_seed(0)
     image, text = torch.randn(2, n, d, dtype=torch.float64, generator=generator) / d**0.5
-    return itc_peers.Inputs(image, text, torch.tensor(scale, dtype=torch.float64))
+    return softmax.Inputs(image, text, torch.tensor(scale, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 40, 64])
 def test_the_blocked_reference_is_autograd_of_the_formula(rows):
     inputs = double_inputs()
-    expected = itc_peers.forward_backward(lambda: itc_peers.plain, inputs)()
-    found = itc_peers.float64_reference(inputs, rows=rows)
+    expected = softmax.forward_backward(lambda: softmax.plain, inputs)()
+    found = softmax.float64_reference(inputs, rows=rows)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
 
@@ -34,9 +33,9 @@ def test_the_blocked_reference_is_autograd_of_the_formula(rows):
 @pytest.mark.parametrize(
     "make_loss",
     [
-        pytest.param(itc_peers.eager, id="eager"),
+        pytest.param(softmax.eager, id="eager"),
         pytest.param(
-            functools.partial(itc_peers.chunked, None),
+            functools.partial(softmax.chunked, None),
             id="linear_cross_entropy",
             marks=[
                 pytest.mark.skipif(
@@ -49,8 +48,8 @@ def test_the_blocked_reference_is_autograd_of_the_formula(rows):
 )
 def test_a_peer_computes_the_same_loss(make_loss):
     inputs = double_inputs(n=700)
-    found = itc_peers.forward_backward(make_loss, inputs)()
-    for name, value in itc_peers.float64_reference(inputs).items():
+    found = softmax.forward_backward(make_loss, inputs)()
+    for name, value in softmax.float64_reference(inputs).items():
         torch.testing.assert_close(found[name], value)
 
 
@@ -58,17 +57,17 @@ def test_a_loss_with_a_fixed_scale_gets_its_gradient_to_the_scale():
     inputs = double_inputs()
 
     def make_loss(scale):
-        return lambda image, text, _: itc_peers.plain(image, text, scale)
+        return lambda image, text, _: softmax.plain(image, text, scale)
 
-    found = itc_peers.fixed_scale(make_loss, inputs)()
-    reference = itc_peers.float64_reference(inputs)
+    found = softmax.fixed_scale(make_loss, inputs)()
+    reference = softmax.float64_reference(inputs)
     assert found["d_scale"].item() == pytest.approx(reference["d_scale"].item(), rel=1e-5)
     torch.testing.assert_close(found["d_image"], reference["d_image"])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_implementations_say_how_they_round(dtype):
-    implementations, missing = itc_peers.implementations(dtype, "cpu")
+    implementations, missing = softmax.implementations(dtype, "cpu")
     names = [each.name for each in implementations]
     assert names[:3] == ["fastvlp", "floor", "floor3"] and len(set(names)) == len(names)
     peers = [each for each in implementations if not each.bound]
@@ -80,8 +79,8 @@ def test_implementations_say_how_they_round(dtype):
 @pytest.mark.parametrize("logit_matmuls", [1, 2])
 def test_the_floor_does_exactly_the_matmuls_it_names(logit_matmuls):
     n, d = 300, 16
-    inputs = itc_peers.Inputs(*torch.randn(2, n, d), torch.ones(()))
-    call = itc_peers.matmuls(logit_matmuls, inputs)
+    inputs = softmax.Inputs(*torch.randn(2, n, d), torch.ones(()))
+    call = softmax.matmuls(logit_matmuls, inputs)
     with FlopCounterMode(display=False) as counter:
         call()
     assert counter.get_total_flops() == (logit_matmuls + 2) * 2 * n * n * d
@@ -93,14 +92,14 @@ def stored(tmp_path, count=50, width=16):
     image, text = torch.nn.functional.normalize(torch.randn(2, count, width), dim=2)
     path = tmp_path / "features.safetensors"
     save_file({"image": image.contiguous(), "text": text.contiguous()}, path)
-    return itc_features.Source(path, "pairs"), image, text
+    return features.Source(path, "pairs"), image, text
 
 
 @pytest.mark.parametrize("n, dim", [(20, 16), (130, 16), (50, 8), (50, 40)])
 def test_features_are_unit_rows_in_pairs_and_all_different(tmp_path, n, dim):
     source, image, text = stored(tmp_path)
-    found = itc_features.pairs(source, n, dim)
-    again = itc_features.pairs(source, n, dim)
+    found = features.pairs(source, n, dim)
+    again = features.pairs(source, n, dim)
     for side, repeat in zip(found, again, strict=True):
         assert side.shape == (n, dim) and torch.equal(side, repeat)
         torch.testing.assert_close(side.norm(dim=1), torch.ones(n))
@@ -116,16 +115,16 @@ def test_features_are_unit_rows_in_pairs_and_all_different(tmp_path, n, dim):
 
 def test_a_description_says_what_was_done(tmp_path):
     source, _, _ = stored(tmp_path)
-    assert itc_features.describe(source, 40, 16) == "50 pairs"
-    assert "tiled to 130" in itc_features.describe(source, 130, 16)
-    assert "from width 16 to 8" in itc_features.describe(source, 40, 8)
-    assert "random" in itc_features.describe(itc_features.RANDOM, 40, 8)
+    assert features.describe(source, 40, 16) == "50 pairs"
+    assert "tiled to 130" in features.describe(source, 130, 16)
+    assert "from width 16 to 8" in features.describe(source, 40, 8)
+    assert "random" in features.describe(features.RANDOM, 40, 8)
 
 
 def test_quick_draws_where_nothing_is_cached_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTVLP_CACHE", str(tmp_path))
-    source, missing = itc_features.prepare("cached")
-    assert source == itc_features.RANDOM
+    source, missing = features.prepare("cached")
+    assert source == features.RANDOM
     assert [each.name for each in missing] == ["features of real pairs"]
     assert not list(tmp_path.iterdir())
 
@@ -143,12 +142,12 @@ def test_real_pairs_are_encoded_once_per_model(tmp_path, monkeypatch):
         return whole(size, limit=min(limit or 6, 6), **options)
 
     monkeypatch.setattr(openmoji, "build", build)
-    untrained, missing = itc_features.prepare("all")
+    untrained, missing = features.prepare("all")
     assert not missing and "untrained" in untrained.about
-    assert itc_features.count(untrained) == 18
+    assert features.count(untrained) == 18
     written = untrained.path.stat().st_mtime_ns
     for pairs in ("all", "some", "cached"):
-        assert itc_features.prepare(pairs) == (untrained, [])
+        assert features.prepare(pairs) == (untrained, [])
     assert untrained.path.stat().st_mtime_ns == written
 
     data = openmoji.build(size=64)
@@ -160,7 +159,7 @@ def test_real_pairs_are_encoded_once_per_model(tmp_path, monkeypatch):
     ).eval()
     clip.save(model, tmp_path / "openmoji_clip" / "tiny_clip")
     tokenizer.save(tmp_path / "openmoji_clip" / "tiny_clip_tokenizer.json")
-    trained, missing = itc_features.prepare("all")
+    trained, missing = features.prepare("all")
     assert not missing and "the trained tiny" in trained.about and trained.path != untrained.path
     pixels = torch.cat([images for images, _ in splits]) / 127.5 - 1
     with torch.inference_mode():
@@ -207,13 +206,13 @@ def test_the_summary_names_the_best_of_each_kind():
 
 def test_some_pairs_are_encoded_where_the_first_table_is_to_come_soon(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTVLP_CACHE", str(tmp_path))
-    monkeypatch.setattr(itc_features, "LIMIT", 2)
-    some, missing = itc_features.prepare("some")
-    assert not missing and itc_features.describe(some, 6, 64).startswith("6 OpenMoji pairs")
-    assert itc_features.prepare("cached") == (some, [])
-    every, _ = itc_features._cache_file()
+    monkeypatch.setattr(features, "LIMIT", 2)
+    some, missing = features.prepare("some")
+    assert not missing and features.describe(some, 6, 64).startswith("6 OpenMoji pairs")
+    assert features.prepare("cached") == (some, [])
+    every, _ = features._cache_file()
     every.write_bytes(some.path.read_bytes())
-    assert itc_features.prepare("some")[0].path == every != some.path
+    assert features.prepare("some")[0].path == every != some.path
 
 
 def test_sizes_of_a_run():
@@ -272,11 +271,11 @@ def test_a_quick_run_writes_every_row(tmp_path):
             for row in found["rows"]
             if row["dtype"] == dtype and row["shape"] == {"n": 256, "d": 512}
         }
-        expected, _ = itc_peers.implementations(dtype, "cpu")
+        expected, _ = softmax.implementations(dtype, "cpu")
         assert set(rows) == {each.name for each in expected if not each.compiled}
         assert all(row["ms"] > 0 and row["phase"] == "fwd+bwd" for row in rows.values())
         for name, row in rows.items():
-            bound = name.startswith(harness.BOUND)
+            bound = name.startswith(measure.BOUND)
             assert (row["error"] is None) == bound and (row["peak_mb"] is None) == bound
     large = [row for row in found["rows"] if row["shape"]["n"] == 300]
     assert [row["impl"] for row in large] == ["fastvlp"] * 2

@@ -2,31 +2,31 @@
 
 import json
 
-import loader as bench
+import loader
 import pytest
 import torch
-from _harness import measure as harness
+from _harness import measure
 
 from fastvlp.data.images.recipes import RECIPES
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return bench.Data(bench.photographs(6), tmp_path_factory.mktemp("data"), 4)
+    return loader.Data(loader.photographs(6), tmp_path_factory.mktemp("data"), 4)
 
 
 @pytest.mark.parametrize("name", ["clip_eval", "albef_eval", "vilt_eval"])
 def test_implementations_make_the_same_batches(data, name):
-    reference = bench.first_batch(bench.PillowTransform(RECIPES[name]), data)
-    for implementation, make in bench.implementations(name, data, 1).items():
+    reference = loader.first_batch(loader.PillowTransform(RECIPES[name]), data)
+    for implementation, make in loader.implementations(name, data, 1).items():
         batches = list(make()())
-        if implementation.startswith(harness.BOUND):
+        if implementation.startswith(measure.BOUND):
             assert not batches
             continue
         assert [len(batch) for batch in batches] == [4, 2]
         # torchvision's resize of tensors rounds otherwise than Pillow's; ours does not.
         if implementation == "torchvision tensor":
-            assert harness.relative_error(batches[0], reference) < 0.02
+            assert measure.relative_error(batches[0], reference) < 0.02
         else:
             assert torch.equal(batches[0], reference)
 
@@ -34,14 +34,14 @@ def test_implementations_make_the_same_batches(data, name):
 @pytest.mark.parametrize("flags", [["--images", "-1"], ["--batch", "0"], ["--recipe", "clip"]])
 def test_wrong_flags_end_with_a_message(flags, capsys):
     with pytest.raises(SystemExit):
-        bench.main(flags)
+        loader.main(flags)
     assert flags[0] in capsys.readouterr().err
 
 
 def test_a_quick_run_writes_every_row(tmp_path, capsys):
     target = tmp_path / "run.json"
     flags = ["--quick", "--images", "6", "--batch", "4", "--recipe", "clip_train", "vilt_eval"]
-    bench.main([*flags, "--threads", "2", "--rounds", "1", "--json", str(target)])
+    loader.main([*flags, "--threads", "2", "--rounds", "1", "--json", str(target)])
     found = json.loads(target.read_text())
     assert not found["meta"]["missing"]
     for name in ("clip_train", "vilt_eval"):
@@ -61,5 +61,5 @@ def test_the_summary_names_shares():
         return {"op": "loader", "impl": name, "dtype": "uint8", "shape": shape, "ms": 1.0,
                 "phase": "clip_eval epoch", "cpu_ms": cpu}  # fmt: skip
 
-    text = bench.summary([row("fastvlp", 1.5), row("torchvision PIL", 3.0), row("tick", 0.0)])
+    text = loader.summary([row("fastvlp", 1.5), row("torchvision PIL", 3.0), row("tick", 0.0)])
     assert "1.50 ms" in text and "50% of torchvision PIL's 3.00" in text and "tick" not in text

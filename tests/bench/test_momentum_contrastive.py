@@ -1,9 +1,9 @@
 """bench/momentum_contrastive.py: every implementation computes the loss, a quick run every row."""
 
-import momentum_contrastive as bench
+import momentum_contrastive
 import pytest
 import torch
-from _harness import measure as harness
+from _harness import measure
 from fastvlp_tests.bench_runs import missing_names, quick_rows
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,12 +12,12 @@ SIZES = {"batch": 6, "queue": 40, "dim": 24}
 
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("bf16", 3e-2)])
 def test_every_implementation_computes_the_same(dtype, tolerance):
-    inputs = bench.inputs(**SIZES, dtype=dtype, device="cpu")
-    truth = bench.float64(inputs)
+    inputs = momentum_contrastive.inputs(**SIZES, dtype=dtype, device="cpu")
+    truth = momentum_contrastive.float64(inputs)
     assert set(truth) == {"loss", "d_image", "d_text", "d_temperature"}
-    implementations = bench.implementations(dtype, compiled=False)
+    implementations = momentum_contrastive.implementations(dtype, compiled=False)
     names = [each.name for each in implementations]
-    assert names[:2] == [harness.OURS, harness.BOUND] and len(set(names)) == len(names)
+    assert names[:2] == [measure.OURS, measure.BOUND] and len(set(names)) == len(names)
     for implementation in implementations:
         found = implementation.make(inputs)()
         if implementation.bound:
@@ -25,21 +25,27 @@ def test_every_implementation_computes_the_same(dtype, tolerance):
             continue
         assert set(found) == set(truth)
         for name, value in truth.items():
-            assert harness.relative_error(found[name], value) < tolerance, (
+            assert measure.relative_error(found[name], value) < tolerance, (
                 implementation.name,
                 name,
             )
 
 
 def test_compiled_peers_stand_beside_the_eager_ones():
-    compiled = [each for each in bench.implementations("bf16", compiled=True) if each.compiled]
+    compiled = [
+        each
+        for each in momentum_contrastive.implementations("bf16", compiled=True)
+        if each.compiled
+    ]
     assert {each.name for each in compiled} == {
         f"{form} {how} compiled" for form in ("paper", "tuned") for how in ("fp32", "autocast")
     }
 
 
 def test_inputs_are_the_same_each_time_and_of_unit_length():
-    one, other = (bench.inputs(**SIZES, dtype="fp32", device="cpu") for _ in range(2))
+    one, other = (
+        momentum_contrastive.inputs(**SIZES, dtype="fp32", device="cpu") for _ in range(2)
+    )
     assert all(map(torch.equal, one.low, other.low))
     for rows in (*one.features, *one.queues):
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
@@ -47,8 +53,8 @@ def test_inputs_are_the_same_each_time_and_of_unit_length():
 
 
 def test_the_floor_does_exactly_the_products_it_names():
-    inputs = bench.inputs(**SIZES, dtype="fp32", device="cpu")
-    call = bench.matmuls(inputs)
+    inputs = momentum_contrastive.inputs(**SIZES, dtype="fp32", device="cpu")
+    call = momentum_contrastive.matmuls(inputs)
     with FlopCounterMode(display=False) as counter:
         call()
     assert counter.get_total_flops() == 2 * 3 * 2 * 6 * 40 * 24
@@ -57,20 +63,24 @@ def test_the_floor_does_exactly_the_products_it_names():
 @pytest.mark.parametrize("flags", [["--batch", "0"], ["--queue", "-1"], ["--dtype", "int8"]])
 def test_wrong_flags_end_with_a_message(flags, capsys):
     with pytest.raises(SystemExit):
-        bench.main(flags)
+        momentum_contrastive.main(flags)
     assert flags[0] in capsys.readouterr().err
 
 
 def test_a_quick_run_writes_every_row(tmp_path, capsys):
     sizes = [f"--{name}={value}" for name, value in SIZES.items()]
-    meta, rows = quick_rows(bench.main, tmp_path / "run.json", "--no-compile", *sizes)
+    meta, rows = quick_rows(
+        momentum_contrastive.main, tmp_path / "run.json", "--no-compile", *sizes
+    )
     assert "torch.compile" in missing_names(meta)
     for dtype in ("fp32", "bf16"):
         group = {row["impl"]: row for row in rows if row["dtype"] == dtype}
-        assert set(group) == {each.name for each in bench.implementations(dtype, compiled=False)}
+        assert set(group) == {
+            each.name for each in momentum_contrastive.implementations(dtype, compiled=False)
+        }
         for name, row in group.items():
             assert row["op"] == "momentum_contrastive" and row["phase"] == "fwd+bwd"
             assert row["shape"] == {"b": 6, "q": 40, "d": 24}
-            assert (row["peak_mb"] is None) == (name == harness.BOUND)
+            assert (row["peak_mb"] is None) == (name == measure.BOUND)
     printed = capsys.readouterr().out
     assert "as fast as paper autocast" in printed and "as fast as tuned fp32" in printed

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _harness import measure as harness
-from _harness import run
+from _harness import measure, run
 
 BENCH = Path(__file__).parents[2] / "bench"
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -78,7 +77,7 @@ def test_ctrl_c_keeps_what_was_measured(waiting):
 
 
 def parsed(*flags):
-    return harness.parser("a benchmark").parse_args(["--quick", *map(str, flags)])
+    return measure.parser("a benchmark").parse_args(["--quick", *map(str, flags)])
 
 
 def test_ctrl_c_before_the_first_comparison_leaves_an_earlier_file(tmp_path):
@@ -91,10 +90,10 @@ def test_ctrl_c_before_the_first_comparison_leaves_an_earlier_file(tmp_path):
 
 def test_the_plot_is_drawn_as_rows_come(tmp_path):
     target = tmp_path / "found.png"
-    implementation = harness.Implementation("fastvlp", None)
+    implementation = measure.Implementation("fastvlp", None)
     with run.Run(parsed("--plot", target), axis=("n", "size")) as found:
         for n in (1, 2):
-            found.add([harness.row("op", implementation, "fp32", {"n": n}, "fwd", [n], None)])
+            found.add([measure.row("op", implementation, "fp32", {"n": n}, "fwd", [n], None)])
             assert target.read_bytes().startswith(b"\x89PNG")
             target.unlink()
     assert target.exists()
@@ -102,10 +101,10 @@ def test_the_plot_is_drawn_as_rows_come(tmp_path):
 
 def test_an_error_keeps_what_was_measured_and_is_raised(tmp_path):
     target = tmp_path / "found.json"
-    implementation = harness.Implementation("fastvlp", None)
-    row = harness.row("op", implementation, "fp32", {"n": 1}, "fwd", [1.0], None)
+    implementation = measure.Implementation("fastvlp", None)
+    row = measure.row("op", implementation, "fp32", {"n": 1}, "fwd", [1.0], None)
     with pytest.raises(RuntimeError, match="lost"), run.Run(parsed("--json", target)) as found:
-        found.add([row], [harness.Missing("peer", "none")])
+        found.add([row], [measure.Missing("peer", "none")])
         raise RuntimeError("lost")
     kept = json.loads(target.read_text())
     assert kept["rows"] == [row] and kept["meta"]["missing"][0]["name"] == "peer"
@@ -118,7 +117,7 @@ def test_a_plot_that_does_not_exist_is_refused(tmp_path):
 
 def fake_rows(op, implementations, _build, _tiny, _settings, *, dtype, shape, phase="fwd+bwd", **_):
     return [
-        harness.row(
+        measure.row(
             op, each, dtype, shape, phase, [1.0, 2.0], None if each.bound else 3.0,
             None if each.bound else {"result": 1e-6},
         )
@@ -186,12 +185,12 @@ def watched(monkeypatch, tmp_path):
 @pytest.mark.parametrize("script", COMPARING)
 def test_each_comparison_is_printed_and_kept_at_once(script, watched):
     module = importlib.import_module(script.split()[0])
-    calls, target, pipe = watched(harness, "compare", fake_rows)
+    calls, target, pipe = watched(measure, "compare", fake_rows)
     module.main(["--threads", str(torch.get_num_threads()), "--json", str(target),
                  *COMPARING[script]])  # fmt: skip
     assert len(calls) >= 2
     assert json.loads(target.read_text())["meta"]["complete"] is True
-    floors = [row for rows in calls for row in rows if row["impl"].startswith(harness.BOUND)]
+    floors = [row for rows in calls for row in rows if row["impl"].startswith(measure.BOUND)]
     for row in floors:
         assert f"{row['impl']}: " in pipe.text and row["note"].split()[0] in pipe.text
 
@@ -201,8 +200,8 @@ def test_each_recipe_of_the_loader_is_printed_and_kept_at_once(watched, monkeypa
 
     def measured(name, data, settings):
         shape = {"images": 1, "batch": 1}
-        implementation = harness.Implementation("fastvlp", None, extra={"cpu_ms": 1.0})
-        return [harness.row("loader", implementation, "uint8", shape, name, [1.0], None)], []
+        implementation = measure.Implementation("fastvlp", None, extra={"cpu_ms": 1.0})
+        return [measure.row("loader", implementation, "uint8", shape, name, [1.0], None)], []
 
     monkeypatch.setattr(loader, "photographs", lambda count: [])
     calls, target, _ = watched(loader, "measured", measured)
@@ -215,9 +214,9 @@ def test_each_number_of_ranks_is_printed_and_kept_at_once(watched):
 
     def compare(job):
         counts = {"softmax": "fp32", "flops": 1e9, "bytes_sent": 1000}
-        implementation = harness.Implementation("fastvlp", None, extra=counts)
+        implementation = measure.Implementation("fastvlp", None, extra=counts)
         return [
-            harness.row("ranks", implementation, job.dtype, job.shape, "fwd+bwd", [1.0], None)
+            measure.row("ranks", implementation, job.dtype, job.shape, "fwd+bwd", [1.0], None)
         ], []
 
     calls, target, _ = watched(itc_distributed, "compare", compare)
@@ -230,7 +229,7 @@ def test_each_curve_is_printed_and_kept_at_once(watched, monkeypatch):
 
     monkeypatch.setattr(train_curves, "curve", lambda *_: [2.0, 1.0])
     calls, target, _ = watched(
-        train_curves, "measure", train_curves.measure, lambda rows: rows, "op"
+        train_curves, "measure_curve", train_curves.measure_curve, lambda rows: rows, "op"
     )
     train_curves.main(["--threads", str(torch.get_num_threads()), "--json", str(target)])
     assert len(calls) == len(train_curves.SYSTEMS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import train_step
-from _harness import measure as harness
+from _harness import measure
 from fastvlp_tests.bench_runs import quick_rows
 
 
@@ -54,7 +54,7 @@ def test_parts_and_their_work(case):
     assert packed.keys() == padded.keys()
     assert all(packed[name] <= padded[name] for name in packed)
     assert packed["backward"] < padded["backward"]
-    for name in (harness.OURS, "reference, SDPA"):
+    for name in (measure.OURS, "reference, SDPA"):
         parts = train_step.parts(train_step.FORMS[name], inputs, 1)
         assert packed.keys() < parts.keys() and all(ms > 0 for ms in parts.values())
 

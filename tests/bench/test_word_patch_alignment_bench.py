@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import word_patch_alignment as bench
+import word_patch_alignment
 from baselines.word_patch_alignment import peers
 
 BENCH = Path(__file__).parents[2] / "bench"
 
 
 def small(text):
-    args = bench.parse(["--pairs", "3", "--words", "9", "--patches", "13", "--dim", "64"])
-    found = bench.inputs(args, "fp32", text)
+    args = word_patch_alignment.parse(
+        ["--pairs", "3", "--words", "9", "--patches", "13", "--dim", "64"]
+    )
+    found = word_patch_alignment.inputs(args, "fp32", text)
     return peers.Inputs(found.text.double(), found.image.double(), *found.masks, found.upstream)
 
 
@@ -39,7 +41,9 @@ def test_the_summary_names_ratios_and_shares():
         return {"op": "o", "impl": impl, "dtype": "fp32", "shape": shape, "ms": ms, "phase": phase}
 
     rows = [row("fastvlp", 10.0), row("floor", 8.0), row("batched loop", 90.0)]
-    text = bench.summary([*rows, row("layers", 990.0, bench.LAYERS)], layers=12)
+    text = word_patch_alignment.summary(
+        [*rows, row("layers", 990.0, word_patch_alignment.LAYERS)], layers=12
+    )
     for part in ("10.0 ms", "9.0x as fast as batched loop", "12 layers (990 ms): fastvlp 1.00%"):
         assert part in text
     assert "floor" not in text
@@ -48,7 +52,7 @@ def test_the_summary_names_ratios_and_shares():
 @pytest.mark.parametrize("flags", [["--pairs", "-1"], ["--dim", "65"], ["--layers", "-1"]])
 def test_wrong_flags_end_with_a_message(flags, capsys):
     with pytest.raises(SystemExit):
-        bench.parse(flags)
+        word_patch_alignment.parse(flags)
     assert flags[0] in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from _harness.measure import DTYPES, OURS, Implementation, Missing
 
-from baselines.contrastive import softmax as itc_peers
+from baselines.contrastive import softmax
 from baselines.contrastive.softmax import Loss, forward_backward
 
 PEER = "open_clip"
@@ -66,7 +66,7 @@ def implementations(
         found.append(one(f"{OURS} ring", functools.partial(ours, "ring"), softmax="fp32"))
         sent_as_bf16 = functools.partial(ours, "gather", torch.bfloat16)
         found.append(one(f"{OURS} bf16 sent", sent_as_bf16, softmax="fp32"))
-    if not itc_peers.has_open_clip():
+    if not softmax.has_open_clip():
         return found, [Missing(PEER, "not installed", "pip install 'fastvlp[bench]'")]
     if dtype == "fp32":
         return [*found, one(PEER, open_clip, softmax="fp32")], []

@@ -43,10 +43,10 @@ RANDOM = Source(None, "random: captions are unit Gaussian vectors, images the sa
 def prepare(pairs: str) -> tuple[Source, list[Missing]]:
     """The source of features, encoding and caching real pairs where that is possible.
 
-    pairs: "drawn" makes random ones. "all" takes every real pair; where they are not yet in the cache that
-    takes about 20 s. "some" takes LIMIT of each split at most, in a third of that time, unless
-    all of them are there. "cached" takes either, and random ones where neither is there. What is
-    missing is said.
+    pairs: "drawn" makes random ones. "all" takes every real pair; where they are not yet in the
+    cache that takes about 20 s. "some" takes LIMIT of each split at most, in a third of that time,
+    unless all of them are there. "cached" takes either, and random ones where neither is there.
+    What is missing is said.
     """
     if pairs == "drawn":
         return RANDOM, []

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from _harness.measure import BOUND, DTYPES, OURS, Implementation
 from torch import Tensor
 
-from baselines.contrastive import features as itc_features
+from baselines.contrastive import features
 from baselines.contrastive.softmax import compiled, matmuls
 
 # As SigLIP starts: temperature 10, bias -10.
@@ -37,7 +37,7 @@ class Inputs:
 
 def draw(n: int, dim: int, dtype: str, device: str) -> Inputs:
     """Random unit features of n pairs; the same for the same arguments."""
-    image, text = itc_features.pairs(itc_features.RANDOM, n, dim)
+    image, text = features.pairs(features.RANDOM, n, dim)
     kind = DTYPES[dtype]
     numbers = (torch.tensor(number, device=device) for number in (SCALE, BIAS))
     return Inputs(image.to(device, kind), text.to(device, kind), *numbers)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from _harness import measure as harness
+from _harness import measure
 from _harness.measure import BOUND, DTYPES, OURS, Implementation, Missing
 from _harness.timing import Call
 from torch import Tensor
@@ -237,14 +237,14 @@ def implementations() -> list[Implementation]:
     return found
 
 
-def measure(
-    args: argparse.Namespace, settings: harness.Settings
+def measure_layers(
+    args: argparse.Namespace, settings: measure.Settings
 ) -> Iterator[tuple[list[dict[str, Any]], list[Missing]]]:
-    """The layer's rows, and what failed, at each dtype with full and with random caption lengths."""
+    """The layer's rows, and what failed, at each dtype with full and with random lengths."""
     for dtype in args.dtype:
         for random_lengths in (False, True):
             case = LayerCase(args.batch, args.keys, dtype, random_lengths, args.device)
-            yield harness.compare(
+            yield measure.compare(
                 case.op(),
                 [each for each in implementations() if not (args.no_compile and each.compiled)],
                 functools.partial(draw, case),

@@ -2,7 +2,7 @@
 
 import json
 
-from _harness import measure as harness
+from _harness import measure
 
 FIELDS = {"op", "impl", "dtype", "shape", "phase", "ms", "peak_mb", "error"}
 FLAGS = ["--quick", "--device", "cpu", "--threads", "2"]
@@ -18,7 +18,7 @@ def quick_rows(main, target, *flags):
     assert {"torch", "fastvlp"} <= set(meta["versions"]) and meta["cpu"]
     for row in rows:
         assert FIELDS <= set(row) and row["ms"] > 0
-        bound = row["impl"].startswith(harness.BOUND)
+        bound = row["impl"].startswith(measure.BOUND)
         assert (row["error"] is None) == bound
         if bound:
             assert row["peak_mb"] is None

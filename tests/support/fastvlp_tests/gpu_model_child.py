@@ -133,10 +133,10 @@ def soft_cross_entropy_launches():
     """Blocks of the launches, and bytes and operations of the matmuls, of 300 rows of a head
     [1,000, 64] with a teacher on a GPU."""
     _benchmarks_on_path()
-    from _gpu import model_heads as gpu_model_heads
+    from _gpu import model_heads
     from _gpu.launches import KernelLaunch, record
 
-    ours = gpu_model_heads.our_soft_cross_entropy(64, 1000, True, 300)
+    ours = model_heads.our_soft_cross_entropy(64, 1000, True, 300)
     events = record(ours, 90, execute=False)
     launches = [e.blocks for e in events if isinstance(e, KernelLaunch)]
     return launches, [(e.bytes, e.flops) for e in events if getattr(e, "flops", 0)]
@@ -170,8 +170,7 @@ def resources(report, mangled):
 def comparison():
     """The kernels with known times at three sizes on an A100, against what was published."""
     _benchmarks_on_path()
-    from _gpu import published
-    from _gpu import sanity as gpu_sanity
+    from _gpu import published, sanity
     from _gpu import sanity_kernels as kernels
     from _gpu.chips import A100_40GB
 
@@ -179,9 +178,9 @@ def comparison():
     lengths = [(True, 1024), (True, 8192), (False, 8192)]
 
     found = [
-        gpu_sanity.matmul(A100_40GB, published.MATMUL_A100, [512, 1536, 4096], tiles[0]),
-        gpu_sanity.softmax(A100_40GB, published.SOFTMAX_A100, [256, 768, 2048]),
-        gpu_sanity.attention(A100_40GB, published.ATTENTION_A100, lengths, tiles[1]),
+        sanity.matmul(A100_40GB, published.MATMUL_A100, [512, 1536, 4096], tiles[0]),
+        sanity.softmax(A100_40GB, published.SOFTMAX_A100, [256, 768, 2048]),
+        sanity.attention(A100_40GB, published.ATTENTION_A100, lengths, tiles[1]),
     ]
     return [(each.kernel, each.rank_of_times, each.rank_of_rates, each.ratio) for each in found]
 
@@ -189,7 +188,7 @@ def comparison():
 def floor_matmuls():
     """Matmuls in the floors of the model and of gpu_check.py, forward and backward, by op."""
     _benchmarks_on_path()
-    from _gpu import check_ops as gpu_check_ops
+    from _gpu import check_ops
     from _gpu import model_cases as cases
     from baselines.cross_attention import inputs as attention_inputs
 
@@ -204,12 +203,12 @@ def floor_matmuls():
         one = 2 * n * n * d if n else 2 * math.prod(case.shape.values())
         ours[op] = case.floor.flops / one
     attention = attention_inputs.Case(images=2, heads=2, keys=40, dtype="bf16", device="cuda")
-    work = gpu_check_ops._attention_work(attention)
-    small = 2 * 128**2 * gpu_check_ops.WIDTH
+    work = check_ops._attention_work(attention)
+    small = 2 * 128**2 * check_ops.WIDTH
     checked = {
-        "contrastive": next(gpu_check_ops.contrastive("bf16", True)).flops / small,
-        "sigmoid": next(gpu_check_ops.sigmoid("bf16", True)).flops / small,
-        "cross_attention": next(gpu_check_ops.cross_attention("bf16", True)).flops
+        "contrastive": next(check_ops.contrastive("bf16", True)).flops / small,
+        "sigmoid": next(check_ops.sigmoid("bf16", True)).flops / small,
+        "cross_attention": next(check_ops.cross_attention("bf16", True)).flops
         / (1e9 * work["gflop_per_product"]),
     }
     return ours, checked
@@ -232,15 +231,15 @@ def compare_raising(name):
     import builtins
 
     import gpu_model
-    from _gpu import model_case as gpu_model_case
+    from _gpu import model_case
     from _gpu.chips import H100
 
     def fail(size):
         error = getattr(gpu_model, name, None) or getattr(builtins, name)
         raise error(1, 2, "shared memory") if name == "OutOfResources" else error("a reason")
 
-    ours = gpu_model_case.ModelledImplementation("fastvlp", partial(fail), (1, 2))
-    least = gpu_model_case.matmuls(1, 8, 8, 8, 8)
-    case = gpu_model_case.Case("op", {"n": 8}, 8, [ours], least, "one matmul")
+    ours = model_case.ModelledImplementation("fastvlp", partial(fail), (1, 2))
+    least = model_case.matmuls(1, 8, 8, 8, 8)
+    case = model_case.Case("op", {"n": 8}, 8, [ours], least, "one matmul")
     rows, missing = gpu_model.compare(gpu_model.Machine(), H100, case)
     return [row["impl"] for row in rows], [(each.name, each.reason) for each in missing]

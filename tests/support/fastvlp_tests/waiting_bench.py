@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from _harness import measure as harness
+from _harness import measure
 from _harness.run import Run
 
 
@@ -12,15 +12,15 @@ def doubled(inputs):
 
 
 def main():
-    args = harness.parser("a benchmark").parse_args()
+    args = measure.parser("a benchmark").parse_args()
     with Run(args, axis=("n", "size"), summary=lambda rows: f"{len(rows)} rows in all") as run:
         for n in (8, 16):
             run.add(
-                *harness.compare(
+                *measure.compare(
                     "double",
                     [
-                        harness.Implementation("fastvlp", doubled),
-                        harness.Implementation("floor", doubled, bound=True, note="the sum alone"),
+                        measure.Implementation("fastvlp", doubled),
+                        measure.Implementation("floor", doubled, bound=True, note="the sum alone"),
                     ],
                     lambda n=n: torch.eye(n),
                     lambda: torch.eye(2),
