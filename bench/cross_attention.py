@@ -30,7 +30,7 @@ PHASES = ("fwd", "fwd+bwd")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = measure.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser(__doc__)
     flags.add_argument("--images", type=int, default=32, help="images (4 if quick)")
     flags.add_argument("--heads", type=int, default=12)
     flags.add_argument("--dim", type=int, default=64, help="width of a head")
@@ -40,9 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=measure.positives,
         help="query rows per image (default 30,120; 30 if quick)",
     )
-    flags.add_argument(
-        "--dtype", type=measure.dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16"
-    )
+    measure.add_dtypes(flags)
     flags.add_argument(
         "--phase",
         type=measure.choices(*PHASES),
@@ -58,8 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--dropout", type=float, default=0.0, help="of the attention weights")
     flags.add_argument("--layer", action="store_true", help="a whole fusion layer instead")
     flags.add_argument("--batch", type=int, default=16, help="images of --layer (2 if quick)")
-    flags.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    flags.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    measure.add_omissions(flags, compiled=True, memory=True)
     args = flags.parse_args(argv)
     for name in ("images", "heads", "dim", "keys", "batch"):
         if getattr(args, name) < 1:
@@ -68,7 +65,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         flags.error("--dropout must be in [0, 1)")
     if args.quick:
         args.images, args.batch = min(args.images, 4), min(args.batch, 2)
-        args.no_compile = True  # it takes as long as all the rest
     args.queries = args.queries or ([30] if args.quick else [30, 120])
     args.phase = args.phase or (["fwd+bwd"] if args.quick else list(PHASES))
     return args
@@ -86,48 +82,37 @@ def cases(args: argparse.Namespace) -> list[Case]:
     return found
 
 
-def measure_case(
-    case: Case, phase: str, settings: measure.Settings, args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], list[measure.Missing]]:
+def measure_case(case: Case, phase: str, run: Run) -> None:
     backward = phase == "fwd+bwd"
     implementations, absent = attention.implementations(case, backward)
-    if args.no_compile:
-        implementations = [each for each in implementations if not each.compiled]
     reference = functools.partial(attention_inputs.float64_reference, backward)
-    rows, failed = measure.compare(
+    run.compare(
         case.op(),
         implementations,
         functools.partial(attention_inputs.draw, case),
         functools.partial(attention_inputs.draw, case.tiny()),
-        settings,
+        missing=absent,
         dtype=case.dtype,
         shape=case.shape(),
         phase=phase,
         # Every implementation draws its own dropout mask: there is no common result.
         reference=None if case.dropout else reference,
-        measure_memory=not args.no_memory,
     )
-    return rows, absent + failed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     axis = ("images", "images") if args.layer else ("queries", "query rows per image")
     with Run(args, PACKAGES, axis=axis, summary=summary, facts={"work": []}) as run:
-        if args.no_compile:
-            run.missing.append(
-                measure.Missing("torch.compile", "left out", "no --quick, --no-compile")
-            )
         if args.layer:
-            for found in fusion_layer.measure_layers(args, run.settings):
-                run.add(*found)
+            fusion_layer.measure_layers(args, run)
             return
         work = run.facts["work"]
         for case, phase in itertools.product(cases(args), args.phase):
             facts = {"op": case.op(), "dtype": case.dtype, "shape": case.shape()}
             facts |= attention_inputs.work(attention_inputs.draw(case))
             work += [facts] if facts not in work else []
-            run.add(*measure_case(case, phase, run.settings, args))
+            measure_case(case, phase, run)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -314,10 +314,10 @@ def implementations(phase: str) -> tuple[list[Implementation], list[Missing]]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = measure.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser(__doc__)
     flags.add_argument("--phase", choices=PHASES, nargs="+", default=list(PHASES))
     flags.add_argument("--blocks", type=int, help="of 12, of the image's model (2 if quick)")
-    flags.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    measure.add_omissions(flags, compiled=False, memory=True)
     args = flags.parse_args(argv)
     if args.blocks is None:
         args.blocks = 2 if args.quick else 12
@@ -339,21 +339,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         for phase in args.phase:
             entrants, absent = implementations(phase)
             make = functools.partial(build, device=args.device, gradients=phase == "adamw")
-            rows, failed = measure.compare(
+            run.compare(
                 OP,
                 entrants,
                 functools.partial(make, args.blocks),
                 functools.partial(make, 0),
-                run.settings,
+                missing=absent,
                 dtype="fp32",
                 shape={"parameters": count},
                 phase=phase,
                 reference=functools.partial(float64, phase),
                 judged=("momentum", "weights"),
-                measure_memory=not args.no_memory,
                 warm_memory=True,
             )
-            run.add(rows, absent + failed)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:

@@ -140,7 +140,7 @@ def summary(rows: Sequence[Mapping]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = measure.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser(__doc__)
     flags.add_argument(
         "--chip", type=measure.choices(*CHIPS), default=None, metavar="NAMES",
         help=f"comma-separated, of {', '.join(CHIPS)}; default h100,a100,h200,b200, quick: h100",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _harness import measure, memory, ranks, report
-from _harness.measure import DTYPES, OURS, Implementation, Missing, Settings, dtypes, positives
+from _harness.measure import DTYPES, OURS, Implementation, Missing, Settings, positives
 from _harness.run import Run
 from _harness.timing import status
 from baselines.contrastive import features, softmax
@@ -179,14 +179,14 @@ def compare(job: Job) -> tuple[list[dict[str, Any]], list[Missing]]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = measure.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser(__doc__)
     flags.set_defaults(threads=1)
     flags.add_argument(
         "--world-sizes", type=positives, metavar="W,...", help="ranks (default 1,2,4; 2 if quick)"
     )
     flags.add_argument("--batch", type=int, help="pairs of each rank (default 4096; 512 if quick)")
     flags.add_argument("--dim", type=int, default=512, help="width of the features")
-    flags.add_argument("--dtype", type=dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16")
+    measure.add_dtypes(flags)
     flags.add_argument("--scale", type=float, default=100.0, help="exp(logit_scale)")
     flags.add_argument(
         "--error-batch",

@@ -33,7 +33,7 @@ PACKAGES = ("open_clip_torch", "inf-cl", "memeff", "triton", "numpy")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = measure.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser(__doc__)
     flags.add_argument(
         "--full",
         action="store_true",
@@ -45,9 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="pairs (default 1024,4096; 2048,8192 if full; 1024 if quick)",
     )
     flags.add_argument("--dim", type=int, default=512, help="width of the features")
-    flags.add_argument(
-        "--dtype", type=measure.dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16"
-    )
+    measure.add_dtypes(flags)
     flags.add_argument("--scale", type=float, default=100.0, help="exp(logit_scale)")
     flags.add_argument(
         "--memory-n",
@@ -115,6 +113,7 @@ def compare_all(args: argparse.Namespace, run: Run, our_loss: Callable[[], softm
     source, run.missing = features.prepare(args.features)
     run.facts["features"] = sorted({features.describe(source, n, args.dim) for n in args.n})
     run.print("\n".join(f"Features: {note}." for note in run.facts["features"]))
+    run.with_compiled = args.compile
     if not args.compile:
         run.missing.append(measure.Missing("torch.compile", "left out", "--compile or --full"))
     build = {
@@ -123,18 +122,17 @@ def compare_all(args: argparse.Namespace, run: Run, our_loss: Callable[[], softm
     }
     for n, dtype in itertools.product(args.n, args.dtype):
         implementations, absent = softmax.implementations(dtype, args.device, our_loss)
-        rows, failed = measure.compare(
+        run.compare(
             OP,
-            [each for each in implementations if args.compile or not each.compiled],
+            implementations,
             functools.partial(build[dtype], n=n),
             functools.partial(build[dtype], n=64),
-            run.settings,
+            missing=absent,
             dtype=dtype,
             shape={"n": n, "d": args.dim},
             reference=softmax.float64_reference if n <= args.error_n else None,
             judged=softmax.JUDGED,
         )
-        run.add(rows, absent + failed)
     for n, dtype in itertools.product(args.memory_n, args.dtype):
         ours = softmax.implementations(dtype, args.device, our_loss)[0][0]
         run.add([alone(ours, build[dtype], run.settings, dtype, n, args.dim)])

@@ -43,7 +43,7 @@ def sizes(text: str) -> list[tuple[int, int]]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = measure.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser(__doc__)
     flags.add_argument("--rows", type=int, help="of x (3152: 16 images; 788 if quick)")
     flags.add_argument(
         "--layers", type=sizes, default="384x1152,384x1536,1536x384,768x3072",
@@ -130,14 +130,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Run(args, axis=("out", "width after the layer"), summary=summary) as run:
         for width, out in args.layers:
             for phase in ("fwd", "fwd+bwd"):
-                run.add(*measure.compare(
+                run.compare(
                     OP, implementations(phase),
                     functools.partial(inputs, args, width, out, args.rows),
-                    functools.partial(inputs, args, 32, 32, 8), run.settings, dtype="fp32",
+                    functools.partial(inputs, args, 32, 32, 8), dtype="fp32",
                     shape={"rows": args.rows, "in": width, "out": out}, phase=phase,
                     reference=functools.partial(reference, phase),
                     measure_memory=phase != "fwd" and not args.quick,
-                ))  # fmt: skip
+                )  # fmt: skip
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:

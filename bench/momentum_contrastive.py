@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from _harness import measure
-from _harness.measure import BOUND, OURS, Implementation, Missing
+from _harness.measure import BOUND, OURS, Implementation
 from _harness.run import Run
 from torch import Tensor
 
@@ -206,37 +206,36 @@ def summary(rows: Sequence[Mapping]) -> str:
     return "\n" + "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    flags = measure.parser((__doc__ or "").splitlines()[0])
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    flags = measure.parser(__doc__)
     flags.add_argument("--batch", type=int, default=64)
     flags.add_argument("--queue", type=int, default=0, help="default 65536; 8192 if quick")
     flags.add_argument("--dim", type=int, default=256)
     flags.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    flags.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    args: argparse.Namespace = flags.parse_args(argv)
-    queue = args.queue or (8192 if args.quick else 65536)
-    if min(args.batch, args.dim, queue) < 1:
+    measure.add_omissions(flags, compiled=True, memory=False)
+    args = flags.parse_args(argv)
+    args.queue = args.queue or (8192 if args.quick else 65536)
+    if min(args.batch, args.dim, args.queue) < 1:
         flags.error("--batch, --queue and --dim must be positive")
-    compile_ = not (args.no_compile or args.quick)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
     axis = ("q", "queue rows Q")
     with Run(args, ("triton", "numpy"), axis=axis, summary=summary) as run:
-        if not compile_:
-            run.missing.append(Missing("torch.compile", "left out", "no --quick, --no-compile"))
         for dtype in args.dtype:
             build = functools.partial(
-                inputs, queue=queue, dim=args.dim, dtype=dtype, device=args.device
+                inputs, queue=args.queue, dim=args.dim, dtype=dtype, device=args.device
             )
-            run.add(
-                *measure.compare(
-                    OP,
-                    implementations(dtype, compile_),
-                    functools.partial(build, batch=args.batch),
-                    functools.partial(build, batch=4, queue=64),
-                    run.settings,
-                    dtype=dtype,
-                    shape={"b": args.batch, "q": queue, "d": args.dim},
-                    reference=float64,
-                )
+            run.compare(
+                OP,
+                implementations(dtype, run.with_compiled),
+                functools.partial(build, batch=args.batch),
+                functools.partial(build, batch=4, queue=64),
+                dtype=dtype,
+                shape={"b": args.batch, "q": args.queue, "d": args.dim},
+                reference=float64,
             )
 
 

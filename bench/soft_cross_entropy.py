@@ -280,14 +280,12 @@ def float64_reference(teacher: bool, inputs: Inputs) -> Mapping[str, Tensor]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = measure.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser(__doc__)
     flags.add_argument("--rows", type=int, help="masked rows (default 1000; 240 if quick)")
     flags.add_argument("--width", type=int, default=768)
     flags.add_argument("--vocabulary", type=int, default=30522)
-    flags.add_argument(
-        "--dtype", type=measure.dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16"
-    )
-    flags.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    measure.add_dtypes(flags)
+    measure.add_omissions(flags, compiled=True, memory=False)
     args = flags.parse_args(argv)
     args.rows = args.rows or (240 if args.quick else 1000)
     if min(args.rows, args.width, args.vocabulary) < 1:
@@ -297,7 +295,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    compile_ = not (args.no_compile or args.quick)
     with Run(
         args,
         PACKAGES,
@@ -306,22 +303,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         summary=summary,
         facts={"alpha": ALPHA},
     ) as run:
-        if not compile_:
-            run.missing.append(Missing("torch.compile", "left out", "no --quick, --no-compile"))
         for dtype, teacher in itertools.product(args.dtype, (True, False)):
-            found, absent = implementations(dtype, args.device, teacher, compile_, args.quick)
+            found, absent = implementations(
+                dtype, args.device, teacher, run.with_compiled, args.quick
+            )
             build = functools.partial(draw, args.rows, args.width, args.vocabulary, dtype)
-            rows, failed = measure.compare(
+            run.compare(
                 OP,
                 found,
                 functools.partial(build, args.device),
                 functools.partial(draw, 8, args.width, 64, dtype, args.device),
-                run.settings,
+                missing=absent,
                 dtype=dtype,
                 shape={"m": args.rows, "d": args.width, "v": args.vocabulary, "teacher": teacher},
                 reference=functools.partial(float64_reference, teacher),
             )
-            run.add(rows, absent + failed)
 
 
 def gradient_mb(row: Mapping[str, Any]) -> float:

@@ -120,7 +120,7 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    flags = measure.parser(__doc__.splitlines()[0])
+    flags = measure.parser(__doc__)
     flags.add_argument("--systems", type=measure.choices(*SYSTEMS), default=list(SYSTEMS))
     flags.add_argument("--steps", type=int, default=80)
     flags.add_argument("--seed", type=int, default=0)

@@ -8,7 +8,7 @@ attention or SDPA, with torch's fused AdamW and a foreach momentum update. Dropo
 training. `error` is that of the losses without dropout before the first step against the reference
 in float64; peak memory is that of a later step, above weights and optimiser state.
 
-A model is an adapter: a module of this folder with `build`, `draw`, `use`, `losses`, `momentum`,
+A model is an adapter: a module of _train_step with `build`, `draw`, `attention_layers`, `losses`,
 `timed_parts`, `work` and `shape`, as _train_step/albef.py has, and with the forms it knows: the
 `ATTENTIONS` of its plain form, and whether it has a `MOMENTUM` encoder.
 """
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from _harness import measure, report
-from _harness.measure import OURS, Implementation, Missing
+from _harness.measure import OURS, Implementation
 from _harness.run import Run
 from _harness.table import Column, print_grid
 
@@ -69,16 +69,23 @@ def build(case: Case) -> Inputs:
     return Inputs(case, case.draw())
 
 
+def use(adapter: Any, model: torch.nn.Module, attention: str | None) -> None:
+    """The kernels' form, or the plain one with this attention."""
+    model.use_reference(attention is not None)
+    for layer in adapter.attention_layers(model):
+        layer.padded_attention = (attention or "eager").lower()
+
+
 class Step:
     """A model with its optimiser; each call is one step. `marks` are the times of the last one."""
 
     def __init__(self, attention: str | None, momentum_copy: str | None, inputs: Inputs) -> None:
         self.adapter, self.batch = inputs.case.adapter, inputs.batch
         self.model = self.adapter.build(inputs.case.size, momentum_copy)
-        self.adapter.use(self.model, attention)
+        use(self.adapter, self.model, attention)
         self.before = self._losses_without_dropout()
         self.model.train()
-        ema = self.adapter.momentum(self.model)
+        ema = self.model.momentum if self.adapter.MOMENTUM else None
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.foreach: tuple[list, list] = ([], [])
         if attention is None:
@@ -116,7 +123,7 @@ def reference_losses(inputs: Inputs) -> dict[str, torch.Tensor]:
     """Without dropout in float64, by the plain form."""
     adapter = inputs.case.adapter
     model = adapter.build(inputs.case.size, None).double().eval()
-    adapter.use(model, adapter.ATTENTIONS[0])
+    use(adapter, model, adapter.ATTENTIONS[0])
     with torch.no_grad():
         return adapter.losses(model, _double(inputs.batch), False)
 
@@ -184,13 +191,13 @@ def _clocked(method: Callable, name: str, spent: dict[str, float]) -> Callable:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = measure.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser(__doc__)
     flags.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     flags.add_argument("--batch", type=int, help="pairs of a step (16; 4 if quick)")
     flags.add_argument("--lengths", choices=("drawn", "full"), nargs="+", default=["drawn", "full"])
     flags.add_argument("--way", choices=list(FORMS), nargs="+", default=list(FORMS))
     flags.add_argument("--parts", type=int, default=3, help="rounds of the table of parts; 0: none")
-    flags.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    measure.add_omissions(flags, compiled=False, memory=True)
     args = flags.parse_args(argv)
     if args.batch is None:
         args.batch = 4 if args.quick else 16
@@ -203,24 +210,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure_case(
-    case: Case, args: argparse.Namespace, settings: measure.Settings
-) -> tuple[list[dict[str, Any]], list[Missing], dict[str, Any]]:
-    """Rows, what failed, and the parts of every form."""
+def measure_case(case: Case, args: argparse.Namespace, run: Run) -> None:
+    """The rows of every form, and its parts."""
     chosen = [each for each in implementations(case.adapter) if each.name in args.way]
     inputs = build(case)
-    rows, missing = measure.compare(
+    run.compare(
         case.op(),
         chosen,
         functools.partial(build, case),
         functools.partial(build, Case(case.model, "tiny", 2, True)),
-        settings,
         dtype="fp32",
         shape=case.adapter.shape(case.size, inputs.batch),
         phase="step",
         reference=reference_losses,
         judged=("total",),
-        measure_memory=not args.no_memory,
         warm_memory=True,
     )
     table = {}
@@ -230,7 +233,11 @@ def measure_case(
             "ms": parts(form, inputs, args.parts),
             "gflop": case.adapter.work(case.size, inputs.batch, packed=form[0] is None),
         }
-    return rows, missing, {"op": case.op(), "parts": table}
+    found = {"op": case.op(), "parts": table}
+    run.facts["parts"].append(found)
+    if table:
+        print_parts(found)
+        run.print("")
 
 
 def print_parts(found: Mapping[str, Any]) -> None:
@@ -252,13 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     axis = ("tokens", "tokens")
     with Run(args, axis=axis, summary=summary, facts={"parts": []}) as run:
         for model, lengths in itertools.product(args.model, args.lengths):
-            case = Case(model, size, args.batch, lengths == "full")
-            found, failed, table = measure_case(case, args, run.settings)
-            run.facts["parts"].append(table)
-            run.add(found, failed)
-            if table["parts"]:
-                print_parts(table)
-                run.print("")
+            measure_case(Case(model, size, args.batch, lengths == "full"), args, run)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:

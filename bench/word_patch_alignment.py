@@ -29,7 +29,7 @@ JUDGED = {"fwd": ("distance",), "fwd+bwd": ("distance", "d_text", "d_image")}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = measure.parser((__doc__ or "").splitlines()[0])
+    flags = measure.parser(__doc__)
     flags.add_argument("--pairs", type=int, help="B (default 64; 16 if quick)")
     flags.add_argument("--words", type=int, default=40, help="Lx")
     flags.add_argument("--patches", type=int, default=200, help="Ly")
@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="every word valid, or 6 to 20 tokens as captions have",
     )  # fmt: skip
     flags.add_argument("--layers", type=int, default=12, help="of the transformer; 0: no estimate")
-    flags.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    measure.add_omissions(flags, compiled=True, memory=False)
     args = flags.parse_args(argv)
     args.pairs = args.pairs or (16 if args.quick else 64)
     if min(args.pairs, args.words, args.patches, args.dim) < 1 or args.layers < 0:
@@ -55,16 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     show = functools.partial(summary, layers=args.layers)
     with Run(args, axis=("pairs", "pairs B"), summary=show, facts={"layers": args.layers}) as run:
         for dtype, text, phase in itertools.product(args.dtype, args.text, JUDGED):
-            field = peers.implementations(phase)
-            if args.no_compile or args.quick:  # a loop of 50 steps compiles for a minute
-                field = [each for each in field if not each.compiled]
             build = functools.partial(inputs, args, dtype, text)
-            run.add(*measure.compare(
-                OP, field, build, functools.partial(build, pairs=1), run.settings, dtype=dtype,
-                shape=shape(args, text), phase=phase,
+            run.compare(
+                OP, peers.implementations(phase), build, functools.partial(build, pairs=1),
+                dtype=dtype, shape=shape(args, text), phase=phase,
                 reference=functools.partial(reference, JUDGED[phase]),
                 measure_memory=phase != "fwd",
-            ))  # fmt: skip
+            )  # fmt: skip
         if args.layers:
             run.add([transformer_row(args, run.settings)])
 

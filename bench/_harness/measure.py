@@ -113,10 +113,11 @@ def integers(least: int, may_be_empty: bool = False) -> Callable[[str], list[int
 dtypes, positives = choices(*DTYPES), integers(1)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The flags every benchmark has."""
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The flags every benchmark has, described by the first line of its docstring."""
     flags = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(doc or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flags.add_argument("--quick", action="store_true", help="small sizes, under 40 seconds")
     flags.add_argument("--json", type=Path, metavar="PATH", help="write meta and rows here")
@@ -128,6 +129,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     flags.add_argument("--rounds", type=int, default=0, help="least rounds; 0: 7, or 3 if quick")
     return flags
+
+
+def add_dtypes(flags: argparse.ArgumentParser) -> None:
+    """The flag of benchmarks that take several dtypes."""
+    flags.add_argument("--dtype", type=dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16")
+
+
+def add_omissions(flags: argparse.ArgumentParser, *, compiled: bool, memory: bool) -> None:
+    """The flags that leave out what takes long: `run.Run` reads them."""
+    if compiled:
+        flags.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    if memory:
+        flags.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
 
 
 def settings_from(args: argparse.Namespace) -> Settings:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from _harness import measure, report, table
-from _harness.measure import Missing
+from _harness.measure import Implementation, Missing
 
 INTERRUPTED = 128 + 2  # as shells report a process that SIGINT ended
 
@@ -19,15 +19,17 @@ class Run:
 
         with Run(args, PACKAGES, axis=("n", "pairs N"), summary=summary) as run:
             for dtype in args.dtype:
-                run.add(*measure.compare(..., run.settings, dtype=dtype))
+                run.compare(OP, implementations(dtype), build, tiny, dtype=dtype, shape=shape)
 
-    `add` prints the tables of its rows and rewrites the files of `--json` and `--plot`, each whole
-    or not at all; their `meta` has `complete: false` until the block has ended. At the end what is
-    missing and the summary are printed. Ctrl-C keeps what `add` has been given and exits with
-    status 130.
+    `compare` is `measure.compare` with the run's settings, and `add` of what it finds. `add` prints
+    the tables of its rows and rewrites the files of `--json` and `--plot`, each whole or not at
+    all; their `meta` has `complete: false` until the block has ended. At the end what is missing
+    and the summary are printed. Ctrl-C keeps what `add` has been given and exits with status 130.
 
     Args:
-        args: parsed flags of a `measure.parser`.
+        args: parsed flags of a `measure.parser`. With --no-compile, or --quick where there is that
+            flag, `with_compiled` is False and no comparison has compiled implementations; with
+            --no-memory none has the peak memory.
         packages: distributions whose versions are kept next to those of torch and fastvlp.
         axis: (key of `shape`, label) of the plot; None: the benchmark has no plot.
         rate, columns: as in `table.table`.
@@ -52,6 +54,10 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.missing: list[Missing] = []
         self.facts = dict(facts or {})
+        self.with_compiled = "no_compile" not in args or not (args.no_compile or args.quick)
+        self._with_memory = "no_memory" not in args or not args.no_memory
+        if not self.with_compiled:
+            self.missing.append(Missing("torch.compile", "left out", "no --quick, --no-compile"))
         self._json, self._plot = args.json, args.plot
         self._packages, self._axis = packages, axis
         self._rate, self._columns = rate, columns
@@ -80,6 +86,32 @@ class Run:
                 self._end()
             self.print(self._interruption())
             raise SystemExit(INTERRUPTED)
+
+    def compare(
+        self,
+        op: str,
+        implementations: Sequence[Implementation],
+        build: Callable[[], Any],
+        tiny: Callable[[], Any],
+        *,
+        missing: Sequence[Missing] = (),
+        measure_memory: bool = True,
+        **options: Any,
+    ) -> None:
+        """Compare the implementations and `add` their rows, and `missing`: those that cannot run.
+
+        The other arguments are those of `measure.compare`.
+        """
+        rows, failed = measure.compare(
+            op,
+            [each for each in implementations if self.with_compiled or not each.compiled],
+            build,
+            tiny,
+            self.settings,
+            measure_memory=measure_memory and self._with_memory,
+            **options,
+        )
+        self.add(rows, [*missing, *failed])
 
     def add(self, rows: Sequence[dict[str, Any]], missing: Sequence[Missing] = ()) -> None:
         """Print and keep the rows of one comparison or more, and what could not be measured."""

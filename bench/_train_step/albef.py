@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _train_step.captions import caption_lengths, masked
-from fastvlp import EmaModel
+from _train_step.captions import captions
+from _train_step.flops import gflop, image_tower, transformer
 from fastvlp.models import albef
 
 NAME = "albef"
@@ -40,25 +40,17 @@ def build(size: str, momentum_copy: str | None) -> albef.Albef:
 def draw(size: str, batch: int, full: bool) -> Batch:
     """Images and texts of 30 tokens, or of a caption's lengths; 15 % of the tokens masked."""
     sizes, generator = config(size), torch.Generator().manual_seed(1)
-    lengths = caption_lengths(batch, PADDED, full)
-    ids = torch.randint(5, sizes.vocab_size, (batch, PADDED), generator=generator)
-    masked_ids, labels = masked(ids, lengths, generator)
+    ids, lengths, masked_ids, labels = captions(batch, PADDED, sizes.vocab_size, full, generator)
     side = sizes.image_size
     images = torch.randn(batch, 3, side, side, generator=generator)
     mask = torch.arange(PADDED) < lengths[:, None]
     return Batch(images, ids, mask, masked_ids, labels)
 
 
-def momentum(model: albef.Albef) -> EmaModel:
-    return model.momentum
-
-
-def use(model: albef.Albef, attention: str | None) -> None:
-    """The kernels' form, or the plain one with this attention in text and fusion layers."""
-    model.use_reference(attention is not None)
-    for side in (model.student, model.teacher):
-        for layer in (*side.text_encoder.text, *side.text_encoder.fusion):
-            layer.padded_attention = (attention or "eager").lower()
+def attention_layers(model: albef.Albef) -> list[nn.Module]:
+    """The layers of text and fusion, whose plain form takes either attention."""
+    encoders = [side.text_encoder for side in (model.student, model.teacher)]
+    return [layer for encoder in encoders for layer in (*encoder.text, *encoder.fusion)]
 
 
 def losses(model: albef.Albef, batch: Batch, update: bool) -> dict[str, Tensor]:
@@ -86,15 +78,13 @@ def work(size: str, batch: Batch, packed: bool) -> dict[str, float]:
     c, count = config(size), len(batch.ids)
     keys = (c.image_size // c.patch_size) ** 2 + 1
     v, d = c.vision_width, c.text_width
-    rows, lengths = count * keys, batch.mask.sum(1).double()
+    lengths = batch.mask.sum(1).double()
     if not packed:
         lengths = torch.full_like(lengths, batch.ids.shape[1])
-    text, squares = lengths.sum().item(), (lengths**2).sum().item()
-    image = c.vision_layers * rows * (24 * v**2 + 4 * keys * v)
-    image += 2 * (rows - count) * 3 * c.patch_size**2 * v
-    layer = 24 * d**2 * text + 4 * d * squares
+    text = lengths.sum().item()
+    image, layer = image_tower(c, count), transformer(d, lengths)
     cross = 4 * d**2 * text + 4 * d * text * keys
-    projections = 4 * v * d * rows
+    projections = 4 * v * d * count * keys
     labelled = (batch.labels != -100).sum().item() if packed else text
     head = labelled * (2 * d**2 + 2 * d * c.vocab_size)
     contrast = 8 * count * (count + c.queue_size) * c.embed_dim
@@ -110,8 +100,7 @@ def work(size: str, batch: Batch, packed: bool) -> dict[str, float]:
         found[f"{name}: fusion"] = fusion(passes)
     found["objectives"] = 2 * head + contrast
     trained = sum(value for name, value in found.items() if name.startswith("student"))
-    found["backward"] = 2 * (trained + head) + contrast
-    return {name: value / 1e9 for name, value in found.items()}
+    return gflop(found, backward=2 * (trained + head) + contrast)
 
 
 def shape(size: str, batch: Batch) -> dict[str, int]:

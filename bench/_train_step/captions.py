@@ -6,6 +6,7 @@ from torch import Tensor
 # About 12 tokens on average, start and end included.
 MEAN_LENGTH, SPREAD, SHORTEST = 12, 4, 5
 MASKED, MASK_ID, IGNORED = 0.15, 4, -100
+FIRST_WORD = 5  # ids below it are special tokens
 
 
 def caption_lengths(batch: int, padded: int, full: bool) -> Tensor:
@@ -15,6 +16,15 @@ def caption_lengths(batch: int, padded: int, full: bool) -> Tensor:
     # Quantiles of a normal distribution, so that the mean is met at any batch size.
     lengths = torch.special.ndtri((torch.arange(batch) + 0.5) / batch) * SPREAD + MEAN_LENGTH
     return lengths.round().clamp(SHORTEST, padded).long()
+
+
+def captions(
+    batch: int, padded: int, vocabulary: int, full: bool, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random texts for masked language modelling: ids, lengths, masked ids and labels."""
+    lengths = caption_lengths(batch, padded, full)
+    ids = torch.randint(FIRST_WORD, vocabulary, (batch, padded), generator=generator)
+    return (ids, lengths, *masked(ids, lengths, generator))
 
 
 def masked(ids: Tensor, lengths: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from _train_step.captions import caption_lengths
+from _train_step.flops import gflop, image_tower, transformer
 from fastvlp.losses import ClipLoss
 from fastvlp.models import clip
 from fastvlp.ops import contrastive_reference
@@ -44,13 +45,9 @@ def draw(size: str, batch: int, full: bool) -> Batch:
     return Batch(torch.randn(batch, 3, c.image_size, c.image_size, generator=generator), tokens)
 
 
-def momentum(model: clip.Clip) -> None:
-    return None
-
-
-def use(model: clip.Clip, attention: str | None) -> None:
-    """The kernels' form, or the plain one."""
-    model.use_reference(attention is not None)
+def attention_layers(model: clip.Clip) -> tuple[()]:
+    """None: the plain form has one attention only."""
+    return ()
 
 
 def losses(model: clip.Clip, batch: Batch, update: bool) -> dict[str, Tensor]:
@@ -75,16 +72,12 @@ def shape(size: str, batch: Batch) -> dict[str, Any]:
 def work(size: str, batch: Batch, packed: bool) -> dict[str, float]:
     """GFLOP forward of each part, multiplications and additions."""
     c, count = config(size), len(batch.tokens)
-    keys = (c.image_size // c.patch_size) ** 2 + 1
     lengths = (batch.tokens.argmax(1) + 1).double()
     if not packed:
         lengths = torch.full_like(lengths, c.context_length)
-    v, d = c.vision_width, c.text_width
     found = {
-        "image": count * (c.vision_layers * keys * (24 * v**2 + 4 * keys * v))
-        + 2 * count * (keys - 1) * 3 * c.patch_size**2 * v,
-        "text": c.text_layers * (24 * d**2 * lengths + 4 * d * lengths**2).sum().item(),
+        "image": image_tower(c, count),
+        "text": c.text_layers * transformer(c.text_width, lengths),
         "objectives": (1 if packed else 2) * 2 * count**2 * c.embed_dim,
     }
-    found["backward"] = 2 * sum(found.values())
-    return {name: value / 1e9 for name, value in found.items()}
+    return gflop(found, backward=2 * sum(found.values()))

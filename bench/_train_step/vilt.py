@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _train_step.captions import caption_lengths, masked
+from _train_step.captions import captions
+from _train_step.flops import gflop, transformer
 from fastvlp.models import vilt
 from fastvlp.models.vilt.patches import ImageBatch
 
@@ -41,9 +42,9 @@ def build(size: str, momentum_copy: str | None) -> vilt.Vilt:
 def draw(size: str, batch: int, full: bool) -> Batch:
     """Images of 3:4 and 4:3, two of each three on their side, on the canvas that holds both."""
     c, generator = config(size), torch.Generator().manual_seed(1)
-    lengths = caption_lengths(batch, c.context_length, full)
-    ids = torch.randint(5, c.vocab_size, (batch, c.context_length), generator=generator)
-    masked_ids, labels = masked(ids, lengths, generator)
+    ids, lengths, masked_ids, labels = captions(
+        batch, c.context_length, c.vocab_size, full, generator
+    )
     short = c.image_size // c.patch_size
     long = short * 4 // 3
     sizes = torch.tensor([(long, short) if i % 3 == 0 else (short, long) for i in range(batch)])
@@ -52,13 +53,9 @@ def draw(size: str, batch: int, full: bool) -> Batch:
     return Batch(images[0], images[1], sizes, ids, lengths, masked_ids, labels)
 
 
-def momentum(model: vilt.Vilt) -> None:
-    return None
-
-
-def use(model: vilt.Vilt, attention: str | None) -> None:
-    """The kernels' form, or the plain one."""
-    model.use_reference(attention is not None)
+def attention_layers(model: vilt.Vilt) -> tuple[()]:
+    """None: the plain form has one attention only."""
+    return ()
 
 
 def losses(model: vilt.Vilt, batch: Batch, update: bool) -> dict[str, Tensor]:
@@ -91,13 +88,11 @@ def work(size: str, batch: Batch, packed: bool) -> dict[str, float]:
         patches = torch.full_like(patches, batch.sizes.max(0).values.prod().item())
     text = batch.lengths.double()
     padded = text if packed else torch.full_like(text, batch.tokens.shape[1])
-    rows = padded + 1 + patches
     labelled = (batch.labels != -100).sum().item() if packed else text.sum().item()
     found = {
         "images": 2 * 2 * patches.sum().item() * 3 * c.patch_size**2 * d,
-        "stream": 2 * c.layers * (24 * d**2 * rows + 4 * d * rows**2).sum().item(),
+        "stream": 2 * c.layers * transformer(d, padded + 1 + patches),
         "objectives": labelled * (2 * d**2 + 2 * d * c.vocab_size)
         + 2 * count * d * (text * patches).mean().item(),
     }
-    found["backward"] = 2 * sum(found.values())
-    return {name: value / 1e9 for name, value in found.items()}
+    return gflop(found, backward=2 * sum(found.values()))

@@ -115,6 +115,32 @@ def test_a_plot_that_does_not_exist_is_refused(tmp_path):
         run.Run(parsed("--plot", tmp_path / "x.png"))
 
 
+@pytest.mark.parametrize(
+    ("flags", "compiled", "memory"),
+    [([], True, True), (["--quick"], False, True), (["--no-compile"], False, True),
+     (["--no-memory"], True, False)],
+)  # fmt: skip
+def test_flags_leave_out_compiled_implementations_and_memory(monkeypatch, flags, compiled, memory):
+    asked = []
+
+    def compare(op, implementations, *_, measure_memory, **options):
+        asked.append(([each.name for each in implementations], measure_memory))
+        return fake_rows(op, implementations, None, None, None, **options)
+
+    monkeypatch.setattr(measure, "compare", compare)
+    parser = measure.parser("a benchmark")
+    measure.add_omissions(parser, compiled=True, memory=True)
+    both = [measure.Implementation(measure.OURS, None),
+            measure.Implementation("peer compiled", None, compiled=True)]  # fmt: skip
+    absent = [measure.Missing("other", "not installed")]
+    with run.Run(parser.parse_args(flags)) as found:
+        found.compare("op", both, None, None, missing=absent, dtype="fp32", shape={"n": 1})
+    names = [measure.OURS, "peer compiled"][: 1 + compiled]
+    assert asked == [(names, memory)] and [row["impl"] for row in found.rows] == names
+    left_out = [] if compiled else ["torch.compile"]
+    assert [each.name for each in found.missing] == [*left_out, "other"]
+
+
 def fake_rows(op, implementations, _build, _tiny, _settings, *, dtype, shape, phase="fwd+bwd", **_):
     return [
         measure.row(

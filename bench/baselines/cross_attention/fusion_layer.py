@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from _harness import measure
-from _harness.measure import BOUND, DTYPES, OURS, Implementation, Missing
+from _harness.measure import BOUND, DTYPES, OURS, Implementation
+from _harness.run import Run
 from _harness.timing import Call
 from torch import Tensor
 
@@ -237,22 +237,18 @@ def implementations() -> list[Implementation]:
     return found
 
 
-def measure_layers(
-    args: argparse.Namespace, settings: measure.Settings
-) -> Iterator[tuple[list[dict[str, Any]], list[Missing]]]:
-    """The layer's rows, and what failed, at each dtype with full and with random lengths."""
+def measure_layers(args: argparse.Namespace, run: Run) -> None:
+    """Compare the layers at each dtype with full and with random lengths."""
     for dtype in args.dtype:
         for random_lengths in (False, True):
             case = LayerCase(args.batch, args.keys, dtype, random_lengths, args.device)
-            yield measure.compare(
+            run.compare(
                 case.op(),
-                [each for each in implementations() if not (args.no_compile and each.compiled)],
+                implementations(),
                 functools.partial(draw, case),
                 functools.partial(draw, replace(case, images=1, keys=min(case.keys, 40))),
-                settings,
                 dtype=dtype,
                 shape=case.shape(),
                 reference=reference,
                 judged=JUDGED,
-                measure_memory=not args.no_memory,
             )
