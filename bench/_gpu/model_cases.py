@@ -38,7 +38,7 @@ def our_momentum(batch: int, dim: int, queue: int):
 
 
 def eager_momentum(batch: int, dim: int, queue: int):
-    import momentum_contrastive as bench
+    import momentum_contrastive
 
     features = leaves((batch, dim), (batch, dim), dtype=torch.float32)
     teacher = leaves((batch, dim), (batch, dim), dtype=torch.float32)
@@ -47,7 +47,9 @@ def eager_momentum(batch: int, dim: int, queue: int):
 
     def call():
         with torch.autocast("cpu", BF16):
-            loss = bench.paper(*features, teacher, [c.detach() for c in columns], temperature)
+            loss = momentum_contrastive.paper(
+                *features, teacher, [c.detach() for c in columns], temperature
+            )
         gradient(loss, *features, temperature)
 
     return call
@@ -87,13 +89,13 @@ def our_alignment(words: int, patches: int, width: int, pairs: int):
 
 
 def eager_alignment(words: int, patches: int, width: int, pairs: int):
-    from baselines.word_patch_alignment import peers as bench
+    from baselines.word_patch_alignment import peers
 
     x, y = leaves((pairs, words, width), (pairs, patches, width))
     masks = [torch.zeros(t.shape[:2], dtype=torch.bool) for t in (x, y)]
 
     def call():
-        gradient(bench.vilt_distance(x, y, *masks).sum(), x, y)
+        gradient(peers.vilt_distance(x, y, *masks).sum(), x, y)
 
     return call
 

@@ -77,7 +77,7 @@ def liger_cross_entropy(width: int, vocabulary: int, rows: int):
 
 
 def eager_soft_cross_entropy(width: int, vocabulary: int, teacher: bool, rows: int):
-    import soft_cross_entropy as bench
+    import soft_cross_entropy
 
     given = leaves((rows, width), (vocabulary, width), (vocabulary,))
     taught = leaves((rows, width), (vocabulary, width), (vocabulary,))
@@ -86,7 +86,7 @@ def eager_soft_cross_entropy(width: int, vocabulary: int, teacher: bool, rows: i
     def call():
         with torch.autocast("cpu", BF16):
             frozen = [t.detach() for t in taught] if teacher else None
-            loss = bench.eager()(*given, labels, frozen)
+            loss = soft_cross_entropy.eager()(*given, labels, frozen)
         gradient(loss, *given)
 
     return call
