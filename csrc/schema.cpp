@@ -18,7 +18,8 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   m.def(
       "contrastive_gradients(Tensor x, Tensor y, Tensor scale, Tensor row_lse, Tensor col_lse, "
       "Tensor positive_gradient, Tensor weights, Tensor kept, int offset, int block_rows, "
-      "int block_cols, int keep_blocks, int chunk_rows, int chunk_cols) -> (Tensor, Tensor, Tensor)");
+      "int block_cols, int keep_blocks, int chunk_rows, int chunk_cols) -> (Tensor, Tensor, "
+      "Tensor)");
   // Sigmoid loss times `weight` and, where wanted, its gradients (else empty): loss [], dx [M, D],
   // dy [N, D], derivatives with respect to the scale [] and the bias [].
   m.def(
@@ -154,8 +155,7 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   // a [m, k] b [k, n] + bias [n], contiguous; float32 matrices with unit stride along one dim.
   m.def("matmul(Tensor a, Tensor b, Tensor? bias) -> Tensor");
   // out [m, n] = alpha a b, added to what out holds where accumulating; unit stride along n.
-  m.def(
-      "add_matmul(Tensor a, Tensor b, float alpha, bool accumulate, Tensor(a!) out) -> ()");
+  m.def("add_matmul(Tensor a, Tensor b, float alpha, bool accumulate, Tensor(a!) out) -> ()");
   // Whether the CPU's instruction set in use has these two.
   m.def("matmul_available() -> bool");
 }

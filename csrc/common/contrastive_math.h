@@ -44,9 +44,7 @@ FASTVLP_HD float softmax_logit_gradient(float z, float row_lse, float col_lse, f
 }
 
 // log(1 + exp(z)) without overflow, relatively exact for z far below zero.
-FASTVLP_HD float softplus(float z) {
-  return (z > 0.0f ? z : 0.0f) + log1pf(expf(-fabsf(z)));
-}
+FASTVLP_HD float softplus(float z) { return (z > 0.0f ? z : 0.0f) + log1pf(expf(-fabsf(z))); }
 
 FASTVLP_HD float sigmoid(float z) {
   const float u = expf(-fabsf(z));

@@ -32,9 +32,9 @@ FASTVLP_HD float ema(float momentum, float source, EmaWeights w) {
 
 // What one AdamW step has in common for all elements of a tensor.
 struct AdamWFactors {
-  float gradient;       // -1 to maximise
-  float shrink;         // 1 - lr * weight_decay
-  float first_weight;   // 1 - beta1
+  float gradient;      // -1 to maximise
+  float shrink;        // 1 - lr * weight_decay
+  float first_weight;  // 1 - beta1
   float beta2;
   float second_weight;  // 1 - beta2
   float step_size;      // lr / (1 - beta1^t)

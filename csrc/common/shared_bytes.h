@@ -55,8 +55,8 @@ class Distances {
 
   void add(int64_t stride, int64_t least, int64_t most) {
     if (stride == 0) return;
-    Term* term = std::find_if(terms_, terms_ + count_,
-                              [&](const Term& t) { return t.stride == stride; });
+    Term* term =
+        std::find_if(terms_, terms_ + count_, [&](const Term& t) { return t.stride == stride; });
     if (term == terms_ + count_) terms_[count_++] = {stride, 0, 0};
     term->least += least;
     term->most += most;

@@ -169,8 +169,7 @@ inline void drop_tied(const std::vector<TensorList>& given, std::vector<TableEnt
       continue;
     }
     STD_TORCH_CHECK(same(*at->second, entry), given[0].name, "[", entry.index,
-                    "]: shares memory with ",
-                    given[0].name, "[", at->second->index,
+                    "]: shares memory with ", given[0].name, "[", at->second->index,
                     "], so expected the same tensors beside it in the other lists");
   }
   entries = std::move(kept);
@@ -223,8 +222,7 @@ inline std::vector<Place> places_of(const std::vector<TensorList>& given,
       if (same != places.end())
         same->written = same->written || given[l].written;
       else
-        places.push_back(
-            {view, view.end(), entry.element[l], entry.index, l, given[l].written});
+        places.push_back({view, view.end(), entry.element[l], entry.index, l, given[l].written});
     }
   }
   std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) {

@@ -4,9 +4,9 @@
 #include <cmath>
 #include <tuple>
 
-#include "driver.h"
 #include "../core/isa.h"
 #include "../core/tensor_args.h"
+#include "driver.h"
 
 namespace fastvlp {
 
@@ -69,21 +69,19 @@ std::tuple<Tensor, Tensor, Tensor> statistics(const Tensor& x, const Tensor& y, 
   Tensor row_negatives = empty(rows ? p.x.rows : 0, ScalarType::Double);
   Tensor col_negatives = empty(cols ? p.y.rows : 0, ScalarType::Double);
   Tensor positive = empty(p.x.rows, ScalarType::Float);
-  contrastive_statistics(p, contrastive_kernels(), run_parallel, torch::stable::get_num_threads(),
-                         mutable_floats_of(kept), keep_blocks,
-                         static_cast<double*>(row_negatives.mutable_data_ptr()),
-                         static_cast<double*>(col_negatives.mutable_data_ptr()),
-                         mutable_floats_of(positive));
+  contrastive_statistics(
+      p, contrastive_kernels(), run_parallel, torch::stable::get_num_threads(),
+      mutable_floats_of(kept), keep_blocks, static_cast<double*>(row_negatives.mutable_data_ptr()),
+      static_cast<double*>(col_negatives.mutable_data_ptr()), mutable_floats_of(positive));
   return {row_negatives, col_negatives, positive};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& y, const Tensor& scale,
                                              const Tensor& row_lse, const Tensor& col_lse,
-                                             const Tensor& positive_gradient,
-                                             const Tensor& weights, const Tensor& kept,
-                                             int64_t offset, int64_t block_rows, int64_t block_cols,
-                                             int64_t keep_blocks, int64_t chunk_rows,
-                                             int64_t chunk_cols) {
+                                             const Tensor& positive_gradient, const Tensor& weights,
+                                             const Tensor& kept, int64_t offset, int64_t block_rows,
+                                             int64_t block_cols, int64_t keep_blocks,
+                                             int64_t chunk_rows, int64_t chunk_cols) {
   ContrastiveProblem p = problem_of(x, y, scale, offset, block_rows, block_cols);
   p.use_rows = row_lse.numel() > 0;
   p.use_cols = col_lse.numel() > 0;
@@ -114,10 +112,12 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& x, const Tensor& y, c
   return {dx, dy, scalar_tensor(scale, scale_gradient)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid(
-    const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias, double weight,
-    int64_t offset, bool gradients, int64_t block_rows, int64_t block_cols, int64_t chunk_rows,
-    int64_t chunk_cols) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid(const Tensor& x, const Tensor& y,
+                                                           const Tensor& scale, const Tensor& bias,
+                                                           double weight, int64_t offset,
+                                                           bool gradients, int64_t block_rows,
+                                                           int64_t block_cols, int64_t chunk_rows,
+                                                           int64_t chunk_cols) {
   ContrastiveProblem p = problem_of(x, y, scale, offset, block_rows, block_cols);
   STD_TORCH_CHECK(chunk_rows > 0 && chunk_cols > 0, "chunk_rows, chunk_cols: expected at least 1");
   p.loss = Loss::kSigmoid;

@@ -173,8 +173,8 @@ double contrastive_gradients(const ContrastiveProblem& p, const ContrastiveKerne
   const int64_t packed_cols = wanted ? kernels.packed_floats(p, p.block_cols) : 0;
   const int64_t packed_rows = wanted ? kernels.packed_floats(p, p.block_rows) : 0;
   for (const Chunk& c : chunks)
-    packed_size = std::max({packed_size, c.width() * packed_cols,
-                            (c.row_end - c.row_begin) * packed_rows});
+    packed_size =
+        std::max({packed_size, c.width() * packed_cols, (c.row_end - c.row_begin) * packed_rows});
   Buffer packed = allocate_floats(packed_size);
   auto pack = [&](auto function, int64_t first, int64_t count, int64_t step) {
     parallel(count, [&](int64_t begin, int64_t end) {

@@ -4,9 +4,9 @@
 #include <cmath>
 
 #include "../../common/contrastive_math.h"
-#include "rows.h"
 #include "../gemm/pack.h"
 #include "../gemm/policy.h"
+#include "rows.h"
 
 namespace {
 
@@ -69,9 +69,9 @@ class TileGradient {
     if (p_.loss == Loss::kSigmoid)
       sigmoid_gradient(z, n, p_.bias, row_weight_, g);
     else if (shift_ == shift_)
-      shifted_softmax_gradient(
-          z, n, row_factor_ + first,
-          p_.use_cols ? col_weight * std::exp(shift_ - p_.col_lse[col]) : 0.0f, g);
+      shifted_softmax_gradient(z, n, row_factor_ + first,
+                               p_.use_cols ? col_weight * std::exp(shift_ - p_.col_lse[col]) : 0.0f,
+                               g);
     else if (p_.use_rows && p_.use_cols)
       softmax_gradient<true, true>(z, n, row_lse, row_rest, p_.col_lse[col], row_weight_,
                                    col_weight, g);
@@ -149,8 +149,8 @@ void add_row_gradient(const ContrastiveProblem& p, int64_t row_block, int64_t co
   if constexpr (Units::kTransposed) {
     uint32_t* words = reinterpret_cast<uint32_t*>(s.words);
     transposed_gradient(gradient, cols, n, stride, s, words, gradient_stride(p));
-    return Units::multiply(words, gradient_stride(p), packed, accumulator, width, n,
-                           width / kPanel, depth_words<Dot>(cols), 1.0f, true);
+    return Units::multiply(words, gradient_stride(p), packed, accumulator, width, n, width / kPanel,
+                           depth_words<Dot>(cols), 1.0f, true);
   }
 #endif
   if constexpr (Dot::kPerWord == 1) {
@@ -191,8 +191,8 @@ void add_col_gradient(const ContrastiveProblem& p, int64_t row_block, int64_t co
   }
   for (int64_t j = cols; j < m; ++j)
     std::memset(s.gradient + j * stride, 0, depth_words<Dot>(rows) * 4);
-  Units::multiply(reinterpret_cast<const uint32_t*>(s.gradient), stride, packed, accumulator,
-                  width, m, width / kPanel, depth_words<Dot>(rows), 1.0f, true);
+  Units::multiply(reinterpret_cast<const uint32_t*>(s.gradient), stride, packed, accumulator, width,
+                  m, width / kPanel, depth_words<Dot>(rows), 1.0f, true);
 }
 
 }  // namespace

@@ -3,12 +3,12 @@
 #include <cmath>
 
 #include "../../common/contrastive_math.h"
-#include "gradient.h"
-#include "rows.h"
-#include "scratch.h"
 #include "../core/isa_name.h"
 #include "../gemm/pack.h"
 #include "../gemm/policy.h"
+#include "gradient.h"
+#include "rows.h"
+#include "scratch.h"
 
 namespace {
 
@@ -104,8 +104,7 @@ void tile_statistics(const ContrastiveProblem& p, int64_t block, int64_t tile_co
   float* new_max = base + s.tile_max;
   float* own_max = base + s.col_max;
   std::memcpy(new_max, row_max, n * 4);
-  for (int64_t j = 0; j < tile_cols; ++j)
-    own_max[j] = update_maxima(tile + j * stride, n, new_max);
+  for (int64_t j = 0; j < tile_cols; ++j) own_max[j] = update_maxima(tile + j * stride, n, new_max);
 
   const float shift = largest(own_max, tile_cols);
   float low = rows ? smallest(new_max, valid) : shift;
@@ -281,8 +280,8 @@ void add_cols(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
                             accumulator, padded_dim(p));
 #if defined(__AMX_BF16__)
   if constexpr (Units::kSplit)
-    add_split_col_gradient(p, row_block, col_block, tile, split_scratch(base, s),
-                           base + s.columns, packed, accumulator, padded_dim(p));
+    add_split_col_gradient(p, row_block, col_block, tile, split_scratch(base, s), base + s.columns,
+                           packed, accumulator, padded_dim(p));
 #endif
 }
 
@@ -301,8 +300,7 @@ void row_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin
     if (!accumulator) continue;
     if (fresh && p.loss == Loss::kSoftmax) shift_tile(p, block, j, tile);
     add_rows<Units>(p, block, j, tile, base, s,
-                    packed + (j - begin) * packed_floats_with<Units>(p, p.block_cols),
-                    accumulator);
+                    packed + (j - begin) * packed_floats_with<Units>(p, p.block_cols), accumulator);
   }
 }
 
@@ -315,8 +313,7 @@ void col_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin
   float* base = static_cast<float*>(scratch);
   for (int64_t i = begin; i < end; ++i)
     add_cols<Units>(p, i, block, tiles + (i - begin) * tile_step, base, s,
-                    packed + (i - begin) * packed_floats_with<Units>(p, p.block_rows),
-                    accumulator);
+                    packed + (i - begin) * packed_floats_with<Units>(p, p.block_rows), accumulator);
 }
 
 // Each table entry chooses the units by the element type; only this set's own products exist.
@@ -367,8 +364,8 @@ void col_gradient(const ContrastiveProblem& p, int64_t block, int64_t begin, int
 namespace fastvlp {
 
 const ContrastiveKernels& FASTVLP_JOIN(contrastive_kernels_, FASTVLP_ISA)() {
-  static constexpr ContrastiveKernels table = {scratch_bytes, padded_dim, packed_floats,
-                                               pack_cols,     pack_rows,  statistics,
+  static constexpr ContrastiveKernels table = {scratch_bytes, padded_dim,  packed_floats,
+                                               pack_cols,     pack_rows,   statistics,
                                                row_gradient,  col_gradient};
   return table;
 }

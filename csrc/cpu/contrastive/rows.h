@@ -2,8 +2,8 @@
 // statistics, logit gradients, and the sums of the sigmoid loss.
 #pragma once
 
-#include "kernel.h"
 #include "../core/simd.h"
+#include "kernel.h"
 
 namespace {
 
@@ -58,8 +58,7 @@ void softmax_gradient(const float* z, int64_t n, const float* row_lse, const flo
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec v = load(z + i);
     Vec sum = {};
-    if constexpr (rows)
-      sum = sum + exp((v - load(row_lse + i)) - load(row_rest + i)) * row_weight;
+    if constexpr (rows) sum = sum + exp((v - load(row_lse + i)) - load(row_rest + i)) * row_weight;
     if constexpr (cols) sum = sum + exp(v - col_lse) * col_weight;
     store(g + i, sum);
   }

@@ -1,9 +1,9 @@
 // Which products a contrastive problem takes, and the scratch memory of one call of its kernels.
 #pragma once
 
+#include "../gemm/pack.h"
 #include "gradient.h"
 #include "split.h"
-#include "../gemm/pack.h"
 
 namespace {
 
@@ -57,7 +57,7 @@ struct Scratch {
   }
   int64_t total = 0;
   int64_t x_panels = 0, gradient = 0, row, columns, row_max, row_sum, tile_max, col_max, tile;
-  int64_t y_rows = 0, words = 0;                            // of products that are not split
+  int64_t y_rows = 0, words = 0;                           // of products that are not split
   int64_t x_factor = 0, a = 0, transposed = 0, block = 0;  // of those that are
 };
 
@@ -67,8 +67,12 @@ inline GradientScratch gradient_scratch(float* base, const Scratch& s) {
 
 #if defined(__AMX_BF16__)
 inline SplitScratch split_scratch(float* base, const Scratch& s) {
-  return {reinterpret_cast<uint32_t*>(base + s.a), base + s.row,   base + s.gradient,
-          base + s.transposed,                     base + s.block, base + s.row_max};
+  return {reinterpret_cast<uint32_t*>(base + s.a),
+          base + s.row,
+          base + s.gradient,
+          base + s.transposed,
+          base + s.block,
+          base + s.row_max};
 }
 #endif
 

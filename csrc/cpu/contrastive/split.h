@@ -2,8 +2,8 @@
 // split for the product that reads them, so that nothing of them is kept.
 #pragma once
 
-#include "gradient.h"
 #include "../gemm/bf16x3_pack.h"
+#include "gradient.h"
 
 #if defined(__AMX_BF16__)
 
@@ -69,8 +69,7 @@ inline void split_gradient_rows(const TileGradient& gradient, int64_t first, int
         gradient.part(j + c, first, count, s.columns + c * stride);
       else
         std::memset(s.columns + c * stride, 0, count * 4);
-    split_transposed_step(s.columns, stride, count, 1.0f, j / kStepDepth, steps, s.a,
-                          s.transposed);
+    split_transposed_step(s.columns, stride, count, 1.0f, j / kStepDepth, steps, s.a, s.transposed);
   }
 }
 
@@ -116,9 +115,9 @@ inline void add_split_col_gradient(const ContrastiveProblem& p, int64_t row_bloc
   for (int64_t j = 0; j < cols; j += kSplitGroup) {
     const int64_t count = std::min(kSplitGroup, cols - j);
     split_gradient_columns(gradient, j, count, n, column, s.a);
-    multiply_split(s.a, reinterpret_cast<const uint32_t*>(packed + kPackedHeader),
-                   n / kStepDepth, accumulator + j * width, width, round_up(count, kStepSide),
-                   width / kStepSide, quotient(1.0, factor, packed[0]), true, s.block);
+    multiply_split(s.a, reinterpret_cast<const uint32_t*>(packed + kPackedHeader), n / kStepDepth,
+                   accumulator + j * width, width, round_up(count, kStepSide), width / kStepSide,
+                   quotient(1.0, factor, packed[0]), true, s.block);
   }
 }
 

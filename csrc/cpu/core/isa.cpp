@@ -39,8 +39,7 @@ Isas find_isas() {
   if (bf16 && amx_usable()) found.add(Isa::kAmx);
   if (bf16) found.add(Isa::kAvx512Bf16);
   if (avx512) found.add(Isa::kAvx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found.add(Isa::kAvx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.add(Isa::kAvx2);
 #endif
   found.add(Isa::kPortable);
   return found;

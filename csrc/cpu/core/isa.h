@@ -30,25 +30,25 @@ Isa chosen_isa();
 // Defines `const Kernels& op_kernels()`, the table of the chosen set, over the tables that the
 // files compiled once per set export.
 #if defined(FASTVLP_X86)
-#define FASTVLP_DEFINE_KERNELS(Kernels, op)                       \
-  const Kernels& op##_kernels_portable();                         \
-  const Kernels& op##_kernels_avx2();                             \
-  const Kernels& op##_kernels_avx512();                           \
-  const Kernels& op##_kernels_avx512_bf16();                      \
-  const Kernels& op##_kernels_amx();                              \
-  static const Kernels& op##_kernels() {                          \
-    switch (chosen_isa()) {                                       \
-      case Isa::kAmx:                                             \
-        return op##_kernels_amx();                                \
-      case Isa::kAvx512Bf16:                                      \
-        return op##_kernels_avx512_bf16();                        \
-      case Isa::kAvx512:                                          \
-        return op##_kernels_avx512();                             \
-      case Isa::kAvx2:                                            \
-        return op##_kernels_avx2();                               \
-      default:                                                    \
-        return op##_kernels_portable();                           \
-    }                                                             \
+#define FASTVLP_DEFINE_KERNELS(Kernels, op)  \
+  const Kernels& op##_kernels_portable();    \
+  const Kernels& op##_kernels_avx2();        \
+  const Kernels& op##_kernels_avx512();      \
+  const Kernels& op##_kernels_avx512_bf16(); \
+  const Kernels& op##_kernels_amx();         \
+  static const Kernels& op##_kernels() {     \
+    switch (chosen_isa()) {                  \
+      case Isa::kAmx:                        \
+        return op##_kernels_amx();           \
+      case Isa::kAvx512Bf16:                 \
+        return op##_kernels_avx512_bf16();   \
+      case Isa::kAvx512:                     \
+        return op##_kernels_avx512();        \
+      case Isa::kAvx2:                       \
+        return op##_kernels_avx2();          \
+      default:                               \
+        return op##_kernels_portable();      \
+    }                                        \
   }
 #else
 #define FASTVLP_DEFINE_KERNELS(Kernels, op) \

@@ -30,9 +30,9 @@ inline void to_bfloat16_row(const float* in, int64_t n, uint16_t* out) {
 #if defined(__AVX512BF16__)
   if (reinterpret_cast<uintptr_t>(out) % 64 == 0 && n % (2 * kLanes) == 0) {
     for (; i < n; i += 2 * kLanes)
-      _mm512_stream_si512((__m512i*)(out + i),
-                          (__m512i)_mm512_cvtne2ps_pbh((__m512)load(in + i + kLanes),
-                                                       (__m512)load(in + i)));
+      _mm512_stream_si512(
+          (__m512i*)(out + i),
+          (__m512i)_mm512_cvtne2ps_pbh((__m512)load(in + i + kLanes), (__m512)load(in + i)));
     return;
   }
   for (; i + 2 * kLanes <= n; i += 2 * kLanes)

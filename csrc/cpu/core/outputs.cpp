@@ -62,8 +62,8 @@ Tensor empty_strided(const Tensor& t, const Numbers& sizes, const Numbers& strid
   Buffer buffer = allocate_floats((bytes + 3) / 4);
   auto* context = new BufferDeleter(buffer.get_deleter());
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      buffer.get(), dims, sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(),
-      -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, context));
+      buffer.get(), dims, sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1,
+      &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, context));
   buffer.release();
   return Tensor(handle);
 }

@@ -43,8 +43,8 @@ class Ahead {
   void step(int64_t work) {
     done_ += work;
     for (int i = 0; i < count_; ++i)
-      for (Set& set = sets_[i]; set.row < set.rows.count && set.row * work_ < set.rows.count * done_;
-           ++set.row)
+      for (Set& set = sets_[i];
+           set.row < set.rows.count && set.row * work_ < set.rows.count * done_; ++set.row)
         prefetch_row<2>(set.rows, set.row, dim_);
   }
 

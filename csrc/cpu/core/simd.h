@@ -118,9 +118,7 @@ inline Vec exp2(Vec x) {
 #endif
 }
 
-inline Vec absolute(Vec x) {
-  return (Vec)(bits(x) & 0x7fffffff);
-}
+inline Vec absolute(Vec x) { return (Vec)(bits(x) & 0x7fffffff); }
 
 // log(1 + u) for u in [0, 1], relatively exact: 2 atanh(s) with s = u / (2 + u) <= 1/3.
 inline Vec log1p_unit(Vec u) {
@@ -175,9 +173,8 @@ inline void store_transposed(const Vec rows[kLanes], uint32_t* out, int64_t stri
 // `low`, the high half from `high`.
 inline Vec bf16_pairs(Vec low, Vec high) {
   const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  const __m512i order = _mm512_set_epi16(
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-      3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return (Vec)_mm512_permutexvar_epi16(order, packed);
 }
 inline void store_bf16_pairs(uint32_t* p, Vec low, Vec high) {

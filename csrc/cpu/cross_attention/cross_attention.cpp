@@ -11,11 +11,11 @@
 #include <tuple>
 #include <vector>
 
-#include "kernel.h"
-#include "../core/scratch.h"
 #include "../core/isa.h"
 #include "../core/outputs.h"
+#include "../core/scratch.h"
 #include "../core/tensor_args.h"
+#include "kernel.h"
 
 namespace fastvlp {
 
@@ -41,8 +41,7 @@ std::vector<int64_t> starts_of(const Tensor& t, const char* name, int64_t total)
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) >= 1 && t.is_contiguous(), name,
                   ": expected contiguous [segments + 1]");
   const bool narrow = t.scalar_type() == ScalarType::Int;
-  STD_TORCH_CHECK(narrow || t.scalar_type() == ScalarType::Long, name,
-                  ": expected int32 or int64");
+  STD_TORCH_CHECK(narrow || t.scalar_type() == ScalarType::Long, name, ": expected int32 or int64");
   std::vector<int64_t> starts(t.size(0));
   for (size_t i = 0; i < starts.size(); ++i) {
     starts[i] = narrow ? static_cast<const int32_t*>(t.const_data_ptr())[i]
@@ -169,7 +168,8 @@ void for_each_task(const Segments& segments, int64_t heads, int64_t scratch_floa
     const Buffer scratch = allocate_floats(scratch_floats);
     const auto head_of = [&](int64_t run_index) { return run_index % runs * run; };
     for (int64_t i = next++, following; i < segments.count() * runs; i = following) {
-      following = next++;  // taken early, so that its first head is known while this one's last runs
+      following =
+          next++;  // taken early, so that its first head is known while this one's last runs
       const int64_t first = head_of(i), end = std::min(heads, first + run);
       AttentionTask next_run = {};
       const bool more = following < segments.count() * runs;
@@ -194,8 +194,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   const AttentionProblem p = problem_of(q, k, v, seed, scale, dropout_p, causal);
   const Segments segments(q, k, cu_seqlens_q, cu_seqlens_k, key_mask);
   Tensor out = empty_output(q);
-  Tensor statistics =
-      torch::stable::new_empty(q, {2, p.heads, q.size(0)}, ScalarType::Float);
+  Tensor statistics = torch::stable::new_empty(q, {2, p.heads, q.size(0)}, ScalarType::Float);
   const AttentionForward outputs = {output_of(out), mutable_floats_of(statistics)};
   const AttentionKernels& kernels = attention_kernels();
   for_each_task(segments, p.heads,
@@ -206,11 +205,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& statistics, const Tensor& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
-    const std::optional<Tensor>& key_mask, const Tensor& seed, double scale, double dropout_p,
-    bool causal, int64_t, int64_t) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                            const Tensor& v, const Tensor& out,
+                                            const Tensor& statistics, const Tensor& cu_seqlens_q,
+                                            const std::optional<Tensor>& cu_seqlens_k,
+                                            const std::optional<Tensor>& key_mask,
+                                            const Tensor& seed, double scale, double dropout_p,
+                                            bool causal, int64_t, int64_t) {
   AttentionProblem p = problem_of(q, k, v, seed, scale, dropout_p, causal);
   p.grad = input_of(grad, "grad");
   STD_TORCH_CHECK(element_of(grad, "grad") == p.element, "grad: expected the dtype of q");
@@ -219,9 +220,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
                   "grad: expected the shape of q");
   STD_TORCH_CHECK(statistics.numel() == 2 * p.heads * q.size(0) && statistics.is_contiguous(),
                   "statistics: expected those of the forward pass");
-  STD_TORCH_CHECK(element_of(out, "out") == p.element && out.is_contiguous() &&
-                      out.numel() == q.numel(),
-                  "out: expected that of the forward pass");
+  STD_TORCH_CHECK(
+      element_of(out, "out") == p.element && out.is_contiguous() && out.numel() == q.numel(),
+      "out: expected that of the forward pass");
   const Segments segments(q, k, cu_seqlens_q, cu_seqlens_k, key_mask);
   Tensor dq = empty_gradient(q), dk = empty_gradient(k), dv = empty_gradient(v);
   const AttentionBackward outputs = {input_of(out, "out"), floats_of(statistics), output_of(dq),

@@ -2,18 +2,18 @@
 // everything but the one exported table has internal linkage.
 #include <algorithm>
 
-#include "unpacked_backward.h"
-#include "unpacked_forward.h"
+#include "../core/isa_name.h"
 #include "kernel.h"
 #include "pass.h"
 #include "tile_backward.h"
 #include "tile_forward.h"
-#include "../core/isa_name.h"
+#include "unpacked_backward.h"
+#include "unpacked_forward.h"
 
 namespace {
 
 #if defined(__AVX512BF16__)
-#define FASTVLP_WITH_PRODUCTS(function, p)                                       \
+#define FASTVLP_WITH_PRODUCTS(function, p)                                         \
   ((p).element == fastvlp::Element::kBFloat16 ? function<DotProducts<BFloat16Dot>> \
                                               : function<DotProducts<FloatDot>>)
 #else
@@ -25,8 +25,8 @@ namespace {
 template <template <class, int> class Pass, class... Arguments>
 int64_t pass_floats(const AttentionProblem& p, Arguments... arguments) {
   if (p.element == fastvlp::Element::kBFloat16)
-    return typename Pass<BFloat16Rows, 0>::Places(TileShape<BFloat16Rows>(p.dim), arguments...)
-        .total;
+    return
+        typename Pass<BFloat16Rows, 0>::Places(TileShape<BFloat16Rows>(p.dim), arguments...).total;
   return typename Pass<FloatRows, 0>::Places(TileShape<FloatRows>(p.dim), arguments...).total;
 }
 
@@ -88,8 +88,8 @@ int64_t backward_scratch(const AttentionProblem& p, int64_t queries, int64_t see
                   FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, true));
 }
 
-void forward_once(const AttentionProblem& p, const AttentionTask& task,
-                  const AttentionForward& out, float* scratch) {
+void forward_once(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
+                  float* scratch) {
 #if defined(__AMX_BF16__)
   if (is_in_place(p)) return InPlaceForwardPass(p, task, out, scratch).run();
   if (run_on_tiles<TileForward>(p, task, out, scratch)) return;

@@ -40,7 +40,9 @@ inline void transpose_rows(const uint32_t* rows, int64_t words, uint32_t sign, u
 // columns, so that a weight of 1 has a derivative of 0 and not of rounding.
 template <class Dot>
 void dots_of_columns(const uint32_t* a, const uint32_t* b, int64_t words, int64_t m, float* sums) {
-  const auto words_at = [](const uint32_t* p) { return bits(load(reinterpret_cast<const float*>(p))); };
+  const auto words_at = [](const uint32_t* p) {
+    return bits(load(reinterpret_cast<const float*>(p)));
+  };
   for (int64_t i = 0; i < m; i += kLanes) {
     Vec total = {};
     for (int64_t k = 0; k < words; k += Dot::kMaxDepth) {
@@ -194,10 +196,9 @@ struct DotProducts {
 
   void scores(const KeyRows& keys, const uint32_t* query_columns, int64_t n, int64_t m,
               float* c) const {
-    multiply_rows<Dot, Order::kDepthContiguous>(keys.words, keys.stride, floats(query_columns), m,
-                                                c, m, padded_keys(n), m / kLanes,
-                                                depth_words<Dot>(dim), false, true, step(),
-                                                nothing_done);
+    multiply_rows<Dot, Order::kDepthContiguous>(
+        keys.words, keys.stride, floats(query_columns), m, c, m, padded_keys(n), m / kLanes,
+        depth_words<Dot>(dim), false, true, step(), nothing_done);
   }
 
   // `queries` of the m are no padding. done(r, count, sums) gets the rows from r on when they are
@@ -209,17 +210,15 @@ struct DotProducts {
         key_weights, depth_words<Dot>(m), floats(query_rows), padded_dim(), c, padded_dim(),
         padded_keys(n), padded_dim() / kLanes, depth_words<Dot>(queries), accumulate, keep, step(),
         [&](int64_t r) {
-          done(r, n - r < kRegisterRows ? n - r : kRegisterRows,
-               c + (keep ? r * padded_dim() : 0));
+          done(r, n - r < kRegisterRows ? n - r : kRegisterRows, c + (keep ? r * padded_dim() : 0));
         });
   }
 
   void into_queries(const uint32_t* query_weights, const KeyRows& columns, int64_t n, int64_t m,
                     float* c, bool accumulate) const {
-    multiply_rows<Dot, Order::kRowContiguous>(columns.words, columns.stride, floats(query_weights),
-                                              m, c, m, column_words(), m / kLanes,
-                                              depth_words<Dot>(n), accumulate, true, step(),
-                                              nothing_done);
+    multiply_rows<Dot, Order::kRowContiguous>(
+        columns.words, columns.stride, floats(query_weights), m, c, m, column_words(), m / kLanes,
+        depth_words<Dot>(n), accumulate, true, step(), nothing_done);
   }
 
  private:

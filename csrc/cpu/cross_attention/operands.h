@@ -8,8 +8,8 @@
 #pragma once
 
 #include "../core/prefetch.h"
-#include "../gemm/pack.h"
 #include "../gemm/bf16x3_gemm.h"
+#include "../gemm/pack.h"
 
 #if defined(__AMX_BF16__)
 
@@ -101,8 +101,7 @@ template <class Rows, bool rows, bool pairs, bool whole>
       const Split a = piece(low, d), b = piece(low, d + kTile);
       const Split e = piece(high, d), f = piece(high, d + kTile);
       if constexpr (rows) store_words(a, b, to.low), store_words(e, f, to.high);
-      if constexpr (pairs)
-        store_words(a, e, to.pairs), store_words(b, f, to.pairs + kHalfWords);
+      if constexpr (pairs) store_words(a, e, to.pairs), store_words(b, f, to.pairs + kHalfWords);
     } else {
       const auto piece = [&](const uint16_t* row) {
         if constexpr (whole) return _mm512_loadu_si512(row + d);
@@ -118,8 +117,8 @@ template <class Rows, bool rows, bool pairs, bool whole>
       if constexpr (rows) _mm512_storeu_si512(to.low, a), _mm512_storeu_si512(to.high, b);
       if constexpr (pairs) {
         _mm512_storeu_si512(to.pairs, join(_mm512_castsi512_si256(a), _mm512_castsi512_si256(b)));
-        _mm512_storeu_si512(to.pairs + kHalfWords, join(_mm512_extracti64x4_epi64(a, 1),
-                                                        _mm512_extracti64x4_epi64(b, 1)));
+        _mm512_storeu_si512(to.pairs + kHalfWords,
+                            join(_mm512_extracti64x4_epi64(a, 1), _mm512_extracti64x4_epi64(b, 1)));
       }
     }
     if constexpr (rows) to.low += to.step, to.high += to.step;

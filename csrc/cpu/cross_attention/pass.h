@@ -4,9 +4,9 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../core/nontemporal_store.h"
 #include "matmuls.h"
 #include "softmax.h"
-#include "../core/nontemporal_store.h"
 
 namespace {
 
@@ -143,8 +143,8 @@ struct OutputRows {
   void* operator[](int64_t r) const { return data + r * step; }
 };
 
-inline OutputRows output_rows(const AttentionProblem& p, const AttentionOutput& out,
-                              int64_t offset, int64_t head) {
+inline OutputRows output_rows(const AttentionProblem& p, const AttentionOutput& out, int64_t offset,
+                              int64_t head) {
   const int64_t size = bytes_of(p.element);
   return {static_cast<char*>(out.data) + (offset + head * out.head) * size, out.row * size};
 }
@@ -183,8 +183,7 @@ void store_queries(const Products& x, const WeightBlock& b, const float* in, con
       for (int64_t j = 0; j < kLanes; ++j) tile[j] = load(in + (d + j) * b.m + r) * scale;
       store_transposed(tile, reinterpret_cast<uint32_t*>(rows + d), stride);
     }
-    for (int64_t i = 0; i < count; ++i)
-      store_row(b.p, rows + i * stride, to[b.first + r + i]);
+    for (int64_t i = 0; i < count; ++i) store_row(b.p, rows + i * stride, to[b.first + r + i]);
   }
   finish_streams();
 }
@@ -229,8 +228,14 @@ WeightBlock block_at(const Products& x, const AttentionProblem& p, const Attenti
                      int64_t first) {
   const int64_t left = task.queries - first;
   const int64_t queries = left < x.kQueryBlock ? left : x.kQueryBlock;
-  return {p, task, first, queries, x.padded_queries(queries), 0,
-          visible(p, task, first + queries), logit_factor(p)};
+  return {p,
+          task,
+          first,
+          queries,
+          x.padded_queries(queries),
+          0,
+          visible(p, task, first + queries),
+          logit_factor(p)};
 }
 
 // Logits in units of ln 2 from this size on are rounded so coarsely that exponentials relative to
@@ -240,18 +245,19 @@ WeightBlock block_at(const Products& x, const AttentionProblem& p, const Attenti
 constexpr float kCoarseLogit = 0x1p29f;
 
 // Whether the task has such a logit. Infinity and NaN stay in their rows as they are.
-inline bool is_coarse(const AttentionProblem& p, const AttentionTask& task, const float* statistics) {
+inline bool is_coarse(const AttentionProblem& p, const AttentionTask& task,
+                      const float* statistics) {
   const float* largest = statistics + task.head * p.total_queries + task.first_query;
   bool fine = true;
-  for (int64_t i = 0; i < task.queries; ++i) fine &= !(std::abs(largest[i]) >= kCoarseLogit && std::isfinite(largest[i]));
+  for (int64_t i = 0; i < task.queries; ++i)
+    fine &= !(std::abs(largest[i]) >= kCoarseLogit && std::isfinite(largest[i]));
   return !fine;
 }
 
 // Whether the forward pass of the task was a relative one.
 inline bool is_relative(const AttentionProblem& p, const AttentionTask& task,
                         const float* statistics) {
-  const float* reciprocal =
-      statistics + (p.heads + task.head) * p.total_queries + task.first_query;
+  const float* reciprocal = statistics + (p.heads + task.head) * p.total_queries + task.first_query;
   bool found = false;
   for (int64_t i = 0; i < task.queries; ++i) found |= reciprocal[i] < 0.0f;
   return found;
@@ -289,8 +295,7 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
       x.into_queries(operand, value_columns, b.n, b.m, scratch + at.into_queries, false);
     else
       std::memset(scratch + at.into_queries, 0, x.into_queries_floats(b.m) * 4);
-    store_queries(x, b, scratch + at.into_queries, reciprocal, scratch + at.row,
-                  out.out);
+    store_queries(x, b, scratch + at.into_queries, reciprocal, scratch + at.row, out.out);
     const int64_t row = task.head * p.total_queries + task.first_query + first;
     if (relative) {
       std::memcpy(largest, scratch + at.origin, b.m * 4);
@@ -325,8 +330,7 @@ void prepare_queries(const Products& x, const QueryLayout<Products>& l, const We
   if (relative) {
     std::memcpy(at + l.origin, at + l.largest, b.m * 4);
     std::memset(at + l.largest, 0, b.m * 4);
-    for (int64_t i = 0; i < b.m; ++i)
-      floats(l.reciprocal)[i] = std::abs(floats(l.reciprocal)[i]);
+    for (int64_t i = 0; i < b.m; ++i) floats(l.reciprocal)[i] = std::abs(floats(l.reciprocal)[i]);
   }
   std::memset(at + l.into_queries, 0, x.into_queries_floats(b.m) * 4);
 }
@@ -395,8 +399,11 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
   const SeenRows values = seen_rows(p, task, p.v);
   for (int64_t key = 0; key < task.seen_keys && task.queries > 0; key += x.kKeyBlock) {
     const int64_t n = task.seen_keys - key < x.kKeyBlock ? task.seen_keys - key : x.kKeyBlock;
-    KeyBlock k = {key, n, x.key_rows(seen.slice(key, n), words + at.key_rows),
-                  x.key_rows(values.slice(key, n), words + at.value_rows), {}};
+    KeyBlock k = {key,
+                  n,
+                  x.key_rows(seen.slice(key, n), words + at.key_rows),
+                  x.key_rows(values.slice(key, n), words + at.value_rows),
+                  {}};
     k.key_columns = k.keys;
     if constexpr (!Products::kWeightsInPlace)
       k.key_columns = x.key_columns(seen.slice(key, n), words + at.key_columns);

@@ -33,7 +33,9 @@ class OddKeys {
 
   // `first`: what tiled_keys gives.
   OddKeys(const AttentionProblem& p, const AttentionTask& task, int64_t first)
-      : p_(p), task_(task), first_(first),
+      : p_(p),
+        task_(task),
+        first_(first),
         keys_(seen_rows(p, task, p.k)),
         values_(seen_rows(p, task, p.v)) {
     for (int64_t key = first_; key < task.seen_keys; ++key) {

@@ -2,8 +2,8 @@
 // in rows of m floats, so that a softmax over the keys runs along the lanes.
 #pragma once
 
-#include "kernel.h"
 #include "../core/philox_simd.h"
+#include "kernel.h"
 
 namespace {
 
@@ -18,12 +18,12 @@ constexpr float kSmallestNormal = 1.17549435e-38f;
 struct WeightBlock {
   const AttentionProblem& p;
   const AttentionTask& task;
-  int64_t first;    // of the task's query rows
+  int64_t first;  // of the task's query rows
   int64_t queries;
   int64_t m;
   int64_t first_key;  // of the seen ones
   int64_t n;
-  float factor;     // of a product, to be a logit in units of ln 2; not negative
+  float factor;  // of a product, to be a logit in units of ln 2; not negative
 
   int64_t key(int64_t r) const { return task.key(first_key + r); }
   // With a causal mask: the first of its rows that may see key r, aligned at the last key, so that

@@ -67,7 +67,12 @@ class TileBackward {
 
   TileBackward(const AttentionProblem& p, const AttentionTask& task, const AttentionBackward& out,
                float* scratch)
-      : p_(p), task_(task), out_(out), x_(p.dim), at_(x_, task.queries), floats_(scratch),
+      : p_(p),
+        task_(task),
+        out_(out),
+        x_(p.dim),
+        at_(x_, task.queries),
+        floats_(scratch),
         words_(reinterpret_cast<uint32_t*>(scratch)),
         keys_(p, task, p.k, tiled_, kKeyBlock),
         values_(p, task, p.v, tiled_, kKeyBlock) {}
@@ -79,7 +84,8 @@ class TileBackward {
       queries_.see_rows<Rows>({query_rows(p_, task_, p_.q), nullptr, task_.queries}, p_.dim, true);
       grads_.see_rows<Rows>({query_rows(p_, task_, p_.grad), nullptr, task_.queries}, p_.dim, true);
     }
-    for (int64_t first = 0; first < task_.queries; first += Shape::kQueryBlock) prepare_queries(first);
+    for (int64_t first = 0; first < task_.queries; first += Shape::kQueryBlock)
+      prepare_queries(first);
     if (task_.queries > 0 && task_.seen_keys > 0) {
       run_pairs();
       const QueryPlaces& l = at_.block;
@@ -220,8 +226,7 @@ class TileBackward {
       Weigh weigh(*this, last, b, p_.drop_below ? drop : nullptr);
       beside_.add(weigh);
       if (turned_ && last.key >= 0) {
-        transpose.start(words_ + at_.gradient_pairs[last.number % 2],
-                        x_.tiles(x_.words(b.m, b.n)));
+        transpose.start(words_ + at_.gradient_pairs[last.number % 2], x_.tiles(x_.words(b.m, b.n)));
         beside_.add(transpose);
       }
       if (!transposed) add_transposition(), transposed = true;
@@ -263,7 +268,9 @@ class TileBackward {
    public:
     Weigh(const TileBackward& pass, const AttentionPair& pair, const WeightBlock& b,
           DropoutRow* drop)
-        : b_(&b), at_{pair.key >= 0 ? pass.x_.padded(b.n) : 0, b.m}, factor_(b.factor),
+        : b_(&b),
+          at_{pair.key >= 0 ? pass.x_.padded(b.n) : 0, b.m},
+          factor_(b.factor),
           scale_(b.p.scale),
           logits_(pass.floats_ + pass.at_.logits),
           derivatives_(pass.floats_ + pass.at_.derivatives),
@@ -360,9 +367,12 @@ class TileBackward {
   class Leave {
    public:
     Leave(const TileBackward& pass, const AttentionPair& pair)
-        : p_(&pass.p_), task_(&pass.task_), key_(pair.key),
+        : p_(&pass.p_),
+          task_(&pass.task_),
+          key_(pair.key),
           end_(pair.ends ? pair.key + pass.count(pair.key) : pair.key),
-          stride_(pass.x_.padded_dim()), dk_(pass.floats_ + pass.at_.dk),
+          stride_(pass.x_.padded_dim()),
+          dk_(pass.floats_ + pass.at_.dk),
           dv_(pass.floats_ + pass.at_.dv),
           dk_out_(key_outputs(pass.p_, pass.task_, pass.out_.dk)),
           dv_out_(key_outputs(pass.p_, pass.task_, pass.out_.dv)) {}

@@ -42,8 +42,13 @@ class TileForward {
 
   TileForward(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
               float* scratch)
-      : p_(p), task_(task), out_(out), x_(p.dim), at_(x_, task.queries, task.seen_keys),
-        floats_(scratch), words_(reinterpret_cast<uint32_t*>(scratch)),
+      : p_(p),
+        task_(task),
+        out_(out),
+        x_(p.dim),
+        at_(x_, task.queries, task.seen_keys),
+        floats_(scratch),
+        words_(reinterpret_cast<uint32_t*>(scratch)),
         keys_(p, task, p.k, tiled_, block_),
         values_(p, task, p.v, tiled_, block_) {}
 
@@ -160,8 +165,8 @@ class TileForward {
     };
     walk_keys(b.n, block_, beside_, prepare, [&](int64_t key) {
       if (key > 0) look_at(key - block_);
-      multiply(packed(key), x_.padded(count(key)), words_ + at_.query_columns, b.m,
-               x_.dim_steps(), logits(b, key), b.m, false);
+      multiply(packed(key), x_.padded(count(key)), words_ + at_.query_columns, b.m, x_.dim_steps(),
+               logits(b, key), b.m, false);
     });
     look_at((b.n - 1) / block_ * block_);
     stream_.finish();
@@ -225,8 +230,13 @@ class TileForward {
     const auto prepare = [&](int64_t key) {
       part.first_key = key;
       part.n = std::min(b.n - key, block_);
-      weigh = {&part, {x_.padded(count(key)), b.m}, b.factor, logits(b, key),
-               floats_ + at_.largest, floats_ + at_.reciprocal, weights(key),
+      weigh = {&part,
+               {x_.padded(count(key)), b.m},
+               b.factor,
+               logits(b, key),
+               floats_ + at_.largest,
+               floats_ + at_.reciprocal,
+               weights(key),
                p_.drop_below != 0 ? drop : nullptr};
       pack.start(x_, values_.at(key), values_.after(key), nullptr, packed(key));
       transpose.start(turned_ ? weights(key) : packed(key),

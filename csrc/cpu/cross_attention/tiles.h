@@ -5,9 +5,9 @@
 
 #include <algorithm>
 
+#include "../gemm/interleave.h"
 #include "operands.h"
 #include "pass.h"
-#include "../gemm/interleave.h"
 
 #if defined(__AMX_BF16__)
 
@@ -227,9 +227,9 @@ class KeyBlocks {
   KeyBlocks(const AttentionProblem& p, const AttentionTask& task, const AttentionInput& input,
             int64_t count, int64_t block)
       : rows_(seen_rows(p, task, input).slice(0, count)),
-        following_{{}, nullptr, 0}, block_(block) {
-    if (task.next != nullptr)
-      following_ = block_of(seen_rows(p, *task.next, input), 0);
+        following_{{}, nullptr, 0},
+        block_(block) {
+    if (task.next != nullptr) following_ = block_of(seen_rows(p, *task.next, input), 0);
   }
   SeenRows at(int64_t key) const { return block_of(rows_, key); }
   SeenRows after(int64_t key) const {
@@ -276,9 +276,9 @@ template <class Rows, int kDim>
       _mm512_stream_ps(reinterpret_cast<float*>(to + b), (__m512)load(in + b / 4));
     } else {
       const float* from = in + b / 2;
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + b),
-                          words_of(_mm512_cvtne2ps_pbh((__m512)load(from + kLanes),
-                                                       (__m512)load(from))));
+      _mm512_stream_si512(
+          reinterpret_cast<__m512i*>(to + b),
+          words_of(_mm512_cvtne2ps_pbh((__m512)load(from + kLanes), (__m512)load(from))));
     }
   }
 }
@@ -328,8 +328,8 @@ class Magnitude {
   template <class Rows>
   void see_rows(const SeenRows& x, int64_t dim, bool finite) {
     for (int64_t r = 0; r < x.count; ++r) {
-      const auto* row = static_cast<const typename Rows::Scalar*>(x.features.data) +
-                        x[r] * x.features.stride;
+      const auto* row =
+          static_cast<const typename Rows::Scalar*>(x.features.data) + x[r] * x.features.stride;
       for (int64_t d = 0; d < dim; d += kLanes) {
         const Vec v = Rows::load_some(row + d, dim - d);
         see(finite ? (absolute(v) < splat(__builtin_inff()) ? v : Vec{}) : v);
@@ -358,8 +358,7 @@ inline bool inputs_are_sound(const AttentionProblem& p, const AttentionTask& tas
     magnitude.see_rows<Rows>(rows, p.dim, finite);
     return magnitude.sound();
   };
-  return sound(seen_rows(p, task, p.k), false) &&
-         sound(seen_rows(p, task, p.v), false) &&
+  return sound(seen_rows(p, task, p.k), false) && sound(seen_rows(p, task, p.v), false) &&
          sound({query_rows(p, task, p.q), nullptr, task.queries}, true) &&
          (!backward || sound({query_rows(p, task, p.grad), nullptr, task.queries}, true));
 }

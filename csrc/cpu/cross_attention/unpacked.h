@@ -68,16 +68,15 @@ class RowBlocks {
 template <int kDim, int locality>
 [[gnu::always_inline]] inline void fetch_rows(const RowBlock& x) {
   FASTVLP_UNROLL
-  for (int64_t r = 0; r < 2; ++r)
-    FASTVLP_UNROLL
-    for (int64_t d = 0; d < kDim; d += 32) __builtin_prefetch(x[r] + d, 0, locality);
+  for (int64_t r = 0; r < 2; ++r) FASTVLP_UNROLL
+  for (int64_t d = 0; d < kDim; d += 32) __builtin_prefetch(x[r] + d, 0, locality);
 }
 
 // Fetches k and v of the heads that a thread takes after this task's run into the second-level cache,
 // each task of the run a share: row by row, all heads of a row, so that memory is read in order.
 template <int kDim>
 class RunAhead {
-  static constexpr int64_t kMostBytes = int64_t{2} << 20;  // of that cache
+  static constexpr int64_t kMostBytes = int64_t{2} << 20;         // of that cache
   static constexpr int64_t kBytes = 2 * kDim * sizeof(uint16_t);  // of a row of two heads
 
  public:

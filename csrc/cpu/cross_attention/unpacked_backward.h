@@ -51,7 +51,11 @@ class InPlaceBackward {
 
   InPlaceBackward(const AttentionProblem& p, const AttentionTask& task,
                   const AttentionBackward& out, float* scratch)
-      : p_(p), task_(task), out_(out), at_(task.seen_keys), floats_(scratch),
+      : p_(p),
+        task_(task),
+        out_(out),
+        at_(task.seen_keys),
+        floats_(scratch),
         words_(reinterpret_cast<uint32_t*>(scratch)),
         keys_(p, task, p.k, tiled_),
         values_(p, task, p.v, tiled_) {}
@@ -59,8 +63,7 @@ class InPlaceBackward {
   void run() {
     look_ahead(p_, task_, out_, ahead_);
     run_ahead_.start(p_, task_);
-    const WeightBlock b = {p_,        task_, 0,      task_.queries,
-                           kStepSide, 0,     tiled_, logit_factor(p_)};
+    const WeightBlock b = {p_, task_, 0, task_.queries, kStepSide, 0, tiled_, logit_factor(p_)};
     if (task_.queries > 0) {
       if (task_.seen_keys > 0) prepare_queries();
       if (p_.drop_below != 0)
@@ -183,10 +186,13 @@ class InPlaceBackward {
     int64_t key = 0, left = 0;
 
     explicit Leave(const InPlaceBackward& p)
-        : pass(p), dk(key_outputs(p.p_, p.task_, p.out_.dk)),
+        : pass(p),
+          dk(key_outputs(p.p_, p.task_, p.out_.dk)),
           dv(key_outputs(p.p_, p.task_, p.out_.dv)),
           aligned((reinterpret_cast<uintptr_t>(dk.data) | reinterpret_cast<uintptr_t>(dv.data) |
-                   static_cast<uintptr_t>(dk.step | dv.step)) % 64 == 0) {}
+                   static_cast<uintptr_t>(dk.step | dv.step)) %
+                      64 ==
+                  0) {}
 
     [[gnu::always_inline]] void operator()(int count) {
       for (; count > 0 && left > 0; --count)
@@ -215,8 +221,8 @@ class InPlaceBackward {
   void walk(const WeightBlock& b) {
     DropoutRow drop[2];
     for (int h = 0; h < 2 && kDrop; ++h) drop[h].start(b, h * kLanes);
-    Weigh<kDrop> weigh = {b,       p_.scale, {},      {},      {}, drop,
-                          nullptr, nullptr,  nullptr, nullptr, {}, {}, {}, {}, &run_ahead_};
+    Weigh<kDrop> weigh = {b,       p_.scale, {}, {}, {}, drop, nullptr,    nullptr,
+                          nullptr, nullptr,  {}, {}, {}, {},   &run_ahead_};
     for (int h = 0; h < 2; ++h) {
       weigh.largest[h] = load(floats_ + at_.largest + h * kLanes);
       weigh.reciprocal[h] = load(floats_ + at_.reciprocal + h * kLanes);

@@ -16,7 +16,7 @@ class InPlaceForward {
   static_assert(kDim % kStepSide == 0);
   using Shape = TileShape<BFloat16Rows>;
   static constexpr int64_t kBlock = kStepSide;
-  static constexpr int kPieces = kBlock / 2;  // two keys each
+  static constexpr int kPieces = kBlock / 2;                       // two keys each
   static constexpr int kShare = kPieces / 2 / (kDim / kStepSide);  // beside each step of a product
   static constexpr int64_t kAhead = 3;  // blocks from the one that is weighed to those fetched
   // By how much a logit in units of ln 2 may be above what weights are relative to.
@@ -45,7 +45,10 @@ class InPlaceForward {
 
   InPlaceForward(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
                  float* scratch)
-      : p_(p), task_(task), out_(out), floats_(scratch),
+      : p_(p),
+        task_(task),
+        out_(out),
+        floats_(scratch),
         words_(reinterpret_cast<uint32_t*>(scratch)),
         keys_(p, task, p.k, tiled_),
         values_(p, task, p.v, tiled_) {}
@@ -67,8 +70,14 @@ class InPlaceForward {
 
   void run_queries(int64_t first) {
     const int64_t queries = std::min(task_.queries - first, kStepSide);
-    const WeightBlock b = {p_, task_, first, queries, kStepSide, 0,
-                           visible(p_, task_, first + queries), logit_factor(p_)};
+    const WeightBlock b = {p_,
+                           task_,
+                           first,
+                           queries,
+                           kStepSide,
+                           0,
+                           visible(p_, task_, first + queries),
+                           logit_factor(p_)};
     float *largest = floats_ + at_.largest, *total = floats_ + at_.reciprocal;
     for (int64_t i = 0; i < kStepSide; i += kLanes) store(largest + i, splat(kNegativeInfinity));
     place_queries<BFloat16Rows, false>(x_, query_rows(p_, task_, p_.q), first, queries,
@@ -222,8 +231,8 @@ class InPlaceForward {
     bool raised = false;
     for (int h = 0; h < 2; ++h) {
       most[0][h] = max(most[0][h], most[1][h]) * factor;
-      raised |= _mm512_cmp_ps_mask((__m512)most[0][h], (__m512)(s.largest[h] + kSlack),
-                                   _CMP_GT_OQ) != 0;
+      raised |=
+          _mm512_cmp_ps_mask((__m512)most[0][h], (__m512)(s.largest[h] + kSlack), _CMP_GT_OQ) != 0;
     }
     if (!raised) return false;
     for (int h = 0; h < 2; ++h) {

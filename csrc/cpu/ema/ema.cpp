@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "../../common/ema_lists.h"
-#include "kernel.h"
 #include "../core/isa.h"
+#include "kernel.h"
 
 namespace fastvlp {
 
@@ -83,10 +83,9 @@ void adamw_ema(const Tensors& weights, const Tensors& gradients, const Tensors& 
                double weight_decay, double step, bool maximize,
                const std::optional<Tensor>& decay_tensor, double decay,
                const std::optional<Tensor>& nonfinite) {
-  const auto item = table_of(adamw_lists(weights, gradients, first, second, momentum, weight_copies,
-                                         momentum_copies));
-  const AdamWFactors factors =
-      adamw_factors(lr, beta1, beta2, eps, weight_decay, step, maximize);
+  const auto item = table_of(
+      adamw_lists(weights, gradients, first, second, momentum, weight_copies, momentum_copies));
+  const AdamWFactors factors = adamw_factors(lr, beta1, beta2, eps, weight_decay, step, maximize);
   const EmaWeights ema = ema_weights(decay_of(decay_tensor, decay));
   if (stopped(nonfinite)) return;
   const auto run = ema_kernels().adamw;

@@ -1,8 +1,8 @@
 // Products on AMX tiles for the operand layouts of gemm.h.
 #pragma once
 
-#include "simd_gemm.h"
 #include "amx_tile.h"
+#include "simd_gemm.h"
 
 #if defined(__AMX_BF16__)
 

@@ -11,8 +11,8 @@
 // 2^-126 all of them.
 #pragma once
 
-#include "simd_gemm.h"
 #include "amx_tile.h"
+#include "simd_gemm.h"
 
 #if defined(__AMX_BF16__)
 
@@ -54,9 +54,7 @@ inline bool has_special(Vec a, Vec b) {
 
 // Layouts of two vectors of bfloat16 in one: one after the other, or alternating.
 struct Neighbours {
-  static __m512i round(Vec a, Vec b) {
-    return words_of(_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
-  }
+  static __m512i round(Vec a, Vec b) { return words_of(_mm512_cvtne2ps_pbh((__m512)b, (__m512)a)); }
   static Vec first(__m512i words) {
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(words)), 16);
   }

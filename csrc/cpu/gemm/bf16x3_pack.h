@@ -8,8 +8,8 @@
 #include <limits>
 
 #include "amx_gemm.h"
-#include "pack.h"
 #include "bf16x3_gemm.h"
+#include "pack.h"
 
 #if defined(__AMX_BF16__)
 

@@ -98,8 +98,7 @@ void pack_along_rows(const Features& m, int64_t begin, int64_t count, int64_t di
       const uint16_t* second = pair ? first + m.stride : first;
       const uint32_t keep = pair ? 0xffffu : 0u;
       uint32_t* words_out = reinterpret_cast<uint32_t*>(row);
-      for (int64_t d = 0; d < dim; ++d)
-        words_out[d] = first[d] | (second[d] & keep) << 16;
+      for (int64_t d = 0; d < dim; ++d) words_out[d] = first[d] | (second[d] & keep) << 16;
       std::memset(row + dim, 0, (padded - dim) * 4);
       for (int64_t p = 0; p < padded / kPanel; ++p)
         std::memcpy(out + (p * words + k) * kPanel, row + p * kPanel, kPanel * 4);

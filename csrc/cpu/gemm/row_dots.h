@@ -19,13 +19,11 @@ inline void dot_tile(const float* x, const float* y, int64_t stride, int64_t dep
   Vec sum[kDotRowsX][kDotRowsY] = {};
   for (int64_t d = 0; d < depth; d += kLanes) {
     Vec right[kDotRowsY];
-    _Pragma("GCC unroll 8")
-    for (int j = 0; j < kDotRowsY; ++j) right[j] = load(y + j * stride + d);
-    _Pragma("GCC unroll 8")
-    for (int i = 0; i < kDotRowsX; ++i) {
+    _Pragma("GCC unroll 8") for (int j = 0; j < kDotRowsY; ++j) right[j] = load(y + j * stride + d);
+    _Pragma("GCC unroll 8") for (int i = 0; i < kDotRowsX; ++i) {
       const Vec left = load(x + i * stride + d);
-      _Pragma("GCC unroll 8")
-      for (int j = 0; j < kDotRowsY; ++j) sum[i][j] = sum[i][j] + left * right[j];
+      _Pragma("GCC unroll 8") for (int j = 0; j < kDotRowsY; ++j) sum[i][j] =
+          sum[i][j] + left * right[j];
     }
   }
   for (int i = 0; i < kDotRowsX; ++i)

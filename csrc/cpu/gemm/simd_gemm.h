@@ -38,9 +38,7 @@ struct FloatDot {
 struct BFloat16Dot {
   static constexpr int kPerWord = 2;
   static constexpr int64_t kMaxDepth = 512;  // a packed panel stays in the first-level cache
-  static Vec broadcast(const uint32_t* a) {
-    return (Vec)_mm512_set1_epi32(static_cast<int>(*a));
-  }
+  static Vec broadcast(const uint32_t* a) { return (Vec)_mm512_set1_epi32(static_cast<int>(*a)); }
   static Vec step(Vec acc, Vec a, Vec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
@@ -72,14 +70,13 @@ inline void micro_kernel(const uint32_t* a, int64_t lda, const float* b, int64_t
     }
   }
   FASTVLP_UNROLL
-  for (int i = 0; i < kRegisterRows; ++i)
-    FASTVLP_UNROLL
-    for (int j = 0; j < vectors; ++j) {
-      float* p = c + i * ldc + j * kLanes;
-      Vec v = acc[i][j] * alpha;
-      if (accumulate) v = v + load(p);
-      store(p, v);
-    }
+  for (int i = 0; i < kRegisterRows; ++i) FASTVLP_UNROLL
+  for (int j = 0; j < vectors; ++j) {
+    float* p = c + i * ldc + j * kLanes;
+    Vec v = acc[i][j] * alpha;
+    if (accumulate) v = v + load(p);
+    store(p, v);
+  }
 }
 
 // C[m, panels * kPanel] = alpha * A[m, depth] * B (+ C when accumulate). `m` is a multiple of
@@ -118,8 +115,7 @@ void multiply_rows(const uint32_t* a, int64_t lda, const float* b, int64_t ldb, 
           micro_kernel<Dot, order, kRegisterVectors>(ai, lda, bj, ldb, cij, ldc, part, 1.0f,
                                                      accumulate || k > 0);
         else
-          micro_kernel<Dot, order, 1>(ai, lda, bj, ldb, cij, ldc, part, 1.0f,
-                                      accumulate || k > 0);
+          micro_kernel<Dot, order, 1>(ai, lda, bj, ldb, cij, ldc, part, 1.0f, accumulate || k > 0);
         between(kRegisterRows * kRegisterVectors * kLanes * part);
       }
       if (k + part == depth) done(i);

@@ -3,9 +3,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "kernel.h"
 #include "../core/isa.h"
 #include "../core/tensor_args.h"
+#include "kernel.h"
 
 namespace fastvlp {
 
@@ -37,22 +37,29 @@ std::vector<Operation> operations_of(const Tensor& t) {
   return found;
 }
 
-ImagePlan plan_of(const int64_t* f, const std::vector<Operation>& operations,
-                  bool may_start_down) {
+ImagePlan plan_of(const int64_t* f, const std::vector<Operation>& operations, bool may_start_down) {
   const int64_t first = f[11], before = f[12], after = f[13];
   const int64_t count = static_cast<int64_t>(operations.size());
-  STD_TORCH_CHECK(first >= 0 && before >= 0 && after >= 0 && first <= count &&
-                      before + after <= count - first,
-                  "plans: operations out of range");
+  STD_TORCH_CHECK(
+      first >= 0 && before >= 0 && after >= 0 && first <= count && before + after <= count - first,
+      "plans: operations out of range");
   const Operation* o = operations.data() + first;
-  return {{f[0], f[1], f[2], f[3]}, f[4], f[5], {f[6], f[7], f[8], f[9]}, f[10] != 0, may_start_down,
-          o, o + before, before, after};
+  return {{f[0], f[1], f[2], f[3]},
+          f[4],
+          f[5],
+          {f[6], f[7], f[8], f[9]},
+          f[10] != 0,
+          may_start_down,
+          o,
+          o + before,
+          before,
+          after};
 }
 
 // Serial: a loader has its own threads, each of which calls this for a part of a batch.
 void transform_images(const std::vector<Tensor>& images, const Tensor& plans,
-                      const Tensor& operations, const Tensor& table,
-                      bool may_start_down, Tensor out) {
+                      const Tensor& operations, const Tensor& table, bool may_start_down,
+                      Tensor out) {
   check_table(plans, ScalarType::Long, kPlanFields, "plans");
   check_table(operations, ScalarType::Double, kOperationFields, "operations");
   check_table(table, ScalarType::Float, 256, "table");
@@ -70,16 +77,16 @@ void transform_images(const std::vector<Tensor>& images, const Tensor& plans,
     STD_TORCH_CHECK(t.is_cpu() && t.dim() == 3 && t.size(2) == 3 && t.is_contiguous() &&
                         t.scalar_type() == ScalarType::Byte,
                     "images: expected contiguous uint8 tensors [height, width, 3] of the CPU");
-    const ImagePlan plan =
-        plan_of(static_cast<const int64_t*>(plans.const_data_ptr()) + i * kPlanFields, all,
-                                   may_start_down);
+    const ImagePlan plan = plan_of(
+        static_cast<const int64_t*>(plans.const_data_ptr()) + i * kPlanFields, all, may_start_down);
     STD_TORCH_CHECK(inside(plan.crop, t.size(1), t.size(0)) &&
                         inside(plan.window, plan.width, plan.height) &&
                         plan.window.width <= width && plan.window.height <= height,
                     "plans: row ", i, " has a box that is empty or does not fit");
     images_kernels().transform(
-        {static_cast<const uint8_t*>(t.const_data_ptr()), 3 * t.size(1), t.size(1), t.size(0)}, plan,
-        floats_of(table), {mutable_floats_of(out) + i * 3 * height * width, width, height}, scratch);
+        {static_cast<const uint8_t*>(t.const_data_ptr()), 3 * t.size(1), t.size(1), t.size(0)},
+        plan, floats_of(table), {mutable_floats_of(out) + i * 3 * height * width, width, height},
+        scratch);
   }
 }
 

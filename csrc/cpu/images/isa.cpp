@@ -22,8 +22,8 @@ namespace {
 
 using namespace fastvlp;
 
-constexpr int kBits = 22;        // of a weight's fraction
-constexpr int64_t kGroup = 4;    // pixels of a row that are weighted at once
+constexpr int kBits = 22;         // of a weight's fraction
+constexpr int64_t kGroup = 4;     // pixels of a row that are weighted at once
 constexpr int64_t kPadding = 16;  // bytes that a load may pass the end of a row by
 
 double cubic(double x) {
@@ -97,15 +97,16 @@ inline __m128i weighted(const uint8_t* pixels, const int32_t* weights, int64_t t
     sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(_mm512_cvtepu8_epi32(bytes), factors));
 #else
     const __m256i w8 = _mm256_castsi128_si256(w);
-    const __m256i low = _mm256_mullo_epi32(_mm256_cvtepu8_epi32(bytes),
-                                           _mm256_permutevar8x32_epi32(w8, first));
+    const __m256i low =
+        _mm256_mullo_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_permutevar8x32_epi32(w8, first));
     const __m256i high = _mm256_mullo_epi32(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)),
                                             _mm256_permutevar8x32_epi32(w8, second));
     sum = _mm256_add_epi32(sum, _mm256_add_epi32(low, high));
 #endif
   }
 #if defined(__AVX512BW__)
-  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
 #else
   const __m256i half = sum;
 #endif
@@ -164,12 +165,13 @@ void combine_rows(const uint8_t* rows, int64_t stride, const int32_t* weights, i
 
 // The weights of both directions for a window of a view resized to width x height.
 struct Passes {
-  Passes(const ImageView& in, int64_t width, int64_t height, const Box& window, ImageScratch& scratch)
+  Passes(const ImageView& in, int64_t width, int64_t height, const Box& window,
+         ImageScratch& scratch)
       : view(in), out(window), memory(scratch) {
-    across = weigh(in.width, width, window.left, window.width, scratch.weights[0],
-                   scratch.firsts[0]);
-    down = weigh(in.height, height, window.top, window.height, scratch.weights[1],
-                 scratch.firsts[1]);
+    across =
+        weigh(in.width, width, window.left, window.width, scratch.weights[0], scratch.firsts[0]);
+    down =
+        weigh(in.height, height, window.top, window.height, scratch.weights[1], scratch.firsts[1]);
     // Weights past an output's last are 0, but the pixels that they meet must exist.
     padding = 3 * across + kPadding;
   }

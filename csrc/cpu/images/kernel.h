@@ -20,8 +20,18 @@ struct Box {
 
 // The kinds of operation; the numbers are part of the operator's interface.
 enum class Augment : int64_t {
-  kAutoContrast, kEqualize, kPosterize, kSolarize, kSolarizeAdd, kColor, kContrast, kBrightness,
-  kSharpness, kNearest, kBilinear, kCount
+  kAutoContrast,
+  kEqualize,
+  kPosterize,
+  kSolarize,
+  kSolarizeAdd,
+  kColor,
+  kContrast,
+  kBrightness,
+  kSharpness,
+  kNearest,
+  kBilinear,
+  kCount
 };
 
 struct Operation {
@@ -34,7 +44,7 @@ struct ImagePlan {
   int64_t width, height;  // the crop's size once resized
   Box window;             // the part of the resized crop that is kept
   bool flip;
-  bool may_start_down;    // resize as Pillows do that begin with the vertical pass at times
+  bool may_start_down;  // resize as Pillows do that begin with the vertical pass at times
   const Operation *before, *after;  // on the whole image; on the window, after the flip
   int64_t before_count, after_count;
 };

@@ -40,9 +40,7 @@ __mmask16 first_lanes(int64_t n) {
                      : static_cast<__mmask16>((1u << (n < 0 ? 0 : n)) - 1);
 }
 
-Vec load_first(const float* p, int64_t n) {
-  return (Vec)_mm512_maskz_loadu_ps(first_lanes(n), p);
-}
+Vec load_first(const float* p, int64_t n) { return (Vec)_mm512_maskz_loadu_ps(first_lanes(n), p); }
 
 // Rows of A or columns of B, `side` of them, and their `depth` floats along K.
 struct Side {
@@ -72,8 +70,8 @@ void pack_neighbours(const Side& x, int64_t steps, float alpha, uint32_t* out) {
 void pack_pairs(const Side& x, int64_t steps, float alpha, uint32_t* out) {
   for (int64_t s = 0; s < steps; ++s)
     for (int64_t i = 0; i < blocks_of(x.count) * kStepSide; i += kTile) {
-      uint32_t* half = out + (i / kStepSide * steps + s) * kStepWords +
-                       i % kStepSide / kTile * kHalfWords;
+      uint32_t* half =
+          out + (i / kStepSide * steps + s) * kStepWords + i % kStepSide / kTile * kHalfWords;
       const float* at = x.data + i + s * kStepDepth * x.along;
       for (int64_t w = 0; w < kTile; ++w, at += 2 * x.along) {
         const int64_t left = x.depth - s * kStepDepth - 2 * w;
@@ -99,7 +97,7 @@ void pack(const Side& x, int64_t steps, float alpha, uint32_t* out) {
 void multiply_block_apart(const uint32_t* a, const uint32_t* b, int64_t steps, const float* bias,
                           float* c, int64_t c_row, int64_t rows, int64_t cols, bool added,
                           float* square) {
-  const auto run = rows <= kTile ? cols <= kTile ? split_block<1, 1> : split_block<1, 2>
+  const auto run = rows <= kTile   ? cols <= kTile ? split_block<1, 1> : split_block<1, 2>
                    : cols <= kTile ? split_block<2, 1>
                                    : split_block<2, 2>;
   run(a, b, steps, bias, square, kStepSide);

@@ -6,11 +6,11 @@
 #include <algorithm>
 #include <optional>
 
-#include "../core/scratch.h"
 #include "../core/isa.h"
-#include "kernel.h"
 #include "../core/outputs.h"
+#include "../core/scratch.h"
 #include "../core/tensor_args.h"
+#include "kernel.h"
 
 namespace fastvlp {
 
@@ -36,9 +36,9 @@ struct Grid {
   int64_t rows, cols;
   Grid(int64_t m, int64_t n, int64_t k) {
     const double work = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
-    const int64_t threads = std::max<int64_t>(
-        1, std::min<int64_t>(torch::stable::get_num_threads(),
-                             static_cast<int64_t>(work / kLeastWork)));
+    const int64_t threads =
+        std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(),
+                                               static_cast<int64_t>(work / kLeastWork)));
     const int64_t row_blocks = (m + kGrain - 1) / kGrain, col_blocks = (n + kGrain - 1) / kGrain;
     rows = cols = 1;
     double best = 0;
@@ -108,9 +108,8 @@ Tensor matmul(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bia
 
 void add_matmul(const Tensor& a, const Tensor& b, double alpha, bool accumulate, Tensor out) {
   MatmulTask t = task_of(a, b, std::nullopt);
-  STD_TORCH_CHECK(out.dim() == 2 && out.scalar_type() == ScalarType::Float &&
-                      out.size(0) == t.m && out.size(1) == t.n &&
-                      (t.n <= 1 || out.stride(1) == 1),
+  STD_TORCH_CHECK(out.dim() == 2 && out.scalar_type() == ScalarType::Float && out.size(0) == t.m &&
+                      out.size(1) == t.n && (t.n <= 1 || out.stride(1) == 1),
                   "out: expected float32 [", t.m, ", ", t.n, "] with unit stride along dim 1");
   t.alpha = static_cast<float>(alpha);
   t.accumulate = accumulate;

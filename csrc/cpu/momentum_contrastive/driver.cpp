@@ -94,7 +94,7 @@ double element_at(const Features& m, int64_t row, int64_t d) {
 
 // The softmax of one stacked row over all parts and its own pair.
 struct Softmax {
-  double own = 0.0;        // logit of its own pair
+  double own = 0.0;  // logit of its own pair
   double lse = 0.0;
   double share(double logit) const { return std::exp(logit - lse); }
 };
@@ -178,8 +178,7 @@ void finish_group(const MomentumProblem& p, int64_t group, const Parts& parts, i
   std::vector<double> gradient(p.dim);
   const int64_t first_row = group * p.group_rows;
   for (int64_t i = 0; i < p.rows_in(group); ++i) {
-    const RowResult row =
-        finish_row(p, first_row, i, parts, width, alpha, share, gradient, out);
+    const RowResult row = finish_row(p, first_row, i, parts, width, alpha, share, gradient, out);
     *loss += row.loss;
     *temperature_gradient += row.temperature_gradient;
     if (out.negatives == nullptr) continue;

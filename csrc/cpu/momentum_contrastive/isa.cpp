@@ -2,9 +2,9 @@
 // naming it; everything but the one exported table has internal linkage.
 #include "../../common/philox.h"
 #include "../core/isa_name.h"
-#include "rows.h"
 #include "../gemm/bf16x3_pack.h"
 #include "../gemm/policy.h"
+#include "rows.h"
 
 namespace {
 
@@ -114,8 +114,7 @@ float pack_rows(const MomentumProblem& p, int64_t first_row, int64_t rows, float
       largest = std::max(largest, largest_magnitude(p.teacher, first_row, rows, p.dim, row));
     const float factor = factor_to(largest, 0);
     split_columns(p.student, first_row, rows, p.dim, factor, panels, row);
-    if (p.use_teacher)
-      split_columns(p.teacher, first_row, rows, p.dim, factor, panels + half, row);
+    if (p.use_teacher) split_columns(p.teacher, first_row, rows, p.dim, factor, panels + half, row);
     return factor;
   }
 #endif
@@ -155,10 +154,9 @@ void logits(const MomentumProblem& p, const Keys& k, float factor, float* base, 
   if constexpr (Units::kSplit) {
     auto* keys = reinterpret_cast<uint32_t*>(base + s.keys);
     split_rows(k.source, k.first, k.count, p.dim, k.factor, keys, base + s.row);
-    return multiply_split(keys, reinterpret_cast<const uint32_t*>(base + s.panels),
-                          steps_of(p.dim), base + s.tile, tile_stride(p), k.padded,
-                          rows / kStepSide, quotient(1.0, factor, k.factor), false,
-                          base + s.block);
+    return multiply_split(keys, reinterpret_cast<const uint32_t*>(base + s.panels), steps_of(p.dim),
+                          base + s.tile, tile_stride(p), k.padded, rows / kStepSide,
+                          quotient(1.0, factor, k.factor), false, base + s.block);
   }
 #endif
   if constexpr (!Units::kSplit)
@@ -280,11 +278,11 @@ void add_tile(const MomentumProblem& p, const Keys& k, int64_t group, float* bas
     scale_tile(tile, stride, k.padded, stacked, scale);
     scale = 1.0f;
   }
-  auto add = p.use_teacher
-                 ? (p.gradients ? add_exponentials<Dot, true, true>
-                                : add_exponentials<Dot, true, false>)
-                 : (p.gradients ? add_exponentials<Dot, false, true>
-                                : add_exponentials<Dot, false, false>);
+  auto add =
+      p.use_teacher
+          ? (p.gradients ? add_exponentials<Dot, true, true> : add_exponentials<Dot, true, false>)
+          : (p.gradients ? add_exponentials<Dot, false, true>
+                         : add_exponentials<Dot, false, false>);
   add(tile, stride, k.padded, group, scale, out.reference, out.sum, out.cross, pairs);
 }
 
@@ -298,8 +296,7 @@ void accumulate_with(const MomentumProblem& p, int64_t group_index, int64_t begi
   const int64_t first_row = group_index * p.group_rows, rows = p.rows_in(group_index);
   const int64_t group = p.group_rows, stacked = p.stacked_rows();
   const float factor = pack_rows<Units>(p, first_row, rows, base, s);
-  for (int64_t i = 0; i < stacked; ++i)
-    out.reference[i] = lowest_reference(p.inverse_temperature);
+  for (int64_t i = 0; i < stacked; ++i) out.reference[i] = lowest_reference(p.inverse_temperature);
   for (int64_t block = begin; block < end; ++block) {
     Keys k = keys_of<Units>(p, block, reinterpret_cast<uint32_t*>(base + s.keys));
     // Before the logits: it reads the keys in the order of memory.

@@ -14,8 +14,8 @@ struct MomentumProblem {
   Features student;  // [batch, dim]
   Features teacher;
   Features batch_keys;
-  Features queue;           // its valid rows
-  const int64_t* ids;       // [batch]; null where only a row's own pair is positive
+  Features queue;      // its valid rows
+  const int64_t* ids;  // [batch]; null where only a row's own pair is positive
   const int64_t* queue_ids;
   int64_t batch, dim;
   float inverse_temperature;
@@ -42,16 +42,16 @@ struct MomentumProblem {
 // waits as a logit: of a saturated softmax the small difference to its target must survive.
 // Stacked rows [2 * group_rows] hold students, then teachers; teachers only where used.
 struct MomentumPartial {
-  float* reference;   // [stacked] what was subtracted from the logits
-  float* sum;         // [stacked] of exp(logit - reference)
-  float* cross;       // [group_rows] sum of exp(teacher logit - reference) * student logit
-  float* keys;        // [stacked][padded dim] sum of exp(logit - reference) * key
-  float* own;         // [stacked] logit of the row's own pair; NaN until seen
-  float* positive;    // [group_rows] sum of the logits of its other positives
-  float* positives;   // [group_rows] their number
+  float* reference;      // [stacked] what was subtracted from the logits
+  float* sum;            // [stacked] of exp(logit - reference)
+  float* cross;          // [group_rows] sum of exp(teacher logit - reference) * student logit
+  float* keys;           // [stacked][padded dim] sum of exp(logit - reference) * key
+  float* own;            // [stacked] logit of the row's own pair; NaN until seen
+  float* positive;       // [group_rows] sum of the logits of its other positives
+  float* positives;      // [group_rows] their number
   float* positive_keys;  // [group_rows][padded dim] their sum
-  float* best;        // [group_rows] highest perturbed logit among the admissible negatives
-  int64_t* negative;  // [group_rows] its column in the batch, -1 where there is none
+  float* best;           // [group_rows] highest perturbed logit among the admissible negatives
+  int64_t* negative;     // [group_rows] its column in the batch, -1 where there is none
 };
 
 struct MomentumKernels {

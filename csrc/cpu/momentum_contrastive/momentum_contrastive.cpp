@@ -6,8 +6,8 @@
 #include <tuple>
 
 #include "../core/isa.h"
-#include "driver.h"
 #include "../core/tensor_args.h"
+#include "driver.h"
 
 namespace fastvlp {
 
@@ -79,9 +79,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum(
     for (const Features* m : {&q.student, &q.teacher, &q.queue})
       STD_TORCH_CHECK(m->element == problems[0].student.element,
                       "features and queues: expected one dtype");
-    STD_TORCH_CHECK(q.student.rows == batch && q.teacher.rows == batch &&
-                        q.queue.rows == image_queue.size(0),
-                    "features and queues: expected equal numbers of rows");
+    STD_TORCH_CHECK(
+        q.student.rows == batch && q.teacher.rows == batch && q.queue.rows == image_queue.size(0),
+        "features and queues: expected equal numbers of rows");
     STD_TORCH_CHECK(students[side]->size(1) == dim && teachers[side]->size(1) == dim &&
                         queues[side]->size(1) == dim,
                     "features and queues: expected the same width");
@@ -92,15 +92,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum(
     outputs[side].negatives =
         negatives ? static_cast<int64_t*>(negative[side].mutable_data_ptr()) : nullptr;
   }
-  momentum_contrastive(problems, momentum_kernels(), run_parallel,
-                       torch::stable::get_num_threads(), mix, 0.5, outputs);
-  return {scalar_tensor(temperature, 0.5 * (outputs[0].loss + outputs[1].loss)),
-          gradient[0],
-          gradient[1],
-          scalar_tensor(temperature,
-                        outputs[0].temperature_gradient + outputs[1].temperature_gradient),
-          negative[0],
-          negative[1]};
+  momentum_contrastive(problems, momentum_kernels(), run_parallel, torch::stable::get_num_threads(),
+                       mix, 0.5, outputs);
+  return {
+      scalar_tensor(temperature, 0.5 * (outputs[0].loss + outputs[1].loss)),
+      gradient[0],
+      gradient[1],
+      scalar_tensor(temperature, outputs[0].temperature_gradient + outputs[1].temperature_gradient),
+      negative[0],
+      negative[1]};
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 // the weights exp(logit - reference) as the operand of the product with the keys.
 #pragma once
 
-#include "kernel.h"
 #include "../gemm/pack.h"
+#include "kernel.h"
 
 namespace {
 

@@ -3,8 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../core/scratch.h"
 #include "../core/isa.h"
+#include "../core/scratch.h"
 #include "kernel.h"
 
 namespace fastvlp {
@@ -44,9 +44,9 @@ void rows(const Tensor& logits, const Tensor& bias, const Tensor& teacher,
     STD_TORCH_CHECK(teacher.size(0) == count && teacher.size(1) == p.cols,
                     "teacher: expected the shape of logits");
   }
-  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.is_contiguous() &&
-                      labels.numel() == count,
-                  "labels: expected one contiguous int64 per row");
+  STD_TORCH_CHECK(
+      labels.scalar_type() == ScalarType::Long && labels.is_contiguous() && labels.numel() == count,
+      "labels: expected one contiguous int64 per row");
   p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
   p.ignore_index = ignore_index;
   p.alpha = *floats_of(alpha, 1, "alpha");
@@ -54,9 +54,9 @@ void rows(const Tensor& logits, const Tensor& bias, const Tensor& teacher,
   p.losses = static_cast<float*>(losses.mutable_data_ptr());
   if (gradient.numel() > 0) {
     const Logits out = logits_of(gradient, bias, "gradient");
-    STD_TORCH_CHECK(out.element == p.student.element && gradient.size(0) == count &&
-                        gradient.size(1) == p.cols,
-                    "gradient: expected the shape and dtype of logits");
+    STD_TORCH_CHECK(
+        out.element == p.student.element && gradient.size(0) == count && gradient.size(1) == p.cols,
+        "gradient: expected the shape and dtype of logits");
     p.gradient = gradient.mutable_data_ptr();
     p.gradient_stride = out.stride;
   }

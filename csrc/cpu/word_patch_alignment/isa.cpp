@@ -8,8 +8,8 @@
 #include "../core/isa_name.h"
 #include "../gemm/pack.h"
 #include "../gemm/row_dots.h"
-#include "transport.h"
 #include "kernel.h"
+#include "transport.h"
 
 namespace {
 
@@ -240,8 +240,8 @@ void clear_padding(const AlignmentProblem& p, const AlignmentSide& side, void* o
     if (side.factor[r] == 0.0f) std::memset(static_cast<char*>(out) + r * bytes, 0, bytes);
 }
 
-void gradients(const AlignmentProblem& p, const AlignmentPair& pair,
-               const AlignmentGradients& out, float* base) {
+void gradients(const AlignmentProblem& p, const AlignmentPair& pair, const AlignmentGradients& out,
+               float* base) {
   const Scratch s(p);
   int32_t* x_index = reinterpret_cast<int32_t*>(base + s.x_index);
   int32_t* y_index = reinterpret_cast<int32_t*>(base + s.y_index);

@@ -51,9 +51,9 @@ struct Transport {
   int64_t stride;  // of both, a multiple of kLanes
   int64_t rows;
   int64_t cols;
-  float* delta;    // [stride]
-  float* sigma;    // [rows]
-  float* partial;  // [rows][kLanes]: products with delta, not yet summed over the lanes
+  float* delta;      // [stride]
+  float* sigma;      // [rows]
+  float* partial;    // [rows][kLanes]: products with delta, not yet summed over the lanes
   float* delta_log;  // [stride]: log2 of the product of all deltas so far
   float* sigma_log;  // [rows, rounded up to vectors]: the same of the sigmas
 };
@@ -233,8 +233,8 @@ inline void solve_in_logarithms(const Transport& t, const float* cosine, float b
 inline int64_t wide_doubles(int64_t rows, int64_t cols) { return rows * cols + rows + cols; }
 
 // Leaves Q, delta and sigma whose product is the plan for the costs 1 - cosine.
-inline void solve_transport(const Transport& t, const float* cosine, float beta,
-                            int64_t iterations, int64_t inner, double* wide) {
+inline void solve_transport(const Transport& t, const float* cosine, float beta, int64_t iterations,
+                            int64_t inner, double* wide) {
   iterate(t, iterations, inner);
   if (left_range(t, cosine, beta, iterations))
     solve_in_logarithms(t, cosine, beta, iterations, inner, wide);

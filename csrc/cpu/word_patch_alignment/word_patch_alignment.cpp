@@ -5,9 +5,9 @@
 
 #include <tuple>
 
-#include "../core/scratch.h"
 #include "../core/isa.h"
 #include "../core/outputs.h"
+#include "../core/scratch.h"
 #include "kernel.h"
 
 namespace fastvlp {
@@ -21,9 +21,9 @@ using torch::stable::Tensor;
 
 Element checked_element(const Tensor& t, const char* name) {
   const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 ||
-                      type == ScalarType::Half,
-                  name, ": expected float32, bfloat16 or float16");
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
+      ": expected float32, bfloat16 or float16");
   STD_TORCH_CHECK(t.dim() == 3, name, ": expected 3 dimensions, got ", t.dim());
   STD_TORCH_CHECK(t.size(2) <= 1 || t.stride(2) == 1, name, ": expected unit stride along dim 2");
   if (type == ScalarType::Float) return Element::kFloat32;
@@ -75,9 +75,11 @@ void for_each_pair(int64_t pairs, int64_t scratch_floats, const Body& body) {
   torch::stable::parallel_for(0, pairs, 1, run);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> word_patch_alignment(
-    const Tensor& x, const Tensor& y, const Tensor& x_padding, const Tensor& y_padding, double beta,
-    int64_t iterations, int64_t inner) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> word_patch_alignment(const Tensor& x, const Tensor& y,
+                                                                const Tensor& x_padding,
+                                                                const Tensor& y_padding,
+                                                                double beta, int64_t iterations,
+                                                                int64_t inner) {
   Side left(x, "x"), right(y, "y");
   check_sides(x, y, left, right);
   check_contiguous(x_padding, "x_padding", ScalarType::Bool, left.pairs * left.rows);

@@ -29,8 +29,8 @@ Products products_of(const Tensor& t, int64_t offset) {
   require_matrix(t, "products");
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "products: expected float32");
   const float* data = static_cast<const float*>(t.const_data_ptr());
-  return {data, t.size(0), t.size(1), t.stride(0), offset,
-          starts_vectors(data, t.stride(0), sizeof(float))};
+  return {data,        t.size(0), t.size(1),
+          t.stride(0), offset,    starts_vectors(data, t.stride(0), sizeof(float))};
 }
 
 // `count` contiguous values of `type` on the device of `like`; null where there are none.
@@ -109,12 +109,12 @@ void contrastive_cuda_gradient(const Tensor& products, const Tensor& scale, cons
                                const Tensor& weights, int64_t offset, const Tensor& out) {
   const Products p = products_of(products, offset);
   const DeviceScope scope(products);
-  require_success(softmax_gradient(
-      scope.queue(), p, floats_of(scale, "scale", 1, products),
-      doubles_or_none(row_lse, "row_lse", p.rows, products),
-      doubles_or_none(col_lse, "col_lse", p.cols, products),
-      floats_of(positive_gradient, "positive_gradient", p.rows, products),
-      floats_of(weights, "weights", 2, products), output_of(out, products)));
+  require_success(
+      softmax_gradient(scope.queue(), p, floats_of(scale, "scale", 1, products),
+                       doubles_or_none(row_lse, "row_lse", p.rows, products),
+                       doubles_or_none(col_lse, "col_lse", p.cols, products),
+                       floats_of(positive_gradient, "positive_gradient", p.rows, products),
+                       floats_of(weights, "weights", 2, products), output_of(out, products)));
 }
 
 void contrastive_cuda_sigmoid(const Tensor& products, const Tensor& scale, const Tensor& bias,

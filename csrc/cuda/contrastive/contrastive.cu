@@ -5,9 +5,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "contrastive.h"
 #include "../core/launch.h"
 #include "../core/vector_store.h"
+#include "contrastive.h"
 
 namespace fastvlp::cuda {
 namespace {
@@ -382,8 +382,8 @@ const char* sigmoid(Queue queue, const Products& p, const float* scale, const fl
   if (p.rows == 0 || p.cols == 0) return nullptr;
   return submit(queue, [&](cudaStream_t stream) {
     with_element(out.element, [&](auto element) {
-      sigmoid_tile<decltype(element)><<<grid(gradient_tiles(p)), kThreads, 0, stream>>>(
-          p, scale, bias, factor, partials, out);
+      sigmoid_tile<decltype(element)>
+          <<<grid(gradient_tiles(p)), kThreads, 0, stream>>>(p, scale, bias, factor, partials, out);
     });
     add_partials<<<1, kThreads, 0, stream>>>(gradient_tiles(p), partials, sums);
   });

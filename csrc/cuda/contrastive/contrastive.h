@@ -17,7 +17,7 @@ struct Products {
   const float* data;
   int64_t rows;
   int64_t cols;
-  int64_t stride;   // elements from one row to the next
+  int64_t stride;  // elements from one row to the next
   int64_t offset;
   bool vectorized;  // rows start at multiples of 16 bytes
 };

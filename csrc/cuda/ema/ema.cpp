@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "../../common/ema_lists.h"
-#include "ema.h"
 #include "../core/stream_copies.h"
+#include "ema.h"
 
 namespace fastvlp::cuda {
 namespace {
@@ -68,8 +68,8 @@ std::shared_ptr<DeviceTable> table_of(const std::vector<TensorList>& given, Queu
   if (!is_capturing(queue))
     return item->extra.of(queue.stream,
                           [&] { return upload(item->table, given[0].tensors[0], queue); });
-  auto found = item->extra.find(
-      [](void*, const DeviceTable& table) { return table.arrival.is_reached(); });
+  auto found =
+      item->extra.find([](void*, const DeviceTable& table) { return table.arrival.is_reached(); });
   STD_TORCH_CHECK(found != nullptr, given[0].name,
                   ": expected one call with the same tensors, and a wait for the device "
                   "(torch.cuda.synchronize()), before a graph is captured");
@@ -93,8 +93,7 @@ const int64_t* flag_of(const std::optional<Tensor>& nonfinite, const Tensor& lik
   if (!nonfinite.has_value()) return nullptr;
   const bool beside =
       nonfinite->is_cuda() && nonfinite->get_device_index() == like.get_device_index();
-  STD_TORCH_CHECK(beside && nonfinite->numel() == 1 &&
-                      nonfinite->scalar_type() == ScalarType::Long,
+  STD_TORCH_CHECK(beside && nonfinite->numel() == 1 && nonfinite->scalar_type() == ScalarType::Long,
                   "nonfinite: expected one int64 value on the tensors' device");
   return static_cast<const int64_t*>(nonfinite->const_data_ptr());
 }
@@ -121,11 +120,10 @@ void cuda_adamw_ema(const Tensors& weights, const Tensors& gradients, const Tens
   const Tensor& like = weights.at(0);
   const DeviceScope scope(like);
   const Queue queue = scope.queue();
-  const auto table = table_of(adamw_lists(weights, gradients, first, second, momentum, weight_copies,
-                                         momentum_copies),
-                             queue);
-  const AdamWFactors factors =
-      adamw_factors(lr, beta1, beta2, eps, weight_decay, step, maximize);
+  const auto table = table_of(
+      adamw_lists(weights, gradients, first, second, momentum, weight_copies, momentum_copies),
+      queue);
+  const AdamWFactors factors = adamw_factors(lr, beta1, beta2, eps, weight_decay, step, maximize);
   require_success(adamw_ema(queue, table->view, factors, decay_of(decay_tensor, decay, like),
                             flag_of(nonfinite, like)));
 }

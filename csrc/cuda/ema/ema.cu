@@ -8,9 +8,9 @@
 #include <cstring>
 #include <type_traits>
 
-#include "ema.h"
 #include "../core/launch.h"
 #include "../core/vector_store.h"
+#include "ema.h"
 
 namespace fastvlp::cuda {
 namespace {
@@ -217,8 +217,7 @@ const char* ema_update(Queue queue, const TableView& table, Decay decay, const i
     const unsigned blocks = grid(table.chunks);
     if (table.some_flat)
       update_ema<kVector><<<blocks, kThreads, 0, stream>>>(table, decay, nonfinite);
-    if (table.some_strided)
-      update_ema<1><<<blocks, kThreads, 0, stream>>>(table, decay, nonfinite);
+    if (table.some_strided) update_ema<1><<<blocks, kThreads, 0, stream>>>(table, decay, nonfinite);
   });
 }
 
