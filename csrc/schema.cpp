@@ -4,17 +4,17 @@
 STABLE_TORCH_LIBRARY(fastvlp, m) {
   // x [M, D], y [N, D], scale [] fp32; the positive of row i is column i + offset. Returns the
   // log-sum-exps of the rows' and of the columns' logits, the positives' left out, [M] and [N] fp64
-  // (each [0] where not asked for), and the positives' logits [M] (0 where they have no column here);
-  // writes the tiles of the first keep_blocks row blocks to `kept` (opaque, fp32, [0] where nothing
-  // is kept).
+  // (each [0] where not asked for), and the positives' logits [M] (0 where they have no column
+  // here); writes the tiles of the first keep_blocks row blocks to `kept` (opaque, fp32, [0] where
+  // nothing is kept).
   m.def(
       "contrastive_statistics(Tensor x, Tensor y, Tensor scale, Tensor(a!) kept, int offset, "
       "bool rows, bool cols, int block_rows, int block_cols, int keep_blocks) -> "
       "(Tensor, Tensor, Tensor)");
-  // row_lse [M] and col_lse [N] fp64 of all logits ([0]: a direction without a loss), weights [2] fp32
-  // of the row softmax and of the column softmax, positive_gradient [M] fp32 of the positives' logits.
-  // Returns dx [M, D] and dy [N, D] in the features' dtype, and the derivative with respect to the
-  // scale, [] fp32.
+  // row_lse [M] and col_lse [N] fp64 of all logits ([0]: a direction without a loss), weights [2]
+  // fp32 of the row softmax and of the column softmax, positive_gradient [M] fp32 of the positives'
+  // logits. Returns dx [M, D] and dy [N, D] in the features' dtype, and the derivative with respect
+  // to the scale, [] fp32.
   m.def(
       "contrastive_gradients(Tensor x, Tensor y, Tensor scale, Tensor row_lse, Tensor col_lse, "
       "Tensor positive_gradient, Tensor weights, Tensor kept, int offset, int block_rows, "
@@ -26,28 +26,30 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "contrastive_sigmoid(Tensor x, Tensor y, Tensor scale, Tensor bias, float weight, "
       "int offset, bool gradients, int block_rows, int block_cols, int chunk_rows, "
       "int chunk_cols) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The passes over a chunk of fp32 products <x_i, y_j> [M, N] in device memory, with unit stride
-  // along N; the logit is z = scale * product (+ bias), the positive of row i is column i + offset.
-  // Log-sum-exp of each row's negatives (row_negatives [M] fp64, [0] where not wanted), the positive
-  // logits [M] (0 where the chunk has none), and the (max, sum of exp(z - max)) of each column's
-  // negatives, merged into col_pairs [2, N] ([2, 0] where not wanted), which starts as (-inf, 0).
+  // The passes over a chunk of fp32 similarities <x_i, y_j> [M, N] in device memory, with unit
+  // stride along N; the logit is z = scale * similarity (+ bias), the positive of row i is column i
+  // + offset. Log-sum-exp of each row's negatives (row_negatives [M] fp64, [0] where not wanted),
+  // the positive logits [M] (0 where the chunk has none), and the (max, sum of exp(z - max)) of
+  // each column's negatives, merged into col_pairs [2, N] ([2, 0] where not wanted), which starts
+  // as (-inf, 0).
   m.def(
-      "contrastive_cuda_statistics(Tensor products, Tensor scale, int offset, "
+      "contrastive_cuda_statistics(Tensor similarities, Tensor scale, int offset, "
       "Tensor(a!) row_negatives, Tensor(b!) positive, Tensor(c!) col_pairs) -> ()");
-  // out [M, N] (fp32, bf16 or fp16; fp32 may be the products themselves) = positive_gradient [M] at
-  // the positives, elsewhere weights[0] * exp(z - row_lse) + weights[1] * exp(z - col_lse), the
-  // log-sum-exps fp64 [M] and [N]. One of no elements leaves its term out.
+  // out [M, N] (fp32, bf16 or fp16; fp32 may be the similarities themselves) = positive_gradient
+  // [M] at the positives, elsewhere weights[0] * exp(z - row_lse) + weights[1] * exp(z - col_lse),
+  // the log-sum-exps fp64 [M] and [N]. One of no elements leaves its term out.
   m.def(
-      "contrastive_cuda_gradient(Tensor products, Tensor scale, Tensor row_lse, Tensor col_lse, "
+      "contrastive_cuda_gradient(Tensor similarities, Tensor scale, Tensor row_lse, Tensor "
+      "col_lse, "
       "Tensor positive_gradient, Tensor weights, int offset, Tensor(a!) out) -> ()");
   // Adds to sums [2] fp64 the sum of -log sigmoid(+-z) and of its derivative with respect to z, and
   // writes factor * derivative to out [M, N] (as above; [0] where not wanted).
   m.def(
-      "contrastive_cuda_sigmoid(Tensor products, Tensor scale, Tensor bias, float factor, "
+      "contrastive_cuda_sigmoid(Tensor similarities, Tensor scale, Tensor bias, float factor, "
       "int offset, Tensor(a!) sums, Tensor(b!) out) -> ()");
   // q [T, H, d]; k and v [n, L, H, d], or packed [S, H, d] with cu_seqlens_k; unit stride along d.
-  // cu_seqlens [n + 1] int32 or int64; key_mask [n, L] or [S] bool, true where a key is seen; seed
-  // [] int64. Returns out [T, H, d] and what the backward pass needs of the softmax, fp32 and
+  // cu_seqlens [n + 1] int32 or int64; key_mask [n, L] or [S] bool, true where a key is attended;
+  // seed [] int64. Returns out [T, H, d] and what the backward pass needs of the softmax, fp32 and
   // opaque: [2, H, T] on the CPU, the log-sum-exps [H, T] on CUDA.
   m.def(
       "cross_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
@@ -63,7 +65,7 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   m.def("cuda_kernels_unavailable(int device) -> str");
   // Frees the buffers that the CPU kernels keep between calls.
   m.def("release_cpu_buffers() -> ()");
-  // The instruction sets compiled in that this processor runs, fastest first, comma-separated.
+  // The instruction sets compiled in that this CPU runs, fastest first, comma-separated.
   m.def("cpu_instruction_sets() -> str");
   // The multi-tensor operators: lists of equal length (or empty where a list is optional), tensors
   // of one position alike in shape, any strides, fp32, bf16 or fp16 each. The decay is a number or
@@ -72,7 +74,7 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   m.def(
       "ema_update(Tensor(a!)[] momentum, Tensor[] source, Tensor(b!)[] copies, "
       "Tensor? decay_tensor, float decay, Tensor? nonfinite) -> ()");
-  // A step of AdamW, then the momentum update by the new weights.
+  // A step of AdamW, then the momentum update with the new weights.
   m.def(
       "adamw_ema(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[] first_moments, "
       "Tensor(c!)[] second_moments, Tensor(d!)[] momentum, Tensor(e!)[] weight_copies, "
@@ -88,23 +90,23 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   // three of the teacher or none of them. Returns the rows' losses [M] fp32, 0 where the label is
   // ignore_index. With has_gradient the derivatives of the first group_rows rows with respect to
   // their logits stay in `kept` (opaque, fp32 storage); without, it has the room for the logits of
-  // one group after another, of the first only unless is_uniform: the products are then those that
-  // are made with gradients. chunk_rows rows of logits exist at a time outside of it ([0]: all).
+  // one group after another, of the first only unless is_uniform: the matmuls are then those that
+  // run with gradients. chunk_rows rows of logits exist at a time outside of it ([0]: all).
   m.def(
       "soft_cross_entropy_losses(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
       "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor alpha, "
       "int ignore_index, Tensor(a!) kept, int group_rows, int chunk_rows, bool has_gradient, "
       "bool is_uniform) -> Tensor");
-  // Gradients by hidden, weight and bias (each [0] where not needed) of the sum of row_weights [M]
-  // fp32 times the losses. `kept` as the losses left it where is_kept; it is overwritten where
+  // Gradients w.r.t. hidden, weight and bias (each [0] where not needed) of the sum of row_weights
+  // [M] fp32 times the losses. `kept` as the losses left it where is_kept; it is overwritten where
   // there are more than group_rows rows.
   m.def(
       "soft_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
       "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor alpha, "
       "int ignore_index, Tensor row_weights, Tensor(a!) kept, bool is_kept, int group_rows, "
       "int chunk_rows, bool[3] needed) -> (Tensor, Tensor, Tensor)");
-  // Losses and, in float32, the gradients of their sum, with the derivatives of group_rows rows by
-  // their logits in memory at a time.
+  // Losses and, in float32, the gradients of their sum, with the gradients w.r.t. the logits of
+  // group_rows rows in memory at a time.
   m.def(
       "soft_cross_entropy_losses_and_gradients(Tensor hidden, Tensor weight, Tensor? bias, "
       "Tensor labels, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
@@ -143,12 +145,12 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "Tensor queue_length, Tensor temperature, Tensor alpha, Tensor seed, bool teacher, "
       "bool gradients, bool negatives, int group_rows, int block_keys) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // For each of the images uint8 [h, w, 3]: some of the operations on all of it, crop, bicubic resize,
-  // window, flip, more of the operations, and each value's float of `table` [3, 256] into the upper
-  // left of out[i], float32 [n, 3, H, W]; 0 elsewhere. plans int64 [n, 14]: crop (left, top, width,
-  // height), size (width, height), window (as the crop), flip, first operation, number before the
-  // crop, number after the flip. operations float64 [m, 8]: kind, six values, fill. may_start_down: as
-  // newer Pillows, which resize some images down first. Serial.
+  // For each of the images uint8 [h, w, 3]: some of the operations on all of it, crop, bicubic
+  // resize, window, flip, more of the operations, and each value's float of `table` [3, 256] into
+  // the upper left of out[i], float32 [n, 3, H, W]; 0 elsewhere. plans int64 [n, 14]: crop (left,
+  // top, width, height), size (width, height), window (as the crop), flip, first operation, number
+  // before the crop, number after the flip. operations float64 [m, 8]: kind, six values, fill.
+  // may_start_down: as newer Pillows, which resize some images down first. Serial.
   m.def(
       "transform_images(Tensor[] images, Tensor plans, Tensor operations, Tensor table, "
       "bool may_start_down, Tensor(a!) out) -> ()");

@@ -8,7 +8,7 @@
 
 namespace fastvlp {
 
-// A partial log-sum-exp: sum of exp(z - max) over the elements seen so far. The empty pair is
+// A partial log-sum-exp: sum of exp(z - max) over the elements so far. The empty pair is
 // {-inf, 0}.
 struct LsePair {
   float max;
@@ -27,12 +27,12 @@ FASTVLP_HD LsePair merge(LsePair a, LsePair b) {
 // seen, because exp(-inf - -inf) is NaN and exp(-inf - 0) the 0 that is meant.
 FASTVLP_HD float exponent_reference(float max) { return max == -INFINITY ? 0.0f : max; }
 
-// In double: beside a large maximum the logarithm would lose what the sum is exact to.
+// In double: next to a large maximum the logarithm would lose what the sum is exact to.
 FASTVLP_HD double log_sum_exp(LsePair p) {
   return static_cast<double>(p.max) + log(static_cast<double>(p.sum));
 }
 
-// Derivative of the weighted softmax losses by a negative's logit z: the share of the row softmax
+// Gradient of the weighted softmax losses w.r.t. a negative's logit z: the share of the row softmax
 // plus the share of the column softmax. That of a positive would be a difference from 1: the caller
 // has it from the negatives' log-sum-exp.
 FASTVLP_HD float softmax_logit_gradient(float z, float row_lse, float col_lse, float row_weight,

@@ -5,6 +5,6 @@
 #define FASTVLP_HD __host__ __device__ __forceinline__
 #else
 // Internal linkage: the CPU kernels compile these headers once per instruction set, and the linker
-// must not share one of those copies with code that runs on older processors.
+// must not share one of those copies with code that runs on older CPUs.
 #define FASTVLP_HD static inline
 #endif

@@ -10,7 +10,8 @@
 
 namespace fastvlp {
 
-// Where the elements of a view lie: `element` bytes at first + sum of i_d strides[d], i_d < sizes[d].
+// Where the elements of a view lie: `element` bytes at first + sum of i_d strides[d], i_d <
+// sizes[d].
 struct View {
   uintptr_t first;
   int64_t element;

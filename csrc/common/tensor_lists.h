@@ -170,7 +170,7 @@ inline void drop_tied(const std::vector<TensorList>& given, std::vector<TableEnt
     }
     STD_TORCH_CHECK(same(*at->second, entry), given[0].name, "[", entry.index,
                     "]: shares memory with ", given[0].name, "[", at->second->index,
-                    "], so expected the same tensors beside it in the other lists");
+                    "], so expected the same tensors at that position in the other lists");
   }
   entries = std::move(kept);
 }
@@ -205,7 +205,8 @@ inline bool same_view(const View& a, const View& b) {
 }
 
 // The tensors of all entries by address. One that stands twice in its entry and is written once (a
-// source that is its own momentum) is read and written element by element, which is safe: it is one.
+// source that is its own momentum) is read and written element by element, which is safe: it is
+// one.
 inline std::vector<Place> places_of(const std::vector<TensorList>& given,
                                     const std::vector<TableEntry>& entries,
                                     const std::vector<Geometry>& geometries) {
@@ -282,7 +283,7 @@ inline HostTable build(const std::vector<TensorList>& given, int64_t chunk_eleme
 
 }  // namespace lists
 
-// The tables of the latest calls, each with what `Extra` the caller keeps beside it.
+// The tables of the latest calls, each with what `Extra` the caller keeps with it.
 template <class Extra>
 class TableCache {
  public:

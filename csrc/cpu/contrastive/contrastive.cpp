@@ -38,8 +38,8 @@ void check_kept(const ContrastiveProblem& p, const Tensor& kept, int64_t keep_bl
                   "kept: expected contiguous float32 tiles of keep_blocks row blocks");
 }
 
-// Log-sum-exps as floats and, past the last one, infinity: padding has no share in any softmax. Then
-// what each float lacks; nothing where it is not finite.
+// Log-sum-exps as floats and, past the last one, infinity: padding has no share in any softmax.
+// Then what each float lacks; nothing where it is not finite.
 Buffer padded(const Tensor& lse, const char* name, int64_t size) {
   STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Double && lse.is_contiguous(), name,
                   ": expected contiguous float64");

@@ -23,7 +23,7 @@ void scaled_row(const float* in, float scale, int64_t n, T* out) {
 
 template <class T>
 double dot_row(const T* a, const float* b, int64_t n) {
-  // Short float runs summed in double: vectorised, yet as accurate as the products themselves.
+  // Short float runs summed in double: vectorised, yet as accurate as the matmuls themselves.
   double total = 0.0;
   for (int64_t d = 0; d < n; d += 32) {
     float part = 0.0f;

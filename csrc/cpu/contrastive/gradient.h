@@ -1,4 +1,4 @@
-// Logit gradients of a tile of logits and their products with the features.
+// Gradients w.r.t. a tile of logits, and their matmuls with the features.
 #pragma once
 
 #include <cmath>
@@ -15,8 +15,8 @@ using fastvlp::Loss;
 // A softmax tile is stored either as logits or, where one shift serves all of it, as
 // exp(z - shift): then no pass after the first one has to take exponentials. The shift sits in the
 // padding of the tile's first column; NaN there means logits.
-// Positives are no part of such a tile: their gradients come from outside. Those of the sigmoid loss
-// wait in the padding of their columns.
+// Positives are no part of such a tile: their gradients come from outside. Those of the sigmoid
+// loss wait in the padding of their columns.
 float& shift_of(const ContrastiveProblem& p, float* tile) { return tile[p.block_rows]; }
 float shift_of(const ContrastiveProblem& p, const float* tile) { return tile[p.block_rows]; }
 float& positive_of(const ContrastiveProblem& p, float* column) { return column[p.block_rows + 1]; }
@@ -137,20 +137,20 @@ inline void transposed_gradient(const TileGradient& gradient, int64_t cols, int6
 #endif
 
 // accumulator += (logit gradient) * y for one tile.
-template <class Units>
+template <class Gemm>
 void add_row_gradient(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
                       const float* tile, const GradientScratch& s, const float* packed,
                       float* accumulator, int64_t width) {
-  using Dot = typename Units::Dot;
+  using Dot = typename Gemm::Dot;
   const int64_t rows = p.rows_in(row_block), n = round_up(rows, kPanel);
   const int64_t cols = p.cols_in(col_block), stride = fastvlp::tile_stride(p);
   const TileGradient gradient(p, row_block, col_block, tile, s.row_factor);
 #if defined(__AMX_BF16__)
-  if constexpr (Units::kTransposed) {
+  if constexpr (Gemm::kTransposed) {
     uint32_t* words = reinterpret_cast<uint32_t*>(s.words);
     transposed_gradient(gradient, cols, n, stride, s, words, gradient_stride(p));
-    return Units::multiply(words, gradient_stride(p), packed, accumulator, width, n, width / kPanel,
-                           depth_words<Dot>(cols), 1.0f, true);
+    return Gemm::multiply(words, gradient_stride(p), packed, accumulator, width, n, width / kPanel,
+                          depth_words<Dot>(cols), 1.0f, true);
   }
 #endif
   if constexpr (Dot::kPerWord == 1) {
@@ -168,13 +168,13 @@ void add_row_gradient(const ContrastiveProblem& p, int64_t row_block, int64_t co
 }
 
 // accumulator += (logit gradient)^T * x for one tile.
-template <class Units>
+template <class Gemm>
 void add_col_gradient(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
                       const float* tile, const GradientScratch& s, const float* packed,
                       float* accumulator, int64_t width) {
-  using Dot = typename Units::Dot;
+  using Dot = typename Gemm::Dot;
   const int64_t rows = p.rows_in(row_block), cols = p.cols_in(col_block);
-  const int64_t stride = fastvlp::tile_stride(p), m = round_up(cols, Units::kRows);
+  const int64_t stride = fastvlp::tile_stride(p), m = round_up(cols, Gemm::kRows);
   const TileGradient gradient(p, row_block, col_block, tile, s.row_factor);
   for (int64_t j = 0; j < cols; ++j) {
     float* out = s.gradient + j * stride;
@@ -191,8 +191,8 @@ void add_col_gradient(const ContrastiveProblem& p, int64_t row_block, int64_t co
   }
   for (int64_t j = cols; j < m; ++j)
     std::memset(s.gradient + j * stride, 0, depth_words<Dot>(rows) * 4);
-  Units::multiply(reinterpret_cast<const uint32_t*>(s.gradient), stride, packed, accumulator, width,
-                  m, width / kPanel, depth_words<Dot>(rows), 1.0f, true);
+  Gemm::multiply(reinterpret_cast<const uint32_t*>(s.gradient), stride, packed, accumulator, width,
+                 m, width / kPanel, depth_words<Dot>(rows), 1.0f, true);
 }
 
 }  // namespace

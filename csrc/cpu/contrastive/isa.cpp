@@ -18,57 +18,57 @@ using fastvlp::LsePair;
 
 int64_t scratch_bytes(const ContrastiveProblem& p) { return Scratch(p).total * 4; }
 
-template <class Units>
+template <class Gemm>
 void pack_x(const ContrastiveProblem& p, int64_t block, float* base, const Scratch& s) {
   const int64_t begin = block * p.block_rows, count = p.rows_in(block);
 #if defined(__AMX_BF16__)
-  if constexpr (Units::kSplit) {
+  if constexpr (Gemm::kSplit) {
     base[s.x_factor] = factor_of_rows(p.x, begin, count, p.dim, base + s.row);
     return split_columns(p.x, begin, count, p.dim, base[s.x_factor],
                          reinterpret_cast<uint32_t*>(base + s.x_panels), base + s.row);
   }
 #endif
-  pack_transposed<typename Units::Dot>(p.x, begin, count, p.dim, base + s.x_panels,
-                                       reinterpret_cast<uint32_t*>(base + s.row));
+  pack_transposed<typename Gemm::Dot>(p.x, begin, count, p.dim, base + s.x_panels,
+                                      reinterpret_cast<uint32_t*>(base + s.row));
 }
 
 // tile = scale * y x^T for one block pair, rows and columns rounded up.
-template <class Units>
+template <class Gemm>
 void multiply_features(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
                        float* base, const Scratch& s, float* tile) {
-  using Dot = typename Units::Dot;
+  using Dot = typename Gemm::Dot;
   const int64_t cols = p.cols_in(col_block), first = col_block * p.block_cols;
   const int64_t padded_rows = round_up(p.rows_in(row_block), kPanel);
 #if defined(__AMX_BF16__)
-  if constexpr (Units::kSplit)
+  if constexpr (Gemm::kSplit)
     return split_logits(p, first, cols, padded_rows,
                         reinterpret_cast<const uint32_t*>(base + s.x_panels), base[s.x_factor],
                         split_scratch(base, s), tile);
 #endif
-  if constexpr (!Units::kSplit) {
-    const uint32_t* y = rows_in_place<Dot>(p.y, first, cols, p.dim, Units::kRows);
+  if constexpr (!Gemm::kSplit) {
+    const uint32_t* y = unpacked_rows<Dot>(p.y, first, cols, p.dim, Gemm::kRows);
     int64_t y_stride = p.y.stride / Dot::kPerWord;
     if (y == nullptr) {
       copy_rows<Dot>(p.y, first, cols, p.dim, reinterpret_cast<uint32_t*>(base + s.y_rows),
-                     row_words(p), Units::kRows);
+                     row_words(p), Gemm::kRows);
       y = reinterpret_cast<const uint32_t*>(base + s.y_rows);
       y_stride = row_words(p);
     }
-    Units::multiply(y, y_stride, base + s.x_panels, tile, fastvlp::tile_stride(p),
-                    round_up(cols, Units::kRows), padded_rows / kPanel, depth_words<Dot>(p.dim),
-                    p.scale, false);
+    Gemm::multiply(y, y_stride, base + s.x_panels, tile, fastvlp::tile_stride(p),
+                   round_up(cols, Gemm::kRows), padded_rows / kPanel, depth_words<Dot>(p.dim),
+                   p.scale, false);
   }
 }
 
 // The logits of one block pair; elements outside the matrix become -inf, whose exponential is 0 in
 // every later pass.
-template <class Units>
+template <class Gemm>
 void compute_tile(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, float* base,
                   const Scratch& s, float* tile) {
   const int64_t rows = p.rows_in(row_block), cols = p.cols_in(col_block);
-  const int64_t padded_rows = round_up(rows, kPanel), padded_cols = round_up(cols, Units::kRows);
+  const int64_t padded_rows = round_up(rows, kPanel), padded_cols = round_up(cols, Gemm::kRows);
   const int64_t stride = fastvlp::tile_stride(p);
-  multiply_features<Units>(p, row_block, col_block, base, s, tile);
+  multiply_features<Gemm>(p, row_block, col_block, base, s, tile);
   if (p.dim == 0)
     for (int64_t j = 0; j < cols; ++j) std::memset(tile + j * stride, 0, rows * 4);
   if (rows < padded_rows)
@@ -156,10 +156,10 @@ void take_positives(const ContrastiveProblem& p, int64_t row_block, int64_t col_
   }
 }
 
-template <class Units>
+template <class Gemm>
 void statistics_with(const ContrastiveProblem& p, int64_t block, void* scratch, float* tiles,
                      double* row_negatives, float* positive, float* col_max, float* col_sum) {
-  [[maybe_unused]] const typename Units::State state;
+  [[maybe_unused]] const typename Gemm::State state;
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
   const int64_t rows = p.rows_in(block), padded = round_up(rows, kPanel);
@@ -168,10 +168,10 @@ void statistics_with(const ContrastiveProblem& p, int64_t block, void* scratch, 
     base[s.row_max + i] = i < rows ? kLowest : -kLowest;
     base[s.row_sum + i] = 0.0f;
   }
-  pack_x<Units>(p, block, base, s);
+  pack_x<Gemm>(p, block, base, s);
   for (int64_t j = 0; j < p.col_blocks(); ++j) {
     float* tile = tiles ? tiles + j * fastvlp::tile_floats(p) : base + s.tile;
-    compute_tile<Units>(p, block, j, base, s, tile);
+    compute_tile<Gemm>(p, block, j, base, s, tile);
     const int64_t first = j * p.block_cols, cols = p.cols_in(j);
     take_positives(p, block, j, tile, positive);
     const bool keep = tiles != nullptr;
@@ -189,7 +189,7 @@ void statistics_with(const ContrastiveProblem& p, int64_t block, void* scratch, 
       row_negatives[i] = fastvlp::log_sum_exp({base[s.row_max + i], base[s.row_sum + i]});
 }
 
-// The sums of a tile of the sigmoid loss. Positives are summed apart, and leave -inf, which adds
+// The sums of a tile of the sigmoid loss. Positives are summed separately, and -inf, which adds
 // nothing, in their places.
 void add_sums(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, float* tile,
               SigmoidSums* sums) {
@@ -231,131 +231,130 @@ void shift_tile(const ContrastiveProblem& p, int64_t row_block, int64_t col_bloc
   }
 }
 
-template <class Units>
+template <class Gemm>
 int64_t packed_floats_with(const ContrastiveProblem& p, int64_t rows) {
 #if defined(__AMX_BF16__)
-  if constexpr (Units::kSplit) return packed_split_floats(p, rows);
+  if constexpr (Gemm::kSplit) return packed_split_floats(p, rows);
 #endif
-  return depth_words<typename Units::Dot>(rows) * padded_dim(p);
+  return depth_words<typename Gemm::Dot>(rows) * padded_dim(p);
 }
 
-template <class Units>
+template <class Gemm>
 void pack_features(const ContrastiveProblem& p, const Features& m, int64_t begin, int64_t count,
                    void* scratch, float* packed) {
   float* row = static_cast<float*>(scratch) + Scratch(p).row;
 #if defined(__AMX_BF16__)
-  if constexpr (Units::kSplit) return pack_split(m, begin, count, p.dim, packed, row);
+  if constexpr (Gemm::kSplit) return pack_split(m, begin, count, p.dim, packed, row);
 #endif
-  pack_along_rows<typename Units::Dot>(m, begin, count, p.dim, packed, row);
+  pack_along_rows<typename Gemm::Dot>(m, begin, count, p.dim, packed, row);
 }
 
-template <class Units>
+template <class Gemm>
 void pack_cols_with(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
-  pack_features<Units>(p, p.y, block * p.block_cols, p.cols_in(block), scratch, packed);
+  pack_features<Gemm>(p, p.y, block * p.block_cols, p.cols_in(block), scratch, packed);
 }
 
-template <class Units>
+template <class Gemm>
 void pack_rows_with(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
-  pack_features<Units>(p, p.x, block * p.block_rows, p.rows_in(block), scratch, packed);
+  pack_features<Gemm>(p, p.x, block * p.block_rows, p.rows_in(block), scratch, packed);
 }
 
-template <class Units>
+template <class Gemm>
 void add_rows(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, const float* tile,
               float* base, const Scratch& s, const float* packed, float* accumulator) {
-  if constexpr (!Units::kSplit)
-    add_row_gradient<Units>(p, row_block, col_block, tile, gradient_scratch(base, s), packed,
-                            accumulator, padded_dim(p));
+  if constexpr (!Gemm::kSplit)
+    add_row_gradient<Gemm>(p, row_block, col_block, tile, gradient_scratch(base, s), packed,
+                           accumulator, padded_dim(p));
 #if defined(__AMX_BF16__)
-  if constexpr (Units::kSplit)
+  if constexpr (Gemm::kSplit)
     add_split_row_gradient(p, row_block, col_block, tile, split_scratch(base, s), packed,
                            accumulator, padded_dim(p));
 #endif
 }
 
-template <class Units>
+template <class Gemm>
 void add_cols(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, const float* tile,
               float* base, const Scratch& s, const float* packed, float* accumulator) {
-  if constexpr (!Units::kSplit)
-    add_col_gradient<Units>(p, row_block, col_block, tile, gradient_scratch(base, s), packed,
-                            accumulator, padded_dim(p));
+  if constexpr (!Gemm::kSplit)
+    add_col_gradient<Gemm>(p, row_block, col_block, tile, gradient_scratch(base, s), packed,
+                           accumulator, padded_dim(p));
 #if defined(__AMX_BF16__)
-  if constexpr (Units::kSplit)
+  if constexpr (Gemm::kSplit)
     add_split_col_gradient(p, row_block, col_block, tile, split_scratch(base, s), base + s.columns,
                            packed, accumulator, padded_dim(p));
 #endif
 }
 
-template <class Units>
+template <class Gemm>
 void row_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
                        bool fresh, void* scratch, float* tiles, const float* packed,
                        float* accumulator, SigmoidSums* sums) {
-  [[maybe_unused]] const typename Units::State state;
+  [[maybe_unused]] const typename Gemm::State state;
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
-  if (fresh) pack_x<Units>(p, block, base, s);
+  if (fresh) pack_x<Gemm>(p, block, base, s);
   for (int64_t j = begin; j < end; ++j) {
     float* tile = tiles ? tiles + (j - begin) * fastvlp::tile_floats(p) : base + s.tile;
-    if (fresh) compute_tile<Units>(p, block, j, base, s, tile);
+    if (fresh) compute_tile<Gemm>(p, block, j, base, s, tile);
     if (fresh && p.loss == Loss::kSigmoid) add_sums(p, block, j, tile, sums);
     if (!accumulator) continue;
     if (fresh && p.loss == Loss::kSoftmax) shift_tile(p, block, j, tile);
-    add_rows<Units>(p, block, j, tile, base, s,
-                    packed + (j - begin) * packed_floats_with<Units>(p, p.block_cols), accumulator);
+    add_rows<Gemm>(p, block, j, tile, base, s,
+                   packed + (j - begin) * packed_floats_with<Gemm>(p, p.block_cols), accumulator);
   }
 }
 
-template <class Units>
+template <class Gemm>
 void col_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
                        void* scratch, const float* tiles, int64_t tile_step, const float* packed,
                        float* accumulator) {
-  [[maybe_unused]] const typename Units::State state;
+  [[maybe_unused]] const typename Gemm::State state;
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
   for (int64_t i = begin; i < end; ++i)
-    add_cols<Units>(p, i, block, tiles + (i - begin) * tile_step, base, s,
-                    packed + (i - begin) * packed_floats_with<Units>(p, p.block_rows), accumulator);
+    add_cols<Gemm>(p, i, block, tiles + (i - begin) * tile_step, base, s,
+                   packed + (i - begin) * packed_floats_with<Gemm>(p, p.block_rows), accumulator);
 }
 
-// Each table entry chooses the units by the element type; only this set's own products exist.
+// Each table entry chooses the GEMM by the element type, among those of this instruction set.
 #if defined(__AMX_BF16__)
-#define FASTVLP_WITH_UNITS(function) \
-  (uses_bf16_products(p) ? function<MatrixUnits> : function<SplitUnits>)
+#define FASTVLP_WITH_GEMM(function) (uses_bf16_gemm(p) ? function<AmxGemm> : function<Bf16x3Gemm>)
 #elif defined(__AVX512BF16__)
-#define FASTVLP_WITH_UNITS(function) \
-  (uses_bf16_products(p) ? function<VectorUnits<BFloat16Dot>> : function<VectorUnits<FloatDot>>)
+#define FASTVLP_WITH_GEMM(function) \
+  (uses_bf16_gemm(p) ? function<SimdGemm<BFloat16Dot>> : function<SimdGemm<FloatDot>>)
 #else
-#define FASTVLP_WITH_UNITS(function) (function<VectorUnits<FloatDot>>)
+#define FASTVLP_WITH_GEMM(function) (function<SimdGemm<FloatDot>>)
 #endif
 
 void statistics(const ContrastiveProblem& p, int64_t block, void* scratch, float* tiles,
                 double* row_negatives, float* positive, float* col_max, float* col_sum) {
-  FASTVLP_WITH_UNITS(statistics_with)
+  FASTVLP_WITH_GEMM(statistics_with)
   (p, block, scratch, tiles, row_negatives, positive, col_max, col_sum);
 }
 
 int64_t packed_floats(const ContrastiveProblem& p, int64_t rows) {
-  return FASTVLP_WITH_UNITS(packed_floats_with)(p, rows);
+  return FASTVLP_WITH_GEMM(packed_floats_with)(p, rows);
 }
 
 void pack_cols(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
-  FASTVLP_WITH_UNITS(pack_cols_with)(p, block, scratch, packed);
+  FASTVLP_WITH_GEMM(pack_cols_with)(p, block, scratch, packed);
 }
 
 void pack_rows(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
-  FASTVLP_WITH_UNITS(pack_rows_with)(p, block, scratch, packed);
+  FASTVLP_WITH_GEMM(pack_rows_with)(p, block, scratch, packed);
 }
 
 void row_gradient(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
                   bool fresh, void* scratch, float* tiles, const float* packed, float* accumulator,
                   SigmoidSums* sums) {
-  FASTVLP_WITH_UNITS(row_gradient_with)
+  FASTVLP_WITH_GEMM(row_gradient_with)
   (p, block, begin, end, fresh, scratch, tiles, packed, accumulator, sums);
 }
 
 void col_gradient(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
                   void* scratch, const float* tiles, int64_t tile_step, const float* packed,
                   float* accumulator) {
-  FASTVLP_WITH_UNITS(col_gradient_with)
+  FASTVLP_WITH_GEMM(col_gradient_with)
   (p, block, begin, end, scratch, tiles, tile_step, packed, accumulator);
 }
 

@@ -24,8 +24,8 @@ struct ContrastiveProblem {
   bool use_cols;
   int64_t block_rows;  // both multiples of 32
   int64_t block_cols;
-  // For gradients only. The log-sum-exps, over all logits, are padded to whole blocks with infinity:
-  // exp(z - lse) is 0 there whatever z. The rest is what each has lost to its rounding.
+  // For gradients only. The log-sum-exps, over all logits, are padded to whole blocks with
+  // infinity: exp(z - lse) is 0 there whatever z. The rest is what each has lost to its rounding.
   const float* row_lse;
   const float* row_rest;
   const float* col_lse;
@@ -47,7 +47,7 @@ struct ContrastiveProblem {
 };
 
 // A tile holds the logits of one block as [block_cols][tile_stride]: column-major, because the rows
-// are the packed operand of the product. The 16 extra floats keep neighbouring columns of a
+// are the packed operand of the matmul. The 16 extra floats keep neighbouring columns of a
 // power-of-two block out of the same cache sets.
 inline int64_t tile_stride(const ContrastiveProblem& p) { return p.block_rows + 16; }
 inline int64_t tile_floats(const ContrastiveProblem& p) { return p.block_cols * tile_stride(p); }
@@ -63,7 +63,7 @@ struct ContrastiveKernels {
   int64_t (*scratch_bytes)(const ContrastiveProblem&);
   // Row length, in floats, of the gradient accumulators: dim rounded up to whole vectors.
   int64_t (*padded_dim)(const ContrastiveProblem&);
-  // Floats that a block of `rows` features takes when packed for the gradient products.
+  // Floats that a block of `rows` features takes when packed for the gradient matmuls.
   int64_t (*packed_floats)(const ContrastiveProblem&, int64_t rows);
   // Packs one block of y (for row_gradient) or of x (for col_gradient).
   void (*pack_cols)(const ContrastiveProblem&, int64_t block, void* scratch, float* packed);

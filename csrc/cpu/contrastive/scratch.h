@@ -1,4 +1,4 @@
-// Which products a contrastive problem takes, and the scratch memory of one call of its kernels.
+// Which GEMM a contrastive problem takes, and the scratch memory of one call of its kernels.
 #pragma once
 
 #include "../gemm/pack.h"
@@ -8,15 +8,15 @@
 namespace {
 
 #if defined(__AVX512BF16__)
-inline bool uses_bf16_products(const ContrastiveProblem& p) {
+inline bool uses_bf16_gemm(const ContrastiveProblem& p) {
   return p.x.element == Element::kBFloat16 && p.y.element == Element::kBFloat16;
 }
 #endif
 
 #if defined(__AMX_BF16__)
-inline bool uses_split_products(const ContrastiveProblem& p) { return !uses_bf16_products(p); }
+inline bool uses_bf16x3_gemm(const ContrastiveProblem& p) { return !uses_bf16_gemm(p); }
 #else
-inline bool uses_split_products(const ContrastiveProblem&) { return false; }
+inline bool uses_bf16x3_gemm(const ContrastiveProblem&) { return false; }
 #endif
 
 inline int64_t padded_dim(const ContrastiveProblem& p) { return round_up(p.dim, kPanel); }
@@ -27,7 +27,7 @@ inline int64_t row_words(const ContrastiveProblem& p) { return round_up(p.dim, 1
 // The scratch buffers of one call, in words; sized for the widest use.
 struct Scratch {
   explicit Scratch(const ContrastiveProblem& p) {
-    if (uses_split_products(p)) {
+    if (uses_bf16x3_gemm(p)) {
 #if defined(__AMX_BF16__)
       x_panels = take(split_words(p.block_rows, p.dim));
       x_factor = take(1);
@@ -57,8 +57,8 @@ struct Scratch {
   }
   int64_t total = 0;
   int64_t x_panels = 0, gradient = 0, row, columns, row_max, row_sum, tile_max, col_max, tile;
-  int64_t y_rows = 0, words = 0;                           // of products that are not split
-  int64_t x_factor = 0, a = 0, transposed = 0, block = 0;  // of those that are
+  int64_t y_rows = 0, words = 0;                           // where operands are not split
+  int64_t x_factor = 0, a = 0, transposed = 0, block = 0;  // where they are
 };
 
 inline GradientScratch gradient_scratch(float* base, const Scratch& s) {

@@ -1,5 +1,5 @@
-// The contrastive products of floats on AMX tiles: logits and gradients of one tile. Operands are
-// split for the product that reads them, so that nothing of them is kept.
+// The contrastive matmuls of float32 by bf16x3 emulation: logits and gradients of one tile.
+// Operands are split for the matmul that reads them and not kept.
 #pragma once
 
 #include "../gemm/bf16x3_pack.h"
@@ -14,7 +14,7 @@ struct SplitScratch {
   float* copies;      // two rows of features
   float* columns;     // 32 columns of the gradient of a group
   float* transposed;  // 16 rows of those
-  float* block;       // of a product
+  float* block;       // of a matmul
   float* row_factor;  // block_rows
   static constexpr int64_t kColumnStride = kSplitGroup + 16;
 };
@@ -23,7 +23,7 @@ inline int64_t split_group_words(const ContrastiveProblem& p) {
   return split_words(kSplitGroup, std::max({p.dim, p.block_rows, p.block_cols}));
 }
 
-// A block of features packed for a gradient product: what its features were multiplied by, in front
+// A block of features packed for a gradient matmul: what its features were multiplied by, in front
 // of the operand.
 constexpr int64_t kPackedHeader = 16;
 

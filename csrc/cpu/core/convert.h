@@ -26,8 +26,9 @@ inline uint32_t float_to_bits(float f) {
 }
 
 inline float half_to_float(uint16_t h) {
-  // Shift the half's exponent and mantissa into place, then fix the exponent bias by a product,
-  // which also normalises subnormals; infinities and NaN get their exponent set by hand.
+  // Shift the half's exponent and mantissa into place, then fix the exponent bias by a
+  // multiplication, which also normalises subnormals; infinities and NaN get their exponent set by
+  // hand.
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
   uint32_t b = float_to_bits(bits_to_float(magnitude) * 5.192296858534828e33f);  // 2^112
   if ((h & 0x7c00) == 0x7c00) b = magnitude | 0x7f800000;

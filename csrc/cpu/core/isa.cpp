@@ -15,7 +15,7 @@ namespace fastvlp {
 namespace {
 
 #if defined(FASTVLP_X86)
-// Tiles of bfloat16 need the processor and, on Linux, a permission that a process asks for once.
+// AMX needs CPU support and, on Linux, a permission that a process requests once.
 bool amx_usable() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl

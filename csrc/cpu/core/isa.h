@@ -1,4 +1,4 @@
-// Which instruction sets this build holds and this processor runs.
+// Which instruction sets this build holds and this CPU runs.
 #pragma once
 
 #include <string>
@@ -18,7 +18,7 @@ struct Isas {
   const Isa* end() const { return list + count; }
 };
 
-// The sets compiled into this build that this processor can run, fastest first.
+// The sets compiled into this build that this CPU can run, fastest first.
 const Isas& available_isas();
 
 // The fastest of them, or the one that the environment variable FASTVLP_CPU_ISA names. Throws

@@ -1,4 +1,4 @@
-// Rows of floats stored past the caches, as they are or rounded to bfloat16 (nearest even).
+// Rows of floats written by non-temporal stores, as they are or rounded to bfloat16 (nearest even).
 #pragma once
 
 #include "convert.h"
@@ -6,7 +6,7 @@
 
 namespace {
 
-// A copy that goes past the caches, for results nobody reads soon: a line written whole need not be
+// A copy by non-temporal stores, for results nobody reads soon: a line written whole need not be
 // fetched first. Call finish_streams() when done.
 inline void stream_row(const float* in, int64_t n, float* out) {
 #if defined(__AVX512F__)
@@ -24,7 +24,7 @@ inline void finish_streams() {
 #endif
 }
 
-// Past the caches as well where rows are whole lines.
+// Non-temporal as well where rows are whole lines.
 inline void to_bfloat16_row(const float* in, int64_t n, uint16_t* out) {
   int64_t i = 0;
 #if defined(__AVX512BF16__)

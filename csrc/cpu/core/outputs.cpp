@@ -17,7 +17,7 @@ using torch::stable::Tensor;
 // them, which can take as long as computing what they shall hold.
 constexpr int64_t kLargeBytes = int64_t{4} << 20;
 
-void give_back(void* data, void* context) {
+void release_memory(void* data, void* context) {
   const Buffer owned(static_cast<float*>(data), *static_cast<BufferDeleter*>(context));
   delete static_cast<BufferDeleter*>(context);
 }
@@ -63,7 +63,7 @@ Tensor empty_strided(const Tensor& t, const Numbers& sizes, const Numbers& strid
   auto* context = new BufferDeleter(buffer.get_deleter());
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
       buffer.get(), dims, sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1,
-      &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, context));
+      &handle, aoti_torch_layout_strided(), nullptr, 0, release_memory, context));
   buffer.release();
   return Tensor(handle);
 }

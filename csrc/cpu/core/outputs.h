@@ -15,8 +15,8 @@ torch::stable::Tensor empty_output(const torch::stable::Tensor& t);
 torch::stable::Tensor empty_output(const torch::stable::Tensor& t,
                                    const std::vector<int64_t>& sizes);
 
-// For the gradient of `t`: in its strides where they leave no gaps and no two elements share a place,
-// else contiguous. It is in this layout that autograd keeps gradients.
+// For the gradient of `t`: in its strides where they leave no gaps and no two elements share a
+// place, else contiguous. It is in this layout that autograd keeps gradients.
 torch::stable::Tensor empty_gradient(const torch::stable::Tensor& t);
 
 }  // namespace fastvlp

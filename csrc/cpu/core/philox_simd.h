@@ -1,5 +1,6 @@
-// The words of fastvlp/ops/cross_attention/dropout.py, a vector of counters at a time: Philox 4x32 with 10 rounds
-// (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+// The random words of fastvlp/ops/cross_attention/dropout.py, a vector of counters at a time:
+// Philox 4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+// 2011).
 #pragma once
 
 #include "simd.h"

@@ -1,22 +1,22 @@
-// Fetching what the next task reads while this one computes: rows of a head lie far apart, where the
-// processor does not see them coming, and its products leave memory idle.
+// Software prefetch of what the next task reads while this one computes: rows of a head lie far
+// apart, where the hardware prefetcher does not find them, and matmuls leave memory idle.
 #pragma once
 
 #include "matrix_view.h"
 
 namespace {
 
-// Key rows of one head: row r of `rows` is row seen[r] of the features (r without `seen`).
-struct SeenRows {
+// Key rows of one head: row r is row attended[r] of the features (r where `attended` is null).
+struct AttendedRows {
   fastvlp::Features features;
-  const int32_t* seen;
+  const int32_t* attended;
   int64_t count;
-  int64_t operator[](int64_t r) const { return seen ? seen[r] : r; }
+  int64_t operator[](int64_t r) const { return attended ? attended[r] : r; }
 
-  SeenRows slice(int64_t first, int64_t length) const {
-    SeenRows part = {features, seen, length};
-    if (seen != nullptr) {
-      part.seen += first;
+  AttendedRows slice(int64_t first, int64_t length) const {
+    AttendedRows part = {features, attended, length};
+    if (attended != nullptr) {
+      part.attended += first;
     } else {
       const int64_t size = bytes_of(features.element);
       part.features.data = static_cast<const char*>(features.data) + first * features.stride * size;
@@ -25,21 +25,21 @@ struct SeenRows {
   }
 };
 
-// Into the cache of level 1 (locality 3) or 2 (locality 2). Inlined always: GCC takes a function that
-// only prefetches for one without effect and drops the call.
+// Into the cache of level 1 (locality 3) or 2 (locality 2). Inlined always: GCC takes a function
+// that only prefetches for one without effect and drops the call.
 template <int locality>
-[[gnu::always_inline]] inline void prefetch_row(const SeenRows& x, int64_t r, int64_t dim) {
+[[gnu::always_inline]] inline void prefetch_row(const AttendedRows& x, int64_t r, int64_t dim) {
   if (r >= x.count) return;
   const int64_t size = bytes_of(x.features.element);
   const char* at = static_cast<const char*>(x.features.data) + x[r] * x.features.stride * size;
   for (int64_t b = 0; b < dim * size; b += 64) __builtin_prefetch(at + b, 0, locality);
 }
 
-// Brings rows into the second-level cache, spread evenly over `work`, in whatever unit step() counts.
-class Ahead {
+// Brings rows into L2, spread evenly over `work`, in whatever unit step() counts.
+class Prefetcher {
  public:
   void start(int64_t dim, int64_t work) { dim_ = dim, work_ = work, done_ = 0, count_ = 0; }
-  void add(const SeenRows& rows) { sets_[count_++] = {rows, 0}; }
+  void add(const AttendedRows& rows) { sets_[count_++] = {rows, 0}; }
   void step(int64_t work) {
     done_ += work;
     for (int i = 0; i < count_; ++i)
@@ -50,7 +50,7 @@ class Ahead {
 
  private:
   struct Set {
-    SeenRows rows;
+    AttendedRows rows;
     int64_t row;  // the next one
   };
   Set sets_[4];

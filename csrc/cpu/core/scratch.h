@@ -1,5 +1,5 @@
 // Scratch and large outputs of the CPU kernels, kept between calls: a training step would otherwise
-// fault the same pages in again, which costs as much time as the products that fill them.
+// fault the same pages in again, which costs as much time as the matmuls that fill them.
 #pragma once
 
 #include <cstddef>

@@ -17,16 +17,16 @@ using fastvlp::Element;
 using fastvlp::Geometry;
 using fastvlp::TableEntry;
 
-// Elements at a time: the blocks of all streams together fit into the first-level cache, and the
+// Elements at a time: the blocks of all streams together fit into L1, and the
 // requests for the block after next, made a block at a time, into the line fill buffers.
 constexpr int kBlock = 128;
-constexpr int kAheadBytes = 1024;
+constexpr int kPrefetchBytes = 1024;
 
 inline void* address(void* data, Element element, int64_t offset) {
   return static_cast<char*>(data) + offset * bytes_of(element);
 }
 
-// Writes around the cache, for what is not read again soon: the line is not fetched first.
+// Non-temporal stores, for what is not read again soon: the line is not fetched first.
 inline void stream_bytes(void* out, const void* in, int64_t bytes) {
 #if defined(__SSE2__)
   char* to = static_cast<char*>(out);
@@ -55,7 +55,7 @@ inline void stream_bytes(void* out, const void* in, int64_t bytes) {
   std::memcpy(out, in, bytes);
 }
 
-// Before another thread may read what was written around the cache.
+// Before another thread may read what non-temporal stores have written.
 inline void finish_streams() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -85,7 +85,7 @@ class Block {
 
   // The values of elements [at, at + n), to be changed at will until `store`.
   float* load(int64_t at, int n) {
-    if (geometry_ == nullptr) fetch_ahead(at, n);
+    if (geometry_ == nullptr) prefetch(at, n);
     if (geometry_ == nullptr && element_ == Element::kFloat32)
       return static_cast<float*>(address(data_, element_, at));
     if (geometry_ == nullptr) {
@@ -108,7 +108,7 @@ class Block {
       scatter(at, n, values);
   }
 
-  // Writes the values of another stream, around the cache; nothing where the list is absent.
+  // Writes the values of another stream, by non-temporal stores; nothing where the list is absent.
   void stream(int64_t at, int n, const float* values) {
     if (data_ == nullptr) return;
     if (geometry_ != nullptr) return scatter(at, n, values);
@@ -121,9 +121,9 @@ class Block {
   }
 
  private:
-  // The processor's own prefetcher stops at the end of each page.
-  void fetch_ahead(int64_t at, int n) const {
-    const char* from = static_cast<const char*>(address(data_, element_, at)) + kAheadBytes;
+  // The hardware prefetcher stops at the end of each page.
+  void prefetch(int64_t at, int n) const {
+    const char* from = static_cast<const char*>(address(data_, element_, at)) + kPrefetchBytes;
     const int bytes = n * bytes_of(element_);
     for (int b = 0; b < bytes; b += 64) __builtin_prefetch(from + b);
   }

@@ -56,7 +56,7 @@ std::vector<int64_t> starts_of(const Tensor& t, const char* name, int64_t total)
   return starts;
 }
 
-// The segments of a call, and which of their keys are seen.
+// The segments of a call, and which of their keys are attended.
 class Segments {
  public:
   Segments(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
@@ -70,10 +70,10 @@ class Segments {
                     "cu_seqlens_q: expected one segment per segment of keys, ", keys_.size() - 1,
                     ", got ", queries_.size() - 1);
     for (int64_t i = 0; !packed_ && i <= k.size(0); ++i) keys_[i] = i * k.size(1);
-    if (key_mask.has_value()) find_seen(*key_mask);
+    if (key_mask.has_value()) find_attended(*key_mask);
     for (int64_t i = 0; i < count(); ++i) {
       most_queries = std::max(most_queries, queries_[i + 1] - queries_[i]);
-      most_keys = std::max(most_keys, task(i, 0).seen_keys);
+      most_keys = std::max(most_keys, task(i, 0).attended_keys);
     }
   }
 
@@ -86,33 +86,33 @@ class Segments {
     t.queries = queries_[segment + 1] - t.first_query;
     t.segment = packed_ ? keys_[segment] : segment;
     t.keys = keys_[segment + 1] - keys_[segment];
-    t.seen_keys = t.keys;
-    if (!seen_starts_.empty()) {
-      t.seen = seen_.data() + seen_starts_[segment];
-      t.seen_keys = seen_starts_[segment + 1] - seen_starts_[segment];
+    t.attended_keys = t.keys;
+    if (!attended_starts_.empty()) {
+      t.attended = attended_.data() + attended_starts_[segment];
+      t.attended_keys = attended_starts_[segment + 1] - attended_starts_[segment];
     }
     return t;
   }
 
   int64_t most_queries = 0;
-  int64_t most_keys = 0;  // seen ones
+  int64_t most_keys = 0;  // attended ones
 
  private:
-  void find_seen(const Tensor& mask) {
+  void find_attended(const Tensor& mask) {
     STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.is_contiguous() &&
                         mask.numel() == keys_.back(),
                     "key_mask: expected contiguous bool, one per key row");
     const bool* at = static_cast<const bool*>(mask.const_data_ptr());
     for (int64_t i = 0; i < count(); ++i) {
-      seen_starts_.push_back(static_cast<int64_t>(seen_.size()));
+      attended_starts_.push_back(static_cast<int64_t>(attended_.size()));
       for (int64_t key = keys_[i]; key < keys_[i + 1]; ++key)
-        if (at[key]) seen_.push_back(static_cast<int32_t>(key - keys_[i]));
+        if (at[key]) attended_.push_back(static_cast<int32_t>(key - keys_[i]));
     }
-    seen_starts_.push_back(static_cast<int64_t>(seen_.size()));
+    attended_starts_.push_back(static_cast<int64_t>(attended_.size()));
   }
 
-  std::vector<int64_t> queries_, keys_, seen_starts_;
-  std::vector<int32_t> seen_;
+  std::vector<int64_t> queries_, keys_, attended_starts_;
+  std::vector<int32_t> attended_;
   bool packed_;
 };
 
@@ -153,8 +153,8 @@ AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, c
 }
 
 // Calls work(task, scratch) for every segment and head. A thread takes several heads of a segment
-// one after another where there is enough work for all threads: their rows lie in the same pages, and
-// looking those up anew for each head takes longer than the products.
+// one after another where there is enough work for all threads: their rows lie in the same pages,
+// and looking those up anew for each head takes longer than the matmuls.
 template <class Work>
 void for_each_task(const Segments& segments, int64_t heads, int64_t scratch_floats,
                    const Work& work) {

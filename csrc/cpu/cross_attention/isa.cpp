@@ -13,11 +13,11 @@
 namespace {
 
 #if defined(__AVX512BF16__)
-#define FASTVLP_WITH_PRODUCTS(function, p)                                         \
-  ((p).element == fastvlp::Element::kBFloat16 ? function<DotProducts<BFloat16Dot>> \
-                                              : function<DotProducts<FloatDot>>)
+#define FASTVLP_WITH_MATMULS(function, p)                                          \
+  ((p).element == fastvlp::Element::kBFloat16 ? function<SimdMatmuls<BFloat16Dot>> \
+                                              : function<SimdMatmuls<FloatDot>>)
 #else
-#define FASTVLP_WITH_PRODUCTS(function, p) (function<DotProducts<FloatDot>>)
+#define FASTVLP_WITH_MATMULS(function, p) (function<SimdMatmuls<FloatDot>>)
 #endif
 
 #if defined(__AMX_BF16__)
@@ -26,8 +26,8 @@ template <template <class, int> class Pass, class... Arguments>
 int64_t pass_floats(const AttentionProblem& p, Arguments... arguments) {
   if (p.element == fastvlp::Element::kBFloat16)
     return
-        typename Pass<BFloat16Rows, 0>::Places(TileShape<BFloat16Rows>(p.dim), arguments...).total;
-  return typename Pass<FloatRows, 0>::Places(TileShape<FloatRows>(p.dim), arguments...).total;
+        typename Pass<BFloat16Rows, 0>::Layout(TileShape<BFloat16Rows>(p.dim), arguments...).total;
+  return typename Pass<FloatRows, 0>::Layout(TileShape<FloatRows>(p.dim), arguments...).total;
 }
 
 template <template <class, int> class Pass, class Rows, class Out>
@@ -37,14 +37,14 @@ bool run_rows(const AttentionProblem& p, const AttentionTask& task, const Out& o
   return Pass<Rows, 0>(p, task, out, scratch).run();
 }
 
-// Taking floats apart for fewer weights costs more than their products gain.
+// For fewer weights, splitting floats into bf16 parts costs more than the faster matmuls gain.
 constexpr int64_t kLeastWeights = 4096;
 
 // Whether the task has been done.
 template <template <class, int> class Pass, class Out>
 bool run_on_tiles(const AttentionProblem& p, const AttentionTask& task, const Out& out,
                   float* scratch) {
-  if (p.element != fastvlp::Element::kBFloat16 && task.queries * task.seen_keys < kLeastWeights)
+  if (p.element != fastvlp::Element::kBFloat16 && task.queries * task.attended_keys < kLeastWeights)
     return false;
   switch (p.element) {
     case fastvlp::Element::kBFloat16:
@@ -56,64 +56,64 @@ bool run_on_tiles(const AttentionProblem& p, const AttentionTask& task, const Ou
   }
 }
 
-constexpr int kInPlaceDim = 64;
-using InPlaceForwardPass = InPlaceForward<kInPlaceDim>;
-using InPlaceBackwardPass = InPlaceBackward<kInPlaceDim>;
+constexpr int kUnpackedDim = 64;
+using UnpackedForwardPass = UnpackedForward<kUnpackedDim>;
+using UnpackedBackwardPass = UnpackedBackward<kUnpackedDim>;
 
-bool is_in_place(const AttentionProblem& p) {
-  return p.element == fastvlp::Element::kBFloat16 && p.dim == kInPlaceDim;
+bool takes_unpacked(const AttentionProblem& p) {
+  return p.element == fastvlp::Element::kBFloat16 && p.dim == kUnpackedDim;
 }
 
 #endif
 
-int64_t forward_scratch(const AttentionProblem& p, int64_t queries, int64_t seen_keys) {
+int64_t forward_scratch(const AttentionProblem& p, int64_t queries, int64_t attended_keys) {
 #if defined(__AMX_BF16__)
-  const int64_t tiles = is_in_place(p) ? InPlaceForwardPass::Places().total
-                                       : pass_floats<TileForward>(p, queries, seen_keys);
+  const int64_t tiles = takes_unpacked(p) ? UnpackedForwardPass::Layout().total
+                                          : pass_floats<TileForward>(p, queries, attended_keys);
 #else
   const int64_t tiles = 0;
 #endif
   return std::max(tiles,
-                  FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, false));
+                  FASTVLP_WITH_MATMULS(scratch_floats_with, p)(p, queries, attended_keys, false));
 }
 
-int64_t backward_scratch(const AttentionProblem& p, int64_t queries, int64_t seen_keys) {
+int64_t backward_scratch(const AttentionProblem& p, int64_t queries, int64_t attended_keys) {
 #if defined(__AMX_BF16__)
   int64_t tiles = pass_floats<TileBackward>(p, queries);
-  if (is_in_place(p)) tiles = std::max(tiles, InPlaceBackwardPass::Places(seen_keys).total);
+  if (takes_unpacked(p)) tiles = std::max(tiles, UnpackedBackwardPass::Layout(attended_keys).total);
 #else
   const int64_t tiles = 0;
 #endif
   return std::max(tiles,
-                  FASTVLP_WITH_PRODUCTS(scratch_floats_with, p)(p, queries, seen_keys, true));
+                  FASTVLP_WITH_MATMULS(scratch_floats_with, p)(p, queries, attended_keys, true));
 }
 
 void forward_once(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
                   float* scratch) {
 #if defined(__AMX_BF16__)
-  if (is_in_place(p)) return InPlaceForwardPass(p, task, out, scratch).run();
+  if (takes_unpacked(p)) return UnpackedForwardPass(p, task, out, scratch).run();
   if (run_on_tiles<TileForward>(p, task, out, scratch)) return;
 #endif
-  FASTVLP_WITH_PRODUCTS(forward_with, p)(p, task, out, scratch, false);
+  FASTVLP_WITH_MATMULS(forward_with, p)(p, task, out, scratch, false);
 }
 
 void forward(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
              float* scratch) {
   forward_once(p, task, out, scratch);
   if (is_coarse(p, task, out.statistics))
-    FASTVLP_WITH_PRODUCTS(forward_with, p)(p, task, out, scratch, true);
+    FASTVLP_WITH_MATMULS(forward_with, p)(p, task, out, scratch, true);
 }
 
 void backward(const AttentionProblem& p, const AttentionTask& task, const AttentionBackward& out,
               float* scratch) {
 #if defined(__AMX_BF16__)
   if (!is_relative(p, task, out.statistics)) {
-    if (is_in_place(p) && task.queries <= InPlaceBackwardPass::kMostQueries)
-      return InPlaceBackwardPass(p, task, out, scratch).run();
+    if (takes_unpacked(p) && task.queries <= UnpackedBackwardPass::kMostQueries)
+      return UnpackedBackwardPass(p, task, out, scratch).run();
     if (run_on_tiles<TileBackward>(p, task, out, scratch)) return;
   }
 #endif
-  FASTVLP_WITH_PRODUCTS(backward_with, p)(p, task, out, scratch);
+  FASTVLP_WITH_MATMULS(backward_with, p)(p, task, out, scratch);
 }
 
 }  // namespace

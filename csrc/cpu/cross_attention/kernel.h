@@ -36,29 +36,29 @@ struct AttentionProblem {
   uint64_t seed;
 };
 
-// One head of one segment: every query row against every key row that is seen.
+// One head of one segment: every query row against every attended key row.
 struct AttentionTask {
   int64_t head;
   int64_t first_query;
   int64_t queries;
-  int64_t segment;      // of the keys, or the first of its rows where keys are packed
-  int64_t keys;         // rows of the segment
-  const int32_t* seen;  // the seen rows, ascending; null: all
-  int64_t seen_keys;
+  int64_t segment;          // of the keys, or the first of its rows where keys are packed
+  int64_t keys;             // rows of the segment
+  const int32_t* attended;  // the attended rows, ascending; null: all
+  int64_t attended_keys;
   const AttentionTask* next;  // what this thread does after it, null if unknown
   // A thread takes `run` heads of a segment one after another, of which this is number `place`.
   int64_t run, place;
   const AttentionTask* next_run;  // the first one of those it takes after them, null if unknown
 
-  // The row of the segment that is the r-th seen one.
-  int64_t key(int64_t r) const { return seen ? seen[r] : r; }
+  // The row of the segment that is the r-th attended one.
+  int64_t key(int64_t r) const { return attended ? attended[r] : r; }
 };
 
 // Outputs are of the inputs' element type. Of the softmax two numbers per head and query row are
 // kept, [2][heads][total_queries]: the largest logit, or one little below, in units of ln 2 and the
-// reciprocal of the sum of exponentials relative to it, 0 for a row that sees no key; of tasks with
-// logits above 2^29 the largest product and minus the reciprocal. The backward pass finds from them
-// the very weights of the forward pass.
+// reciprocal of the sum of exponentials relative to it, 0 for a row that attends to no key; of
+// tasks with logits above 2^29 the largest dot product and minus the reciprocal. The backward pass
+// finds from them the very weights of the forward pass.
 struct AttentionForward {
   AttentionOutput out;
   float* statistics;
@@ -72,8 +72,8 @@ struct AttentionBackward {
 
 struct AttentionKernels {
   // Floats of 64-byte aligned scratch for a task of at most so many rows.
-  int64_t (*forward_scratch)(const AttentionProblem&, int64_t queries, int64_t seen_keys);
-  int64_t (*backward_scratch)(const AttentionProblem&, int64_t queries, int64_t seen_keys);
+  int64_t (*forward_scratch)(const AttentionProblem&, int64_t queries, int64_t attended_keys);
+  int64_t (*backward_scratch)(const AttentionProblem&, int64_t queries, int64_t attended_keys);
   void (*forward)(const AttentionProblem&, const AttentionTask&, const AttentionForward&,
                   float* scratch);
   void (*backward)(const AttentionProblem&, const AttentionTask&, const AttentionBackward&,

@@ -1,8 +1,8 @@
-// The products of attention on vector registers. Weights lie transposed, [keys][queries]: then a
-// softmax over the keys runs along the lanes, and keys and values enter every product as rows, where
+// Attention's matmuls on SIMD registers. Weights lie transposed, [keys][queries]: then a
+// softmax over the keys runs along the lanes, and keys and values enter every matmul as rows, where
 // they are read by broadcast.
 //
-// A Products class offers, for one head of one segment with n key rows x [n, dim] and one block of m
+// A Matmuls class offers, for one head of one segment with n key rows x [n, dim] and one block of m
 // query rows y [m, dim] (weights w are fp32 [padded n][padded m]):
 //   scores       C[n][m]   = x y^T   of x as key_rows and y as query_columns
 //   into_keys    C[n][d] (+)= w y    of w as key_weights and y as query_rows
@@ -20,7 +20,7 @@ struct KeyRows {
   int64_t stride;  // words from one row to the next
 };
 
-// How far ahead of its copy a row is fetched where no task before this one did so.
+// How many rows before its copy a row is prefetched where no task before this one did so.
 constexpr int64_t kPrefetchRows = 24;
 
 // out[k * m + i] = rows[i * words + k] ^ sign, of kLanes rows of `words`, a multiple of kLanes.
@@ -36,8 +36,8 @@ inline void transpose_rows(const uint32_t* rows, int64_t words, uint32_t sign, u
   }
 }
 
-// sums[m] of the products of two operands of query columns. In the order of a product over the same
-// columns, so that a weight of 1 has a derivative of 0 and not of rounding.
+// sums[m] of the elementwise product of two operands of query columns. In the order of a matmul
+// over the same columns, so that a weight of 1 has a gradient of 0 and not of rounding.
 template <class Dot>
 void dots_of_columns(const uint32_t* a, const uint32_t* b, int64_t words, int64_t m, float* sums) {
   const auto words_at = [](const uint32_t* p) {
@@ -65,16 +65,16 @@ void dots_of_columns(const uint32_t* a, const uint32_t* b, int64_t words, int64_
 constexpr auto nothing_done = [](int64_t) {};
 
 template <class Dot>
-struct DotProducts {
+struct SimdMatmuls {
   static constexpr bool kFloat = Dot::kPerWord == 1;
   static constexpr int64_t kQueryBlock = 64;
   static constexpr int64_t kKeyBlock = 64;
-  // Floats enter the products as they are; the weights are their own operands.
-  static constexpr bool kWeightsInPlace = kFloat;
+  // Floats enter the matmuls as they are; the weights are unpacked operands.
+  static constexpr bool kWeightsUnpacked = kFloat;
 
   const int64_t dim;
-  mutable Ahead ahead;  // advances with the products
-  explicit DotProducts(int64_t d) : dim(d) {}
+  mutable Prefetcher prefetcher;  // advances with the matmuls
+  explicit SimdMatmuls(int64_t d) : dim(d) {}
 
   int64_t padded_keys(int64_t n) const { return round_up(n, kRegisterRows); }
   int64_t padded_queries(int64_t m) const { return round_up(m, kLanes * Dot::kPerWord); }
@@ -82,13 +82,13 @@ struct DotProducts {
   int64_t key_row_words() const { return round_up(depth_words<Dot>(dim), kRegisterRows); }
   int64_t column_words() const { return round_up(dim, kRegisterRows); }
 
-  // What a product calls between its blocks.
+  // What a matmul calls between its blocks.
   auto step() const {
-    return [this](int64_t words) { ahead.step(words * Dot::kPerWord); };
+    return [this](int64_t words) { prefetcher.step(words * Dot::kPerWord); };
   }
 
-  // Words of each operand; the capacity n or m is a padded count. `row` is scratch for kLanes rows of
-  // a query operand or of output.
+  // Words of each operand; the capacity n or m is a padded count. `row` is scratch for kLanes rows
+  // of a query operand or of output.
   int64_t row_words() const { return kLanes * padded_dim(); }
   int64_t key_rows_words(int64_t n) const { return n * key_row_words(); }
   int64_t key_columns_words(int64_t n) const {
@@ -106,9 +106,9 @@ struct DotProducts {
   }
   int64_t into_queries_floats(int64_t m) const { return padded_dim() * m; }
 
-  // Packed always: read in place, rows that lie many lines apart push each other out of the
+  // Always packed: as unpacked operands, rows that lie many lines apart push each other out of the
   // first-level cache.
-  KeyRows key_rows(const SeenRows& x, uint32_t* out) const {
+  KeyRows key_rows(const AttendedRows& x, uint32_t* out) const {
     const int64_t words = depth_words<Dot>(dim), stride = key_row_words();
     for (int64_t r = 0; r < padded_keys(x.count); ++r) {
       prefetch_row<3>(x, r + kPrefetchRows, dim);
@@ -120,7 +120,7 @@ struct DotProducts {
   }
 
   // The columns of floats are the rows themselves.
-  KeyRows key_columns(const SeenRows& x, uint32_t* out) const {
+  KeyRows key_columns(const AttendedRows& x, uint32_t* out) const {
     if constexpr (kFloat) {
       return key_rows(x, out);
     } else {
@@ -225,7 +225,7 @@ struct DotProducts {
   static const float* floats(const uint32_t* words) {
     return reinterpret_cast<const float*>(words);
   }
-  static const uint16_t* half_row(const SeenRows& x, int64_t r) {
+  static const uint16_t* half_row(const AttendedRows& x, int64_t r) {
     return static_cast<const uint16_t*>(x.features.data) + x[r] * x.features.stride;
   }
 };

@@ -1,10 +1,10 @@
-// Operands of attention's products on AMX tiles, from rows of keys and queries. They lie in steps as
-// in split_tiles.h, [step along K][part][half][16][16] words. Floats, and the weights of float16, are
-// three bfloat16 parts; bfloat16 is one.
+// Operands of attention's matmuls on AMX tiles, from rows of keys and queries. They lie in steps as
+// in bf16x3_gemm.h, [step along K][part][half][16][16] words. Floats, and the weights of float16,
+// are three bfloat16 parts; bfloat16 is one.
 //
 // Sums over K do not depend on its order, so words along a row join what is cheapest to join: of
 // floats element i of a step with element i + 16, of bfloat16 neighbours as they lie. Both operands
-// of a product keep to that. Words along the keys always join neighbours.
+// of a matmul keep to that. Words along the keys always join neighbours.
 #pragma once
 
 #include "../core/prefetch.h"
@@ -42,7 +42,7 @@ struct Split {
   _mm512_storeu_si512(out + 2 * kPartWords, join(a.low, b.low));
 }
 
-// Rows of one element type: how they are read, and how weights enter their products.
+// Rows of one element type: how they are read, and how weights enter their matmuls.
 struct FloatRows {
   using Scalar = float;
   static constexpr int kParts = 3;
@@ -80,7 +80,7 @@ struct BFloat16Rows {
 
 // Where two rows go: `low` and `high`, 16 words of every step of the width, `step` words apart; the
 // words that join the rows, 16 for each half of those steps, `pairs_step` words apart.
-struct RowPlaces {
+struct RowTargets {
   uint32_t *low, *high;
   int64_t step;
   uint32_t* pairs;
@@ -91,7 +91,7 @@ struct RowPlaces {
 template <class Rows, bool rows, bool pairs, bool whole>
 [[gnu::always_inline]] inline void place_rows(const typename Rows::Scalar* low,
                                               const typename Rows::Scalar* high, int64_t dim,
-                                              RowPlaces to) {
+                                              RowTargets to) {
   for (int64_t d = 0; d < dim; d += kStepSide) {
     if constexpr (Rows::kParts == 3) {
       const auto piece = [&](const typename Rows::Scalar* row, int64_t at) {

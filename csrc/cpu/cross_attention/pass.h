@@ -1,4 +1,4 @@
-// The forward and backward pass of one attention task over a Products class.
+// The forward and backward pass of one attention task over a Matmuls class.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ using fastvlp::AttentionInput;
 using fastvlp::AttentionOutput;
 
 // Takes pieces of the scratch, each on a cache line of its own.
-struct Layout {
+struct ScratchLayout {
   int64_t total = 0;
   int64_t take(int64_t words) {
     const int64_t at = total;
@@ -25,14 +25,14 @@ struct Layout {
   }
 };
 
-template <class Products>
-struct ForwardLayout : Layout {
-  ForwardLayout(const Products& x, int64_t queries, int64_t seen_keys) {
-    const int64_t n = x.padded_keys(seen_keys);
+template <class Matmuls>
+struct ForwardLayout : ScratchLayout {
+  ForwardLayout(const Matmuls& x, int64_t queries, int64_t attended_keys) {
+    const int64_t n = x.padded_keys(attended_keys);
     const int64_t m = x.padded_queries(queries < x.kQueryBlock ? queries : x.kQueryBlock);
     row = take(x.row_words());
     key_rows = take(x.key_rows_words(n));
-    value_columns = take(Products::kWeightsInPlace ? x.key_rows_words(n) : x.key_columns_words(n));
+    value_columns = take(Matmuls::kWeightsUnpacked ? x.key_rows_words(n) : x.key_columns_words(n));
     query_columns = take(x.query_columns_words(m));
     weights = take(n * m);
     query_weights = take(x.query_weights_words(n, m));
@@ -45,10 +45,11 @@ struct ForwardLayout : Layout {
       largest, reciprocal;
 };
 
-// The operands of one block of query rows in the backward pass, offsets from the block's first word.
-template <class Products>
-struct QueryLayout : Layout {
-  QueryLayout(const Products& x, int64_t m) {
+// The operands of one block of query rows in the backward pass, offsets from the block's first
+// word.
+template <class Matmuls>
+struct QueryLayout : ScratchLayout {
+  QueryLayout(const Matmuls& x, int64_t m) {
     query_columns = take(x.query_columns_words(m));
     grad_columns = take(x.query_columns_words(m));
     query_rows = take(x.query_rows_words(m));
@@ -57,15 +58,15 @@ struct QueryLayout : Layout {
     origin = take(m);
     largest = take(m);
     reciprocal = take(m);
-    slope = take(m);
+    delta = take(m);
   }
   int64_t query_columns, grad_columns, query_rows, grad_rows, into_queries, origin, largest,
-      reciprocal, slope;
+      reciprocal, delta;
 };
 
-template <class Products>
-struct BackwardLayout : Layout {
-  BackwardLayout(const Products& x, int64_t queries)
+template <class Matmuls>
+struct BackwardLayout : ScratchLayout {
+  BackwardLayout(const Matmuls& x, int64_t queries)
       : m(x.padded_queries(queries < x.kQueryBlock ? queries : x.kQueryBlock)), block(x, m) {
     const int64_t n = x.padded_keys(x.kKeyBlock);
     row = take(x.row_words());
@@ -81,17 +82,17 @@ struct BackwardLayout : Layout {
     blocks = take((queries + x.kQueryBlock - 1) / x.kQueryBlock * block.total);
   }
   int64_t m;
-  QueryLayout<Products> block;
+  QueryLayout<Matmuls> block;
   int64_t row, key_rows, key_columns, value_rows, weights, gradient, key_weights, query_weights, dk,
       dv, blocks;
 };
 
-template <class Products>
-int64_t scratch_floats_with(const AttentionProblem& p, int64_t queries, int64_t seen_keys,
+template <class Matmuls>
+int64_t scratch_floats_with(const AttentionProblem& p, int64_t queries, int64_t attended_keys,
                             bool backward) {
-  const Products x(p.dim);
-  return backward ? BackwardLayout<Products>(x, queries).total
-                  : ForwardLayout<Products>(x, queries, seen_keys).total;
+  const Matmuls x(p.dim);
+  return backward ? BackwardLayout<Matmuls>(x, queries).total
+                  : ForwardLayout<Matmuls>(x, queries, attended_keys).total;
 }
 
 inline Features head_rows(const AttentionProblem& p, const AttentionInput& input, int64_t offset,
@@ -100,10 +101,10 @@ inline Features head_rows(const AttentionProblem& p, const AttentionInput& input
           rows, input.row, p.element};
 }
 
-inline SeenRows seen_rows(const AttentionProblem& p, const AttentionTask& task,
-                          const AttentionInput& input) {
-  return {head_rows(p, input, task.segment * input.segment, task.head, task.keys), task.seen,
-          task.seen_keys};
+inline AttendedRows attended_rows(const AttentionProblem& p, const AttentionTask& task,
+                                  const AttentionInput& input) {
+  return {head_rows(p, input, task.segment * input.segment, task.head, task.keys), task.attended,
+          task.attended_keys};
 }
 
 inline Features query_rows(const AttentionProblem& p, const AttentionTask& task,
@@ -111,29 +112,30 @@ inline Features query_rows(const AttentionProblem& p, const AttentionTask& task,
   return head_rows(p, input, task.first_query * input.row, task.head, task.queries);
 }
 
-// How many of the seen keys any row of the block that ends at query row `end` may see.
+// How many of the attended keys any row of the block that ends at query row `end` may attend to.
 inline int64_t visible(const AttentionProblem& p, const AttentionTask& task, int64_t end) {
-  if (!p.causal) return task.seen_keys;
-  const int64_t limit = end - task.queries + task.keys;  // first key it may not see
-  // Without a list the seen keys are all, or none where a mask hides every key of the call.
-  if (task.seen == nullptr) return limit < 0 ? 0 : limit < task.seen_keys ? limit : task.seen_keys;
+  if (!p.causal) return task.attended_keys;
+  const int64_t limit = end - task.queries + task.keys;  // first key it may not attend to
+  // Without a list the attended keys are all, or none where a mask hides every key of the call.
+  if (task.attended == nullptr)
+    return limit < 0 ? 0 : limit < task.attended_keys ? limit : task.attended_keys;
   int64_t n = 0;
-  while (n < task.seen_keys && task.seen[n] < limit) ++n;
+  while (n < task.attended_keys && task.attended[n] < limit) ++n;
   return n;
 }
 
-// Lets the products of this task fetch the rows of the next one.
-template <class Products>
-void look_ahead(const Products& x, const AttentionProblem& p, const AttentionTask& task,
-                bool backward) {
+// Lets the matmuls of this task prefetch the rows of the next one.
+template <class Matmuls>
+void prefetch_next_task(const Matmuls& x, const AttentionProblem& p, const AttentionTask& task,
+                        bool backward) {
   if (task.next == nullptr) return;
   const AttentionTask& next = *task.next;
-  const int64_t products = backward ? 5 : 2;
-  x.ahead.start(p.dim, products * task.queries * task.seen_keys * p.dim);
-  x.ahead.add(seen_rows(p, next, p.k));
-  x.ahead.add(seen_rows(p, next, p.v));
-  x.ahead.add({query_rows(p, next, p.q), nullptr, next.queries});
-  if (backward) x.ahead.add({query_rows(p, next, p.grad), nullptr, next.queries});
+  const int64_t matmuls = backward ? 5 : 2;
+  x.prefetcher.start(p.dim, matmuls * task.queries * task.attended_keys * p.dim);
+  x.prefetcher.add(attended_rows(p, next, p.k));
+  x.prefetcher.add(attended_rows(p, next, p.v));
+  x.prefetcher.add({query_rows(p, next, p.q), nullptr, next.queries});
+  if (backward) x.prefetcher.add({query_rows(p, next, p.grad), nullptr, next.queries});
 }
 
 // Rows of an output of one segment and head.
@@ -170,8 +172,8 @@ inline void store_row(const AttentionProblem& p, const float* in, void* out) {
 
 // The rows of a block from their sums [dim][m], times `factor` where there is one. `rows` is
 // scratch for kLanes of them.
-template <class Products>
-void store_queries(const Products& x, const WeightBlock& b, const float* in, const float* factor,
+template <class Matmuls>
+void store_queries(const Matmuls& x, const WeightBlock& b, const float* in, const float* factor,
                    float* rows, const AttentionOutput& out) {
   const OutputRows to = query_outputs(b.p, b.task, out);
   const int64_t stride = x.padded_dim();
@@ -188,43 +190,43 @@ void store_queries(const Products& x, const WeightBlock& b, const float* in, con
   finish_streams();
 }
 
-// Gradients of the seen keys [first, first + count).
-template <class Products>
-void store_keys(const Products& x, const AttentionProblem& p, const AttentionTask& task,
+// Gradients of the attended keys [first, first + count).
+template <class Matmuls>
+void store_keys(const Matmuls& x, const AttentionProblem& p, const AttentionTask& task,
                 int64_t first, int64_t count, const float* in, const AttentionOutput& out) {
   const OutputRows to = key_outputs(p, task, out);
   for (int64_t r = 0; r < count; ++r)
     store_row(p, in + r * x.padded_dim(), to[task.key(first + r)]);
 }
 
-// Zero to the gradients of keys that no query sees.
-inline void clear_unseen(const AttentionProblem& p, const AttentionTask& task,
+// Zero to the gradients of keys that no query attends to.
+inline void clear_masked(const AttentionProblem& p, const AttentionTask& task,
                          const AttentionOutput& out) {
-  const int64_t seen_keys = task.queries > 0 ? task.seen_keys : 0;
-  if (seen_keys == task.keys) return;
+  const int64_t attended_keys = task.queries > 0 ? task.attended_keys : 0;
+  if (attended_keys == task.keys) return;
   const OutputRows to = key_outputs(p, task, out);
   for (int64_t key = 0, r = 0; key < task.keys; ++key)
-    if (r < seen_keys && (task.seen == nullptr || task.seen[r] == key))
+    if (r < attended_keys && (task.attended == nullptr || task.attended[r] == key))
       ++r;
     else
       std::memset(to[key], 0, p.dim * bytes_of(p.element));
 }
 
 // Rows [n, padded n) of a block: no key is there.
-template <class Products>
-void clear_padding(const Products& x, const WeightBlock& b, float* weights) {
+template <class Matmuls>
+void clear_padding(const Matmuls& x, const WeightBlock& b, float* weights) {
   std::memset(weights + b.n * b.m, 0, (x.padded_keys(b.n) - b.n) * b.m * 4);
 }
 
-// WeightBlock's factor. Never 0: the product of an unseen key is -infinity and has to stay so. What
-// stands for 0 makes nothing of any other product.
+// WeightBlock's factor. Never 0: the dot product of a masked key is -infinity and has to stay so.
+// What stands for 0 makes any other dot product negligible.
 inline float logit_factor(const AttentionProblem& p) {
   const float factor = (p.scale < 0 ? -p.scale : p.scale) * kLog2E;
   return factor < kSmallestNormal ? kSmallestNormal : factor;
 }
 
-template <class Products>
-WeightBlock block_at(const Products& x, const AttentionProblem& p, const AttentionTask& task,
+template <class Matmuls>
+WeightBlock block_at(const Matmuls& x, const AttentionProblem& p, const AttentionTask& task,
                      int64_t first) {
   const int64_t left = task.queries - first;
   const int64_t queries = left < x.kQueryBlock ? left : x.kQueryBlock;
@@ -240,8 +242,8 @@ WeightBlock block_at(const Products& x, const AttentionProblem& p, const Attenti
 
 // Logits in units of ln 2 from this size on are rounded so coarsely that exponentials relative to
 // the largest one, itself rounded, would leave the range of float. The passes then run again
-// "relative": products are taken from the largest product, exactly where it matters, before they
-// become logits. The statistics of such rows are that product and minus the reciprocal.
+// "relative": dot products are taken relative to the largest one, exactly where it matters, before
+// they become logits. The statistics of such rows are that one and minus the reciprocal.
 constexpr float kCoarseLogit = 0x1p29f;
 
 // Whether the task has such a logit. Infinity and NaN stay in their rows as they are.
@@ -263,15 +265,16 @@ inline bool is_relative(const AttentionProblem& p, const AttentionTask& task,
   return found;
 }
 
-template <class Products>
+template <class Matmuls>
 void forward_with(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
                   float* scratch, bool relative) {
-  const Products x(p.dim);
-  const ForwardLayout<Products> at(x, task.queries, task.seen_keys);
+  const Matmuls x(p.dim);
+  const ForwardLayout<Matmuls> at(x, task.queries, task.attended_keys);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
-  const KeyRows keys = x.key_rows(seen_rows(p, task, p.k), words + at.key_rows);
-  const KeyRows value_columns = x.key_columns(seen_rows(p, task, p.v), words + at.value_columns);
-  look_ahead(x, p, task, false);
+  const KeyRows keys = x.key_rows(attended_rows(p, task, p.k), words + at.key_rows);
+  const KeyRows value_columns =
+      x.key_columns(attended_rows(p, task, p.v), words + at.value_columns);
+  prefetch_next_task(x, p, task, false);
   const Features q = query_rows(p, task, p.q);
   float* weights = scratch + at.weights;
   float *largest = scratch + at.largest, *reciprocal = scratch + at.reciprocal;
@@ -287,7 +290,7 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
     exponentials(b, weights, largest, reciprocal);
     clear_padding(x, b, weights);
     const uint32_t* operand = words + at.weights;
-    if constexpr (!Products::kWeightsInPlace) {
+    if constexpr (!Matmuls::kWeightsUnpacked) {
       x.pack_query_weights(weights, b.n, b.m, words + at.query_weights);
       operand = words + at.query_weights;
     }
@@ -307,8 +310,8 @@ void forward_with(const AttentionProblem& p, const AttentionTask& task, const At
 }
 
 // What the backward pass needs of a block of query rows, in words from `at` on.
-template <class Products>
-void prepare_queries(const Products& x, const QueryLayout<Products>& l, const WeightBlock& b,
+template <class Matmuls>
+void prepare_queries(const Matmuls& x, const QueryLayout<Matmuls>& l, const WeightBlock& b,
                      const AttentionBackward& out, bool relative, uint32_t* row, uint32_t* at) {
   const Features q = query_rows(b.p, b.task, b.p.q), grad = query_rows(b.p, b.task, b.p.grad);
   x.pack_query_columns(q, b.first, b.queries, b.p.scale < 0, at + l.query_columns, row);
@@ -316,11 +319,11 @@ void prepare_queries(const Products& x, const QueryLayout<Products>& l, const We
   x.pack_query_rows(q, b.first, b.queries, at + l.query_rows);
   x.pack_query_rows(grad, b.first, b.queries, at + l.grad_rows);
   const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(at + offset); };
-  // The sum over the keys of each weight times the derivative by it is the output times the
-  // derivative by the output.
+  // delta, the sum over the keys of each weight times the gradient w.r.t. it, is the dot product of
+  // the output and the gradient w.r.t. it.
   x.pack_query_columns(query_rows(b.p, b.task, out.out), b.first, b.queries, false,
                        at + l.into_queries, row);
-  x.column_dots(at + l.grad_columns, at + l.into_queries, b.m, floats(l.slope));
+  x.column_dots(at + l.grad_columns, at + l.into_queries, b.m, floats(l.delta));
   const int64_t first = b.task.head * b.p.total_queries + b.task.first_query + b.first;
   std::memset(at + l.largest, 0, b.m * 4);
   std::memset(at + l.reciprocal, 0, b.m * 4);  // padding: weights 0
@@ -336,31 +339,31 @@ void prepare_queries(const Products& x, const QueryLayout<Products>& l, const We
 }
 
 struct KeyBlock {
-  int64_t first;  // of the seen keys
+  int64_t first;  // of the attended keys
   int64_t n;
   KeyRows keys, values, key_columns;
 };
 
 // What a block of query rows, its operands at `block`, adds to the gradients of a block of keys and
 // they to its own. The first one starts the sums, the last one completes and stores them.
-template <class Products>
-void add_gradients(const Products& x, const BackwardLayout<Products>& at, const WeightBlock& b,
+template <class Matmuls>
+void add_gradients(const Matmuls& x, const BackwardLayout<Matmuls>& at, const WeightBlock& b,
                    const KeyBlock& k, uint32_t* block, float* scratch, bool accumulate,
                    bool relative, const AttentionBackward& out) {
-  const QueryLayout<Products>& l = at.block;
+  const QueryLayout<Matmuls>& l = at.block;
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
   const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(block + offset); };
   float *s = scratch + at.weights, *t = scratch + at.gradient;
   x.scores(k.keys, block + l.query_columns, b.n, b.m, s);
   x.scores(k.values, block + l.grad_columns, b.n, b.m, t);
   if (relative) subtract(b, floats(l.origin), s);
-  weight_gradients(b, floats(l.largest), floats(l.reciprocal), floats(l.slope), s, t);
+  weight_gradients(b, floats(l.largest), floats(l.reciprocal), floats(l.delta), s, t);
   const bool last = b.first + b.queries == b.task.queries;
   auto into_keys = [&](float* weights, int64_t rows, int64_t sums,
                        const AttentionOutput& gradient) {
     clear_padding(x, b, weights);
     const uint32_t* operand = reinterpret_cast<const uint32_t*>(weights);
-    if constexpr (!Products::kWeightsInPlace) {
+    if constexpr (!Matmuls::kWeightsUnpacked) {
       x.pack_key_weights(weights, b.n, b.m, words + at.key_weights);
       operand = words + at.key_weights;
     }
@@ -372,45 +375,46 @@ void add_gradients(const Products& x, const BackwardLayout<Products>& at, const 
   into_keys(s, l.grad_rows, at.dv, out.dv);
   into_keys(t, l.query_rows, at.dk, out.dk);
   const uint32_t* operand = words + at.gradient;
-  if constexpr (!Products::kWeightsInPlace) {
+  if constexpr (!Matmuls::kWeightsUnpacked) {
     x.pack_query_weights(t, b.n, b.m, words + at.query_weights);
     operand = words + at.query_weights;
   }
   x.into_queries(operand, k.key_columns, b.n, b.m, floats(l.into_queries), true);
 }
 
-// Walks the keys in blocks whose weights stay in the first caches, and for each the blocks of query
+// Walks the keys in blocks whose weights stay in L1 and L2, and for each the blocks of query
 // rows: gradients of keys are complete after the last of these, those of queries at the end.
-template <class Products>
+template <class Matmuls>
 void backward_with(const AttentionProblem& p, const AttentionTask& task,
                    const AttentionBackward& out, float* scratch) {
   const bool relative = is_relative(p, task, out.statistics);
-  const Products x(p.dim);
-  const BackwardLayout<Products> at(x, task.queries);
+  const Matmuls x(p.dim);
+  const BackwardLayout<Matmuls> at(x, task.queries);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
   const auto block_words = [&](int64_t first) {
     return words + at.blocks + first / x.kQueryBlock * at.block.total;
   };
-  look_ahead(x, p, task, true);
+  prefetch_next_task(x, p, task, true);
   for (int64_t first = 0; first < task.queries; first += x.kQueryBlock)
     prepare_queries(x, at.block, block_at(x, p, task, first), out, relative, words + at.row,
                     block_words(first));
-  const SeenRows seen = seen_rows(p, task, p.k);
-  const SeenRows values = seen_rows(p, task, p.v);
-  for (int64_t key = 0; key < task.seen_keys && task.queries > 0; key += x.kKeyBlock) {
-    const int64_t n = task.seen_keys - key < x.kKeyBlock ? task.seen_keys - key : x.kKeyBlock;
+  const AttendedRows attended = attended_rows(p, task, p.k);
+  const AttendedRows values = attended_rows(p, task, p.v);
+  for (int64_t key = 0; key < task.attended_keys && task.queries > 0; key += x.kKeyBlock) {
+    const int64_t n =
+        task.attended_keys - key < x.kKeyBlock ? task.attended_keys - key : x.kKeyBlock;
     KeyBlock k = {key,
                   n,
-                  x.key_rows(seen.slice(key, n), words + at.key_rows),
+                  x.key_rows(attended.slice(key, n), words + at.key_rows),
                   x.key_rows(values.slice(key, n), words + at.value_rows),
                   {}};
     k.key_columns = k.keys;
-    if constexpr (!Products::kWeightsInPlace)
-      k.key_columns = x.key_columns(seen.slice(key, n), words + at.key_columns);
+    if constexpr (!Matmuls::kWeightsUnpacked)
+      k.key_columns = x.key_columns(attended.slice(key, n), words + at.key_columns);
     bool accumulate = false;
     for (int64_t first = 0; first < task.queries; first += x.kQueryBlock) {
       WeightBlock b = block_at(x, p, task, first);
-      if (b.n <= key) continue;  // causal; the last block sees every key
+      if (b.n <= key) continue;  // causal; the last block attends to every key
       b.first_key = key, b.n = n;
       add_gradients(x, at, b, k, block_words(first), scratch, accumulate, relative, out);
       accumulate = true;
@@ -420,8 +424,8 @@ void backward_with(const AttentionProblem& p, const AttentionTask& task,
     store_queries(x, block_at(x, p, task, first),
                   reinterpret_cast<float*>(block_words(first) + at.block.into_queries), nullptr,
                   scratch + at.row, out.dq);
-  clear_unseen(p, task, out.dk);
-  clear_unseen(p, task, out.dv);
+  clear_masked(p, task, out.dk);
+  clear_masked(p, task, out.dv);
   finish_streams();
 }
 

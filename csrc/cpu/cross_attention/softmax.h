@@ -1,5 +1,5 @@
-// The passes over one block of attention weights between its products. A block lies [keys][queries]
-// in rows of m floats, so that a softmax over the keys runs along the lanes.
+// The softmax stage over one block of attention weights between its matmuls. A block lies
+// [keys][queries] in rows of m floats, so that a softmax over the keys runs along the lanes.
 #pragma once
 
 #include "../core/philox_simd.h"
@@ -14,20 +14,20 @@ constexpr float kNegativeInfinity = -__builtin_inff();
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kSmallestNormal = 1.17549435e-38f;
 
-// One block: query rows [first, first + queries) of a task, padded to m, against n seen keys.
+// One block: query rows [first, first + queries) of a task, padded to m, against n attended keys.
 struct WeightBlock {
   const AttentionProblem& p;
   const AttentionTask& task;
   int64_t first;  // of the task's query rows
   int64_t queries;
   int64_t m;
-  int64_t first_key;  // of the seen ones
+  int64_t first_key;  // of the attended ones
   int64_t n;
-  float factor;  // of a product, to be a logit in units of ln 2; not negative
+  float factor;  // of a dot product, to be a logit in units of ln 2; not negative
 
   int64_t key(int64_t r) const { return task.key(first_key + r); }
-  // With a causal mask: the first of its rows that may see key r, aligned at the last key, so that
-  // query i sees key j where j <= i - queries + keys. May lie outside the block.
+  // With a causal mask: the first of its rows that may attend to key r, aligned at the last key, so
+  // that query i attends to key j where j <= i - queries + keys. May lie outside the block.
   int64_t first_row_of(int64_t r) const { return key(r) + task.queries - task.keys - first; }
 };
 
@@ -55,7 +55,7 @@ class DropoutRow {
   int64_t group_ = -1;
 };
 
-// Keys that a query row may not see get the product whose logit is -inf.
+// Keys that a query row may not attend to get the dot product whose logit is -inf.
 inline void mask_causal(const WeightBlock& b, float* s) {
   for (int64_t r = 0; r < b.n; ++r) {
     const int64_t see = b.first_row_of(r);
@@ -63,8 +63,9 @@ inline void mask_causal(const WeightBlock& b, float* s) {
   }
 }
 
-// Products to exponentials relative to the largest logit, in place; dropped ones to 0. `largest`
-// [m] in units of ln 2, `reciprocal` [m] of the sums before dropout, 0 where no key is seen.
+// Dot products to exponentials relative to the largest logit, in place; dropped ones to 0.
+// `largest` [m] in units of ln 2, `reciprocal` [m] of the sums before dropout, 0 where no key is
+// attended.
 template <int vectors, bool dropout>
 void exponentials(const WeightBlock& b, int64_t column, float* s, float* largest,
                   float* reciprocal) {
@@ -93,16 +94,17 @@ void exponentials(const WeightBlock& b, int64_t column, float* s, float* largest
   }
 }
 
-// Products s to the weights as they enter the output, and t, the derivative by those, to that by the
-// products: scale * weight (t - slope), where slope [m] is the sum of weight times derivative.
+// Dot products s to the weights as they enter the output, and t, the gradient w.r.t. those, to that
+// w.r.t. the dot products: scale * weight (t - delta), where delta [m] is the sum of weight times
+// t.
 template <int vectors, bool dropout>
 void weight_gradients(const WeightBlock& b, int64_t column, const float* largest,
-                      const float* reciprocal, const float* slope, float* s, float* t) {
+                      const float* reciprocal, const float* delta, float* s, float* t) {
   Vec most[vectors], scale[vectors], mean[vectors];
   for (int j = 0; j < vectors; ++j) {
     most[j] = load(largest + column + j * kLanes);
     scale[j] = load(reciprocal + column + j * kLanes);
-    mean[j] = load(slope + column + j * kLanes);
+    mean[j] = load(delta + column + j * kLanes);
   }
   DropoutRow drop[vectors];
   for (int j = 0; j < vectors; ++j) drop[j].start(b, column + j * kLanes);
@@ -121,7 +123,7 @@ void weight_gradients(const WeightBlock& b, int64_t column, const float* largest
     }
 }
 
-// The largest product of each query row, 0 where it sees no key.
+// The largest dot product of each query row, 0 where it attends to no key.
 inline void find_largest(const WeightBlock& b, float* s, float* largest) {
   if (b.p.causal) mask_causal(b, s);
   for (int64_t i = 0; i < b.m; i += kLanes) {
@@ -157,13 +159,13 @@ inline void exponentials(const WeightBlock& b, float* s, float* largest, float* 
 }
 
 inline void weight_gradients(const WeightBlock& b, const float* largest, const float* reciprocal,
-                             const float* slope, float* s, float* t) {
+                             const float* delta, float* s, float* t) {
   if (b.p.causal) mask_causal(b, s);
   by_columns(b.m, [&](auto vectors, int64_t column) {
     if (b.p.drop_below)
-      weight_gradients<vectors(), true>(b, column, largest, reciprocal, slope, s, t);
+      weight_gradients<vectors(), true>(b, column, largest, reciprocal, delta, s, t);
     else
-      weight_gradients<vectors(), false>(b, column, largest, reciprocal, slope, s, t);
+      weight_gradients<vectors(), false>(b, column, largest, reciprocal, delta, s, t);
   });
 }
 

@@ -9,27 +9,30 @@ namespace {
 
 // A block of keys and one of query rows.
 struct AttentionPair {
-  int64_t key = -1;  // of the seen ones; -1: no pair
+  int64_t key = -1;  // of the attended ones; -1: no pair
   int64_t query = 0;
   bool starts = false, ends = false;  // the pairs of these keys
   int64_t number = 0;
 };
 
-// Walks blocks of keys and for each the blocks of query rows that see it. Three pairs are under way at
-// any time: logits and derivatives by the weights of one are multiplied beside the packing of keys to
-// come, then the gradients of the pair before the last beside the making of the last one's weights,
-// and gradients of keys leave beside those of queries.
+// Walks blocks of keys and for each the blocks of query rows that attend to it. Pairs overlap;
+// at pair i:
+//
+//   matmul (AMX)                                   interleaved (SIMD)
+//   logits i, gradients w.r.t. the weights i       pack the next keys and values
+//   gradients of keys and values i - 1             softmax stage i
+//   gradients of queries i - 1                     store stage: gradients of keys that are complete
 template <class Rows, int kDim>
 class TileBackward {
   using Shape = TileShape<Rows>;
 
-  // So few that the packed ones under way stay in the first caches.
+  // So few that the packed ones under way stay in L1 and L2.
   static constexpr int64_t kKeyBlock = Rows::kParts == 3 ? 32 : 64;
 
  public:
   // The operands of one block of query rows, offsets from its first word.
-  struct QueryPlaces : Layout {
-    QueryPlaces(const Shape& x, int64_t m) {
+  struct QueryLayout : ScratchLayout {
+    QueryLayout(const Shape& x, int64_t m) {
       query_columns = take(x.words(m, x.dim));
       grad_columns = take(x.words(m, x.dim));
       query_rows = take(x.words(x.dim, m));
@@ -37,13 +40,13 @@ class TileBackward {
       sums = take(x.padded_dim() * m);
       largest = take(m);
       reciprocal = take(m);
-      slope = take(m);
+      delta = take(m);
     }
-    int64_t query_columns, grad_columns, query_rows, grad_rows, sums, largest, reciprocal, slope;
+    int64_t query_columns, grad_columns, query_rows, grad_rows, sums, largest, reciprocal, delta;
   };
 
-  struct Places : Layout {
-    Places(const Shape& x, int64_t queries)
+  struct Layout : ScratchLayout {
+    Layout(const Shape& x, int64_t queries)
         : m(x.padded(queries < Shape::kQueryBlock ? queries : Shape::kQueryBlock)), block(x, m) {
       const int64_t n = kKeyBlock;
       row = take(kLanes * x.padded_dim());
@@ -60,7 +63,7 @@ class TileBackward {
       blocks = take((queries + Shape::kQueryBlock - 1) / Shape::kQueryBlock * block.total);
     }
     int64_t m;
-    QueryPlaces block;
+    QueryLayout block;
     int64_t row, key_rows[2], value_rows[2], key_columns[3], logits, derivatives, weight_rows[2],
         gradient_rows[2], gradient_pairs[2], dk, dv, blocks;
   };
@@ -79,19 +82,21 @@ class TileBackward {
 
   // False where the floats have to be multiplied as such: see Magnitude.
   bool run() {
-    look_ahead(p_, task_, out_, ahead_);
+    prefetch_next_task(p_, task_, out_, prefetcher_);
     if constexpr (Rows::kParts == 3) {
-      queries_.see_rows<Rows>({query_rows(p_, task_, p_.q), nullptr, task_.queries}, p_.dim, true);
-      grads_.see_rows<Rows>({query_rows(p_, task_, p_.grad), nullptr, task_.queries}, p_.dim, true);
+      queries_.include_rows<Rows>({query_rows(p_, task_, p_.q), nullptr, task_.queries}, p_.dim,
+                                  true);
+      grads_.include_rows<Rows>({query_rows(p_, task_, p_.grad), nullptr, task_.queries}, p_.dim,
+                                true);
     }
     for (int64_t first = 0; first < task_.queries; first += Shape::kQueryBlock)
       prepare_queries(first);
-    if (task_.queries > 0 && task_.seen_keys > 0) {
+    if (task_.queries > 0 && task_.attended_keys > 0) {
       run_pairs();
-      const QueryPlaces& l = at_.block;
-      odd_.run_backward(x_, out_, turned_, [&](int64_t first) {
-        return typename OddKeys<Rows, kDim>::QueryBlock{
-            floats_of(first, l.largest), floats_of(first, l.reciprocal), floats_of(first, l.slope),
+      const QueryLayout& l = at_.block;
+      remainder_.run_backward(x_, out_, row_major_, [&](int64_t first) {
+        return typename RemainderKeys<Rows, kDim>::QueryBlock{
+            floats_of(first, l.largest), floats_of(first, l.reciprocal), floats_of(first, l.delta),
             floats_of(first, l.sums)};
       });
     }
@@ -99,10 +104,10 @@ class TileBackward {
       const WeightBlock b = block_at(x_, p_, task_, first);
       float* sums = floats_of(first, at_.block.sums);
       if constexpr (Rows::kParts == 3) sums_.see(sums, x_.padded_dim() * b.m);
-      store_sums<Rows, kDim>(x_, b, sums, nullptr, turned_, floats_ + at_.row, out_.dq);
+      store_sums<Rows, kDim>(x_, b, sums, nullptr, row_major_, floats_ + at_.row, out_.dq);
     }
-    clear_unseen(p_, task_, out_.dk);
-    clear_unseen(p_, task_, out_.dv);
+    clear_masked(p_, task_, out_.dk);
+    clear_masked(p_, task_, out_.dv);
     finish_streams();
     if constexpr (Rows::kParts == 3) {
       if (queries_.small() || grads_.small() || sums_.small()) return false;
@@ -119,7 +124,7 @@ class TileBackward {
     return reinterpret_cast<float*>(words_of(query, offset));
   }
 
-  // Seen keys of the block that begins at `key`.
+  // Attended keys of the block that begins at `key`.
   int64_t count(int64_t key) const { return std::min(tiled_ - key, kKeyBlock); }
 
   WeightBlock block_of(const AttentionPair& pair) const {
@@ -129,8 +134,8 @@ class TileBackward {
     return b;
   }
 
-  // The pair of these keys and the first query rows from `query` on that see any of them. The last
-  // row sees all keys.
+  // The pair of these keys and the first query rows from `query` on that attend to any of them.
+  // The last row attends to all keys.
   AttentionPair pair_from(int64_t key, int64_t query, int64_t number) const {
     AttentionPair pair;
     if (key >= tiled_) return pair;
@@ -150,12 +155,12 @@ class TileBackward {
 
   void prepare_queries(int64_t first) {
     const WeightBlock b = block_at(x_, p_, task_, first);
-    const QueryPlaces& l = at_.block;
+    const QueryLayout& l = at_.block;
     place_queries<Rows, true>(x_, query_rows(p_, task_, p_.q), first, b.queries, p_.scale < 0,
                               words_of(first, l.query_columns), words_of(first, l.query_rows));
     place_queries<Rows, true>(x_, query_rows(p_, task_, p_.grad), first, b.queries, false,
                               words_of(first, l.grad_columns), words_of(first, l.grad_rows));
-    find_slopes(b);
+    compute_delta(b);
     const int64_t row = task_.head * p_.total_queries + task_.first_query + first;
     float *most = floats_of(first, l.largest), *reciprocal = floats_of(first, l.reciprocal);
     std::memset(most, 0, b.m * 4);
@@ -165,24 +170,25 @@ class TileBackward {
     std::memset(floats_of(first, l.sums), 0, x_.padded_dim() * b.m * 4);
   }
 
-  // The sum over the keys of each weight times the derivative by it is the output times the
-  // derivative by the output. By the products that give those derivatives, so that a weight of 1 has
-  // a derivative of 0 and not of rounding. Needs room for one block of keys.
-  void find_slopes(const WeightBlock& b) {
-    const SeenRows rows = {query_rows(p_, task_, out_.out), nullptr, task_.queries};
+  // delta, the sum over the keys of each weight times the gradient w.r.t. it, is the dot product of
+  // the output and the gradient w.r.t. it. By the matmul that gives the gradients w.r.t. weights,
+  // so that a weight of 1 has a gradient of 0 and not of rounding. Needs room for one block of
+  // keys.
+  void compute_delta(const WeightBlock& b) {
+    const AttendedRows rows = {query_rows(p_, task_, out_.out), nullptr, task_.queries};
     for (int64_t r = 0; r < b.m; r += kStepSide) {
       const int64_t left = b.queries - r < kStepSide ? b.queries - r : kStepSide;
       KeyPacker<Rows, kDim, true, false> pack;
       pack.start(x_, rows.slice(b.first + r, left), {{}, nullptr, 0}, words_ + at_.key_rows[0],
                  nullptr);
       while (pack.left() > 0) pack();
-      float* products = floats_ + at_.logits;
+      float* scores = floats_ + at_.logits;
       stream_.multiply(words_ + at_.key_rows[0], kStepSide,
                        words_of(b.first, at_.block.grad_columns) + x_.words(r, p_.dim), kStepSide,
-                       x_.dim_steps(), products, kStepSide, false, beside_);
+                       x_.dim_steps(), scores, kStepSide, false, interleaver_);
       stream_.finish();
-      float* slope = floats_of(b.first, at_.block.slope) + r;
-      for (int64_t i = 0; i < kStepSide; ++i) slope[i] = products[i * (kStepSide + 1)];
+      float* delta = floats_of(b.first, at_.block.delta) + r;
+      for (int64_t i = 0; i < kStepSide; ++i) delta[i] = scores[i * (kStepSide + 1)];
     }
   }
 
@@ -198,76 +204,76 @@ class TileBackward {
                       words_ + at_.key_columns[block % 3]);
       pack_values.start(x_, values_.at(key), values_.after(key), words_ + at_.value_rows[block % 2],
                         nullptr);
-      beside_.add(pack_keys);
-      beside_.add(pack_values);
-      ahead_.step(kKeyBlock);
+      interleaver_.add(pack_keys);
+      interleaver_.add(pack_values);
+      prefetcher_.step(kKeyBlock);
     };
     const auto add_transposition = [&] {
-      if (turned_) return;
+      if (row_major_) return;
       transpose.start(words_ + at_.key_columns[packed / kKeyBlock % 3],
                       x_.tiles(x_.words(count(packed), p_.dim)));
-      beside_.add(transpose);
+      interleaver_.add(transpose);
     };
     pack(0);
     add_transposition();
-    beside_.finish();
+    interleaver_.finish();
     bool transposed = true;  // the columns of the packed block
     AttentionPair before, last, next = pair_from(0, 0, 0);
     while (next.key >= 0 || last.key >= 0) {
       if (next.key >= 0) {
         if (next.starts && next.key + kKeyBlock < tiled_)
           pack(next.key + kKeyBlock), transposed = false;
-        make_products(next);
+        multiply_scores(next);
       }
       before = last, last = next, next = after(next);
       if (p_.causal || before.key < 0) stream_.finish();
       DropoutRow drop[2];
       const WeightBlock b = block_of(last);
-      Weigh weigh(*this, last, b, p_.drop_below ? drop : nullptr);
-      beside_.add(weigh);
-      if (turned_ && last.key >= 0) {
+      SoftmaxStage softmax_stage(*this, last, b, p_.drop_below ? drop : nullptr);
+      interleaver_.add(softmax_stage);
+      if (row_major_ && last.key >= 0) {
         transpose.start(words_ + at_.gradient_pairs[last.number % 2], x_.tiles(x_.words(b.m, b.n)));
-        beside_.add(transpose);
+        interleaver_.add(transpose);
       }
       if (!transposed) add_transposition(), transposed = true;
       if (before.key >= 0) add_key_gradients(before);
-      beside_.finish();
+      interleaver_.finish();
       if (before.key < 0) continue;
-      Leave leave(*this, before);
-      beside_.add(leave);
+      StoreStage store_stage(*this, before);
+      interleaver_.add(store_stage);
       add_query_gradients(before);
     }
     stream_.finish();
   }
 
-  // Calls of beside_ in one product of so many rows, columns and depth.
+  // Calls of interleaver_ in one matmul of so many rows, columns and depth.
   int64_t calls(int64_t m, int64_t n, int64_t depth) const {
     return x_.steps(m) * x_.steps(n) * x_.steps(depth) * Shape::kCalls;
   }
   void multiply(const uint32_t* a, int64_t m, const uint32_t* b, int64_t n, int64_t depth, float* c,
                 int64_t ldc, bool accumulate) {
     stream_.multiply(a, x_.padded(m), b, x_.padded(n), x_.steps(depth), c, ldc, accumulate,
-                     beside_);
+                     interleaver_);
   }
 
-  // Logits and derivatives by the weights.
-  void make_products(const AttentionPair& pair) {
+  // Logits and gradients w.r.t. the weights.
+  void multiply_scores(const AttentionPair& pair) {
     const WeightBlock b = block_of(pair);
     const int64_t block = pair.key / kKeyBlock % 2;
-    beside_.spread(2 * calls(b.n, b.m, p_.dim));
+    interleaver_.spread(2 * calls(b.n, b.m, p_.dim));
     multiply(words_ + at_.key_rows[block], b.n, words_of(pair.query, at_.block.query_columns), b.m,
              p_.dim, floats_ + at_.logits, b.m, false);
     multiply(words_ + at_.value_rows[block], b.n, words_of(pair.query, at_.block.grad_columns), b.m,
              p_.dim, floats_ + at_.derivatives, b.m, false);
-    beside_.finish();
+    interleaver_.finish();
   }
 
   // The weights of two keys and 32 query rows a piece, and their gradients,
-  // scale * weight (t - slope).
-  class Weigh {
+  // scale * weight (t - delta).
+  class SoftmaxStage {
    public:
-    Weigh(const TileBackward& pass, const AttentionPair& pair, const WeightBlock& b,
-          DropoutRow* drop)
+    SoftmaxStage(const TileBackward& pass, const AttentionPair& pair, const WeightBlock& b,
+                 DropoutRow* drop)
         : b_(&b),
           at_{pair.key >= 0 ? pass.x_.padded(b.n) : 0, b.m},
           factor_(b.factor),
@@ -276,7 +282,7 @@ class TileBackward {
           derivatives_(pass.floats_ + pass.at_.derivatives),
           largest_(pass.floats_of(pair.query, pass.at_.block.largest)),
           reciprocal_(pass.floats_of(pair.query, pass.at_.block.reciprocal)),
-          slope_(pass.floats_of(pair.query, pass.at_.block.slope)),
+          delta_(pass.floats_of(pair.query, pass.at_.block.delta)),
           weight_rows_(pass.words_ + pass.at_.weight_rows[pair.number % 2]),
           gradient_rows_(pass.words_ + pass.at_.gradient_rows[pair.number % 2]),
           gradient_pairs_(pass.words_ + pass.at_.gradient_pairs[pair.number % 2]),
@@ -287,15 +293,15 @@ class TileBackward {
 
     void operator()() {
       if (at_.row + 1 < b_->n && drop_ == nullptr)
-        weigh<true>();
+        compute<true>();
       else
-        weigh<false>();
+        compute<false>();
       at_.next(gradient_pairs_, Shape::kStep);
     }
 
    private:
     template <bool whole>
-    [[gnu::always_inline]] void weigh() {
+    [[gnu::always_inline]] void compute() {
       const int64_t row = at_.row, column = at_.column, n = b_->n, m = at_.m;
       const float *s = logits_ + row * m + column, *t = derivatives_ + row * m + column;
       Vec weights[2][2], gradients[2][2], keep[2][2];
@@ -304,7 +310,7 @@ class TileBackward {
       for (int h = 0; h < 2; ++h) {
         const Vec most = load(largest_ + column + h * kLanes);
         const Vec scale = load(reciprocal_ + column + h * kLanes);
-        const Vec mean = load(slope_ + column + h * kLanes);
+        const Vec mean = load(delta_ + column + h * kLanes);
         FASTVLP_UNROLL
         for (int i = 0; i < 2; ++i) {
           weights[i][h] = gradients[i][h] = Vec{};
@@ -335,7 +341,7 @@ class TileBackward {
     const WeightBlock* b_;
     WeightPieces at_;
     float factor_, scale_;
-    const float *logits_, *derivatives_, *largest_, *reciprocal_, *slope_;
+    const float *logits_, *derivatives_, *largest_, *reciprocal_, *delta_;
     uint32_t *weight_rows_, *gradient_rows_, *gradient_pairs_;
     DropoutRow* drop_;  // two, or null
   };
@@ -343,7 +349,7 @@ class TileBackward {
   void add_key_gradients(const AttentionPair& pair) {
     const WeightBlock b = block_of(pair);
     const int64_t buffer = pair.number % 2, stride = x_.padded_dim();
-    beside_.spread(2 * calls(b.n, p_.dim, b.m));
+    interleaver_.spread(2 * calls(b.n, p_.dim, b.m));
     multiply(words_ + at_.weight_rows[buffer], b.n, words_of(pair.query, at_.block.grad_rows),
              p_.dim, b.m, floats_ + at_.dv, stride, !pair.starts);
     multiply(words_ + at_.gradient_rows[buffer], b.n, words_of(pair.query, at_.block.query_rows),
@@ -352,21 +358,21 @@ class TileBackward {
 
   void add_query_gradients(const AttentionPair& pair) {
     const WeightBlock b = block_of(pair);
-    beside_.spread(calls(p_.dim, b.m, b.n));
+    interleaver_.spread(calls(p_.dim, b.m, b.n));
     const uint32_t* keys = words_ + at_.key_columns[pair.key / kKeyBlock % 3];
     const uint32_t* gradients = words_ + at_.gradient_pairs[pair.number % 2];
     float* sums = floats_of(pair.query, at_.block.sums);
-    if (turned_)
+    if (row_major_)
       multiply(gradients, b.m, keys, p_.dim, b.n, sums, x_.padded_dim(), true);
     else
       multiply(keys, p_.dim, gradients, b.m, b.n, sums, b.m, true);
-    beside_.finish();
+    interleaver_.finish();
   }
 
   // Stores gradients of a key whose sums are complete, one key a piece.
-  class Leave {
+  class StoreStage {
    public:
-    Leave(const TileBackward& pass, const AttentionPair& pair)
+    StoreStage(const TileBackward& pass, const AttentionPair& pair)
         : p_(&pass.p_),
           task_(&pass.task_),
           key_(pair.key),
@@ -397,16 +403,16 @@ class TileBackward {
   const AttentionTask& task_;
   const AttentionBackward& out_;
   const Shape x_;
-  const Places at_;
+  const Layout at_;
   float* const floats_;
   uint32_t* const words_;
   const int64_t tiled_ = tiled_keys(p_, task_);
-  const OddKeys<Rows, kDim> odd_{p_, task_, tiled_};
+  const RemainderKeys<Rows, kDim> remainder_{p_, task_, tiled_};
   const KeyBlocks keys_, values_;
-  const bool turned_ = Shape::turns_weights(task_.queries);
+  const bool row_major_ = Shape::sums_row_major(task_.queries);
   const TileSession session_;
-  Ahead ahead_;
-  Beside beside_;
+  Prefetcher prefetcher_;
+  Interleaver interleaver_;
   BlockStream<Rows> stream_;
   Magnitude queries_, grads_, sums_;
 };

@@ -7,16 +7,19 @@
 
 namespace {
 
-// For each block of query rows the logits of all keys first, then a block of keys at a time weights
-// and their sums of values. Beside the logits of one block of keys the next one is packed and the
-// largest logits of the one before are found; beside the sums of one the weights of the next are
-// made and its values packed. Each block of query rows packs the keys anew: two blocks of them stay
-// in the first cache, all of them would not.
+// For each block of query rows:
+//
+//   matmul (AMX)                     interleaved (SIMD)
+//   logits of key block j            pack keys j + 1, row maxima of logits j - 1
+//   ... until all logits are there, then
+//   weights j times values j         softmax stage j + 1, pack values j + 1
+//
+// Each block of query rows packs the keys again: two blocks of them stay in L1, all would not.
 template <class Rows, int kDim>
 class TileForward {
   using Shape = TileShape<Rows>;
 
-  // Keys of a block: so few that the packed ones under way stay in the first caches, but with many
+  // Keys of a block: so few that the packed ones under way stay in L1 and L2, but with many
   // queries enough that the sums, which do not, are read and written less often.
   static int64_t key_block(int64_t queries) {
     const int64_t few = Rows::kParts == 3 ? 32 : 64;
@@ -24,8 +27,8 @@ class TileForward {
   }
 
  public:
-  struct Places : Layout {
-    Places(const Shape& x, int64_t queries, int64_t keys) {
+  struct Layout : ScratchLayout {
+    Layout(const Shape& x, int64_t queries, int64_t keys) {
       const int64_t m = x.padded(queries < Shape::kQueryBlock ? queries : Shape::kQueryBlock);
       const int64_t block = key_block(queries), n = round_up(keys, block);
       row = take(kLanes * x.padded_dim());
@@ -46,7 +49,7 @@ class TileForward {
         task_(task),
         out_(out),
         x_(p.dim),
-        at_(x_, task.queries, task.seen_keys),
+        at_(x_, task.queries, task.attended_keys),
         floats_(scratch),
         words_(reinterpret_cast<uint32_t*>(scratch)),
         keys_(p, task, p.k, tiled_, block_),
@@ -55,8 +58,8 @@ class TileForward {
   // False where the floats have to be multiplied as such: see Magnitude.
   bool run() {
     if (task_.next != nullptr) {
-      ahead_.start(p_.dim, task_.seen_keys);
-      ahead_.add({query_rows(p_, *task_.next, p_.q), nullptr, task_.next->queries});
+      prefetcher_.start(p_.dim, task_.attended_keys);
+      prefetcher_.add({query_rows(p_, *task_.next, p_.q), nullptr, task_.next->queries});
     }
     for (int64_t first = 0; first < task_.queries; first += Shape::kQueryBlock)
       run_queries(block_at(x_, p_, task_, first));
@@ -77,7 +80,7 @@ class TileForward {
       place_queries<Rows, false>(x_, query_rows(p_, task_, p_.q), b.first, b.queries, p_.scale < 0,
                                  words_ + at_.query_columns, nullptr);
       make_logits(tiled_of(b));
-      odd_.add_logits(b, logits(b, tiled_), most);
+      remainder_.add_logits(b, logits(b, tiled_), most);
     }
     for (int64_t i = 0; i < b.m; i += kLanes) {
       const Vec logit = load(most + i) * b.factor;
@@ -85,7 +88,7 @@ class TileForward {
     }
     if (b.n > 0) {
       add_values(tiled_of(b));
-      odd_.add_values(b, logits(b, tiled_), most, sum, floats_ + at_.sums, turned_);
+      remainder_.add_values(b, logits(b, tiled_), most, sum, floats_ + at_.sums, row_major_);
     } else {
       std::memset(floats_ + at_.sums, 0, x_.padded_dim() * b.m * 4);
     }
@@ -94,7 +97,7 @@ class TileForward {
       store(sum + i, total > Vec{} ? 1.0f / total : total);
     }
     if constexpr (Rows::kParts == 3) sums_.see(floats_ + at_.sums, x_.padded_dim() * b.m);
-    store_sums<Rows, kDim>(x_, b, floats_ + at_.sums, sum, turned_, floats_ + at_.row, out_.out);
+    store_sums<Rows, kDim>(x_, b, floats_ + at_.sums, sum, row_major_, floats_ + at_.row, out_.out);
     const int64_t row = task_.head * p_.total_queries + task_.first_query + b.first;
     std::memcpy(out_.statistics + row, most, b.queries * 4);
     std::memcpy(out_.statistics + p_.heads * p_.total_queries + row, sum, b.queries * 4);
@@ -106,14 +109,15 @@ class TileForward {
     return floats_ + at_.logits + key * b.m;
   }
 
-  // Without the odd keys.
+  // Without the remainder keys.
   WeightBlock tiled_of(const WeightBlock& b) const {
     WeightBlock part = b;
     part.n = b.n < tiled_ ? b.n : tiled_;
     return part;
   }
 
-  // Seen keys of the block that begins at `key`; those of them that any of the query rows may see.
+  // Attended keys of the block that begins at `key`; those of them that any of the query rows may
+  // attend to.
   int64_t count(int64_t key) const { return std::min(tiled_ - key, block_); }
   WeightBlock block_of(const WeightBlock& b, int64_t key) const {
     WeightBlock part = b;
@@ -123,7 +127,7 @@ class TileForward {
   }
 
   // The largest logits of 32 query rows among up to 32 keys a piece.
-  struct Look {
+  struct MaximaStage {
     float *logits, *largest;
     int64_t n, m, row = 0, column = 0;
 
@@ -148,34 +152,34 @@ class TileForward {
 
   void make_logits(const WeightBlock& b) {
     KeyPacker<Rows, kDim, true, false> pack;
-    Look look = {};
+    MaximaStage maxima_stage = {};
     const auto prepare = [&](int64_t key) {
       pack.start(x_, keys_.at(key), keys_.after(key), packed(key), nullptr);
-      beside_.add(pack);
-      ahead_.step(block_);
+      interleaver_.add(pack);
+      prefetcher_.step(block_);
     };
-    const auto look_at = [&](int64_t key) {
+    const auto find_maxima = [&](int64_t key) {
       const WeightBlock part = block_of(b, key);
       if (p_.causal) {
         stream_.finish();
         mask_causal(part, logits(b, key));
       }
-      look = {logits(b, key), floats_ + at_.largest, part.n, b.m};
-      beside_.add(look);
+      maxima_stage = {logits(b, key), floats_ + at_.largest, part.n, b.m};
+      interleaver_.add(maxima_stage);
     };
-    walk_keys(b.n, block_, beside_, prepare, [&](int64_t key) {
-      if (key > 0) look_at(key - block_);
+    walk_keys(b.n, block_, interleaver_, prepare, [&](int64_t key) {
+      if (key > 0) find_maxima(key - block_);
       multiply(packed(key), x_.padded(count(key)), words_ + at_.query_columns, b.m, x_.dim_steps(),
                logits(b, key), b.m, false);
     });
-    look_at((b.n - 1) / block_ * block_);
+    find_maxima((b.n - 1) / block_ * block_);
     stream_.finish();
-    beside_.finish();
+    interleaver_.finish();
   }
 
-  // Exponentials relative to the largest logit of two keys and 32 query rows a piece, dropped ones 0,
-  // and what they add to the sums.
-  struct Weigh {
+  // Exponentials relative to the largest logit of two keys and 32 query rows a piece, dropped ones
+  // 0, and what they add to the sums.
+  struct SoftmaxStage {
     const WeightBlock* b;
     WeightPieces at;
     float factor;
@@ -188,14 +192,14 @@ class TileForward {
 
     void operator()() {
       if (at.row + 1 < b->n && drop == nullptr)
-        weigh<true>();
+        compute<true>();
       else
-        weigh<false>();
+        compute<false>();
       at.next(out, Shape::kStep);
     }
 
     template <bool whole>
-    [[gnu::always_inline]] void weigh() {
+    [[gnu::always_inline]] void compute() {
       const int64_t row = at.row, column = at.column, n = b->n, m = at.m;
       const float* s = logits + row * m + column;
       Vec w[2][2];
@@ -226,29 +230,29 @@ class TileForward {
     Transposer transpose;
     DropoutRow drop[2];
     WeightBlock part = b;
-    Weigh weigh = {};
+    SoftmaxStage softmax_stage = {};
     const auto prepare = [&](int64_t key) {
       part.first_key = key;
       part.n = std::min(b.n - key, block_);
-      weigh = {&part,
-               {x_.padded(count(key)), b.m},
-               b.factor,
-               logits(b, key),
-               floats_ + at_.largest,
-               floats_ + at_.reciprocal,
-               weights(key),
-               p_.drop_below != 0 ? drop : nullptr};
+      softmax_stage = {&part,
+                       {x_.padded(count(key)), b.m},
+                       b.factor,
+                       logits(b, key),
+                       floats_ + at_.largest,
+                       floats_ + at_.reciprocal,
+                       weights(key),
+                       p_.drop_below != 0 ? drop : nullptr};
       pack.start(x_, values_.at(key), values_.after(key), nullptr, packed(key));
-      transpose.start(turned_ ? weights(key) : packed(key),
-                      x_.tiles(x_.words(turned_ ? b.m : p_.dim, count(key))));
-      beside_.add(weigh);
-      beside_.add(pack);
-      beside_.add(transpose);
+      transpose.start(row_major_ ? weights(key) : packed(key),
+                      x_.tiles(x_.words(row_major_ ? b.m : p_.dim, count(key))));
+      interleaver_.add(softmax_stage);
+      interleaver_.add(pack);
+      interleaver_.add(transpose);
     };
     float* sums = floats_ + at_.sums;
-    walk_keys(b.n, block_, beside_, prepare, [&](int64_t key) {
+    walk_keys(b.n, block_, interleaver_, prepare, [&](int64_t key) {
       const int64_t steps = x_.steps(count(key));
-      if (turned_)
+      if (row_major_)
         multiply(weights(key), b.m, packed(key), x_.padded_dim(), steps, sums, x_.padded_dim(),
                  key > 0);
       else
@@ -259,26 +263,26 @@ class TileForward {
 
   void multiply(const uint32_t* a, int64_t m, const uint32_t* b, int64_t n, int64_t steps, float* c,
                 int64_t ldc, bool accumulate) {
-    beside_.spread(m / kStepSide * (n / kStepSide) * steps * Shape::kCalls);
-    stream_.multiply(a, m, b, n, steps, c, ldc, accumulate, beside_);
-    beside_.finish();
+    interleaver_.spread(m / kStepSide * (n / kStepSide) * steps * Shape::kCalls);
+    stream_.multiply(a, m, b, n, steps, c, ldc, accumulate, interleaver_);
+    interleaver_.finish();
   }
 
   const AttentionProblem& p_;
   const AttentionTask& task_;
   const AttentionForward& out_;
   const Shape x_;
-  const Places at_;
+  const Layout at_;
   float* const floats_;
   uint32_t* const words_;
   const int64_t tiled_ = tiled_keys(p_, task_);
-  const OddKeys<Rows, kDim> odd_{p_, task_, tiled_};
+  const RemainderKeys<Rows, kDim> remainder_{p_, task_, tiled_};
   const int64_t block_ = key_block(task_.queries);
   const KeyBlocks keys_, values_;
-  const bool turned_ = Shape::turns_weights(task_.queries);
+  const bool row_major_ = Shape::sums_row_major(task_.queries);
   const TileSession session_;
-  Ahead ahead_;
-  Beside beside_;
+  Prefetcher prefetcher_;
+  Interleaver interleaver_;
   BlockStream<Rows> stream_;
   Magnitude sums_;
 };

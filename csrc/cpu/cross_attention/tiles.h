@@ -1,6 +1,5 @@
-// What the passes over attention on AMX tiles share: the sizes of operands, products with the
-// vector units' work beside them, the pieces of that work, and what says whether floats could be
-// taken apart.
+// What the attention passes on AMX tiles share: the sizes of operands, matmuls with interleaved
+// SIMD work, the pieces of that work, and the check whether floats could be split into bf16 parts.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +16,7 @@ namespace {
 template <class Rows>
 struct TileShape {
   static constexpr int64_t kStep = Rows::kParts * kPartWords;
-  // Calls of Beside for a step of a block.
+  // Calls of Interleaver for a step of a block.
   static constexpr int64_t kCalls = Rows::kParts == 3 ? 6 : 1;
   static constexpr int64_t kQueryBlock = 128;
 
@@ -31,9 +30,9 @@ struct TileShape {
   int64_t dim_steps() const { return steps(dim); }
   static int64_t words(int64_t side, int64_t depth) { return steps(side) * steps(depth) * kStep; }
   static int64_t tiles(int64_t words) { return words / kHalfWords; }
-  // Sums over the keys for each query: a product of weights, transposed, and keys, or of keys,
+  // Sums over the keys for each query: a matmul of weights, transposed, and keys, or of keys,
   // transposed, and weights; whichever has less to transpose. The first gives [queries][width].
-  static bool turns_weights(int64_t queries) { return queries <= 2 * kStepSide; }
+  static bool sums_row_major(int64_t queries) { return queries <= 2 * kStepSide; }
 };
 
 // A step of a left operand to tiles 4 and 5, one of a right operand to 6 and 7.
@@ -44,38 +43,38 @@ inline void load_step(const uint32_t* a, const uint32_t* b) {
   _tile_loadd(5, a + kHalfWords, 64);
 }
 
-// Products one after another: the last block of one leaves the tiles as the next one begins, or at
-// finish(). Needs a TileSession.
+// A stream of matmuls: the last block of one is stored as the next one begins, or at finish().
+// Needs a TileSession.
 template <class Rows>
 class BlockStream {
  public:
-  // C[m][n] (+)= A B for whole blocks of 32; blocks of A and B are all their steps apart. Work done
-  // beside it finds the results of the product before.
+  // C[m][n] (+)= A B for whole blocks of 32; blocks of A and B are all their steps apart.
+  // Interleaved work finds the results of the matmul before.
   void multiply(const uint32_t* a, int64_t m, const uint32_t* b, int64_t n, int64_t steps, float* c,
-                int64_t ldc, bool accumulate, Beside& beside) {
+                int64_t ldc, bool accumulate, Interleaver& interleaver) {
     const int64_t block = steps * TileShape<Rows>::kStep;
-    publish(c);
+    compiler_barrier(c);
     for (int64_t i = 0; i < m; i += kStepSide)
       for (int64_t j = 0; j < n; j += kStepSide)
         multiply_block(a + i / kStepSide * block, b + j / kStepSide * block, steps,
-                       {c + i * ldc + j, ldc}, accumulate, beside);
-    publish(c);
+                       {c + i * ldc + j, ldc}, accumulate, interleaver);
+    compiler_barrier(c);
   }
 
   // Stores what the tiles still hold.
   void finish() {
     if (last_.c == nullptr) return;
     store_block<2, 2>(last_.c, last_.row);
-    publish(last_.c);
+    compiler_barrier(last_.c);
     last_.c = nullptr;
   }
 
  private:
-  void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, const BlockPlace& c,
-                      bool accumulate, Beside& beside) {
-    const auto first = [&] { turn_block(last_, c, accumulate); };
+  void multiply_block(const uint32_t* a, const uint32_t* b, int64_t steps, const BlockTarget& c,
+                      bool accumulate, Interleaver& interleaver) {
+    const auto first = [&] { restart_block(last_, c, accumulate); };
     if constexpr (Rows::kParts == 3) {
-      add_split_steps<2, 2>(a, b, steps, first, beside);
+      add_split_steps<2, 2>(a, b, steps, first, interleaver);
     } else {
       for (int64_t s = 0; s < steps; ++s, a += kPartWords, b += kPartWords) {
         load_step(a, b);
@@ -83,40 +82,40 @@ class BlockStream {
           first();
         else
           multiply_tiles<2, 2>();
-        beside();
+        interleaver();
       }
     }
     last_ = c;
   }
 
-  BlockPlace last_ = {nullptr, 0};
+  BlockTarget last_ = {nullptr, 0};
 };
 
-// Calls product(key) for all blocks of keys before `end`, which multiplies and does the work beside
-// it, and before each prepare(key) of the next one, which adds such work.
-template <class Prepare, class Product>
-inline void walk_keys(int64_t end, int64_t block, Beside& beside, const Prepare& prepare,
-                      const Product& product) {
+// Calls matmul(key) for all blocks of keys before `end`, which multiplies and does the interleaved
+// work, and before each prepare(key) of the next one, which adds such work.
+template <class Prepare, class Matmul>
+inline void walk_keys(int64_t end, int64_t block, Interleaver& interleaver, const Prepare& prepare,
+                      const Matmul& matmul) {
   if (end <= 0) return;
   prepare(0);
-  beside.finish();
+  interleaver.finish();
   for (int64_t key = 0, next; key < end; key = next) {
     next = key + block;
     if (next < end) prepare(next);
-    product(key);
+    matmul(key);
   }
 }
 
 // Rows of queries, their gradients and outputs that the next task's backward pass will read first.
-inline void look_ahead(const AttentionProblem& p, const AttentionTask& task,
-                       const AttentionBackward& out, Ahead& ahead) {
+inline void prefetch_next_task(const AttentionProblem& p, const AttentionTask& task,
+                               const AttentionBackward& out, Prefetcher& prefetcher) {
   if (task.next == nullptr) return;
-  ahead.start(p.dim, task.seen_keys);
+  prefetcher.start(p.dim, task.attended_keys);
   for (const AttentionInput& input : {p.q, p.grad, out.out})
-    ahead.add({query_rows(p, *task.next, input), nullptr, task.next->queries});
+    prefetcher.add({query_rows(p, *task.next, input), nullptr, task.next->queries});
 }
 
-// Packs query rows [begin, begin + count) of a product along their width, `columns`, and of one
+// Packs query rows [begin, begin + count) for a matmul along their width, `columns`, and of one
 // along the queries, `rows`, if kAlong. Negates the columns where asked.
 template <class Rows, bool kAlong>
 inline void place_queries(const TileShape<Rows>& x, const Features& y, int64_t begin, int64_t count,
@@ -131,8 +130,8 @@ inline void place_queries(const TileShape<Rows>& x, const Features& y, int64_t b
     for (int64_t i = 0; i < kTile; ++i) {
       const int64_t low = Rows::kApart == 1 ? 2 * i : i, high = low + Rows::kApart;
       uint32_t* block = columns + s * x.dim_steps() * step;
-      const RowPlaces to = {block + low * kTile, block + high * kTile, step,
-                            rows + s * step + i * kTile, steps * step};
+      const RowTargets to = {block + low * kTile, block + high * kTile, step,
+                             rows + s * step + i * kTile, steps * step};
       const Scalar *first = row_at(s * kStepDepth + low), *second = row_at(s * kStepDepth + high);
       if (x.dim == x.padded_dim() && first != nullptr && second != nullptr)
         place_rows<Rows, true, kAlong, true>(first, second, x.dim, to);
@@ -144,21 +143,21 @@ inline void place_queries(const TileShape<Rows>& x, const Features& y, int64_t b
   for (int64_t at = 0; negate && at < words; ++at) columns[at] ^= 0x80008000u;
 }
 
-// Packs a block of keys, a few rows a piece, as operand of a product along their width, `rows`, and
+// Packs a block of keys, a few rows a piece, as operand of a matmul along their width, `rows`, and
 // of one along the keys, `columns`, there still [words of keys][width] in each tile; those of them
 // that are wanted. Fetches the rows of `next`, as far as pieces go. kDim: their width, 0 where it
 // is known at run time only.
 template <class Rows, int kDim, bool kRows, bool kColumns>
 class KeyPacker {
  public:
-  void start(const TileShape<Rows>& x, const SeenRows& keys, const SeenRows& next, uint32_t* rows,
-             uint32_t* columns) {
+  void start(const TileShape<Rows>& x, const AttendedRows& keys, const AttendedRows& next,
+             uint32_t* rows, uint32_t* columns) {
     data_ = static_cast<const char*>(keys.features.data);
     stride_ = keys.features.stride * sizeof(Scalar);
-    seen_ = keys.seen;
+    attended_ = keys.attended;
     count_ = keys.count;
     next_ = static_cast<const char*>(next.features.data);
-    next_seen_ = next.seen;
+    next_attended_ = next.attended;
     next_count_ = next.count;
     dim_ = x.dim;
     row_ = 0;
@@ -170,7 +169,7 @@ class KeyPacker {
   int64_t left() const { return (round_up(count_, kStepSide) - row_) / kCount; }
 
   void operator()() {
-    if (kDim > 0 && seen_ == nullptr && row_ + kCount <= count_)
+    if (kDim > 0 && attended_ == nullptr && row_ + kCount <= count_)
       pack<true>();
     else
       pack<false>();
@@ -192,7 +191,7 @@ class KeyPacker {
   [[gnu::always_inline]] void pack() const {
     static_assert(kDim % kStepSide == 0);
     const int64_t dim = whole ? kDim : dim_;
-    RowPlaces to = {rows_, rows_ + kTile, kStep, columns_, column_words_};
+    RowTargets to = {rows_, rows_ + kTile, kStep, columns_, column_words_};
     for (int64_t r = row_; r < row_ + kCount; r += 2) {
       const Scalar *low = row_at<whole>(r), *high = row_at<whole>(r + 1);
       fetch(dim, r), fetch(dim, r + 1);
@@ -204,18 +203,19 @@ class KeyPacker {
   template <bool whole>
   [[gnu::always_inline]] const Scalar* row_at(int64_t r) const {
     if (!whole && r >= count_) return nullptr;
-    return reinterpret_cast<const Scalar*>(data_ + (whole || !seen_ ? r : seen_[r]) * stride_);
+    return reinterpret_cast<const Scalar*>(data_ +
+                                           (whole || !attended_ ? r : attended_[r]) * stride_);
   }
 
   [[gnu::always_inline]] void fetch(int64_t dim, int64_t r) const {
     if (r >= next_count_) return;
-    const char* at = next_ + (next_seen_ ? next_seen_[r] : r) * stride_;
+    const char* at = next_ + (next_attended_ ? next_attended_[r] : r) * stride_;
     for (int64_t b = 0; b < dim * static_cast<int64_t>(sizeof(Scalar)); b += 64)
       __builtin_prefetch(at + b, 0, 2);
   }
 
   const char *data_, *next_;
-  const int32_t *seen_, *next_seen_;
+  const int32_t *attended_, *next_attended_;
   int64_t stride_, count_, next_count_, dim_, row_words_, column_words_, row_;
   uint32_t *rows_, *columns_;
 };
@@ -226,22 +226,22 @@ class KeyBlocks {
  public:
   KeyBlocks(const AttentionProblem& p, const AttentionTask& task, const AttentionInput& input,
             int64_t count, int64_t block)
-      : rows_(seen_rows(p, task, input).slice(0, count)),
+      : rows_(attended_rows(p, task, input).slice(0, count)),
         following_{{}, nullptr, 0},
         block_(block) {
-    if (task.next != nullptr) following_ = block_of(seen_rows(p, *task.next, input), 0);
+    if (task.next != nullptr) following_ = block_of(attended_rows(p, *task.next, input), 0);
   }
-  SeenRows at(int64_t key) const { return block_of(rows_, key); }
-  SeenRows after(int64_t key) const {
+  AttendedRows at(int64_t key) const { return block_of(rows_, key); }
+  AttendedRows after(int64_t key) const {
     return key + block_ < rows_.count ? at(key + block_) : following_;
   }
 
  private:
-  SeenRows block_of(const SeenRows& rows, int64_t key) const {
+  AttendedRows block_of(const AttendedRows& rows, int64_t key) const {
     return rows.slice(key, std::min(rows.count - key, block_));
   }
 
-  SeenRows rows_, following_;
+  AttendedRows rows_, following_;
   int64_t block_;
 };
 
@@ -261,7 +261,7 @@ class Transposer {
   int64_t left_ = 0;
 };
 
-// A row of results stored past the caches: a copy of store_row for a width that is known.
+// A row of results written by non-temporal stores: a copy of store_row for a width that is known.
 template <class Rows, int kDim>
 [[gnu::always_inline]] inline void store_row_as(const AttentionProblem& p, const float* in,
                                                 void* out) {
@@ -283,12 +283,12 @@ template <class Rows, int kDim>
   }
 }
 
-// The rows of a block from their sums, [m][width] if turned and else [width][m], times `factor`
+// The rows of a block from their sums, [m][width] if `row_major`, else [width][m], times `factor`
 // where there is one. `rows` is scratch for kLanes of them.
 template <class Rows, int kDim>
 void store_sums(const TileShape<Rows>& x, const WeightBlock& b, float* sums, const float* factor,
-                bool turned, float* rows, const AttentionOutput& out) {
-  if (!turned) return store_queries(x, b, sums, factor, rows, out);
+                bool row_major, float* rows, const AttentionOutput& out) {
+  if (!row_major) return store_queries(x, b, sums, factor, rows, out);
   const OutputRows to = query_outputs(b.p, b.task, out);
   for (int64_t r = 0; r < b.queries; ++r, sums += x.padded_dim()) {
     for (int64_t d = 0; factor != nullptr && d < x.padded_dim(); d += kLanes)
@@ -313,7 +313,7 @@ struct WeightPieces {
 };
 
 // The largest magnitude among floats. Parts of floats lose bits below 2^-110, and what is not
-// finite or would round up to infinity is not taken apart: where that may have happened, floats
+// finite or would round up to infinity is not split: where that may have happened, floats
 // have to be multiplied as such.
 class Magnitude {
  public:
@@ -326,7 +326,7 @@ class Magnitude {
   }
   // Rows of a tensor; `finite`: without what is not.
   template <class Rows>
-  void see_rows(const SeenRows& x, int64_t dim, bool finite) {
+  void include_rows(const AttendedRows& x, int64_t dim, bool finite) {
     for (int64_t r = 0; r < x.count; ++r) {
       const auto* row =
           static_cast<const typename Rows::Scalar*>(x.features.data) + x[r] * x.features.stride;
@@ -350,15 +350,15 @@ class Magnitude {
 };
 
 // Whether keys and values, and all that is finite of the queries and, in the backward pass, of
-// their gradients, may be taken apart.
+// their gradients, may be split into bf16 parts.
 template <class Rows>
 inline bool inputs_are_sound(const AttentionProblem& p, const AttentionTask& task, bool backward) {
-  const auto sound = [&](const SeenRows& rows, bool finite) {
+  const auto sound = [&](const AttendedRows& rows, bool finite) {
     Magnitude magnitude;
-    magnitude.see_rows<Rows>(rows, p.dim, finite);
+    magnitude.include_rows<Rows>(rows, p.dim, finite);
     return magnitude.sound();
   };
-  return sound(seen_rows(p, task, p.k), false) && sound(seen_rows(p, task, p.v), false) &&
+  return sound(attended_rows(p, task, p.k), false) && sound(attended_rows(p, task, p.v), false) &&
          sound({query_rows(p, task, p.q), nullptr, task.queries}, true) &&
          (!backward || sound({query_rows(p, task, p.grad), nullptr, task.queries}, true));
 }

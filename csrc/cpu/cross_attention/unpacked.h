@@ -1,5 +1,5 @@
-// What bfloat16 attention on AMX tiles uses whose left operands are keys and values where they lie:
-// blocks of such rows, products of them, and words that join two of them.
+// bfloat16 attention on AMX tiles with unpacked operands, keys and values read where they lie:
+// blocks of such rows, matmuls of them, and words that join two of them.
 //
 // Words of two rows come out of one instruction in another order: of 32 columns the first 16 are 0
 // to 3, 8 to 11, 16 to 19 and 24 to 27, the others follow. Sums keep that order until they are
@@ -26,16 +26,16 @@ class RowBlocks {
  public:
   RowBlocks(const AttentionProblem& p, const AttentionTask& task, const AttentionInput& input,
             int64_t count)
-      : rows_(seen_rows(p, task, input).slice(0, count)), next_{{}, nullptr, 0} {
-    if (task.next != nullptr) next_ = seen_rows(p, *task.next, input);
+      : rows_(attended_rows(p, task, input).slice(0, count)), next_{{}, nullptr, 0} {
+    if (task.next != nullptr) next_ = attended_rows(p, *task.next, input);
   }
 
-  explicit RowBlocks(const SeenRows& rows) : rows_(rows), next_{{}, nullptr, 0} {}
+  explicit RowBlocks(const AttendedRows& rows) : rows_(rows), next_{{}, nullptr, 0} {}
 
   // Rows [first, first + n) where they lie, or in `copy` where that is not evenly or they are
   // fewer; zeros there past the last.
   RowBlock block(int64_t first, int64_t n, uint32_t* copy) const {
-    if (rows_.seen == nullptr && first + n <= rows_.count) return {row(rows_, first), stride()};
+    if (rows_.attended == nullptr && first + n <= rows_.count) return {row(rows_, first), stride()};
     uint16_t* to = reinterpret_cast<uint16_t*>(copy);
     for (int64_t r = 0; r < n; ++r, to += kDim)
       if (first + r < rows_.count)
@@ -47,35 +47,35 @@ class RowBlocks {
 
   // Rows [first, first + n) to fetch, past `end` those of the next task, of which none if there are
   // fewer. Fetches them at once where they do not lie evenly.
-  RowBlock ahead(int64_t first, int64_t n, int64_t end) const {
-    const SeenRows& rows = first < end ? rows_ : next_;
+  RowBlock to_prefetch(int64_t first, int64_t n, int64_t end) const {
+    const AttendedRows& rows = first < end ? rows_ : next_;
     if (first >= end) first -= end;
-    if (first + n <= rows.count && rows.seen == nullptr) return {row(rows, first), stride()};
+    if (first + n <= rows.count && rows.attended == nullptr) return {row(rows, first), stride()};
     for (int64_t r = first; r < first + n; ++r) prefetch_row<2>(rows, r, kDim);
     return {row(rows_, 0), 0};
   }
 
  private:
   int64_t stride() const { return rows_.features.stride; }
-  static const uint16_t* row(const SeenRows& rows, int64_t r) {
+  static const uint16_t* row(const AttendedRows& rows, int64_t r) {
     return static_cast<const uint16_t*>(rows.features.data) + rows[r] * rows.features.stride;
   }
 
-  SeenRows rows_, next_;
+  AttendedRows rows_, next_;
 };
 
 // Fetches the first two rows of a block into the cache of level 1 (locality 3) or 2 (locality 2).
 template <int kDim, int locality>
-[[gnu::always_inline]] inline void fetch_rows(const RowBlock& x) {
+[[gnu::always_inline]] inline void prefetch_rows(const RowBlock& x) {
   FASTVLP_UNROLL
   for (int64_t r = 0; r < 2; ++r) FASTVLP_UNROLL
   for (int64_t d = 0; d < kDim; d += 32) __builtin_prefetch(x[r] + d, 0, locality);
 }
 
-// Fetches k and v of the heads that a thread takes after this task's run into the second-level cache,
+// Fetches k and v of the heads that a thread takes after this task's run into L2,
 // each task of the run a share: row by row, all heads of a row, so that memory is read in order.
 template <int kDim>
-class RunAhead {
+class RunPrefetcher {
   static constexpr int64_t kMostBytes = int64_t{2} << 20;         // of that cache
   static constexpr int64_t kBytes = 2 * kDim * sizeof(uint16_t);  // of a row of two heads
 
@@ -83,8 +83,8 @@ class RunAhead {
   void start(const AttentionProblem& p, const AttentionTask& task) {
     if (task.next_run == nullptr || p.k.head != kDim || p.v.head != kDim) return;
     const AttentionTask& next = *task.next_run;
-    keys_ = seen_rows(p, next, p.k);
-    values_ = seen_rows(p, next, p.v);
+    keys_ = attended_rows(p, next, p.k);
+    values_ = attended_rows(p, next, p.v);
     pairs_ = next.run / 2;
     if (2 * keys_.count * pairs_ * kBytes > kMostBytes) return;
     row_ = keys_.count * task.place / task.run;
@@ -106,7 +106,7 @@ class RunAhead {
 
  private:
   void begin_row() {
-    const auto at = [&](const SeenRows& rows) {
+    const auto at = [&](const AttendedRows& rows) {
       const auto* data = static_cast<const uint16_t*>(rows.features.data);
       return reinterpret_cast<const char*>(data + rows[row_] * rows.features.stride);
     };
@@ -114,7 +114,7 @@ class RunAhead {
     pairs_left_ = pairs_;
   }
 
-  SeenRows keys_, values_;
+  AttendedRows keys_, values_;
   const char *key_, *value_;
   int64_t row_, pairs_, pairs_left_, left_ = 0;
 };
@@ -143,7 +143,7 @@ inline void order_sums(const float* in, float* out) {
     }
 }
 
-// Logits [rows][32] that do not count: of keys that are not there or that a row may not see.
+// Logits [rows][32] that do not count: of keys that are not there or that a row may not attend to.
 inline void hide_logits(const WeightBlock& part, int64_t rows, float* s) {
   if (part.p.causal) mask_causal(part, s);
   for (int64_t i = part.n * kStepSide; i < rows * kStepSide; i += kLanes)
@@ -166,10 +166,10 @@ template <int kDim>
 
 // One step of sums over 32 keys, [32][32] (+)= A B.
 [[gnu::always_inline]] inline void multiply_step(const uint32_t* a, const uint32_t* b,
-                                                 BlockPlace& last, const BlockPlace& c,
+                                                 BlockTarget& last, const BlockTarget& c,
                                                  bool accumulate) {
   load_step(a, b);
-  turn_block(last, c, accumulate);
+  restart_block(last, c, accumulate);
   last = c;
 }
 

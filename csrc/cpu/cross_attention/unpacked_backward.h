@@ -1,5 +1,5 @@
-// The backward pass of one attention task of bfloat16 and at most 32 query rows on AMX tiles, keys
-// and values as operands where they lie.
+// The backward pass of one attention task of bfloat16 and at most 32 query rows on AMX tiles, with
+// unpacked keys and values.
 #pragma once
 
 #include "unpacked.h"
@@ -8,27 +8,31 @@
 
 namespace {
 
-// Walks units of sixteen keys, so few that all under way stays in the first cache: logits and
-// derivatives by the weights of one unit are multiplied beside the leaving of gradients of keys
-// that are done, then gradients of keys of the unit before beside the making of this one's weights.
-// Gradients by logits are kept, joined along the keys, for a second walk that adds up the gradients
-// of queries in tiles.
+// Walks units of sixteen keys, so few that all under way stays in L1. At unit i:
+//
+//   matmul (AMX)                                   interleaved (SIMD)
+//   logits i, gradients w.r.t. the weights i       store stage: gradients of keys i - 2
+//   gradients of keys and values i - 1             softmax stage i
+//
+// Gradients w.r.t. logits are kept, joined along the keys, for a second walk that adds up the
+// gradients of queries in tiles.
 template <int kDim>
-class InPlaceBackward {
+class UnpackedBackward {
   static_assert(kDim == 64, "the sums of a unit are four tiles");
   using Shape = TileShape<BFloat16Rows>;
   static constexpr int64_t kUnit = kTile;
   static constexpr int kPieces = kUnit / 2;  // two keys each
-  static constexpr int64_t kAhead = 6;       // units from the one that is weighed to those fetched
+  static constexpr int64_t kPrefetchDistance =
+      6;  // units from the softmax stage's to those fetched
 
  public:
   static constexpr int64_t kMostQueries = kStepSide;
 
-  struct Places : Layout {
-    explicit Places(int64_t keys) {
+  struct Layout : ScratchLayout {
+    explicit Layout(int64_t keys) {
       for (int64_t& at : columns) at = take(kStepSide * kDim / 2);
       for (int64_t& at : rows) at = take(kStepSide * kDim / 2);
-      products = take(2 * kUnit * kStepSide);
+      scores = take(2 * kUnit * kStepSide);
       weight_rows = take(kHalfWords);
       gradient_rows = take(kHalfWords);
       pairs = take(kPartWords);
@@ -40,46 +44,46 @@ class InPlaceBackward {
       ordered = take(kStepSide * kDim);
       largest = take(kStepSide);
       reciprocal = take(kStepSide);
-      slope = take(kStepSide);
+      delta = take(kStepSide);
       gradients = take(round_up(keys, kStepSide) / kStepSide * kPartWords);
     }
-    // columns and rows: of the queries and of their gradients; products: of a unit, then its
+    // columns and rows: of the queries and of their gradients; scores: of a unit, then its
     // keys' gradients
-    int64_t columns[2], rows[2], products, weight_rows, gradient_rows, pairs, dv, key_copy,
-        value_copy, joined[2], sums, ordered, largest, reciprocal, slope, gradients;
+    int64_t columns[2], rows[2], scores, weight_rows, gradient_rows, pairs, dv, key_copy,
+        value_copy, joined[2], sums, ordered, largest, reciprocal, delta, gradients;
   };
 
-  InPlaceBackward(const AttentionProblem& p, const AttentionTask& task,
-                  const AttentionBackward& out, float* scratch)
+  UnpackedBackward(const AttentionProblem& p, const AttentionTask& task,
+                   const AttentionBackward& out, float* scratch)
       : p_(p),
         task_(task),
         out_(out),
-        at_(task.seen_keys),
+        at_(task.attended_keys),
         floats_(scratch),
         words_(reinterpret_cast<uint32_t*>(scratch)),
         keys_(p, task, p.k, tiled_),
         values_(p, task, p.v, tiled_) {}
 
   void run() {
-    look_ahead(p_, task_, out_, ahead_);
-    run_ahead_.start(p_, task_);
+    prefetch_next_task(p_, task_, out_, prefetcher_);
+    run_prefetcher_.start(p_, task_);
     const WeightBlock b = {p_, task_, 0, task_.queries, kStepSide, 0, tiled_, logit_factor(p_)};
     if (task_.queries > 0) {
-      if (task_.seen_keys > 0) prepare_queries();
+      if (task_.attended_keys > 0) prepare_queries();
       if (p_.drop_below != 0)
         walk<true>(b);
       else
         walk<false>(b);
       add_query_gradients();
-      odd_.run_backward(x_, out_, true, [&](int64_t) {
-        return typename OddKeys<BFloat16Rows, kDim>::QueryBlock{
-            floats_ + at_.largest, floats_ + at_.reciprocal, floats_ + at_.slope,
+      remainder_.run_backward(x_, out_, true, [&](int64_t) {
+        return typename RemainderKeys<BFloat16Rows, kDim>::QueryBlock{
+            floats_ + at_.largest, floats_ + at_.reciprocal, floats_ + at_.delta,
             floats_ + at_.ordered};
       });
       store_sums<BFloat16Rows, kDim>(x_, b, floats_ + at_.ordered, nullptr, true, nullptr, out_.dq);
     }
-    clear_unseen(p_, task_, out_.dk);
-    clear_unseen(p_, task_, out_.dv);
+    clear_masked(p_, task_, out_.dk);
+    clear_masked(p_, task_, out_.dv);
     finish_streams();
   }
 
@@ -95,37 +99,37 @@ class InPlaceBackward {
     std::memset(reciprocal, 0, kStepSide * 4);  // padding: weights 0
     std::memcpy(largest, out_.statistics + row, task_.queries * 4);
     std::memcpy(reciprocal, out_.statistics + p_.heads * p_.total_queries + row, task_.queries * 4);
-    find_slopes();
+    compute_delta();
   }
 
-  // The sum over the keys of each weight times the derivative by it is the output times the
-  // derivative by the output. By the products that give those derivatives, so that a weight of 1
-  // has a derivative of 0 and not of rounding.
-  void find_slopes() {
+  // delta, the sum over the keys of each weight times the gradient w.r.t. it, is the dot product of
+  // the output and the gradient w.r.t. it. By the matmul that gives the gradients w.r.t. weights,
+  // so that a weight of 1 has a gradient of 0 and not of rounding.
+  void compute_delta() {
     const RowBlocks<kDim> out({query_rows(p_, task_, out_.out), nullptr, task_.queries});
-    float* slope = floats_ + at_.slope;
+    float* delta = floats_ + at_.delta;
     for (int64_t half = 0; half < 2; ++half) {
       const RowBlock rows = out.block(half * kTile, kTile, words_ + at_.key_copy);
-      multiply_products(rows, rows, [](int) {});
+      multiply_scores(rows, rows, [](int) {});
       finish();
-      const float* derivatives = floats_ + at_.products + kUnit * kStepSide;
+      const float* derivatives = floats_ + at_.scores + kUnit * kStepSide;
       for (int64_t i = 0; i < kTile; ++i)
-        slope[half * kTile + i] = derivatives[i * kStepSide + half * kTile + i];
+        delta[half * kTile + i] = derivatives[i * kStepSide + half * kTile + i];
     }
   }
 
-  // The weights of a unit and their gradients, scale * weight (t - slope), two keys at a time, as
+  // The weights of a unit and their gradients, scale * weight (t - delta), two keys at a time, as
   // rows along the queries and the gradients joined along the keys. Fetches rows to come.
   template <bool kDrop>
-  struct Weigh {
+  struct SoftmaxStage {
     WeightBlock part;
     float scale;
-    Vec largest[2], reciprocal[2], slope[2];
+    Vec largest[2], reciprocal[2], delta[2];
     DropoutRow* drop;
-    const float* products;
+    const float* scores;
     uint32_t *weights, *gradients, *pairs;
     RowBlock near_keys, near_values, next_keys, next_values;
-    RunAhead<kDim>* run;
+    RunPrefetcher<kDim>* run;
     int left = 0;
 
     [[gnu::always_inline]] void operator()(int count) {
@@ -135,18 +139,18 @@ class InPlaceBackward {
         for (int h = 0; h < 2; ++h) {
           FASTVLP_UNROLL
           for (int i = 0; i < 2; ++i) {
-            const float* at = products + i * kStepSide + h * kLanes;
+            const float* at = scores + i * kStepSide + h * kLanes;
             w[i][h] = exp2(load(at) * part.factor - largest[h]) * reciprocal[h];
             g[i][h] = load(at + kUnit * kStepSide);
           }
         }
         if constexpr (kDrop) {
-          weigh_dropped(w, g);
+          apply_dropout(w, g);
         } else {
           FASTVLP_UNROLL
           for (int h = 0; h < 2; ++h) {
             FASTVLP_UNROLL
-            for (int i = 0; i < 2; ++i) g[i][h] = w[i][h] * (g[i][h] - slope[h]) * scale;
+            for (int i = 0; i < 2; ++i) g[i][h] = w[i][h] * (g[i][h] - delta[h]) * scale;
           }
         }
         _mm512_store_si512(weights, bf16_row(w[0][0], w[0][1]));
@@ -155,37 +159,37 @@ class InPlaceBackward {
         _mm512_store_si512(gradients, low);
         _mm512_store_si512(gradients + kTile, high);
         store_joined(low, high, pairs);
-        fetch_rows<kDim, 3>(near_keys);
-        fetch_rows<kDim, 3>(near_values);
-        fetch_rows<kDim, 2>(next_keys);
-        fetch_rows<kDim, 2>(next_values);
+        prefetch_rows<kDim, 3>(near_keys);
+        prefetch_rows<kDim, 3>(near_values);
+        prefetch_rows<kDim, 2>(next_keys);
+        prefetch_rows<kDim, 2>(next_values);
         (*run)();
-        products += 2 * kStepSide, weights += 2 * kTile, gradients += 2 * kTile, pairs += kTile;
+        scores += 2 * kStepSide, weights += 2 * kTile, gradients += 2 * kTile, pairs += kTile;
         near_keys.advance(2), near_values.advance(2);
         next_keys.advance(2), next_values.advance(2);
       }
     }
 
    private:
-    void weigh_dropped(Vec w[2][2], Vec g[2][2]) {
+    void apply_dropout(Vec w[2][2], Vec g[2][2]) {
       const int64_t key = 2 * (kPieces - left);
       for (int h = 0; h < 2; ++h)
         for (int i = 0; i < 2; ++i) {
           const Vec keep = key + i < part.n ? drop[h].factor(part, key + i) : Vec{};
-          g[i][h] = w[i][h] * (g[i][h] * keep - slope[h]) * scale;
+          g[i][h] = w[i][h] * (g[i][h] * keep - delta[h]) * scale;
           w[i][h] = w[i][h] * keep;
         }
     }
   };
 
   // Stores the gradients of a unit's keys, two a piece.
-  struct Leave {
-    const InPlaceBackward& pass;
+  struct StoreStage {
+    const UnpackedBackward& pass;
     const OutputRows dk, dv;
     const bool aligned;  // to whole lines
     int64_t key = 0, left = 0;
 
-    explicit Leave(const InPlaceBackward& p)
+    explicit StoreStage(const UnpackedBackward& p)
         : pass(p),
           dk(key_outputs(p.p_, p.task_, p.out_.dk)),
           dv(key_outputs(p.p_, p.task_, p.out_.dv)),
@@ -200,7 +204,7 @@ class InPlaceBackward {
           const int64_t row = pass.task_.key(key);
           const float* from = pass.floats_ + key % kUnit * kDim;
           store(from + pass.at_.dv, static_cast<uint16_t*>(dv[row]));
-          store(from + pass.at_.products, static_cast<uint16_t*>(dk[row]));
+          store(from + pass.at_.scores, static_cast<uint16_t*>(dk[row]));
         }
     }
 
@@ -221,43 +225,44 @@ class InPlaceBackward {
   void walk(const WeightBlock& b) {
     DropoutRow drop[2];
     for (int h = 0; h < 2 && kDrop; ++h) drop[h].start(b, h * kLanes);
-    Weigh<kDrop> weigh = {b,       p_.scale, {}, {}, {}, drop, nullptr,    nullptr,
-                          nullptr, nullptr,  {}, {}, {}, {},   &run_ahead_};
+    SoftmaxStage<kDrop> softmax_stage = {b,    p_.scale, {},      {},      {},
+                                         drop, nullptr,  nullptr, nullptr, nullptr,
+                                         {},   {},       {},      {},      &run_prefetcher_};
     for (int h = 0; h < 2; ++h) {
-      weigh.largest[h] = load(floats_ + at_.largest + h * kLanes);
-      weigh.reciprocal[h] = load(floats_ + at_.reciprocal + h * kLanes);
-      weigh.slope[h] = load(floats_ + at_.slope + h * kLanes);
+      softmax_stage.largest[h] = load(floats_ + at_.largest + h * kLanes);
+      softmax_stage.reciprocal[h] = load(floats_ + at_.reciprocal + h * kLanes);
+      softmax_stage.delta[h] = load(floats_ + at_.delta + h * kLanes);
     }
     const int64_t n = (tiled_ + kUnit - 1) / kUnit;
-    Leave leave(*this);
+    StoreStage store_stage(*this);
     for (int64_t i = 0; i <= n && n > 0; ++i) {
-      // Products of unit i, gradients of the keys of the one before; those of the one before that
-      // leave.
-      leave.left = i >= 2 ? kUnit : 0;
+      // Scores of unit i, gradients of the keys of the one before; those of the one before that are
+      // stored.
+      store_stage.left = i >= 2 ? kUnit : 0;
       if (i < n)
-        multiply_products(keys_.block(i * kUnit, kUnit, words_ + at_.key_copy),
-                          values_.block(i * kUnit, kUnit, words_ + at_.value_copy), leave);
+        multiply_scores(keys_.block(i * kUnit, kUnit, words_ + at_.key_copy),
+                        values_.block(i * kUnit, kUnit, words_ + at_.value_copy), store_stage);
       else
         finish();
-      leave(kPieces);
+      store_stage(kPieces);
       if (i > 0 && i % 2 == 0) keep_gradients(i / 2 - 1);
       if (i < n) {
-        start(weigh, i, n);
-        if (p_.causal || weigh.part.n < kUnit) {
+        start(softmax_stage, i, n);
+        if (p_.causal || softmax_stage.part.n < kUnit) {
           finish();
-          hide_logits(weigh.part, kUnit, floats_ + at_.products);
+          hide_logits(softmax_stage.part, kUnit, floats_ + at_.scores);
         }
       }
       if (i > 0)
-        add_key_gradients(weigh);
+        add_key_gradients(softmax_stage);
       else
         finish();
-      weigh(kPieces);
-      ahead_.step(kUnit);
+      softmax_stage(kPieces);
+      prefetcher_.step(kUnit);
     }
     finish();
-    leave.left = tiled_ - leave.key;
-    leave(kPieces);
+    store_stage.left = tiled_ - store_stage.key;
+    store_stage(kPieces);
     if (n % 2 != 0) {
       uint32_t* none = words_ + at_.pairs + kHalfWords / 2;
       for (int64_t half = 0; half < 2; ++half)
@@ -266,20 +271,20 @@ class InPlaceBackward {
     }
   }
 
-  template <class Weigh>
-  void start(Weigh& weigh, int64_t unit, int64_t units) const {
-    weigh.left = kPieces;
-    weigh.part.first_key = unit * kUnit;
-    weigh.part.n = std::min(tiled_ - unit * kUnit, kUnit);
-    weigh.products = floats_ + at_.products;
-    weigh.weights = words_ + at_.weight_rows;
-    weigh.gradients = words_ + at_.gradient_rows;
-    weigh.pairs = words_ + at_.pairs + unit % 2 * (kHalfWords / 2);
-    const int64_t ahead = (unit + kAhead) * kUnit, end = units * kUnit;
-    weigh.near_keys = keys_.ahead((unit + 1) * kUnit, kUnit, end);
-    weigh.near_values = values_.ahead((unit + 1) * kUnit, kUnit, end);
-    weigh.next_keys = keys_.ahead(ahead, kUnit, end);
-    weigh.next_values = values_.ahead(ahead, kUnit, end);
+  template <class Stage>
+  void start(Stage& stage, int64_t unit, int64_t units) const {
+    stage.left = kPieces;
+    stage.part.first_key = unit * kUnit;
+    stage.part.n = std::min(tiled_ - unit * kUnit, kUnit);
+    stage.scores = floats_ + at_.scores;
+    stage.weights = words_ + at_.weight_rows;
+    stage.gradients = words_ + at_.gradient_rows;
+    stage.pairs = words_ + at_.pairs + unit % 2 * (kHalfWords / 2);
+    const int64_t distant = (unit + kPrefetchDistance) * kUnit, end = units * kUnit;
+    stage.near_keys = keys_.to_prefetch((unit + 1) * kUnit, kUnit, end);
+    stage.near_values = values_.to_prefetch((unit + 1) * kUnit, kUnit, end);
+    stage.next_keys = keys_.to_prefetch(distant, kUnit, end);
+    stage.next_values = values_.to_prefetch(distant, kUnit, end);
   }
 
   // The gradients of 32 keys' logits as the left operand of sums over keys.
@@ -290,11 +295,11 @@ class InPlaceBackward {
       transpose_tile(pairs + half * kHalfWords, to + half * kHalfWords);
   }
 
-  // Logits of sixteen keys and derivatives by their weights. Begins with the leaving of what the
+  // Logits of sixteen keys and gradients w.r.t. their weights. Begins by storing what the
   // tiles hold, which `work` may then use.
   template <class Work>
-  [[gnu::always_inline]] void multiply_products(const RowBlock& k, const RowBlock& v, Work&& work) {
-    publish(words_);
+  [[gnu::always_inline]] void multiply_scores(const RowBlock& k, const RowBlock& v, Work&& work) {
+    compiler_barrier(words_);
     const uint32_t *q = words_ + at_.columns[0], *grad = words_ + at_.columns[1];
     _tile_loadd(4, k.data, k.stride * 2);
     load_columns(q);
@@ -308,7 +313,7 @@ class InPlaceBackward {
     _tile_dpbf16ps(2, 5, 6);
     replace<3>();
     _tile_dpbf16ps(3, 5, 7);
-    publish(words_);
+    compiler_barrier(words_);
     work(kPieces / 4);
     _tile_loadd(4, k.data + kStepSide, k.stride * 2);
     load_columns(q + kPartWords);
@@ -321,7 +326,7 @@ class InPlaceBackward {
     _tile_dpbf16ps(2, 5, 6);
     work(kPieces / 4);
     _tile_dpbf16ps(3, 5, 7);
-    float *s = floats_ + at_.products, *t = s + kUnit * kStepSide;
+    float *s = floats_ + at_.scores, *t = s + kUnit * kStepSide;
     held_ = {{s, s + kTile, t, t + kTile}, kStepSide};
   }
 
@@ -329,7 +334,7 @@ class InPlaceBackward {
   // what the tiles held.
   template <class Work>
   [[gnu::always_inline]] void add_key_gradients(Work&& work) {
-    publish(words_);
+    compiler_barrier(words_);
     const uint32_t *q = words_ + at_.rows[0], *grad = words_ + at_.rows[1];
     _tile_loadd(4, words_ + at_.weight_rows, 64);
     _tile_loadd(5, words_ + at_.gradient_rows, 64);
@@ -343,7 +348,7 @@ class InPlaceBackward {
     _tile_dpbf16ps(2, 4, 6);
     replace<3>();
     _tile_dpbf16ps(3, 4, 7);
-    publish(words_);
+    compiler_barrier(words_);
     work(kPieces / 4);
     held_ = row_of_tiles(floats_ + at_.dv);
     load_columns(q);
@@ -359,8 +364,8 @@ class InPlaceBackward {
     work(kPieces / 8);
     replace<3>();
     _tile_dpbf16ps(3, 5, 7);
-    publish(words_);
-    held_ = row_of_tiles(floats_ + at_.products);
+    compiler_barrier(words_);
+    held_ = row_of_tiles(floats_ + at_.scores);
   }
 
   // The second walk over the keys, once for each half of their width.
@@ -373,7 +378,7 @@ class InPlaceBackward {
         const RowBlock rows = keys_.block(block * kStepSide, kStepSide, words_ + at_.key_copy);
         for (int64_t r = 0; r < kStepSide; r += 2)
           join_rows<kStepSide>(rows[r] + d, rows[r + 1] + d, keys + r / 2 * kTile);
-        publish(words_);
+        compiler_barrier(words_);
         const uint32_t* gradients = words_ + at_.gradients + block * kPartWords;
         _tile_loadd(4, gradients, 64);
         load_columns(keys);
@@ -382,7 +387,7 @@ class InPlaceBackward {
         multiply_tiles<2, 2>();
       }
       if (blocks > 0) store_block<2, 2>(sums, kDim);
-      publish(sums);
+      compiler_barrier(sums);
     }
     if (blocks > 0)
       order_sums<kDim>(floats_ + at_.sums, floats_ + at_.ordered);
@@ -404,7 +409,7 @@ class InPlaceBackward {
     _tile_loadd(7, b + kHalfWords, 64);
   }
 
-  // Stores a tile and begins it anew, beside the products of others.
+  // Stores a tile and restarts it, while others are multiplied.
   template <int tile>
   [[gnu::always_inline]] void replace() const {
     if (held_.c[0] != nullptr) store_tile<tile>(held_.c[tile], held_.row);
@@ -414,23 +419,23 @@ class InPlaceBackward {
   void finish() {
     if (held_.c[0] != nullptr) replace<0>(), replace<1>(), replace<2>(), replace<3>();
     held_.c[0] = nullptr;
-    publish(words_);
+    compiler_barrier(words_);
   }
 
   const AttentionProblem& p_;
   const AttentionTask& task_;
   const AttentionBackward& out_;
   const Shape x_{kDim};
-  const Places at_;
+  const Layout at_;
   float* const floats_;
   uint32_t* const words_;
   const int64_t tiled_ = tiled_keys(p_, task_);
-  const OddKeys<BFloat16Rows, kDim> odd_{p_, task_, tiled_};
+  const RemainderKeys<BFloat16Rows, kDim> remainder_{p_, task_, tiled_};
   const RowBlocks<kDim> keys_, values_;
   const TileSession session_;
   Held held_ = {};
-  Ahead ahead_;
-  RunAhead<kDim> run_ahead_;
+  Prefetcher prefetcher_;
+  RunPrefetcher<kDim> run_prefetcher_;
 };
 
 }  // namespace

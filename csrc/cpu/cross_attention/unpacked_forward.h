@@ -1,4 +1,4 @@
-// The forward pass of one attention task of bfloat16 on AMX tiles, keys as operands where they lie.
+// The forward pass of one attention task of bfloat16 on AMX tiles, with unpacked keys.
 #pragma once
 
 #include "unpacked.h"
@@ -7,25 +7,30 @@
 
 namespace {
 
-// For each block of 32 query rows one walk over blocks of 32 keys: beside the products of one block
-// and the sums over values of the one before the last, the last one's weights are made and its
-// values joined. All of it stays in the first cache. Weights are relative to the largest logit of
+// For each block of 32 query rows one walk over blocks of 32 keys. At key block j:
+//
+//   matmul (AMX)                        interleaved (SIMD)
+//   logits j, weights j - 2 times       softmax stage j - 1, join values j - 1
+//   values j - 2
+//
+// All of it stays in L1. Weights are relative to the largest logit of
 // some block before; only where a logit is far above that are sums scaled down.
 template <int kDim>
-class InPlaceForward {
+class UnpackedForward {
   static_assert(kDim % kStepSide == 0);
   using Shape = TileShape<BFloat16Rows>;
   static constexpr int64_t kBlock = kStepSide;
   static constexpr int kPieces = kBlock / 2;                       // two keys each
-  static constexpr int kShare = kPieces / 2 / (kDim / kStepSide);  // beside each step of a product
-  static constexpr int64_t kAhead = 3;  // blocks from the one that is weighed to those fetched
+  static constexpr int kShare = kPieces / 2 / (kDim / kStepSide);  // pieces per step of a matmul
+  static constexpr int64_t kPrefetchDistance =
+      3;  // blocks from the softmax stage's to those fetched
   // By how much a logit in units of ln 2 may be above what weights are relative to.
   static constexpr float kSlack = 8.0f;
   static constexpr float kLowest = -3.0e38f;
 
  public:
-  struct Places : Layout {
-    Places() {
+  struct Layout : ScratchLayout {
+    Layout() {
       query_columns = take(kStepSide * kDim / 2);
       for (int64_t& at : logits) at = take(kBlock * kStepSide);
       for (int64_t& at : weights) at = take(kPartWords);
@@ -34,17 +39,17 @@ class InPlaceForward {
       key_copy = take(kBlock * kDim / 2);
       value_copy = take(kBlock * kDim / 2);
       ordered = take(kStepSide * kDim);
-      odd = take(kMostOddKeys * kStepSide);
+      remainder = take(kMaxRemainderKeys * kStepSide);
       largest = take(kStepSide);
       scale = take(kStepSide);
       reciprocal = take(kStepSide);
     }
     int64_t query_columns, logits[2], weights[2], values[2], sums, key_copy, value_copy, ordered,
-        odd, largest, scale, reciprocal;
+        remainder, largest, scale, reciprocal;
   };
 
-  InPlaceForward(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
-                 float* scratch)
+  UnpackedForward(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
+                  float* scratch)
       : p_(p),
         task_(task),
         out_(out),
@@ -55,8 +60,9 @@ class InPlaceForward {
 
   void run() {
     if (task_.next != nullptr) {
-      ahead_.start(p_.dim, round_up(task_.queries, kStepSide) / kStepSide * task_.seen_keys);
-      ahead_.add({query_rows(p_, *task_.next, p_.q), nullptr, task_.next->queries});
+      prefetcher_.start(p_.dim,
+                        round_up(task_.queries, kStepSide) / kStepSide * task_.attended_keys);
+      prefetcher_.add({query_rows(p_, *task_.next, p_.q), nullptr, task_.next->queries});
     }
     for (int64_t first = 0; first < task_.queries; first += kStepSide) run_queries(first);
     finish_streams();
@@ -82,7 +88,7 @@ class InPlaceForward {
     for (int64_t i = 0; i < kStepSide; i += kLanes) store(largest + i, splat(kNegativeInfinity));
     place_queries<BFloat16Rows, false>(x_, query_rows(p_, task_, p_.q), first, queries,
                                        p_.scale < 0, words_ + at_.query_columns, nullptr);
-    odd_.add_logits(b, floats_ + at_.odd, largest);
+    remainder_.add_logits(b, floats_ + at_.remainder, largest);
     Softmax s;
     for (int h = 0; h < 2; ++h) {
       s.largest[h] = max(load(largest + h * kLanes) * b.factor, splat(kLowest));
@@ -97,7 +103,7 @@ class InPlaceForward {
       store(total + h * kLanes, s.total[h]);
     }
     float* sums = floats_ + at_.ordered;
-    odd_.add_values(b, floats_ + at_.odd, largest, total, sums, true);
+    remainder_.add_values(b, floats_ + at_.remainder, largest, total, sums, true);
     for (int64_t i = 0; i < kStepSide; i += kLanes) {
       const Vec sum = load(total + i), most = load(largest + i);
       store(largest + i, most > splat(kLowest) ? most : Vec{});
@@ -113,10 +119,10 @@ class InPlaceForward {
   uint32_t* weights(int64_t block) const { return words_ + at_.weights[block % 2]; }
   uint32_t* values(int64_t block) const { return words_ + at_.values[block % 2]; }
 
-  // A block's weights, two keys at a time: made from logits, dropped ones 0, and joined as words,
-  // and their values. Fetches rows to come.
+  // A block's weights, two keys at a time: computed from logits, dropped ones 0, and joined as
+  // words, and their values. Fetches rows to come.
   template <bool kDrop>
-  struct Pieces {
+  struct SoftmaxStage {
     const WeightBlock& part;
     Softmax& softmax;
     DropoutRow* drop;
@@ -132,9 +138,9 @@ class InPlaceForward {
         if constexpr (kDrop) drop_some(w);
         store_joined(bf16_row(w[0][0], w[0][1]), bf16_row(w[1][0], w[1][1]), weights);
         join_rows<kDim>(rows[0], rows[1], values);
-        fetch_rows<kDim, 3>(near_keys);
-        fetch_rows<kDim, 2>(next_keys);
-        fetch_rows<kDim, 2>(next_values);
+        prefetch_rows<kDim, 3>(near_keys);
+        prefetch_rows<kDim, 2>(next_keys);
+        prefetch_rows<kDim, 2>(next_values);
         logits += 2 * kStepSide, weights += kTile, values += kTile;
         rows.advance(2), near_keys.advance(2), next_keys.advance(2), next_values.advance(2);
       }
@@ -167,14 +173,14 @@ class InPlaceForward {
     for (int h = 0; h < 2 && kDrop; ++h) drop[h].start(b, h * kLanes);
     Softmax s = result;
     WeightBlock part = b;
-    Pieces<kDrop> pieces = {part, s, drop, nullptr, nullptr, nullptr, {}, {}, {}, {}};
+    SoftmaxStage<kDrop> softmax_stage = {part, s, drop, nullptr, nullptr, nullptr, {}, {}, {}, {}};
     for (int64_t j = 0; j < blocks + 2 && blocks > 0; ++j) {
-      // Block j is multiplied, the one before it weighed, and the one before that added.
+      // Logits of block j, softmax stage of the one before it, sums of the one before that.
       bool add = j >= 2;
       if (j > 0 && j <= blocks) {
         part.first_key = (j - 1) * kBlock;
         part.n = std::min(keys - part.first_key, kBlock);
-        start(pieces, b, j - 1, blocks);
+        start(softmax_stage, b, j - 1, blocks);
         hide_logits(part, kBlock, logits(j - 1));
         if (raise(logits(j - 1), b.factor, s) && add) {
           add_values(j - 2, [](int) {});
@@ -184,16 +190,16 @@ class InPlaceForward {
         }
       }
       if (j < blocks)
-        multiply_logits(keys_.block(j * kBlock, kBlock, words_ + at_.key_copy), j, pieces);
+        multiply_logits(keys_.block(j * kBlock, kBlock, words_ + at_.key_copy), j, softmax_stage);
       if (add)
-        add_values(j - 2, pieces);
+        add_values(j - 2, softmax_stage);
       else
         finish();
-      pieces(kPieces);
+      softmax_stage(kPieces);
       if (j == 0 || j > blocks) continue;
       transpose_tile(weights(j - 1));
       transpose_tile(weights(j - 1) + kHalfWords);
-      ahead_.step(kBlock);
+      prefetcher_.step(kBlock);
     }
     finish();
     if (blocks > 0)
@@ -203,20 +209,20 @@ class InPlaceForward {
     result = s;
   }
 
-  template <class Pieces>
-  void start(Pieces& pieces, const WeightBlock& b, int64_t block, int64_t blocks) const {
-    pieces.left = kPieces;
-    pieces.logits = logits(block);
-    pieces.weights = weights(block);
-    pieces.values = values(block);
-    pieces.rows = values_.block(block * kBlock, kBlock, words_ + at_.value_copy);
-    pieces.near_keys = pieces.next_keys = pieces.next_values = {pieces.rows.data, 0};
+  template <class Stage>
+  void start(Stage& stage, const WeightBlock& b, int64_t block, int64_t blocks) const {
+    stage.left = kPieces;
+    stage.logits = logits(block);
+    stage.weights = weights(block);
+    stage.values = values(block);
+    stage.rows = values_.block(block * kBlock, kBlock, words_ + at_.value_copy);
+    stage.near_keys = stage.next_keys = stage.next_values = {stage.rows.data, 0};
     const int64_t end = blocks * kBlock, near = (block + 2) * kBlock;
-    pieces.near_keys = keys_.ahead(near, kBlock, end);
-    const int64_t ahead = (block + kAhead) * kBlock;
-    if (ahead < end ? b.first > 0 : b.first + b.queries < task_.queries) return;
-    pieces.next_keys = keys_.ahead(ahead, kBlock, end);
-    pieces.next_values = values_.ahead(ahead, kBlock, end);
+    stage.near_keys = keys_.to_prefetch(near, kBlock, end);
+    const int64_t distant = (block + kPrefetchDistance) * kBlock;
+    if (distant < end ? b.first > 0 : b.first + b.queries < task_.queries) return;
+    stage.next_keys = keys_.to_prefetch(distant, kBlock, end);
+    stage.next_values = values_.to_prefetch(distant, kBlock, end);
   }
 
   // Whether weights have to be relative to larger logits than before; then `scale` is what sums so
@@ -254,16 +260,16 @@ class InPlaceForward {
 
   template <class Work>
   [[gnu::always_inline]] void multiply_logits(const RowBlock& a, int64_t block, Work&& work) {
-    publish(a.data);
+    compiler_barrier(a.data);
     const uint32_t* b = words_ + at_.query_columns;
-    const BlockPlace c = {logits(block), kStepSide};
+    const BlockTarget c = {logits(block), kStepSide};
     for (int64_t d = 0; d < kDim; d += kStepSide, b += kPartWords) {
       _tile_loadd(4, a.data + d, a.stride * 2);
       _tile_loadd(6, b, 64);
       _tile_loadd(7, b + kHalfWords, 64);
       _tile_loadd(5, a[kTile] + d, a.stride * 2);
       if (d == 0)
-        turn_block(last_, c, false);
+        restart_block(last_, c, false);
       else
         multiply_tiles<2, 2>();
       work(kShare);
@@ -273,9 +279,9 @@ class InPlaceForward {
 
   template <class Work>
   [[gnu::always_inline]] void add_values(int64_t block, Work&& work) {
-    publish(words_);
+    compiler_barrier(words_);
     for (int64_t d = 0; d < kDim; d += kStepSide) {
-      const BlockPlace c = {floats_ + at_.sums + d, kDim};
+      const BlockTarget c = {floats_ + at_.sums + d, kDim};
       multiply_step(weights(block), values(block) + d * kTile, last_, c, block > 0);
       work(kShare);
     }
@@ -284,22 +290,22 @@ class InPlaceForward {
   void finish() {
     if (last_.c != nullptr) store_block<2, 2>(last_.c, last_.row);
     last_.c = nullptr;
-    publish(floats_);
+    compiler_barrier(floats_);
   }
 
   const AttentionProblem& p_;
   const AttentionTask& task_;
   const AttentionForward& out_;
   const Shape x_{kDim};
-  const Places at_;
+  const Layout at_;
   float* const floats_;
   uint32_t* const words_;
   const int64_t tiled_ = tiled_keys(p_, task_);
-  const OddKeys<BFloat16Rows, kDim> odd_{p_, task_, tiled_};
+  const RemainderKeys<BFloat16Rows, kDim> remainder_{p_, task_, tiled_};
   const RowBlocks<kDim> keys_, values_;
   const TileSession session_;
-  BlockPlace last_ = {nullptr, 0};
-  Ahead ahead_;
+  BlockTarget last_ = {nullptr, 0};
+  Prefetcher prefetcher_;
 };
 
 }  // namespace

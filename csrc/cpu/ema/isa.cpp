@@ -1,6 +1,6 @@
 // The momentum update and the AdamW step for one instruction set; compiled once per set with
 // FASTVLP_ISA naming it. Everything is bound by memory: each stream is read once and written once,
-// float32 where it lies, other types by way of a block that stays in the first-level cache.
+// float32 where it lies, other types by way of a block that stays in L1.
 #include "../core/isa_name.h"
 #include "../core/tensor_stream.h"
 #include "kernel.h"

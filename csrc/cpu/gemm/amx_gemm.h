@@ -1,4 +1,4 @@
-// Products on AMX tiles for the operand layouts of gemm.h.
+// GEMM on AMX tiles for the operand layouts of simd_gemm.h.
 #pragma once
 
 #include "amx_tile.h"
@@ -8,13 +8,13 @@
 
 namespace {
 
-// As gemm.h's multiply for A with contiguous depth; `m` is a multiple of 32, alpha 1 where
-// accumulating. What is left of the depth after whole tiles goes through the vector units.
+// As simd_gemm.h's multiply for A with contiguous depth; `m` is a multiple of 32, alpha 1 where
+// accumulating. The remainder of the depth after whole tiles is multiplied by SIMD instructions.
 inline void multiply_panels(const uint32_t* a, int64_t lda, const float* b, float* c, int64_t ldc,
                             int64_t m, int64_t panels, int64_t depth, float alpha,
                             bool accumulate) {
   const int64_t whole = depth / kTile * kTile;
-  publish(c);
+  compiler_barrier(c);
   for (int64_t p = 0; p < panels; ++p) {
     const float* panel = b + p * depth * kPanel;
     float* out = c + p * kPanel;
@@ -23,17 +23,17 @@ inline void multiply_panels(const uint32_t* a, int64_t lda, const float* b, floa
       tile_block<2, 2>({a + i * lda, lda}, {reinterpret_cast<const uint32_t*>(panel), kPanel},
                        block, ldc, whole, accumulate);
       if (alpha == 1.0f) continue;
-      publish(c);
+      compiler_barrier(c);
       for (int64_t r = 0; r < 2 * kTile; ++r, block += ldc)
         for (int64_t j = 0; j < kPanel; j += kLanes) store(block + j, load(block + j) * alpha);
     }
-    publish(c);
+    compiler_barrier(c);
     if (whole < depth)
       multiply<BFloat16Dot, Order::kDepthContiguous>(a + whole, lda, panel + whole * kPanel, out,
                                                      ldc, m, 1, depth - whole, alpha,
                                                      accumulate || whole > 0);
   }
-  publish(c);
+  compiler_barrier(c);
 }
 
 // out[n][ld_out] = in[16 * k][ld_in] transposed, in words: n rows of `words` words, both multiples

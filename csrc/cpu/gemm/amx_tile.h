@@ -1,6 +1,6 @@
-// Products on AMX tiles. A is [m][k] words in rows, B is [k][n] words in rows, where a word is a
-// pair of bfloat16 that are neighbours along K, and C is [m][n] floats; m, n and k are multiples of
-// 16, the side of a tile.
+// GEMM building blocks on AMX tiles. A is [m][k] words in rows, B is [k][n] words in rows, where a
+// word is a pair of bfloat16 that are neighbours along K, and C is [m][n] floats; m, n and k are
+// multiples of 16, the side of a tile.
 #pragma once
 
 #if defined(__AMX_BF16__)
@@ -11,8 +11,9 @@ namespace {
 
 constexpr int64_t kTile = 16;
 
-// The compiler does not know that tile instructions read memory: all of it is up to date from here.
-inline void publish(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+// The compiler does not know that tile instructions access memory: no load or store moves across
+// this.
+inline void compiler_barrier(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
 
 // All eight tiles 16 rows of 64 bytes, while the object lives.
 class TileSession {
@@ -24,7 +25,7 @@ class TileSession {
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
-    publish(&config);
+    compiler_barrier(&config);
     _tile_loadconfig(&config);
   }
   ~TileSession() { _tile_release(); }
@@ -96,16 +97,16 @@ inline void multiply_tiles() {
 }
 
 // Where the results of a block of 2 x 2 tiles go, in rows `row` floats apart.
-struct BlockPlace {
+struct BlockTarget {
   float* c;
   int64_t row;
   float* tile(int i) const { return c + i / 2 * kTile * row + i % 2 * kTile; }
 };
 
-// Tile `tile` leaves for `last`, where there is one, and begins anew from `next` or zeros.
+// Stores tile `tile` to `last`, where there is one, and restarts it from `next` or from zeros.
 template <int tile>
-[[gnu::always_inline]] inline void turn_tile(const BlockPlace& last, const BlockPlace& next,
-                                             bool accumulate) {
+[[gnu::always_inline]] inline void restart_tile(const BlockTarget& last, const BlockTarget& next,
+                                                bool accumulate) {
   if (last.c != nullptr) store_tile<tile>(last.tile(tile), last.row);
   if (accumulate)
     load_tile<tile>(next.tile(tile), next.row);
@@ -113,18 +114,18 @@ template <int tile>
     zero_tile<tile>();
 }
 
-// A block of 2 x 2 leaves the tiles, and the next one begins there with its first product, of tiles
-// 4 and 5 by 6 and 7. A store waits for the products before it and holds up those of its tile
-// alone: so done, it costs no time.
-[[gnu::always_inline]] inline void turn_block(const BlockPlace& last, const BlockPlace& next,
-                                              bool accumulate) {
-  turn_tile<0>(last, next, accumulate);
+// Stores a block of 2 x 2 tiles and starts the next one there with its first multiply, of tiles 4
+// and 5 by 6 and 7. A store waits for the multiplies before it and delays only those of its own
+// tile: in this order it costs no time.
+[[gnu::always_inline]] inline void restart_block(const BlockTarget& last, const BlockTarget& next,
+                                                 bool accumulate) {
+  restart_tile<0>(last, next, accumulate);
   _tile_dpbf16ps(0, 4, 6);
-  turn_tile<1>(last, next, accumulate);
+  restart_tile<1>(last, next, accumulate);
   _tile_dpbf16ps(1, 4, 7);
-  turn_tile<2>(last, next, accumulate);
+  restart_tile<2>(last, next, accumulate);
   _tile_dpbf16ps(2, 5, 6);
-  turn_tile<3>(last, next, accumulate);
+  restart_tile<3>(last, next, accumulate);
   _tile_dpbf16ps(3, 5, 7);
 }
 

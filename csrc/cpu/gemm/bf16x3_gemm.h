@@ -1,7 +1,8 @@
-// Products of floats on AMX tiles. A float is the exact sum of three bfloat16: high, middle and
-// low, each rounded to nearest. Of the nine products of such parts the six largest are added up;
-// the rest is below 2^-25 of the product, half of what a float's rounding is. Where the tiles add
-// bfloat16 products at seventeen times the rate of floats, this is faster than the float units.
+// GEMM of float32 on AMX tiles by bf16x3 emulation. A float is the exact sum of three bfloat16:
+// high, middle and low, each rounded to nearest. Of the nine partial products of two such sums the
+// six largest are accumulated; the rest is below 2^-25 of the product, half of a float's rounding.
+// Where tiles multiply bfloat16 at seventeen times the rate of float FMAs, this is faster than
+// those.
 //
 // Operands lie as steps of 32 along K: [step][part: high, middle, low][half][16][16] words. A word
 // is a pair of bfloat16 that are neighbours along K, so a step holds 32 of K for 32 rows of A, half
@@ -115,11 +116,11 @@ inline void transpose_half(uint32_t* half) {
 }
 
 // C, up to 2 x 2 tiles, = `steps` steps of A B, on top of what the four tiles of C hold after
-// first(), which multiplies tiles 4 and 5 by 6 and 7. `beside` is called after every product of
+// first(), which multiplies tiles 4 and 5 by 6 and 7. `between` is called after every product of
 // parts.
-template <int rows, int cols, class First, class Beside>
+template <int rows, int cols, class First, class Between>
 inline void add_split_steps(const uint32_t* a, const uint32_t* b, int64_t steps, const First& first,
-                            Beside& beside) {
+                            Between& between) {
   const auto load_a = [&](int part) {
     _tile_loadd(4, a + part * kPartWords, 64);
     if constexpr (rows > 1) _tile_loadd(5, a + part * kPartWords + kHalfWords, 64);
@@ -130,12 +131,12 @@ inline void add_split_steps(const uint32_t* a, const uint32_t* b, int64_t steps,
   };
   const auto add = [&] {
     multiply_tiles<rows, cols>();
-    beside();
+    between();
   };
   for (int64_t s = 0; s < steps; ++s, a += kStepWords, b += kStepWords) {
     load_a(2), load_b(0);
     if (s == 0)
-      first(), beside();
+      first(), between();
     else
       add();
     load_a(1), add();
@@ -146,7 +147,7 @@ inline void add_split_steps(const uint32_t* a, const uint32_t* b, int64_t steps,
   }
 }
 
-constexpr auto nothing_beside = [] {};
+constexpr auto nothing_between = [] {};
 
 // A block of C, up to 32 x 32, in rows `c_row` floats apart. Its rows start as `bias`, or as zeros
 // where that is null. Needs a TileSession.
@@ -161,7 +162,7 @@ inline void split_block(const uint32_t* a, const uint32_t* b, int64_t steps, con
     if constexpr (rows > 1) _tile_loadd(2, bias, 0);
     if constexpr (rows > 1 && cols > 1) _tile_loadd(3, bias + kTile, 0);
   }
-  add_split_steps<rows, cols>(a, b, steps, multiply_tiles<rows, cols>, nothing_beside);
+  add_split_steps<rows, cols>(a, b, steps, multiply_tiles<rows, cols>, nothing_between);
   store_block<rows, cols>(c, c_row);
 }
 

@@ -1,6 +1,6 @@
-// Operands of split_tiles.h from rows of features, and the product of a group of rows. Features are
-// multiplied by a power of two that brings the largest of a block near 1: all of its floats then keep
-// all their bits that count beside that one, however small they are.
+// Packs rows of features as operands of bf16x3_gemm.h, and multiplies a group of rows. Features are
+// scaled by a power of two that brings the largest of a block near 1: all of its floats then keep
+// all bits that matter relative to that one, however small they are.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 namespace {
 
-// Rows of A that are multiplied together: 128 of a depth of 512 leave room in the second-level cache
+// Rows of A that are multiplied together: 128 of a depth of 512 leave room in L2
 // for the panel of B that all of them use and the next one.
 constexpr int64_t kSplitGroup = 128;
 
@@ -70,7 +70,7 @@ inline float factor_of_rows(const Features& m, int64_t begin, int64_t count, int
 }
 
 // Rows [begin, begin + count) times `factor`, zero up to a multiple of 32, as the A operand of a
-// product along dim.
+// matmul along dim.
 inline void split_rows(const Features& m, int64_t begin, int64_t count, int64_t dim, float factor,
                        uint32_t* out, float* copy) {
   const int64_t steps = steps_of(dim);
@@ -97,7 +97,7 @@ inline void split_columns(const Features& m, int64_t begin, int64_t count, int64
   }
 }
 
-// The same as the B operand of a product along the rows. `copies` has room for two rows.
+// The same as the B operand of a matmul along the rows. `copies` has room for two rows.
 inline void split_along_rows(const Features& m, int64_t begin, int64_t count, int64_t dim,
                              float factor, uint32_t* out, float* copies) {
   const int64_t padded = round_up(dim, kStepSide), steps = steps_of(count);
@@ -130,16 +130,17 @@ inline void split_transposed_step(const float* columns, int64_t stride, int64_t 
   }
 }
 
-// C[m][32 panels] = alpha A B (+ C when accumulate); needs a TileSession and 1,024 floats in `block`.
+// C[m][32 panels] = alpha A B (+ C when accumulate); needs a TileSession and 1,024 floats in
+// `block`.
 inline void multiply_split(const uint32_t* a, const uint32_t* b, int64_t steps, float* c,
                            int64_t ldc, int64_t m, int64_t panels, float alpha, bool accumulate,
                            float* block) {
-  publish(a);
+  compiler_barrier(a);
   for (int64_t p = 0; p < panels; ++p, b += steps * kStepWords)
     for (int64_t i = 0; i < m; i += kStepSide) {
       split_block<2, 2>(a + i / kStepSide * steps * kStepWords, b, steps, nullptr, block,
                         kStepSide);
-      publish(block);
+      compiler_barrier(block);
       float* out = c + i * ldc + p * kStepSide;
       for (int64_t r = 0; r < kStepSide; ++r, out += ldc)
         for (int64_t j = 0; j < kStepSide; j += kLanes) {

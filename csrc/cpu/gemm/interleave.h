@@ -1,16 +1,16 @@
-// Work of the vector units done beside products on tiles. A tile instruction keeps the matrix unit
-// busy for sixteen cycles and the vector units not at all, but the processor sees only some hundred
-// instructions ahead: the work has to come in small pieces between the products.
+// Interleaves SIMD work with matmuls on AMX tiles. A tile instruction keeps the matrix unit busy
+// for sixteen cycles and the vector units not at all, but the out-of-order window holds only some
+// hundred instructions: the work has to come in small pieces between the tile instructions.
 //
-// A Work class has left(), how many pieces are to be done, and operator()(), which does the next one,
-// some two hundred instructions.
+// A Work class has left(), how many pieces are to be done, and operator()(), which does the next
+// one, some two hundred instructions.
 #pragma once
 
 #include <cstdint>
 
 namespace {
 
-class Beside {
+class Interleaver {
  public:
   // `work` has to outlive finish().
   template <class Work>

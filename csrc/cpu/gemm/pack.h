@@ -1,4 +1,5 @@
-// Copies feature rows into the layouts that gemm.h reads, converting the element type on the way.
+// Copies feature rows into the layouts that simd_gemm.h reads, converting the element type on the
+// way.
 #pragma once
 
 #include "../core/convert.h"
@@ -41,10 +42,10 @@ void word_row(const Features& m, int64_t row, int64_t dim, uint32_t* out) {
   }
 }
 
-// The rows as words where they lie, if the A operand of a product along dim can be read from there,
-// a multiple of `grain` rows; else null.
+// The rows as an unpacked A operand of a matmul along dim, read where they lie, if their layout
+// allows it and they are a multiple of `grain` rows; else null.
 template <class Dot>
-const uint32_t* rows_in_place(const Features& m, int64_t begin, int64_t count, int64_t dim,
+const uint32_t* unpacked_rows(const Features& m, int64_t begin, int64_t count, int64_t dim,
                               int64_t grain = kRegisterRows) {
   constexpr Element element = Dot::kPerWord == 1 ? Element::kFloat32 : Element::kBFloat16;
   const bool whole = dim % Dot::kPerWord == 0 && m.stride % Dot::kPerWord == 0;
@@ -53,7 +54,7 @@ const uint32_t* rows_in_place(const Features& m, int64_t begin, int64_t count, i
   return static_cast<const uint32_t*>(m.data) + begin * (m.stride / Dot::kPerWord);
 }
 
-// Rows [begin, begin + count) as the A operand of a product along dim: [count rounded up to
+// Rows [begin, begin + count) as the A operand of a matmul along dim: [count rounded up to
 // `grain`][stride].
 template <class Dot>
 void copy_rows(const Features& m, int64_t begin, int64_t count, int64_t dim, uint32_t* out,
@@ -63,7 +64,7 @@ void copy_rows(const Features& m, int64_t begin, int64_t count, int64_t dim, uin
     std::memset(out + r * stride, 0, depth_words<Dot>(dim) * 4);
 }
 
-// Rows [begin, begin + count) as the B operand of a product along dim: panels of
+// Rows [begin, begin + count) as the B operand of a matmul along dim: panels of
 // [words of dim][kPanel rows]. `row` is scratch for one word row.
 template <class Dot>
 void pack_transposed(const Features& m, int64_t begin, int64_t count, int64_t dim, float* out,
@@ -79,7 +80,7 @@ void pack_transposed(const Features& m, int64_t begin, int64_t count, int64_t di
   }
 }
 
-// Rows [begin, begin + count) as the B operand of a product along the rows: panels of
+// Rows [begin, begin + count) as the B operand of a matmul along the rows: panels of
 // [words of rows][kPanel of dim]. `row` is scratch for two padded float rows.
 template <class Dot>
 void pack_along_rows(const Features& m, int64_t begin, int64_t count, int64_t dim, float* out,

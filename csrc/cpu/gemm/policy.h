@@ -1,5 +1,5 @@
-// Which units of the processor run a kernel's products: a policy that kernels are templates over.
-// Vector and matrix units read A as rows of contiguous depth and B as gemm.h's packed panels.
+// The GEMM implementation of a kernel: a policy that kernels are templates over. SimdGemm and
+// AmxGemm read A as rows of contiguous depth and B as simd_gemm.h's packed panels.
 #pragma once
 
 #include "amx_gemm.h"
@@ -7,7 +7,7 @@
 namespace {
 
 template <class D>
-struct VectorUnits {
+struct SimdGemm {
   using Dot = D;
   struct State {};
   static constexpr int64_t kRows = kRegisterRows;  // rows of A come in multiples of it
@@ -21,9 +21,9 @@ struct VectorUnits {
 };
 
 #if defined(__AMX_BF16__)
-struct MatrixUnits {
+struct AmxGemm {
   using Dot = BFloat16Dot;
-  using State = TileSession;  // lives around the products
+  using State = TileSession;  // lives around the matmuls
   static constexpr int64_t kRows = 2 * kTile;
   static constexpr bool kTransposed = true;  // A with contiguous rows has to be transposed first
   static constexpr bool kSplit = false;
@@ -33,8 +33,8 @@ struct MatrixUnits {
   }
 };
 
-// Floats on the tiles, as operands of split_tiles.h.
-struct SplitUnits {
+// Float32 on AMX tiles, with operands of bf16x3_gemm.h.
+struct Bf16x3Gemm {
   using Dot = FloatDot;
   using State = TileSession;
   static constexpr int64_t kRows = 2 * kTile;

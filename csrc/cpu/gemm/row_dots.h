@@ -1,4 +1,4 @@
-// Products of rows with rows, both contiguous along the depth: C = X Y^T without packing either
+// Dot products of rows with rows, both contiguous along the depth: C = X Y^T without packing either
 // side. Lanes run along the depth and are summed at the end, which also rounds better than one
 // running sum.
 #pragma once
@@ -30,7 +30,7 @@ inline void dot_tile(const float* x, const float* y, int64_t stride, int64_t dep
     for (int j = 0; j < kDotRowsY; ++j) c[i * c_stride + j] = horizontal_sum(sum[i][j]);
 }
 
-// C[rows_x][kDotRowsY] of kDotRowsY rows of Y, which stay in the first-level cache while all of X
+// C[rows_x][kDotRowsY] of kDotRowsY rows of Y, which stay in L1 while all of X
 // passes by; X is padded to whole tiles and depth is a multiple of kLanes.
 inline void row_dots(const float* x, int64_t rows_x, const float* y, int64_t stride, int64_t depth,
                      float* c, int64_t c_stride) {

@@ -1,6 +1,6 @@
-// Small matrix products on cache-resident tiles. A "word" is what one multiply-add step of the
+// Small matmuls on cache-resident tiles. A "word" is what one multiply-add step of the
 // inner loop consumes per lane: one float, or a pair of bfloat16 that are neighbours along K.
-// Plain loops over vector accumulators: at these tile sizes they run at the processor's peak.
+// Plain loops over vector accumulators: at these tile sizes they reach the CPU's peak.
 #pragma once
 
 #include "../core/simd.h"
@@ -17,12 +17,12 @@ constexpr int kRegisterRows = 4;
 constexpr int kRegisterVectors = 2;
 constexpr int kPanel = kRegisterVectors * kLanes;  // columns of one packed panel of B
 
-// Products add up to kMaxDepth words of K in registers before they go to memory.
+// Up to kMaxDepth words of K are accumulated in registers before the sums go to memory.
 
 // acc += a * b for floats.
 struct FloatDot {
   static constexpr int kPerWord = 1;
-  // One running sum over all of K rounds worse than a vendor's product; sums of 64 do not.
+  // One running sum over all of K rounds worse than a BLAS; sums of 64 do not.
   static constexpr int64_t kMaxDepth = 64;
   // Reads the word as a float: the compiler then broadcasts straight from memory, where a word in
   // a register costs a shuffle on a port that multiply-adds need.
@@ -37,7 +37,7 @@ struct FloatDot {
 // acc += a.low * b.low + a.high * b.high for pairs of bfloat16, accumulated in fp32.
 struct BFloat16Dot {
   static constexpr int kPerWord = 2;
-  static constexpr int64_t kMaxDepth = 512;  // a packed panel stays in the first-level cache
+  static constexpr int64_t kMaxDepth = 512;  // a packed panel stays in L1
   static Vec broadcast(const uint32_t* a) { return (Vec)_mm512_set1_epi32(static_cast<int>(*a)); }
   static Vec step(Vec acc, Vec a, Vec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
@@ -96,9 +96,9 @@ void multiply(const uint32_t* a, int64_t lda, const float* b, float* c, int64_t 
   }
 }
 
-// The same with B [depth][vectors * kLanes] in rows that are ldb words apart. Where not `keep`, every
-// kRegisterRows rows of C take the place of those before them. `between` is told the multiply-adds of
-// words after each block of them, `done` the row of C whose block is complete.
+// The same with B [depth][vectors * kLanes] in rows that are ldb words apart. Where not `keep`,
+// every kRegisterRows rows of C take the place of those before them. `between` is told the
+// multiply-adds of words after each block of them, `done` the row of C whose block is complete.
 template <class Dot, Order order, class Between, class Done>
 void multiply_rows(const uint32_t* a, int64_t lda, const float* b, int64_t ldb, float* c,
                    int64_t ldc, int64_t m, int64_t vectors, int64_t depth, bool accumulate,

@@ -3,9 +3,9 @@
 //
 // The resize is Pillow's, bit for bit: a horizontal and a vertical pass with an 8-bit image between
 // them (newer Pillows begin with the vertical one where the height shrinks by more than twice as
-// much as the width), Keys' cubic (a = -1/2) stretched by the reduction so that it also antialiases, and weights
-// in fixed point. Files of this operator are compiled without contraction of a * b + c, which would
-// round weights and coordinates differently from Pillow.
+// much as the width), Keys' cubic (a = -1/2) stretched by the reduction so that it also
+// antialiases, and weights in fixed point. Files of this operator are compiled without contraction
+// of a * b + c, which would round weights and coordinates differently from Pillow.
 #include "kernel.h"
 
 #include <algorithm>

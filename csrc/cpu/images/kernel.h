@@ -1,5 +1,5 @@
-// What is done to one image of three 8-bit channels on its way into a batch, in terms that the files
-// compiled once per instruction set and the operator share.
+// What is done to one image of three 8-bit channels on its way into a batch, in terms that the
+// files compiled once per instruction set and the operator share.
 #pragma once
 
 #include <cstdint>

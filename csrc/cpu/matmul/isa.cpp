@@ -1,5 +1,5 @@
 // The matmul kernels for one instruction set: on split tiles, and none for the sets without tiles,
-// where a vendor's product is as fast. Compiled once per set with FASTVLP_ISA naming it; everything
+// where a BLAS is as fast. Compiled once per set with FASTVLP_ISA naming it; everything
 // but the one exported table has internal linkage.
 #include "kernel.h"
 
@@ -13,13 +13,13 @@ namespace {
 using fastvlp::MatmulTask;
 using fastvlp::Matrix;
 
-// Packed blocks of A stay in the second-level cache; a chunk of B streams from the cache behind it.
+// Packed blocks of A stay in L2; a chunk of B streams from the cache behind it.
 constexpr int64_t kMostSteps = 24;             // of a chunk of K
 constexpr int64_t kRowWords = 256 * 1024;      // of a packed block of A
 constexpr int64_t kColumnWords = 1024 * 1024;  // of a packed chunk of B
 
 int64_t blocks_of(int64_t side) { return (side + kStepSide - 1) / kStepSide; }
-// At least one: a product over nothing is a step of zeros.
+// At least one: a matmul of depth 0 is a step of zeros.
 int64_t steps_of(int64_t depth) { return depth == 0 ? 1 : (depth + kStepDepth - 1) / kStepDepth; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -93,7 +93,7 @@ void pack(const Side& x, int64_t steps, float alpha, uint32_t* out) {
 }
 
 // A block at the edge of C or one that is added to it, by way of `square`, 32 x 32.
-// One running sum over all of K would round worse than a vendor's product; sums of chunks do not.
+// One running sum over all of K would round worse than a BLAS; sums of chunks do not.
 void multiply_block_apart(const uint32_t* a, const uint32_t* b, int64_t steps, const float* bias,
                           float* c, int64_t c_row, int64_t rows, int64_t cols, bool added,
                           float* square) {
@@ -101,7 +101,7 @@ void multiply_block_apart(const uint32_t* a, const uint32_t* b, int64_t steps, c
                    : cols <= kTile ? split_block<2, 1>
                                    : split_block<2, 2>;
   run(a, b, steps, bias, square, kStepSide);
-  publish(square);
+  compiler_barrier(square);
   for (int64_t r = 0; r < rows; ++r, c += c_row, square += kStepSide)
     for (int64_t j = 0; j < cols; j += kLanes) {
       const __mmask16 lanes = first_lanes(cols - j);
@@ -164,9 +164,9 @@ void multiply(const MatmulTask& t, float* scratch) {
         const int64_t height = smaller(rows, t.m - row);
         pack({t.a.data + row * t.a.row + k * t.a.col, t.a.row, t.a.col, height, depth, false},
              steps, 1.0f, s.a);
-        publish(s.a);
+        compiler_barrier(s.a);
         multiply_chunk(t, s, row, height, col, width, steps, step == 0);
-        publish(t.c);
+        compiler_barrier(t.c);
       }
     }
   }

@@ -1,4 +1,4 @@
-// The product of float matrices on CPU tensors: argument checks, outputs, one task per thread.
+// Matmul of float32 matrices on CPU tensors: argument checks, outputs, one task per thread.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -16,7 +16,7 @@ namespace {
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// The memory of one partial result: sums at zero, own pairs not seen, no negative.
+// The memory of one partial result: sums at zero, own pairs not found, no negative.
 class Partial {
  public:
   Partial(const MomentumProblem& p, int64_t width) {
@@ -62,7 +62,7 @@ double dot_and_store(const T* student, const double* gradient, int64_t n, T* out
   return product;
 }
 
-// Stores one row of the gradient and returns its product with the student's row.
+// Stores one row of the gradient and returns its dot product with the student's row.
 double store_gradient(const Features& student, int64_t row, const double* gradient, int64_t dim,
                       GradientOutput out) {
   auto store = [&](auto* output) {
@@ -129,7 +129,7 @@ struct RowResult {
   double temperature_gradient;
 };
 
-// Finishes row i of a group: loss, gradient and its product with the student.
+// Finishes row i of a group: loss, gradient and its dot product with the student.
 RowResult finish_row(const MomentumProblem& p, int64_t first_row, int64_t i, const Parts& parts,
                      int64_t width, double alpha, double share, std::vector<double>& gradient,
                      const MomentumOutput& out) {

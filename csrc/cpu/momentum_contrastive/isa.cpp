@@ -21,9 +21,7 @@ int64_t key_words(const MomentumProblem& p) { return round_up(p.dim, 16) + 16; }
 int64_t weight_words(const MomentumProblem& p) { return p.block_keys / 2 + 16; }
 
 #if defined(__AMX_BF16__)
-bool uses_split_products(const MomentumProblem& p) {
-  return p.student.element != Element::kBFloat16;
-}
+bool uses_bf16x3_gemm(const MomentumProblem& p) { return p.student.element != Element::kBFloat16; }
 #endif
 
 // The scratch buffers of one call, in words.
@@ -33,7 +31,7 @@ struct Scratch {
     row = take(2 * round_up(p.dim, kGrain));
     tile = take(p.block_keys * tile_stride(p));
 #if defined(__AMX_BF16__)
-    if (uses_split_products(p)) {
+    if (uses_bf16x3_gemm(p)) {
       const int64_t logits = split_words(p.block_keys, p.dim);
       panels = take(split_words(p.stacked_rows(), p.dim));
       keys = take(std::max(logits, split_words(p.stacked_rows(), p.block_keys)));
@@ -56,13 +54,13 @@ struct Scratch {
   }
   int64_t total = 0;
   int64_t panels, tile, factor, row, keys, packed;
-  int64_t pairs = 0, weights = 0;     // of products that are not split
-  int64_t transposed = 0, block = 0;  // of those that are
+  int64_t pairs = 0, weights = 0;     // where operands are not split
+  int64_t transposed = 0, block = 0;  // where they are
 };
 
 int64_t scratch_bytes(const MomentumProblem& p) { return Scratch(p).total * 4; }
 
-// One block of keys: its rows as words for the product with the features, where they lie if
+// One block of keys: its rows as an operand of the matmul with the features, unpacked if
 // possible, else copied and filled up with zero rows.
 struct Keys {
   Features source;  // batch or queue
@@ -75,17 +73,17 @@ struct Keys {
   float factor;  // what split keys have been multiplied by
 };
 
-template <class Units>
+template <class Gemm>
 Keys keys_of(const MomentumProblem& p, int64_t block, uint32_t* copy) {
-  using Dot = typename Units::Dot;
+  using Dot = typename Gemm::Dot;
   Keys k = {};
   k.batch = block < p.batch_blocks();
   k.source = k.batch ? p.batch_keys : p.queue;
   k.first = (k.batch ? block : block - p.batch_blocks()) * p.block_keys;
   k.count = k.source.rows - k.first < p.block_keys ? k.source.rows - k.first : p.block_keys;
   k.padded = round_up(k.count, kGrain);
-  if constexpr (Units::kSplit) return k;  // the products split its source
-  if (k.count == k.padded) k.words = rows_in_place<Dot>(k.source, k.first, k.count, p.dim);
+  if constexpr (Gemm::kSplit) return k;  // the matmuls split its source
+  if (k.count == k.padded) k.words = unpacked_rows<Dot>(k.source, k.first, k.count, p.dim);
   k.stride = k.source.stride / Dot::kPerWord;
   if (k.words != nullptr) return k;
   k.words = copy;
@@ -97,14 +95,14 @@ Keys keys_of(const MomentumProblem& p, int64_t block, uint32_t* copy) {
   return k;
 }
 
-// The rows of student and teacher as the right operand of the product with keys; returns what they
+// The rows of student and teacher as the right operand of the matmul with keys; returns what they
 // were multiplied by.
-template <class Units>
+template <class Gemm>
 float pack_rows(const MomentumProblem& p, int64_t first_row, int64_t rows, float* base,
                 const Scratch& s) {
-  using Dot = typename Units::Dot;
+  using Dot = typename Gemm::Dot;
 #if defined(__AMX_BF16__)
-  if constexpr (Units::kSplit) {
+  if constexpr (Gemm::kSplit) {
     const int64_t half = split_words(p.group_rows, p.dim);
     float* row = base + s.row;
     auto* panels = reinterpret_cast<uint32_t*>(base + s.panels);
@@ -127,12 +125,12 @@ float pack_rows(const MomentumProblem& p, int64_t first_row, int64_t rows, float
   return 1.0f;
 }
 
-// The keys as the right operand of the product with weights.
-template <class Units>
+// The keys as the right operand of the matmul with weights.
+template <class Gemm>
 void pack_keys(const MomentumProblem& p, Keys& k, float* base, const Scratch& s) {
-  using Dot = typename Units::Dot;
+  using Dot = typename Gemm::Dot;
 #if defined(__AMX_BF16__)
-  if constexpr (Units::kSplit) {
+  if constexpr (Gemm::kSplit) {
     k.factor = factor_of_rows(k.source, k.first, k.count, p.dim, base + s.row);
     if (p.gradients)
       split_along_rows(k.source, k.first, k.count, p.dim, k.factor,
@@ -147,11 +145,11 @@ void pack_keys(const MomentumProblem& p, Keys& k, float* base, const Scratch& s)
 }
 
 // tile [padded keys][stacked rows] = the keys' rows times the packed features.
-template <class Units>
+template <class Gemm>
 void logits(const MomentumProblem& p, const Keys& k, float factor, float* base, const Scratch& s,
             int64_t rows) {
 #if defined(__AMX_BF16__)
-  if constexpr (Units::kSplit) {
+  if constexpr (Gemm::kSplit) {
     auto* keys = reinterpret_cast<uint32_t*>(base + s.keys);
     split_rows(k.source, k.first, k.count, p.dim, k.factor, keys, base + s.row);
     return multiply_split(keys, reinterpret_cast<const uint32_t*>(base + s.panels), steps_of(p.dim),
@@ -159,20 +157,20 @@ void logits(const MomentumProblem& p, const Keys& k, float factor, float* base, 
                           quotient(1.0, factor, k.factor), false, base + s.block);
   }
 #endif
-  if constexpr (!Units::kSplit)
-    Units::multiply(k.words, k.stride, base + s.panels, base + s.tile, tile_stride(p), k.padded,
-                    rows / kPanel, depth_words<typename Units::Dot>(p.dim), 1.0f, false);
+  if constexpr (!Gemm::kSplit)
+    Gemm::multiply(k.words, k.stride, base + s.panels, base + s.tile, tile_stride(p), k.padded,
+                   rows / kPanel, depth_words<typename Gemm::Dot>(p.dim), 1.0f, false);
 }
 
 #if defined(__AMX_BF16__)
-// Weights are multiplied by this: all exponentials but those that are zero are then above what tiles
-// flush.
+// Weights are multiplied by this: all exponentials but those that are zero are then above what
+// tiles flush.
 constexpr float kWeightFactor = 4096.0f;
 
 void add_split_keys(const MomentumProblem& p, const Keys& k, float* base, const Scratch& s,
                     int64_t rows, float* sums) {
   const int64_t steps = k.padded / kStepDepth, stride = tile_stride(p);
-  auto* weights = reinterpret_cast<uint32_t*>(base + s.keys);  // the product with keys is over
+  auto* weights = reinterpret_cast<uint32_t*>(base + s.keys);  // the matmul with keys is done
   for (int64_t step = 0; step < steps; ++step)
     split_transposed_step(base + s.tile + step * kStepDepth * stride, stride, rows, kWeightFactor,
                           step, steps, weights, base + s.transposed);
@@ -183,23 +181,23 @@ void add_split_keys(const MomentumProblem& p, const Keys& k, float* base, const 
 #endif
 
 // sums [stacked rows][padded dim] += the weights that add_tile left times the packed keys.
-template <class Units>
+template <class Gemm>
 void add_keys(const MomentumProblem& p, const Keys& k, float* base, const Scratch& s, int64_t rows,
               float* sums) {
-  using Dot = typename Units::Dot;
+  using Dot = typename Gemm::Dot;
 #if defined(__AMX_BF16__)
-  if constexpr (Units::kSplit) return add_split_keys(p, k, base, s, rows, sums);
+  if constexpr (Gemm::kSplit) return add_split_keys(p, k, base, s, rows, sums);
 #endif
-  if constexpr (!Units::kSplit) {
+  if constexpr (!Gemm::kSplit) {
     const int64_t depth = k.padded / Dot::kPerWord, panels = padded_dim(p) / kPanel;
     const auto* found =
         reinterpret_cast<const uint32_t*>(base + (Dot::kPerWord == 1 ? s.tile : s.pairs));
 #if defined(__AMX_BF16__)
-    if constexpr (Units::kTransposed) {
+    if constexpr (Gemm::kTransposed) {
       uint32_t* weights = reinterpret_cast<uint32_t*>(base + s.weights);
       transpose_words(found, tile_stride(p), depth, rows, weights, weight_words(p));
-      return Units::multiply(weights, weight_words(p), base + s.packed, sums, padded_dim(p), rows,
-                             panels, depth, 1.0f, true);
+      return Gemm::multiply(weights, weight_words(p), base + s.packed, sums, padded_dim(p), rows,
+                            panels, depth, 1.0f, true);
     }
 #endif
     multiply<Dot, Order::kRowContiguous>(found, tile_stride(p), base + s.packed, sums,
@@ -250,7 +248,7 @@ void draw_negatives(const MomentumProblem& p, const Keys& k, int64_t first_row, 
 void set_apart(const MomentumProblem& p, const Keys& k, int64_t first_row, int64_t rows,
                int64_t group, float* tile, const MomentumPartial& out) {
   const int64_t stride = tile_stride(p), stacked = group * (p.use_teacher ? 2 : 1);
-  const float excluded = excluded_product(p.inverse_temperature);
+  const float excluded = excluded_dot(p.inverse_temperature);
   for (int64_t j = k.count; j < k.padded; ++j)
     for (int64_t i = 0; i < stacked; ++i) tile[j * stride + i] = excluded;
   if (!k.batch) return;
@@ -274,7 +272,7 @@ void add_tile(const MomentumProblem& p, const Keys& k, int64_t group, float* bas
   raise_references(tile, stride, k.padded, stacked, scale, out.reference, base + s.factor);
   rescale(base + s.factor, stacked, group, padded_dim(p), out.sum, out.cross,
           p.gradients ? out.keys : nullptr);
-  if (beyond_fused_products(out.reference, stacked)) {
+  if (beyond_fused_rounding(out.reference, stacked)) {
     scale_tile(tile, stride, k.padded, stacked, scale);
     scale = 1.0f;
   }
@@ -286,42 +284,41 @@ void add_tile(const MomentumProblem& p, const Keys& k, int64_t group, float* bas
   add(tile, stride, k.padded, group, scale, out.reference, out.sum, out.cross, pairs);
 }
 
-template <class Units>
+template <class Gemm>
 void accumulate_with(const MomentumProblem& p, int64_t group_index, int64_t begin, int64_t end,
                      void* scratch, const MomentumPartial& out) {
-  using Dot = typename Units::Dot;
-  [[maybe_unused]] const typename Units::State state;
+  using Dot = typename Gemm::Dot;
+  [[maybe_unused]] const typename Gemm::State state;
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
   const int64_t first_row = group_index * p.group_rows, rows = p.rows_in(group_index);
   const int64_t group = p.group_rows, stacked = p.stacked_rows();
-  const float factor = pack_rows<Units>(p, first_row, rows, base, s);
+  const float factor = pack_rows<Gemm>(p, first_row, rows, base, s);
   for (int64_t i = 0; i < stacked; ++i) out.reference[i] = lowest_reference(p.inverse_temperature);
   for (int64_t block = begin; block < end; ++block) {
-    Keys k = keys_of<Units>(p, block, reinterpret_cast<uint32_t*>(base + s.keys));
+    Keys k = keys_of<Gemm>(p, block, reinterpret_cast<uint32_t*>(base + s.keys));
     // Before the logits: it reads the keys in the order of memory.
-    pack_keys<Units>(p, k, base, s);
-    logits<Units>(p, k, factor, base, s, stacked);
+    pack_keys<Gemm>(p, k, base, s);
+    logits<Gemm>(p, k, factor, base, s, stacked);
     if (p.ids != nullptr) add_positives(p, k, first_row, rows, base + s.tile, base + s.row, out);
     if (p.negatives && k.batch) draw_negatives(p, k, first_row, rows, base + s.tile, out);
     set_apart(p, k, first_row, rows, group, base + s.tile, out);
     add_tile<Dot>(p, k, group, base, s, out);
-    if (p.gradients) add_keys<Units>(p, k, base, s, stacked, out.keys);
+    if (p.gradients) add_keys<Gemm>(p, k, base, s, stacked, out.keys);
   }
 }
 
 void accumulate(const MomentumProblem& p, int64_t group, int64_t begin, int64_t end, void* scratch,
                 const MomentumPartial& out) {
 #if defined(__AMX_BF16__)
-  if (uses_split_products(p))
-    return accumulate_with<SplitUnits>(p, group, begin, end, scratch, out);
-  accumulate_with<MatrixUnits>(p, group, begin, end, scratch, out);
+  if (uses_bf16x3_gemm(p)) return accumulate_with<Bf16x3Gemm>(p, group, begin, end, scratch, out);
+  accumulate_with<AmxGemm>(p, group, begin, end, scratch, out);
 #else
 #if defined(__AVX512BF16__)
   if (p.student.element == Element::kBFloat16)
-    return accumulate_with<VectorUnits<BFloat16Dot>>(p, group, begin, end, scratch, out);
+    return accumulate_with<SimdGemm<BFloat16Dot>>(p, group, begin, end, scratch, out);
 #endif
-  accumulate_with<VectorUnits<FloatDot>>(p, group, begin, end, scratch, out);
+  accumulate_with<SimdGemm<FloatDot>>(p, group, begin, end, scratch, out);
 #endif
 }
 

@@ -23,7 +23,7 @@ struct MomentumProblem {
   bool gradients;
   bool negatives;
   uint64_t seed;
-  uint32_t stream;     // tells the directions' random numbers apart
+  uint32_t stream;     // distinguishes the directions' random numbers
   int64_t group_rows;  // student rows processed together, a multiple of 32
   int64_t block_keys;  // keys processed together, a multiple of 32
 
@@ -38,15 +38,15 @@ struct MomentumProblem {
   int64_t stacked_rows() const { return group_rows * (use_teacher ? 2 : 1); }
 };
 
-// What one group of rows has seen of some of the keys. A row's own pair is left out of the sums and
-// waits as a logit: of a saturated softmax the small difference to its target must survive.
-// Stacked rows [2 * group_rows] hold students, then teachers; teachers only where used.
+// What one group of rows has accumulated over some of the keys. A row's own pair is left out of the
+// sums and waits as a logit: of a saturated softmax the small difference to its target must
+// survive. Stacked rows [2 * group_rows] hold students, then teachers; teachers only where used.
 struct MomentumPartial {
   float* reference;      // [stacked] what was subtracted from the logits
   float* sum;            // [stacked] of exp(logit - reference)
   float* cross;          // [group_rows] sum of exp(teacher logit - reference) * student logit
   float* keys;           // [stacked][padded dim] sum of exp(logit - reference) * key
-  float* own;            // [stacked] logit of the row's own pair; NaN until seen
+  float* own;            // [stacked] logit of the row's own pair; NaN until found
   float* positive;       // [group_rows] sum of the logits of its other positives
   float* positives;      // [group_rows] their number
   float* positive_keys;  // [group_rows][padded dim] their sum

@@ -44,14 +44,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum(
                   "queue_length: expected 0 to the queue's rows, ", image_queue.size(0), ", got ",
                   length);
   const float tau = scalar_of(temperature, "temperature"), mix = scalar_of(alpha, "alpha");
-  // Beyond, no finite product stands for an excluded key; NaN passes and reaches the loss.
+  // Beyond, no finite dot product stands for an excluded key; NaN passes and reaches the loss.
   STD_TORCH_CHECK(!(tau < 1e-36f || tau > 1e36f),
                   "temperature: expected a value from 1e-36 to 1e36, got ", tau);
   MomentumProblem p = {};
   p.ids = ids_of(ids, batch, "ids");
   p.queue_ids = ids_of(queue_ids, image_queue.size(0), "queue_ids");
   STD_TORCH_CHECK(p.ids == nullptr || p.queue_ids != nullptr || length == 0,
-                  "queue_ids: expected one id per queue row beside ids");
+                  "queue_ids: expected one id per queue row where ids are given");
   p.batch = batch;
   p.dim = dim;
   p.inverse_temperature = 1.0f / tau;

@@ -1,5 +1,5 @@
 // Passes over a tile of logits [keys][stacked rows]: running softmax statistics of every row, and
-// the weights exp(logit - reference) as the operand of the product with the keys.
+// the weights exp(logit - reference) as the operand of the matmul with the keys.
 #pragma once
 
 #include "../gemm/pack.h"
@@ -7,12 +7,12 @@
 
 namespace {
 
-// The product that stands for "not a key of this row". Times `scale` it is far below any logit, and
-// still finite, because it also gets multiplied by zero.
-inline float excluded_product(float scale) { return scale > 1.0f ? -2e38f / scale : -2e38f; }
+// The dot product that stands for "not a key of this row". Times `scale` it is far below any logit,
+// and still finite, because it also gets multiplied by zero.
+inline float excluded_dot(float scale) { return scale > 1.0f ? -2e38f / scale : -2e38f; }
 
-// The reference of a row that has seen nothing: above any excluded logit, below any other.
-inline float lowest_reference(float scale) { return 0.5f * excluded_product(scale) * scale; }
+// The reference of a row without keys so far: above any excluded logit, below any other.
+inline float lowest_reference(float scale) { return 0.5f * excluded_dot(scale) * scale; }
 
 // Raises the references to this tile's maxima. factor[i] = exp(old - new reference).
 inline void raise_references(const float* tile, int64_t stride, int64_t keys, int64_t n,
@@ -33,7 +33,7 @@ inline void raise_references(const float* tile, int64_t stride, int64_t keys, in
 
 // Whether a logit may exceed what it is compared with: a multiplication that is fused with the
 // subtraction of a reference is not rounded, as the reference was.
-inline bool beyond_fused_products(const float* reference, int64_t n) {
+inline bool beyond_fused_rounding(const float* reference, int64_t n) {
   constexpr float kLargest = 1 << 20;  // a difference of at most 2^-4
   for (int64_t i = 0; i < n; ++i)
     if (reference[i] > kLargest || reference[i] < -kLargest) return true;
@@ -46,7 +46,7 @@ inline void scale_tile(float* tile, int64_t stride, int64_t keys, int64_t n, flo
       store(tile + j * stride + i, load(tile + j * stride + i) * scale);
 }
 
-// Two keys' weights of one vector of rows as the left operand of the product: in place of the
+// Two keys' weights of one vector of rows as the left operand of the matmul: over the
 // logits for floats, else as pairs in `out`.
 template <class Dot>
 inline void store_weights(float* tile, int64_t stride, uint32_t* out, int64_t j, int64_t i,

@@ -2,7 +2,7 @@
 // naming it; everything but the one exported table has internal linkage.
 //
 // A row is walked in blocks of the vocabulary. Exponentials are taken relative to the block's own
-// maximum while the block is in the first-level cache and wait in scratch until the row's sum is
+// maximum while the block is in L1 and wait in scratch until the row's sum is
 // known; then one multiplication a block makes them probabilities.
 #include "kernel.h"
 

@@ -24,7 +24,7 @@ struct SoftCrossEntropyRows {
   int64_t ignore_index;
   float alpha;  // weight of the teacher
   float* losses;
-  // The derivative of each row's loss by its logits, in the student's element; may lie over the
+  // The gradient of each row's loss w.r.t. its logits, in the student's element; may lie over the
   // student's logits; null where not wanted.
   void* gradient;
   int64_t gradient_stride;

@@ -1,8 +1,8 @@
 // The word-patch alignment of one pair, for one instruction set. Compiled once per set with
 // FASTVLP_ISA naming it; everything but the one exported table has internal linkage.
 //
-// Padding leaves first: the valid rows of both sides are gathered, and everything after works on a
-// matrix without holes. Nothing at a padded position is ever read.
+// Padding is removed first: the valid rows of both sides are gathered, and everything after works
+// on a matrix without holes. Nothing at a padded position is ever read.
 #include <cmath>
 
 #include "../core/isa_name.h"
@@ -19,10 +19,10 @@ using fastvlp::AlignmentProblem;
 using fastvlp::AlignmentSide;
 
 constexpr float kSmallestNorm = 1e-5f;
-constexpr int64_t kGradientRows = 64;  // rows of dy whose sums stay in the second-level cache
+constexpr int64_t kGradientRows = 64;  // rows of dy whose sums stay in L2
 
 int64_t padded_dim(const AlignmentProblem& p) { return round_up(p.dim, kPanel); }
-// Room for the last tile of products, the last vector and the last register rows.
+// Room for the last tile of dot products, the last vector and the last register rows.
 int64_t matrix_rows(int64_t n) { return round_up(n, 24); }
 int64_t matrix_stride(int64_t n) { return round_up(n, 48) + kLanes; }
 
@@ -108,7 +108,7 @@ int64_t gather_valid(const AlignmentSide& side, int32_t* index) {
   return count;
 }
 
-// The valid rows, normalised, and zero rows up to whole tiles of products.
+// The valid rows, normalised, and zero rows up to whole tiles of dot products.
 void normalise(const AlignmentProblem& p, const AlignmentSide& side, const int32_t* index,
                int64_t count, int64_t tile, float* buffer, float* out) {
   const int64_t width = padded_dim(p);
@@ -179,7 +179,8 @@ float align(const AlignmentProblem& p, const AlignmentPair& pair, float* base) {
   if (const int64_t n = p.x_rows * p.y_rows) std::memset(pair.plan, 0, n * 4);  // else it is null
   if (t.rows == 0 || t.cols == 0) return 0.0f;
   t.stride = round_up(t.cols, kLanes);
-  // Products are made in whole tiles, so their matrix is a little wider than a row of vectors.
+  // Dot products are computed in whole tiles, so their matrix is a little wider than a row of
+  // vectors.
   const int64_t tiles = round_up(t.cols, kDotRowsY);
   if (tiles > t.stride) t.stride = round_up(tiles, kLanes);
   normalise(p, pair.x, x_index, t.rows, kDotRowsX, base + s.row, base + s.x);
@@ -203,7 +204,7 @@ int64_t gather_used(const AlignmentSide& side, int32_t* index) {
   return count;
 }
 
-// Normalised rows as the B operand of a product along the rows: panels of [count][kPanel].
+// Normalised rows as the B operand of a matmul along the rows: panels of [count][kPanel].
 void pack_normalised(const AlignmentProblem& p, const AlignmentSide& side, const int32_t* index,
                      int64_t count, float* buffer, float* out) {
   for (int64_t r = 0; r < count; ++r) {

@@ -4,7 +4,7 @@
 // delta); T = diag(delta) Q diag(sigma): five passes over the matrix. Here T is never stored: Q of
 // the next iteration is made from Q, delta and sigma of the last one while its product with sigma
 // is taken, and a block of columns at a time, whose delta is then known and whose second product
-// follows from the first-level cache. That is one read of A and Q and one write of Q an iteration.
+// follows from L1. That is one read of A and Q and one write of Q an iteration.
 //
 // Matrices lie as [rows of x][columns of y], y across the vector lanes; A is 0 in the lanes past
 // the last column. delta belongs to the columns, sigma to the rows.

@@ -1,5 +1,5 @@
 // The elementwise passes of the contrastive losses: softmax statistics, logit gradients, and the
-// sigmoid loss, each one read of a chunk of products. The arithmetic of an element is in
+// sigmoid loss, each one read of a chunk of similarities. The arithmetic of an element is in
 // common/contrastive_math.h.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -32,9 +32,9 @@ constexpr int kRowStep = kThreads / 64;
 
 __host__ __device__ constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// scale * product + bias of kVector neighbours, -inf outside the matrix: its exponential is 0, and
-// so are its sigmoid and its softplus.
-__device__ __forceinline__ void load_logits(const Products& p, int64_t row, int64_t col,
+// scale * similarity + bias of kVector neighbours, -inf outside the matrix: its exponential is 0,
+// and so are its sigmoid and its softplus.
+__device__ __forceinline__ void load_logits(const Similarities& p, int64_t row, int64_t col,
                                             float scale, float bias, float* z) {
   const float* at = p.data + row * p.stride + col;
   if (p.vectorized && row < p.rows && col + kVector <= p.cols) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ void load_logits(const Products& p, int64_t row, int6
 }
 
 // Leaves a positive among kVector neighbours out of every sum of exponentials.
-__device__ __forceinline__ void exclude_positive(const Products& p, int64_t row, int64_t col,
+__device__ __forceinline__ void exclude_positive(const Similarities& p, int64_t row, int64_t col,
                                                  float* z) {
   const int64_t at = row + p.offset - col;
 #pragma unroll
@@ -104,7 +104,7 @@ __device__ __forceinline__ LsePair add_column(LsePair running,
 // col_pairs [row tiles, cols].
 template <bool kRows, bool kCols>
 __global__ void __launch_bounds__(kThreads)
-    tile_statistics(Products p, const float* scale_at, LsePair* row_pairs, LsePair* col_pairs) {
+    tile_statistics(Similarities p, const float* scale_at, LsePair* row_pairs, LsePair* col_pairs) {
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int64_t col_tiles = div_up(p.cols, kTileCols);
   const int64_t row_tile = blockIdx.x / col_tiles, col_tile = blockIdx.x % col_tiles;
@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp for each row: merges its pairs, and fetches its positive.
 __global__ void __launch_bounds__(kThreads)
-    finish_rows(Products p, const float* scale_at, const LsePair* row_pairs, double* row_negatives,
-                float* positive) {
+    finish_rows(Similarities p, const float* scale_at, const LsePair* row_pairs,
+                double* row_negatives, float* positive) {
   const int lane = threadIdx.x % kLanes;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
   if (row >= p.rows) return;
@@ -192,8 +192,8 @@ __device__ __forceinline__ void convert(float v, __nv_bfloat16* out) {
 __device__ __forceinline__ void convert(float v, __half* out) { *out = __float2half_rn(v); }
 
 template <class T>
-__device__ __forceinline__ void store_gradients(const Products& p, const Output& out, int64_t row,
-                                                int64_t col, const float* g) {
+__device__ __forceinline__ void store_gradients(const Similarities& p, const Output& out,
+                                                int64_t row, int64_t col, const float* g) {
   T values[kVector];
 #pragma unroll
   for (int k = 0; k < kVector; ++k) convert(g[k], &values[k]);
@@ -209,7 +209,7 @@ __device__ __forceinline__ void store_gradients(const Products& p, const Output&
 
 // This thread's first row and column in the tile of its block.
 struct Place {
-  __device__ explicit Place(const Products& p) {
+  __device__ explicit Place(const Similarities& p) {
     const int64_t col_tiles = div_up(p.cols, kGradientCols);
     row = blockIdx.x / col_tiles * kGradientRows + threadIdx.x / 64;
     col = blockIdx.x % col_tiles * kGradientCols + threadIdx.x % 64 * kVector;
@@ -219,8 +219,9 @@ struct Place {
   int64_t row, col, end;
 };
 
-// The softmax of one row or column: its log-sum-exp rounded to float, and its weight times exp(-what
-// the rounding left out), which would scale the whole softmax: at a log-sum-exp of 100 by 4e-6.
+// The softmax of one row or column: its log-sum-exp rounded to float, and its weight times
+// exp(-what the rounding left out), which would scale the whole softmax: at a log-sum-exp of 100 by
+// 4e-6.
 struct Direction {
   float lse = 0.0f;
   float weight = 0.0f;
@@ -233,10 +234,10 @@ __device__ __forceinline__ Direction direction(const double* lse, int64_t at, fl
   return {near, rest == rest ? weight * expf(-rest) : weight};  // infinity minus itself is NaN
 }
 
-// `out` may be the products: an element is read by the thread that writes it, before it does.
+// `out` may be the similarities: an element is read by the thread that writes it, before it does.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    write_softmax_gradient(Products p, const float* scale_at, const double* row_lse,
+    write_softmax_gradient(Similarities p, const float* scale_at, const double* row_lse,
                            const double* col_lse, const float* positive_gradient,
                            const float* weights, Output out) {
   const Place place(p);
@@ -281,7 +282,7 @@ __device__ void block_sums(double* loss, double* gradient) {
 // One tile: its two sums to partials [2, blocks], factor * gradient to `out` where it is wanted.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    sigmoid_tile(Products p, const float* scale_at, const float* bias_at, float factor,
+    sigmoid_tile(Similarities p, const float* scale_at, const float* bias_at, float factor,
                  double* partials, Output out) {
   const Place place(p);
   const float scale = *scale_at, bias = *bias_at;
@@ -326,7 +327,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int64_t gradient_tiles(const Products& p) {
+int64_t gradient_tiles(const Similarities& p) {
   return div_up(p.rows, kGradientRows) * div_up(p.cols, kGradientCols);
 }
 
@@ -340,11 +341,11 @@ void with_element(Element element, Use use) {
 
 }  // namespace
 
-int64_t row_pair_count(const Products& p) { return p.rows * div_up(p.cols, kTileCols); }
-int64_t col_pair_count(const Products& p) { return div_up(p.rows, kTileRows) * p.cols; }
-int64_t sigmoid_partial_count(const Products& p) { return 2 * gradient_tiles(p); }
+int64_t row_pair_count(const Similarities& p) { return p.rows * div_up(p.cols, kTileCols); }
+int64_t col_pair_count(const Similarities& p) { return div_up(p.rows, kTileRows) * p.cols; }
+int64_t sigmoid_partial_count(const Similarities& p) { return 2 * gradient_tiles(p); }
 
-const char* statistics(Queue queue, const Products& p, const float* scale, LsePair* row_pairs,
+const char* statistics(Queue queue, const Similarities& p, const float* scale, LsePair* row_pairs,
                        LsePair* col_pairs, const Statistics& out) {
   if (p.rows == 0) return nullptr;
   return submit(queue, [&](cudaStream_t stream) {
@@ -364,7 +365,7 @@ const char* statistics(Queue queue, const Products& p, const float* scale, LsePa
   });
 }
 
-const char* softmax_gradient(Queue queue, const Products& p, const float* scale,
+const char* softmax_gradient(Queue queue, const Similarities& p, const float* scale,
                              const double* row_lse, const double* col_lse,
                              const float* positive_gradient, const float* weights,
                              const Output& out) {
@@ -377,7 +378,7 @@ const char* softmax_gradient(Queue queue, const Products& p, const float* scale,
   });
 }
 
-const char* sigmoid(Queue queue, const Products& p, const float* scale, const float* bias,
+const char* sigmoid(Queue queue, const Similarities& p, const float* scale, const float* bias,
                     float factor, double* partials, double* sums, const Output& out) {
   if (p.rows == 0 || p.cols == 0) return nullptr;
   return submit(queue, [&](cudaStream_t stream) {
@@ -389,20 +390,20 @@ const char* sigmoid(Queue queue, const Products& p, const float* scale, const fl
   });
 }
 
-const char* missing(int device) {
+const char* device_error(int device) {
   int count = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaSuccess && device >= count) error = cudaErrorInvalidDevice;
-  return forgotten(error);
+  return take_error(error);
 }
 
-const char* unavailable(int device) {
+const char* kernel_error(int device) {
   cudaError_t error = cudaSetDevice(device);
   cudaFuncAttributes attributes;
   if (error == cudaSuccess)
     error = cudaFuncGetAttributes(&attributes,
                                   reinterpret_cast<const void*>(&tile_statistics<true, true>));
-  return forgotten(error);
+  return take_error(error);
 }
 
 }  // namespace fastvlp::cuda

@@ -1,6 +1,6 @@
-// The CUDA passes of the contrastive losses over a chunk of products, as the host code sees them:
-// no torch here and no CUDA types, so that nvcc compiles no torch header and the host compiler no
-// CUDA one.
+// The CUDA passes of the contrastive losses over a chunk of similarities, as the host code sees
+// them: no torch here and no CUDA types, so that nvcc compiles no torch header and the host
+// compiler no CUDA one.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,9 @@
 
 namespace fastvlp::cuda {
 
-// Products <x_i, y_j> [rows, cols], unit stride along the columns. The logit is scale * product
-// (+ bias); the positive of row i is column i + offset.
-struct Products {
+// Similarities <x_i, y_j> [rows, cols], unit stride along the columns. The logit is scale *
+// similarity (+ bias); the positive of row i is column i + offset.
+struct Similarities {
   const float* data;
   int64_t rows;
   int64_t cols;
@@ -22,7 +22,7 @@ struct Products {
   bool vectorized;  // rows start at multiples of 16 bytes
 };
 
-// The logit gradients, shaped like the products.
+// The logit gradients, shaped like the similarities.
 struct Output {
   void* data;  // null: not wanted
   int64_t stride;
@@ -40,25 +40,25 @@ struct Statistics {
 };
 
 // Elements of scratch memory that the functions below need.
-int64_t row_pair_count(const Products& p);
-int64_t col_pair_count(const Products& p);
-int64_t sigmoid_partial_count(const Products& p);
+int64_t row_pair_count(const Similarities& p);
+int64_t col_pair_count(const Similarities& p);
+int64_t sigmoid_partial_count(const Similarities& p);
 
-// Each queues its kernels and returns null, or CUDA's words for what went wrong. Scalars are read
+// Each queues its kernels and returns null, or CUDA's error message. Scalars are read
 // on the device. Every sum is taken in a fixed order: the same input gives the same bits.
-const char* statistics(Queue queue, const Products& p, const float* scale, LsePair* row_pairs,
+const char* statistics(Queue queue, const Similarities& p, const float* scale, LsePair* row_pairs,
                        LsePair* col_pairs, const Statistics& out);
-const char* softmax_gradient(Queue queue, const Products& p, const float* scale,
+const char* softmax_gradient(Queue queue, const Similarities& p, const float* scale,
                              const double* row_lse, const double* col_lse,
                              const float* positive_gradient, const float* weights,
                              const Output& out);
-const char* sigmoid(Queue queue, const Products& p, const float* scale, const float* bias,
+const char* sigmoid(Queue queue, const Similarities& p, const float* scale, const float* bias,
                     float factor, double* partials, double* sums, const Output& out);
 
 // Null where there is a device of this index, else why there is none.
-const char* missing(int device);
+const char* device_error(int device);
 // Null where the compiled kernels run on `device`, which is there, else why they do not. For the
 // driver it is the current device afterwards, as after a launch.
-const char* unavailable(int device);
+const char* kernel_error(int device);
 
 }  // namespace fastvlp::cuda

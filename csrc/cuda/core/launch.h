@@ -9,14 +9,14 @@
 
 namespace fastvlp::cuda {
 
-inline const char* words(cudaError_t error) {
+inline const char* message_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// The words for an error that is reported here and must not be taken for that of a later launch.
-inline const char* forgotten(cudaError_t error) {
+// The message of an error, which is cleared so that it is not taken for that of a later launch.
+inline const char* take_error(cudaError_t error) {
   cudaGetLastError();
-  return words(error);
+  return message_of(error);
 }
 
 // Runs `launch(stream)` on the queue's device. The runtime linked into this library is not
@@ -25,9 +25,9 @@ inline const char* forgotten(cudaError_t error) {
 // until asked.
 template <class Launch>
 const char* submit(Queue queue, Launch launch) {
-  if (const char* error = words(cudaSetDevice(queue.device))) return error;
+  if (const char* error = message_of(cudaSetDevice(queue.device))) return error;
   launch(static_cast<cudaStream_t>(queue.stream));
-  return words(cudaGetLastError());
+  return message_of(cudaGetLastError());
 }
 
 inline unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }

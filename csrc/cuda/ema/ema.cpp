@@ -21,13 +21,13 @@ using torch::headeronly::ScalarType;
 struct DeviceTable {
   Tensor bytes;
   TableView view;
-  Mark arrival;
+  Event uploaded;
 };
 using Cache = TableCache<StreamCopies<DeviceTable>>;
 
 // The table in memory of the current device, on the current stream: its memory is taken, filled,
-// read and given back in the order of that stream. The copy goes from pinned memory, so that nothing
-// waits for it; torch's pinned allocator keeps `host` until the copy has been made.
+// read and given back in the order of that stream. The copy goes from pinned memory, so that
+// nothing waits for it; torch's pinned allocator keeps `host` until the copy has been made.
 DeviceTable upload(const HostTable& table, const Tensor& like, Queue queue) {
   const size_t entries = table.entries.size() * sizeof(TableEntry);
   const size_t geometries = table.geometries.size() * sizeof(Geometry);
@@ -41,7 +41,7 @@ DeviceTable upload(const HostTable& table, const Tensor& like, Queue queue) {
   std::memcpy(at + entries + geometries, table.chunk_entry.data(), chunks);
   DeviceTable out = {torch::stable::new_empty(like, {bytes}, ScalarType::Byte), table.view(), {}};
   torch::stable::copy_(out.bytes, host, true);
-  require_success(out.arrival.set(queue));
+  require_success(out.uploaded.record(queue));
   const char* base = static_cast<const char*>(out.bytes.const_data_ptr());
   out.view.entries = reinterpret_cast<const TableEntry*>(base);
   out.view.geometries = reinterpret_cast<const Geometry*>(base + entries);
@@ -69,7 +69,7 @@ std::shared_ptr<DeviceTable> table_of(const std::vector<TensorList>& given, Queu
     return item->extra.of(queue.stream,
                           [&] { return upload(item->table, given[0].tensors[0], queue); });
   auto found =
-      item->extra.find([](void*, const DeviceTable& table) { return table.arrival.is_reached(); });
+      item->extra.find([](void*, const DeviceTable& table) { return table.uploaded.query(); });
   STD_TORCH_CHECK(found != nullptr, given[0].name,
                   ": expected one call with the same tensors, and a wait for the device "
                   "(torch.cuda.synchronize()), before a graph is captured");
@@ -91,10 +91,11 @@ Decay decay_of(const std::optional<Tensor>& tensor, double value, const Tensor& 
 
 const int64_t* flag_of(const std::optional<Tensor>& nonfinite, const Tensor& like) {
   if (!nonfinite.has_value()) return nullptr;
-  const bool beside =
+  const bool on_device =
       nonfinite->is_cuda() && nonfinite->get_device_index() == like.get_device_index();
-  STD_TORCH_CHECK(beside && nonfinite->numel() == 1 && nonfinite->scalar_type() == ScalarType::Long,
-                  "nonfinite: expected one int64 value on the tensors' device");
+  STD_TORCH_CHECK(
+      on_device && nonfinite->numel() == 1 && nonfinite->scalar_type() == ScalarType::Long,
+      "nonfinite: expected one int64 value on the tensors' device");
   return static_cast<const int64_t*>(nonfinite->const_data_ptr());
 }
 

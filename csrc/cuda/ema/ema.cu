@@ -248,11 +248,11 @@ bool is_capturing(Queue queue) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-Mark::~Mark() {
+Event::~Event() {
   if (event_ != nullptr) cudaEventDestroy(static_cast<cudaEvent_t>(event_));
 }
 
-const char* Mark::set(Queue queue) {
+const char* Event::record(Queue queue) {
   return submit(queue, [&](cudaStream_t stream) {
     cudaEvent_t event = nullptr;
     cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
@@ -261,8 +261,8 @@ const char* Mark::set(Queue queue) {
   });
 }
 
-bool Mark::is_reached() const {
-  // A question changes nothing, but in any other mode it would end a capture on any stream.
+bool Event::query() const {
+  // A query changes nothing, but in any other mode it would invalidate a capture on any stream.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   cudaThreadExchangeStreamCaptureMode(&mode);
   const cudaError_t found = cudaEventQuery(static_cast<cudaEvent_t>(event_));

@@ -16,8 +16,8 @@ struct Decay {
   double value;
 };
 
-// Each queues one launch over a table in device memory and returns null, or CUDA's words for what
-// went wrong. Nothing is written where `nonfinite` (device memory, may be null) is not -1, or where
+// Each queues one launch over a table in device memory and returns null, or CUDA's error
+// message. Nothing is written where `nonfinite` (device memory, may be null) is not -1, or where
 // the decay in device memory is not between 0 and 1.
 const char* ema_update(Queue queue, const TableView& table, Decay decay, const int64_t* nonfinite);
 const char* adamw_ema(Queue queue, const TableView& table, const AdamWFactors& factors, Decay decay,
@@ -28,18 +28,18 @@ const char* last_exceeding(Queue queue, const TableView& table, float limit, int
 // Whether work on this stream is being captured into a graph.
 bool is_capturing(Queue queue);
 
-// A point in the work of a stream.
-class Mark {
+// A CUDA event: a point in the work of a stream.
+class Event {
  public:
-  Mark() = default;
-  Mark(Mark&& other) noexcept : event_(other.event_) { other.event_ = nullptr; }
-  Mark& operator=(Mark&&) = delete;
-  ~Mark();
+  Event() = default;
+  Event(Event&& other) noexcept : event_(other.event_) { other.event_ = nullptr; }
+  Event& operator=(Event&&) = delete;
+  ~Event();
 
-  // The point behind all that has been queued so far. Returns null, or CUDA's words.
-  const char* set(Queue queue);
-  // Whether the device has come there; may be asked while a graph is captured.
-  bool is_reached() const;
+  // Records it behind all that has been queued so far. Returns null, or CUDA's error message.
+  const char* record(Queue queue);
+  // Whether the device has reached it; may be asked while a graph is captured.
+  bool query() const;
 
  private:
   void* event_ = nullptr;  // a cudaEvent_t

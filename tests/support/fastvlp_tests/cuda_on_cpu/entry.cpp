@@ -11,7 +11,7 @@ bool vectors(const void* data, int64_t stride, int64_t bytes) {
   return stride % 4 == 0 && reinterpret_cast<uintptr_t>(data) % (4 * bytes) == 0;
 }
 
-Products products_of(const float* data, int64_t rows, int64_t cols, int64_t stride,
+Similarities similarities_of(const float* data, int64_t rows, int64_t cols, int64_t stride,
                      int64_t offset) {
   return {data, rows, cols, stride, offset, vectors(data, stride, 4)};
 }
@@ -27,7 +27,7 @@ const LsePair kUnwritten = {NAN, NAN};
 extern "C" const char* run_statistics(const float* data, int64_t rows, int64_t cols, int64_t stride,
                                       int64_t offset, const float* scale, double* row_negatives,
                                       float* positive, float* col_pairs) {
-  const Products p = products_of(data, rows, cols, stride, offset);
+  const Similarities p = similarities_of(data, rows, cols, stride, offset);
   std::vector<LsePair> row_scratch(row_pair_count(p), kUnwritten);
   std::vector<LsePair> col_scratch(col_pair_count(p), kUnwritten);
   return statistics({0, nullptr}, p, scale, row_scratch.data(), col_scratch.data(),
@@ -39,7 +39,7 @@ extern "C" const char* run_gradient(const float* data, int64_t rows, int64_t col
                                     const double* col_lse, const float* positive_gradient,
                                     const float* weights, void* out, int64_t out_stride,
                                     int element) {
-  return softmax_gradient({0, nullptr}, products_of(data, rows, cols, stride, offset), scale,
+  return softmax_gradient({0, nullptr}, similarities_of(data, rows, cols, stride, offset), scale,
                           row_lse, col_lse, positive_gradient, weights,
                           output_of(out, out_stride, element));
 }
@@ -48,7 +48,7 @@ extern "C" const char* run_sigmoid(const float* data, int64_t rows, int64_t cols
                                    int64_t offset, const float* scale, const float* bias,
                                    float factor, double* sums, void* out, int64_t out_stride,
                                    int element) {
-  const Products p = products_of(data, rows, cols, stride, offset);
+  const Similarities p = similarities_of(data, rows, cols, stride, offset);
   std::vector<double> partials(sigmoid_partial_count(p), NAN);
   return sigmoid({0, nullptr}, p, scale, bias, factor, partials.data(), sums,
                  output_of(out, out_stride, element));
