@@ -35,7 +35,7 @@ def compile_cuda(name: str, entry: str, folder: Path, *flags: str) -> ctypes.CDL
     """csrc/cuda/`name`/`name`.cu and cuda_on_cpu/`entry` as one shared library for the CPU."""
     home = CSRC / "cuda" / name
     source = (home / f"{name}.cu").read_text()
-    launches = re.compile(r"(\w+(?:<[\w()]+>)?)<<<(.+?)>>>\(", re.DOTALL)
+    launches = re.compile(r"(\w+(?:<[^<>;]+>)?)\s*<<<(.+?)>>>\s*\(", re.DOTALL)
     source, count = launches.subn(r"emulated::launch(\1, \2)(", source)
     assert count == source.count("emulated::launch") > 0 and "<<<" not in source
     torch_root = Path(torch.__file__).parent
