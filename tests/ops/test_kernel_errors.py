@@ -8,7 +8,7 @@ import torch
 
 from fastvlp import ops
 
-OPERATORS = set(ops.__all__) - {"explain", "release_workspace"}
+OPERATORS = set(ops.__all__) - {"explain", "operators", "release_workspace"}
 ROOT = Path(__file__).parents[2]
 X, IDS = torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64)
 ROWS, KEYS, STARTS = torch.zeros(4, 2, 8), torch.zeros(2, 3, 2, 8), torch.tensor([0, 2, 4])

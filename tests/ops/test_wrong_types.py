@@ -57,7 +57,15 @@ OPTIONAL = {(ops.soft_cross_entropy, "bias"), (nn.feed_forward, "norm"),
             (nn.feed_forward, "bias1"), (nn.feed_forward, "bias2"), (nn.norm_linear, "bias"),
             (nn.linear, "bias")}  # fmt: skip
 # Of lists of tensors, checked with theirs; of no tensors at all.
-OTHERS = {"adamw_ema", "ema", "last_exceeding", "explain", "release_workspace", "load_bert_layer"}
+OTHERS = {
+    "adamw_ema",
+    "ema",
+    "last_exceeding",
+    "explain",
+    "operators",
+    "release_workspace",
+    "load_bert_layer",
+}
 
 
 @pytest.mark.parametrize("function", CALLS, ids=lambda f: f.__qualname__)
