@@ -4,13 +4,13 @@
 `fastvlp.EmaModel` keeps a momentum copy of a model, `fastvlp.optim` has optimisers that update it.
 `fastvlp.FeatureQueue` keeps momentum features of earlier batches.
 `fastvlp.GradCache` takes exact steps on batches whose activations do not fit into memory.
+`fastvlp.create` makes a model with its image transforms and its tokenizer in one call.
 `python -m fastvlp.info` prints what was built and what would run on this machine.
 """
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import losses, nn, ops, optim
 from .grad_cache import GradCache
@@ -19,6 +19,7 @@ from .nn.feature_queue import FeatureQueue
 
 if TYPE_CHECKING:  # else on demand, below
     from . import data, evaluate, integrations, masking, models, train
+    from .factory import create
 
 try:
     __version__ = version("fastvlp")
@@ -37,6 +38,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "create",
     "data",
     "evaluate",
     "integrations",
@@ -47,7 +49,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name == "create":
+        return import_module(f"{__name__}.factory").create
     if name in _ON_DEMAND:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

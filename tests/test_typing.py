@@ -50,6 +50,7 @@ reveal_type(ops.momentum_contrastive)  # def (
 reveal_type(explain("contrastive").chosen)  # str | None
 reveal_type(fastvlp.ops.contrastive(x, x, 1.0))  # torch._tensor.Tensor
 reveal_type(fastvlp.models.save)  # def (
+reveal_type(fastvlp.create("tiny").preprocess)  # fastvlp.data.images.preprocess.Preprocess
 reveal_type(ClipLoss(local_loss=True, rank=0, world_size=2))  # fastvlp.losses.ClipLoss
 reveal_type(FeatureQueue(16, 8).size)  # int
 reveal_type(ema.model)  # torch.nn.modules.module.Module

@@ -14,21 +14,12 @@ import tyro
 
 from fastvlp.data import RgbConversion, class_folders
 from fastvlp.models import base
-from fastvlp.models.checkpoints import LoadReport, load_any
-from fastvlp.train import parallel, ranges, run_folder
-from fastvlp.train.config import Convert, Device, Verify, read_yaml
+from fastvlp.models.checkpoints import LoadReport
+from fastvlp.train import parallel, ranges, trained
+from fastvlp.train.config import Convert, Device, Verify
 from fastvlp.train.parallel import Ranks
-from fastvlp.train.tasks import (
-    albef_retrieval,
-    albef_setup,
-    clip,
-    clip_setup,
-    data,
-    vilt,
-    vilt_setup,
-)
-
-_BUILT_IN = "openmoji"
+from fastvlp.train.tasks import albef_retrieval, clip, clip_setup, data, vilt
+from fastvlp.train.trained import BUILT_IN
 
 
 @dataclass
@@ -83,7 +74,7 @@ class _Common:
                 )
             if report is not None and ranks.is_first:
                 print(report)
-            tokenizer = saved_tokenizer(self.model, model, self.tokenizer)
+            tokenizer = trained.tokenizer(self.model, model, self.tokenizer)
             scores = score(model.to(ranks.device), tokenizer, ranks)
             self.count_left_out(ranks)
             if ranks.is_first:
@@ -95,16 +86,7 @@ class _Common:
         return scores
 
     def _load(self) -> tuple[base.Model, LoadReport | str | None]:
-        told = {"activation": self.activation, "end_token": self.end_token}
-        found = run_folder.unsaved(self.model)
-        if found is None:
-            return load_any(self.model, **told)
-        for name, value in told.items():
-            if value is not None:
-                raise ValueError(
-                    f"{name}: expected none, because the run in {self.model} says all; got {value}"
-                )
-        return found
+        return trained.load(self.model, self.activation, self.end_token)
 
     def name_data(self, ranks: Ranks, **about: Any) -> None:
         """Print, and keep for the file, which data are evaluated on."""
@@ -117,71 +99,14 @@ class _Common:
 
     def conversion(self) -> RgbConversion:
         """How images become 8-bit RGB: as is asked for, else as the model's own run had it."""
-        own = _settings(self.model)
-        return RgbConversion(
-            background=self.background or own.get("background", "white"),
-            method=self.convert or own.get("convert", "range"),
-        )
-
-
-def saved_tokenizer(path: Path, model, given: Path | None = None):
-    """The tokenizer of a model: from the file given, from beside the model, or the papers'.
-
-    Raises:
-        ValueError: it is of another kind, or has more ids than the model.
-    """
-    beside = _folder(path) / ("tokenizer.json" if model.kind == "clip" else "vocab.txt")
-    file = given or (beside if beside.is_file() else None)
-    if model.kind == "clip":
-        tokenizer = clip_setup.tokenizer_of(file, model.config)
-    elif model.kind == "vilt":
-        tokenizer = vilt_setup.tokenizer_of(file, model.config)
-    else:
-        tokenizer = albef_setup.tokenizer_of(file, model.config)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer: expected at most the model's {model.config.vocab_size} ids, got "
-            f"{tokenizer.vocab_size} of {file or 'the vocabulary of the papers'}; give --tokenizer"
-        )
-    return tokenizer
-
-
-# Image transforms of held-out shards, with their parameters of a model.
-_RECIPES = {
-    "clip": ("clip_eval", lambda config: {"size": config.image_size}),
-    "vilt": ("vilt_eval", vilt_setup.recipe_sizes),
-    "albef": ("albef_eval", lambda config: {"size": config.image_size}),
-}
-
-
-def image_values(path: Path) -> tuple[tuple[float, ...], ...]:
-    """Mean and deviation that the images of a model were normalised by in its training."""
-    if _settings(path).get("data") == _BUILT_IN:
-        return (0.5,) * 3, (0.5,) * 3
-    return class_folders.MEAN, class_folders.STD
-
-
-def own_data(path: Path) -> str | None:
-    """The evaluation data of the run that a model is of, or None."""
-    settings = _settings(path)
-    return _BUILT_IN if settings.get("data") == _BUILT_IN else settings.get("eval_data")
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    file = _folder(path) / "config.yaml"
-    return read_yaml(file) if file.is_file() else {}
-
-
-def _folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
+        return trained.conversion(self.model, self.convert, self.background)
 
 
 @dataclass
 class _OfPairs(_Common):
     data: str | None = None
     """"openmoji", or shards; captions of equal id are captions of one image. By default the data
-    that the model's own run evaluates on. Images of shards are normalised as in the system's
-    paper, those of OpenMoji as `fastvlp train` has them."""
+    that the model's own run evaluates on. Images are normalised as in the model's training."""
 
     split: str = "composition"
     """Of OpenMoji: train, composition or concept."""
@@ -200,26 +125,25 @@ class _OfPairs(_Common):
 
     def loader(self, model, tokenizer, ranks):
         """The pairs, not shuffled."""
-        chosen = self.data or own_data(self.model)
+        chosen = self.data or trained.own_data(self.model)
         if chosen is None:
             raise ValueError(
-                f"data: expected --data SHARDS, or --data {_BUILT_IN} for the built-in images; "
+                f"data: expected --data SHARDS, or --data {BUILT_IN} for the built-in images; "
                 f"{self.model} is of no run with evaluation data"
             )
         # ViLT and ALBEF want a mask besides, CLIP finds the end of a text by itself.
         tokenize = tokenizer if model.kind == "clip" else tokenizer.padded
-        if chosen == _BUILT_IN:
+        if chosen == BUILT_IN:
             images = data.openmoji_data(model.config.image_size, ranks)
             loader = data.openmoji_loader(
                 images, self.split, self.batch_size, tokenize, ranks, training=False
             )
             self.name_data(ranks, data=chosen, split=self.split, pairs=loader.samples)
             return loader
-        recipe, sizes = _RECIPES[model.kind]
         loader = data.shard_loader(
             chosen,
-            recipe,
-            sizes(model.config),
+            trained.recipe(self.model, model),
+            {},
             self.batch_size,
             tokenize,
             ranks,
@@ -230,7 +154,7 @@ class _OfPairs(_Common):
         return loader
 
     def image_options(self) -> dict[str, Any]:
-        own = _settings(self.model) if self.data is None else {}
+        own = trained.settings(self.model) if self.data is None else {}
         broken = own.get("max_broken", 0.1) if self.max_broken is None else self.max_broken
         verify = self.verify or own.get("verify", "quick")
         return {"verify": verify, "max_broken": broken, "convert": self.conversion()}
@@ -314,15 +238,15 @@ class ZeroShot(_Common):
         return self.run_all(self._score)
 
     def _score(self, model, tokenizer, ranks) -> dict[str, float]:
-        chosen = self.images or own_data(self.model)
-        if str(chosen) == _BUILT_IN:
+        chosen = self.images or trained.own_data(self.model)
+        if str(chosen) == BUILT_IN:
             scores, pairs = clip_setup.zero_shot_openmoji(model, tokenizer, ranks, self.batch_size)
-            self.name_data(ranks, data=_BUILT_IN, split="composition", pairs=pairs)
+            self.name_data(ranks, data=BUILT_IN, split="composition", pairs=pairs)
             return scores
         if self.images is None:
             raise ValueError(
                 f"images: expected --images FOLDER, with a folder of images for each class, or "
-                f"--images {_BUILT_IN} for the built-in ones; {self.model} was not trained on those"
+                f"--images {BUILT_IN} for the built-in ones; {self.model} was not trained on those"
             )
         from fastvlp.evaluate import zero_shot
 
@@ -352,7 +276,7 @@ class ZeroShot(_Common):
             model.config.image_size,
             self.batch_size,
             ranks.device,
-            *image_values(self.model),
+            *trained.image_values(self.model),
             self.conversion(),
         )
         encoded = sum(parallel.sizes(len(labels), ranks.group))

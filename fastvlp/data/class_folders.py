@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvlp.data.images.base import BrokenImages, plans_of
 from fastvlp.data.images.conversion import RgbConversion
-from fastvlp.data.images.integrity import ImageFault, open_rgb
+from fastvlp.data.images.integrity import ImageFault
+from fastvlp.data.images.preprocess import Preprocess
 from fastvlp.data.images.recipes import CLIP_MEAN as MEAN
 from fastvlp.data.images.recipes import CLIP_STD as STD
 from fastvlp.data.images.recipes import CentreCrop
-from fastvlp.data.images.transforms import into_batch_by_pillow, value_table
 from fastvlp.data.shards.folder_walk import Unread, walk
 from fastvlp.data.shards.pairs import IMAGE_SUFFIXES
 from fastvlp.data.shards.stray_files import is_hidden
@@ -107,16 +106,4 @@ def read(
         ImageFault: the file cannot be read or decoded, or its sides differ too much; names the
             file.
     """
-    recipe = CentreCrop(size=size, mean=tuple(mean), std=tuple(std))
-    try:
-        image = open_rgb(path.read_bytes(), convert)
-        plans = plans_of([image.size], lambda _, width, height: recipe.plan(width, height, ()))
-    except OSError as error:  # a link to nothing, or a file that may not be read
-        raise ImageFault(f"{path}: {error.strerror or error}") from error
-    except BrokenImages as broken:
-        raise ImageFault(f"{path}: {broken.faults[0]}") from broken
-    except ImageFault as fault:
-        raise ImageFault(f"{path}: {fault}") from fault
-    out = torch.empty(1, 3, size, size)
-    into_batch_by_pillow([image], plans, value_table(recipe), out)
-    return out[0]
+    return Preprocess(CentreCrop(size=size, mean=tuple(mean), std=tuple(std)), convert).read(path)

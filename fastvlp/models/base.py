@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -136,6 +138,28 @@ def from_description(described: dict) -> Model:
     sizes = dict(described)
     model = _MODELS[sizes.pop("kind", "clip")]
     return model(model.config_type(**_tuples(sizes)))
+
+
+def unknown_name(
+    argument: str, name: str, known: Sequence[str], shown: Sequence[str] | None = None
+) -> ValueError:
+    """The error for a name that is none of the known ones; it suggests the nearest.
+
+    Args:
+        argument: what was named.
+        name: what came.
+        known: all names that are accepted.
+        shown: those to list, by default all.
+
+    Example:
+        >>> str(unknown_name("model", "tinny", ["tiny", "base"]))
+        "model: expected one of base, tiny, got 'tinny'; did you mean 'tiny'?"
+    """
+    folded = {each.lower(): each for each in reversed(known)}
+    near = difflib.get_close_matches(str(name).lower(), folded, 1)
+    hint = f"; did you mean {folded[near[0]]!r}?" if near else ""
+    listed = ", ".join(sorted(known if shown is None else shown))
+    return ValueError(f"{argument}: expected one of {listed}, got {name!r}{hint}")
 
 
 def kinds() -> list[str]:

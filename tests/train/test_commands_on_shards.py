@@ -14,6 +14,7 @@ from fastvlp import cli
 from fastvlp.commands import evaluate
 from fastvlp.commands import train as command
 from fastvlp.models import base, clip
+from fastvlp.train import trained
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ def test_weights_that_do_not_tell_where_a_text_is_read_take_an_end_token(tmp_pat
 @pytest.mark.parametrize("option, value", [("end-token", "7"), ("activation", "gelu")])
 def test_a_run_tells_all_about_its_model(clip_run, monkeypatch, unfinished, option, value):
     if unfinished:
-        monkeypatch.setattr(evaluate.run_folder, "unsaved", lambda folder: (None, "a checkpoint"))
+        monkeypatch.setattr(trained.run_folder, "unsaved", lambda folder: (None, "a checkpoint"))
     options = evaluate.parse(["retrieval", str(clip_run), f"--{option}", value]).options
     with pytest.raises(ValueError, match=f"{option.replace('-', '_')}: expected none, because"):
         options._load()

@@ -10,13 +10,13 @@ from fastvlp_tests.tiny_vocabularies import bert_vocabulary
 
 from fastvlp import cli
 from fastvlp.commands import evaluate
-from fastvlp.commands.evaluate import own_data
 from fastvlp.data.text import BertTokenizer
 from fastvlp.data.text import files as tokenizer_files
 from fastvlp.train import parallel
 from fastvlp.train.config import TrainAlbef, TrainClip
 from fastvlp.train.tasks import albef_setup, clip_setup
 from fastvlp.train.tasks.clip import ClipTask
+from fastvlp.train.trained import own_data
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 

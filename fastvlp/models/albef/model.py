@@ -281,7 +281,7 @@ def create(name: str, **overrides: Any) -> Albef:
         TypeError: no such field.
     """
     if name not in CONFIGS:
-        raise ValueError(f"name: expected one of {sorted(CONFIGS)}, got {name!r}")
+        raise base.unknown_name("name", name, list(CONFIGS))
     return Albef(dataclasses.replace(CONFIGS[name], **overrides))
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvlp.models.clip import CONFIGS, ClipConfig
+from fastvlp.models.clip import CONFIGS, QUICK, ClipConfig
+from fastvlp.models.clip import config_of_name as sizes_of_name
 
-QUICK = "-quickgelu"
 # transformers' values for what a config.json leaves out.
 TRANSFORMERS_TEXT = {
     "hidden_size": 512,
@@ -91,13 +91,8 @@ def config_of_name(name: str) -> tuple[ClipConfig, str | None]:
     Raises:
         ValueError: the name is neither a key of ``CONFIGS`` nor open_clip's spelling of one.
     """
-    names = {key.replace("/", "-").replace("@336px", "-336"): key for key in CONFIGS}
-    plain = name.removesuffix(QUICK)
-    if plain not in CONFIGS and plain not in names:
-        raise ValueError(
-            f"name: expected one of {sorted(CONFIGS)} or open_clip's spelling of it, got {name!r}"
-        )
-    return CONFIGS[names.get(plain, plain)], "quick_gelu" if plain != name else None
+    config = sizes_of_name(name)
+    return config, config.activation if name.endswith(QUICK) else None
 
 
 def config_of_shapes(

@@ -315,7 +315,7 @@ def create(name: str, **overrides: Any) -> Vilt:
         TypeError: no such field.
     """
     if name not in CONFIGS:
-        raise ValueError(f"name: expected one of {sorted(CONFIGS)}, got {name!r}")
+        raise base.unknown_name("name", name, list(CONFIGS))
     return Vilt(dataclasses.replace(CONFIGS[name], **overrides))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from fastvlp.data.text import BertTokenizer, albef_tokenizer
 from fastvlp.data.text.cleaning import clean_albef
 from fastvlp.data.text.masked import MaskingTokenizer
-from fastvlp.models import albef
+from fastvlp.models import albef, base
 from fastvlp.train.config import TrainAlbef
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.albef import AlbefTask
@@ -28,7 +28,7 @@ def build(config: TrainAlbef, ranks: Ranks) -> tuple[AlbefTask, Any]:
     """The task and the training loader."""
     rows = per_rank_batch_size(config.batch_size, ranks)
     if config.model not in albef.CONFIGS:
-        raise ValueError(f"model: expected one of {sorted(albef.CONFIGS)}, got {config.model!r}")
+        raise base.unknown_name("model", config.model, list(albef.CONFIGS))
     size = albef.CONFIGS[config.model].image_size
     make = _openmoji if config.data == "openmoji" else _shards
     tokenizer, loader, held_out = make(config, size, ranks, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,18 @@ from fastvlp.train.tasks.vocabularies import ENTRIES, learned
 def build(config: TrainClip, ranks: Ranks) -> tuple[ClipTask, Any]:
     """The task and the training loader."""
     rows = per_rank_batch_size(config.batch_size, ranks)
-    if config.model not in clip.CONFIGS:
-        raise ValueError(f"model: expected one of {sorted(clip.CONFIGS)}, got {config.model!r}")
-    size = clip.CONFIGS[config.model].image_size
+    sizes = clip.config_of_name(config.model, "model")
     tokenizer = None
     if config.tokenizer is not None:
-        length = clip.CONFIGS[config.model].context_length
-        tokenizer = tokenizer_files.for_clip(config.tokenizer, length)
+        tokenizer = tokenizer_files.for_clip(config.tokenizer, sizes.context_length)
     make = _openmoji if config.data == "openmoji" else _shards
-    tokenizer, loader, held_out, groups = make(config, tokenizer, ranks, rows, size)
-    model = clip.create(
-        config.model,
-        vocab_size=tokenizer.vocab_size,
-        context_length=tokenizer.context_length,
+    tokenizer, loader, held_out, groups = make(config, tokenizer, ranks, rows, sizes)
+    model = clip.Clip(
+        dataclasses.replace(
+            sizes,
+            vocab_size=tokenizer.vocab_size,
+            context_length=tokenizer.context_length,
+        )
     )
     task = ClipTask(
         model,
@@ -70,8 +70,8 @@ def zero_shot_openmoji(
     return zero_shot_over_groups(model, tokenizer, groups, loader.bases, found), loader.samples
 
 
-def _openmoji(config: TrainClip, tokenizer, ranks: Ranks, rows: int, size: int):
-    data = openmoji_data(size, ranks, config.progress)
+def _openmoji(config: TrainClip, tokenizer, ranks: Ranks, rows: int, sizes: clip.ClipConfig):
+    data = openmoji_data(sizes.image_size, ranks, config.progress)
     if tokenizer is None:
         tokenizer = train_tokenizer(openmoji_captions(data), model="word")
     loader = openmoji_loader(data, "train", rows, tokenizer, ranks, training=True, seed=config.seed)
@@ -82,23 +82,22 @@ def _openmoji(config: TrainClip, tokenizer, ranks: Ranks, rows: int, size: int):
     return tokenizer, loader, held_out, openmoji_groups(loader)
 
 
-def _shards(config: TrainClip, tokenizer, ranks: Ranks, rows: int, size: int):
+def _shards(config: TrainClip, tokenizer, ranks: Ranks, rows: int, sizes: clip.ClipConfig):
     if tokenizer is None:
-        length = clip.CONFIGS[config.model].context_length
 
         def learn(captions: list[str]):
-            return train_tokenizer(captions, "bpe", ENTRIES, length)
+            return train_tokenizer(captions, "bpe", ENTRIES, sizes.context_length)
 
         file = learned(config, "clip_train", "tokenizer.json", learn, ranks)
         tokenizer = tokenizer_files.for_clip(file)
-    sizes, options = {"size": size}, image_options(config)
+    recipe, options = {"size": sizes.image_size}, image_options(config)
     loader = shard_loader(
-        config.data, "clip_train", sizes, rows, tokenizer, ranks, seed=config.seed, **options
+        config.data, "clip_train", recipe, rows, tokenizer, ranks, seed=config.seed, **options
     )
     held_out = {}
     if config.eval_data is not None:
         held_out["eval"] = shard_loader(
-            config.eval_data, "clip_eval", sizes, rows, tokenizer, ranks, **options
+            config.eval_data, "clip_eval", recipe, rows, tokenizer, ranks, **options
         )
     return tokenizer, loader, held_out, {}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlp.data import RgbConversion, openmoji
+from fastvlp.data.images.recipes import Recipe
 from fastvlp.data.openmoji.loader import OpenMojiLoader
 from fastvlp.data.shards.index import Fault
 from fastvlp.train import parallel
@@ -65,7 +66,7 @@ def openmoji_loader(
 
 def shard_loader(
     shards: str,
-    recipe: str,
+    recipe: str | Recipe,
     sizes: dict[str, int],
     rows: int,
     tokenizer: Callable | None,
@@ -75,8 +76,8 @@ def shard_loader(
     **options: Any,
 ):
     """Shards by `fastvlp.data.loader.Loader`, whose are the `options`; `sizes` are parameters of
-    the recipe. While they are examined, which takes long the first time, lines say how far it is,
-    unless `progress` is False. An error on any rank is raised on all.
+    a recipe that is named. While they are examined, which takes long the first time, lines say how
+    far it is, unless `progress` is False. An error on any rank is raised on all.
 
     Raises:
         ValueError: it is a table of pairs that is given.
@@ -92,7 +93,7 @@ def shard_loader(
     with parallel.failing_together(ranks.group):
         loader = Loader(
             shards,
-            recipes.recipe(recipe, **sizes),
+            recipes.recipe(recipe, **sizes) if isinstance(recipe, str) else recipe,
             rows,
             tokenizer,
             rank=ranks.rank,

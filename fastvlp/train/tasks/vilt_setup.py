@@ -8,7 +8,7 @@ from typing import Any
 
 from fastvlp.data.text import BertTokenizer, vilt_tokenizer
 from fastvlp.data.text.masked import MaskingTokenizer
-from fastvlp.models import vilt
+from fastvlp.models import base, vilt
 from fastvlp.train.config import TrainVilt
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.data import (
@@ -28,7 +28,7 @@ def build(config: TrainVilt, ranks: Ranks) -> tuple[ViltTask, Any]:
     """The task and the training loader."""
     rows = per_rank_batch_size(config.batch_size, ranks)
     if config.model not in vilt.CONFIGS:
-        raise ValueError(f"model: expected one of {sorted(vilt.CONFIGS)}, got {config.model!r}")
+        raise base.unknown_name("model", config.model, list(vilt.CONFIGS))
     sizes = vilt.CONFIGS[config.model]
     make = _openmoji if config.data == "openmoji" else _shards
     tokenizer, loader, held_out = make(config, sizes, ranks, rows)

@@ -30,7 +30,8 @@ LAYERS = {
         "data", "distributed", "evaluate", "grad_cache", "losses", "masking", "models", "nn", "ops",
         "optim",
     },
-    "commands": {"data", "evaluate", "models", "train"},
+    "factory": {"data", "models", "train"},
+    "commands": {"data", "evaluate", "factory", "models", "train"},
     "cli": {"commands", "data"},
 }  # fmt: skip
 # Packages of which the parts are siblings: they import no other part but these, and why.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fastvlp.models import base
 from fastvlp.models.albef.config import CONFIGS, AlbefConfig
 from fastvlp.models.albef.encoder import Towers
 from fastvlp.models.albef.pretraining_batch import check_ids, text_mask
@@ -45,7 +46,7 @@ class FinetuningConfig(AlbefConfig):
             ValueError, TypeError: no such size, or no such field.
         """
         if name not in CONFIGS:
-            raise ValueError(f"name: expected one of {sorted(CONFIGS)}, got {name!r}")
+            raise base.unknown_name("name", name, list(CONFIGS))
         return cls(**dataclasses.asdict(CONFIGS[name]) | overrides)
 
 

@@ -163,7 +163,7 @@ def create(name: str, **overrides: Any) -> AlbefRetrieval:
             queues, for evaluation.
     """
     if name not in CONFIGS:
-        raise ValueError(f"name: expected one of {sorted(CONFIGS)}, got {name!r}")
+        raise base.unknown_name("name", name, list(CONFIGS))
     fields = {**vars(CONFIGS[name]), "queue_ids": True, **overrides}
     return AlbefRetrieval(AlbefConfig(**fields))
 
