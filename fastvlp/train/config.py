@@ -24,6 +24,8 @@ class TrainConfig:
 
     # The kind of its models, see fastvlp.models.base.
     system: ClassVar[str]
+    # Whether None stands for a choice by data and machine, see fastvlp.train.automatic.
+    has_open_settings: ClassVar[bool] = False
     # Settings that change what this system learns although for others they only change the speed.
     learns_by: ClassVar[frozenset[str]] = frozenset()
 
@@ -52,7 +54,8 @@ class TrainConfig:
     """Colour under transparent pixels, by name or as #rrggbb."""
 
     model: str = "tiny"
-    """Name of the model's size."""
+    """Name of the model's size. By default CLIP's is chosen for the data and the machine, as are
+    its epochs, batch size, learning rate and warmup; the run says which."""
 
     tokenizer: Path | None = None
     """Vocabulary of the tokenizer: for CLIP its bpe_simple_vocab_16e6.txt.gz, vocab.json with
@@ -145,24 +148,27 @@ class TrainConfig:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        if self.steps is None and self.epochs is None:
+        if self.steps is None and self.epochs is None and not self.has_open_settings:
             raise ValueError("steps, epochs: expected one of the two, got neither")
         ranges.check(self)
 
 
 @dataclass
 class TrainClip(TrainConfig):
-    """CLIP on the built-in OpenMoji images: a few minutes on two CPU cores."""
+    """CLIP on the built-in OpenMoji images, or on shards of one's own."""
 
     system: ClassVar[str] = "clip"
+    has_open_settings: ClassVar[bool] = True
 
     folder: Path = Path("runs/clip")
-    epochs: float | None = 25.0
-    lr: float = 1e-3
+    model: str | None = None
+    batch_size: int | None = None
+    epochs: float | None = None
+    lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.2
-    warmup: int = 60
+    warmup: int | None = None
 
 
 @dataclass
@@ -248,6 +254,14 @@ class TrainAlbef(TrainConfig):
             )
 
 
+# What CLIP takes on the built-in images where nothing else is said.
+OPENMOJI_CLIP: dict[str, Any] = {
+    "model": "tiny",
+    "epochs": 25.0,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "warmup": 60,
+}
 # Of Radford et al. 2021, tables 18 to 20, for ViT-B/32.
 CLIP_PAPER: dict[str, Any] = {
     "model": "ViT-B/32",

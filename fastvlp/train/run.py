@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from fastvlp.nn.ema_model import EmaModel, unwrap
 from fastvlp.optim import AdamWEma
-from fastvlp.train import parallel, run_folder
+from fastvlp.train import automatic, parallel, run_folder
 from fastvlp.train.checkpointing import Checkpoints
 from fastvlp.train.config import TrainAlbef, TrainClip, TrainConfig, TrainVilt
 from fastvlp.train.interrupts import Interrupts
@@ -33,7 +33,8 @@ def train(config: TrainConfig) -> dict[str, float]:
     Started by torchrun, all processes train one model.
     """
     with parallel.ranks(config.device) as ranks, run_folder.alone(config.folder, ranks):
-        # Before the data are looked at, which may take long.
+        config = automatic.settled(config, ranks)
+        # Before a vocabulary is learned, which may take long.
         run_folder.compare(config, ranks)
         torch.manual_seed(config.seed)
         task, loader = _build(config, ranks)

@@ -35,12 +35,16 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ({"lr": -1.0}, "lr: expected 0 or more"),
         ({"ema": 1.0}, "ema: expected 0 to 1"),
         ({"max_broken": 2.0}, "max_broken: expected 0 to 1"),
-        ({"epochs": None}, "steps, epochs"),
     ],
 )
 def test_wrong_settings_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         from_mapping(TrainClip, values, "here")
+
+
+def test_a_length_is_needed_where_none_is_chosen():
+    with pytest.raises(ValueError, match="steps, epochs: expected one of the two"):
+        from_mapping(SYSTEMS["vilt"], {"epochs": None}, "here")
 
 
 def test_every_preset_is_made_of_settings():
@@ -70,7 +74,7 @@ def test_help_lists_every_setting_with_its_default(capsys):
     shown = capsys.readouterr().out
     for field in dataclasses.fields(TrainClip):
         assert f"--{field.name.replace('_', '-')}" in shown
-    assert "(default: 0.001)" in shown and "--preset" in shown
+    assert "(default: 1e-06)" in shown and "--preset" in shown
 
 
 def test_other_systems_and_presets_are_refused():

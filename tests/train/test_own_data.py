@@ -12,7 +12,7 @@ from fastvlp import cli
 from fastvlp.commands import evaluate
 from fastvlp.data.text import BertTokenizer
 from fastvlp.data.text import files as tokenizer_files
-from fastvlp.train import parallel
+from fastvlp.train import automatic, parallel
 from fastvlp.train.config import TrainAlbef, TrainClip
 from fastvlp.train.tasks import albef_setup, clip_setup
 from fastvlp.train.tasks.clip import ClipTask
@@ -90,7 +90,7 @@ def test_evaluation_asks_for_data_where_a_model_has_none(tmp_path):
 def test_a_bpe_vocabulary_is_learned_for_clip_and_the_option_named(tmp_path, shards, capsys):
     config = TrainClip(folder=tmp_path, data=shards, batch_size=4, device="cpu")
     with parallel.ranks("cpu") as ranks:
-        task, _ = clip_setup.build(config, ranks)
+        task, _ = clip_setup.build(automatic.settled(config, ranks), ranks)
     shown = capsys.readouterr().out
     assert "learning from 12 captions" in shown
     assert f"saved in {tmp_path / 'tokenizer.json'}; another one can be given by --token" in shown
