@@ -26,7 +26,7 @@ from baselines.contrastive import features, softmax
 
 OP = "contrastive"
 # By size of the run: pairs of the comparisons, of fastvlp alone, and which features are taken.
-N = {"quick": (1024,), "default": (1024, 4096), "full": (2048, 8192)}
+N = {"quick": (1024,), "default": (1024, 4096), "full": (1024, 2048, 4096, 8192)}
 MEMORY_N = {"quick": (), "default": (16384,), "full": (32768,)}
 PAIRS = {"quick": "cached", "default": "some", "full": "all"}
 PACKAGES = ("open_clip_torch", "inf-cl", "memeff", "triton", "numpy")
@@ -42,7 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument(
         "--n",
         type=measure.integers(2),
-        help="pairs (default 1024,4096; 2048,8192 if full; 1024 if quick)",
+        help="pairs (default 1024,4096; 1024,2048,4096,8192 if full; 1024 if quick)",
     )
     flags.add_argument("--dim", type=int, default=512, help="width of the features")
     measure.add_dtypes(flags)

@@ -27,7 +27,7 @@ SHARED = {
     "bench/baselines": set(),
     "bench/results": set(),
 }
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # The operator that CONTRIBUTING.md adds.
 EXAMPLE = "row_norms"
 _DOTTED = re.compile(r"(?<![\w./-])fastvlp(?:\.[A-Za-z_]\w*)+")
@@ -98,10 +98,13 @@ def names_in(text: str) -> set[str]:
 
 
 def resolve(name: str) -> object:
-    """What a dotted name stands for: an attribute, or a module that nobody imported yet."""
+    """What a dotted name stands for: an attribute, a module that nobody imported yet, or one that a
+    function of its name hides."""
     first, *parts = name.split(".")
     found, path = importlib.import_module(first), first
     for part in parts:
+        if not hasattr(found, part):
+            found = importlib.import_module(path)
         path = f"{path}.{part}"
         found = getattr(found, part) if hasattr(found, part) else importlib.import_module(path)
     return found
@@ -124,6 +127,10 @@ def test_names_are_found_in_a_document():
 def test_every_name_in_the_documents_exists(document):
     for name in sorted(names_in(document.read_text())):
         assert resolve(name) is not None, name
+
+
+def test_a_module_is_found_behind_the_function_of_its_name():
+    assert resolve("fastvlp.ops.matmul.matmul") is ops.matmul
 
 
 def test_a_name_that_does_not_exist_is_noticed():

@@ -8,7 +8,9 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,7 +28,8 @@ _CPU_FEATURES = (
     "avx512f",
     "avx512_bf16",
     "avx512_vnni",
-    "amx",
+    "amx_tile",
+    "amx_bf16",
     "amx_fp16",
     "asimd",
     "sve",
@@ -51,6 +54,7 @@ def meta(settings: Settings, packages: Sequence[str]) -> dict[str, Any]:
     """The circumstances of a run: machine, versions, and threads."""
     model, features = _cpu()
     facts: dict[str, Any] = {
+        "command": _command(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": model,
         "cpu_features": features,
@@ -77,6 +81,25 @@ def meta(settings: Settings, packages: Sequence[str]) -> dict[str, Any]:
         facts["gpu_capability"] = f"{device.major}.{device.minor}"
         facts["cuda"] = torch.version.cuda
     return facts
+
+
+def _command() -> str | None:
+    """What was typed to start this benchmark; None where something else called it."""
+    script = Path(sys.argv[0]).resolve()
+    if script.parent != ROOT / "bench":
+        return None
+    return shlex.join(["python", f"bench/{script.name}", *_without_files(sys.argv[1:])])
+
+
+def _without_files(arguments: Sequence[str]) -> list[str]:
+    """The arguments but for those that say where results go."""
+    kept, skip = [], False
+    for word in arguments:
+        name, has_value, _ = word.partition("=")
+        if not skip and name not in ("--json", "--plot"):
+            kept.append(word)
+        skip = not skip and name in ("--json", "--plot") and not has_value
+    return kept
 
 
 def version(distribution: str) -> str | None:
@@ -174,39 +197,47 @@ def plot(
     figure, axes = plt.subplots(
         2,
         len(dtypes),
-        figsize=(5.2 * len(dtypes) + 1, 8.5),
+        figsize=(5.2 * len(dtypes) + 1, 9.5),
         squeeze=False,
         sharex="col",
         layout="constrained",
     )
     names = list(dict.fromkeys(row["impl"] for row in rows))
     peers = [name for name in names if name != OURS and not name.startswith(BOUND)]
-    styles = {
-        name: _style(name, peers, [n for n in names if n.startswith(BOUND)]) for name in names
-    }
+    bounds = [name for name in names if name.startswith(BOUND)]
     for column, dtype in enumerate(dtypes):
+        group = [row for row in rows if row["dtype"] == dtype]
+        present = [name for name in peers if any(row["impl"] == name for row in group)]
         for panel, value in zip(axes[:, column], ("ms", "peak_mb"), strict=True):
             for name in names:
                 line = sorted(
-                    (row["shape"][key], row[value])
-                    for row in rows
-                    if row["impl"] == name and row["dtype"] == dtype and row[value]
+                    (row["shape"][key] * _dodge(name, present), row[value])
+                    for row in group
+                    if row["impl"] == name and row[value]
                 )
                 if line:
-                    panel.plot(*zip(*line, strict=True), label=name, **styles[name])
-            _dress(panel, sorted({row["shape"][key] for row in rows}))
+                    panel.plot(*zip(*line, strict=True), label=name, **_style(name, peers, bounds))
+            _dress(panel, sorted({row["shape"][key] for row in group}))
         axes[0, column].set_title(dtype)
         axes[1, column].set_xlabel(label)
-        axes[0, column].legend(fontsize=8, frameon=False)
+        axes[1, column].legend(
+            *axes[0, column].get_legend_handles_labels(),
+            loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8, frameon=False,
+        )  # fmt: skip
     axes[0, 0].set_ylabel("time, ms")
     axes[1, 0].set_ylabel("extra peak memory, MB")
     where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
     figure.suptitle(
-        f"{rows[0]['op']}, {rows[0]['phase']} on {where}, torch {facts['versions']['torch']}",
+        f"{rows[0]['op']}, {rows[0]['phase']}\n{where}, torch {facts['versions']['torch']}",
         fontsize=11,
     )
     save_figure(path, figure, dpi=150)
     plt.close(figure)
+
+
+def _dodge(name: str, peers: Sequence[str]) -> float:
+    """The factor by which a peer's markers stand aside, so that equal values show side by side."""
+    return 2 ** (0.06 * (peers.index(name) - (len(peers) - 1) / 2)) if name in peers else 1.0
 
 
 def save_figure(path: Path, figure: Any, dpi: int) -> None:

@@ -2,6 +2,7 @@ import functools
 import json
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -252,6 +253,16 @@ def test_json_and_plot_hold_what_was_measured(tmp_path):
     pixels = torch.from_numpy(image.imread(tmp_path / "x.png"))[..., :3]
     ours = torch.tensor([0xD5, 0x5E, 0x00]) / 255
     assert ((pixels - ours).abs().amax(-1) < 0.01).sum() > 500
+
+
+def test_meta_keeps_the_command_without_the_files_it_writes(monkeypatch):
+    script = str(report.ROOT / "bench" / "ema.py")
+    typed = ["--threads", "2", "--json", "x.json", "--plot=x.png", "--phase", "step+copy"]
+    monkeypatch.setattr(sys, "argv", [script, *typed])
+    found = report.meta(SETTINGS, ())["command"]
+    assert found == "python bench/ema.py --threads 2 --phase step+copy"
+    monkeypatch.setattr(sys, "argv", ["pytest", "--json", "x"])
+    assert report.meta(SETTINGS, ())["command"] is None
 
 
 def test_the_table_names_everything(capsys):

@@ -218,7 +218,7 @@ def test_some_pairs_are_encoded_where_the_first_table_is_to_come_soon(tmp_path, 
 def test_sizes_of_a_run():
     for flags, n, alone, compiles in (
         ([], [1024, 4096], [16384], False),
-        (["--full"], [2048, 8192], [32768], True),
+        (["--full"], [1024, 2048, 4096, 8192], [32768], True),
         (["--quick"], [1024], [], False),
         (["--full", "--no-compile", "--n", "512", "--memory-n", ""], [512], [], False),
         (["--compile", "--n", "16384"], [16384], [], True),

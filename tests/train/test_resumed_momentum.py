@@ -1,19 +1,21 @@
 """A momentum model in other trainers: a run resumed from disk averages on as if never stopped.
 
-The trainers, callbacks and checkpoints are those of the page docs/other_trainers.md.
+The trainers, callbacks and checkpoints are those of the page docs/integrations.md.
 """
 
 import pytest
 import torch
-from fastvlp_tests import test_files
-
-other_trainers_page = test_files.load("train/test_other_trainers_page.py")
-blocks = other_trainers_page.blocks
+from fastvlp_tests.pages import INTEGRATIONS, sections
 
 
 def page_of(trainer):
     """The names that the page's block on a momentum model defines."""
-    found = [each.values[0] for each in blocks() if each.id.startswith(trainer)]
+    imported = {"Hugging Face": "transformers", "Lightning": "lightning"}[trainer]
+    found = [
+        block
+        for _, block in sections(INTEGRATIONS)
+        if f"import {imported}" in block or f"from {imported}" in block
+    ]
     (block,) = (text for text in found if "SaveMomentum" in text)
     definitions = block[: block.index("\ntrain(")]
     namespace = {"__name__": "page"}

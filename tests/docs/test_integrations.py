@@ -1,31 +1,24 @@
 """The page on other trainers: each of its blocks runs as it stands, with the real library."""
 
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
+from fastvlp_tests.pages import INTEGRATIONS, sections
 
-PAGE = Path(__file__).parents[2] / "docs" / "other_trainers.md"
-SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
-BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
-
-
-def blocks():
-    parts = SECTION.split(PAGE.read_text())[1:]
-    for title, text in zip(parts[::2], parts[1::2], strict=True):
-        for number, block in enumerate(BLOCK.findall(text)):
-            yield pytest.param(block, id=f"{title} {number}")
+BLOCKS = [
+    pytest.param(block, id=f"{title} {number}")
+    for number, (title, block) in enumerate(sections(INTEGRATIONS))
+]
 
 
 def test_the_page_has_every_trainer():
-    ids = " ".join(block.id for block in blocks())
-    for name in ("open_clip", "Hugging Face", "Lightning", "momentum", "Cross-attention"):
-        assert name in ids
+    titles = " ".join(title for title, _ in sections(INTEGRATIONS))
+    for name in ("open_clip", "Hugging Face", "Lightning", "accelerate", "timm", "momentum"):
+        assert name in titles
 
 
-@pytest.mark.parametrize("block", list(blocks()))
+@pytest.mark.parametrize("block", BLOCKS)
 def test_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
