@@ -18,9 +18,10 @@ _MISTAKES = (
 # What each command does. The module of its name in fastvlp.commands has `parse(options, prog)`,
 # which gives something to `run()`; it is imported only when its command is called.
 COMMANDS = {
+    "shards": "turn image–caption pairs into WebDataset shards",
     "train": "train a model, or go on training one",
     "evaluate": "retrieval and zero-shot classification of a trained model",
-    "shards": "turn image–caption pairs into WebDataset shards",
+    "search": "find the images of a folder that are nearest to a text or an image",
 }
 
 

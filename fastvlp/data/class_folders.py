@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastvlp.data.image_folder import below
 from fastvlp.data.images.conversion import RgbConversion
 from fastvlp.data.images.integrity import ImageFault
 from fastvlp.data.images.preprocess import Preprocess
 from fastvlp.data.images.recipes import CLIP_MEAN as MEAN
 from fastvlp.data.images.recipes import CLIP_STD as STD
 from fastvlp.data.images.recipes import CentreCrop
-from fastvlp.data.shards.folder_walk import Unread, walk
-from fastvlp.data.shards.pairs import IMAGE_SUFFIXES
 from fastvlp.data.shards.stray_files import is_hidden
 
 
@@ -28,7 +27,7 @@ def find(folder: Path) -> dict[str, list[Path]]:
         OSError: a folder cannot be read.
     """
     found = {
-        each.name: _images(each)
+        each.name: below(each)
         for each in sorted(Path(folder).iterdir())
         if each.is_dir() and not is_hidden(each.name)
     }
@@ -37,18 +36,6 @@ def find(folder: Path) -> dict[str, list[Path]]:
         reason = f"none in {empty[0]!r}" if empty else "no folders"
         raise ValueError(f"images: expected a folder of images for each class, got {reason}")
     return found
-
-
-def _images(folder: Path) -> list[Path]:
-    images = []
-    for each in walk(folder):
-        if not isinstance(each, Unread):
-            root, files = each
-            names = (name for name in files if not is_hidden(name))
-            images += [root / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-        elif each.fault == "unreadable folder":
-            raise OSError(f"images: {each.path} cannot be read: {each.detail}")
-    return sorted(images)
 
 
 def share(found: dict[str, list[Path]], rank: int, world_size: int) -> list[tuple[Path, int]]:

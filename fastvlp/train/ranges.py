@@ -67,6 +67,7 @@ RANGES = {
     "momentum": DECAY,
     "candidates": POSITIVE,
     "end_token": NOT_NEGATIVE,
+    "top": POSITIVE,
 }
 
 

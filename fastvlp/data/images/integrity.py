@@ -10,12 +10,17 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastvlp.data.images.conversion import RgbConversion
 from fastvlp.data.optional import require
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _JPEG, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -106,7 +111,7 @@ def decode_rgb(content: bytes, convert: RgbConversion = RgbConversion()) -> np.n
     return np.array(open_rgb(content, convert))
 
 
-def open_rgb(content: bytes, convert: RgbConversion = RgbConversion()):
+def open_rgb(content: bytes, convert: Callable[[Image], Image] = RgbConversion()) -> Image:
     """The same as a Pillow image."""
     pil = require("PIL.Image")
     try:
