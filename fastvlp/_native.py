@@ -4,12 +4,14 @@ import importlib.util
 import json
 import os
 from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
 
 from ._tracing import constant_result
 
+REMEDY = "install a C++20 compiler and run `pip install -e .` again"
 # The operators that came last: a library without them was built from older sources.
 _NEWEST = ("transform_images", "matmul", "add_matmul")
 
@@ -31,7 +33,8 @@ def load_cuda() -> tuple[str, ...]:
 def _load() -> tuple[str, ...]:
     library = _library("_C")
     if library is None:
-        return ("the compiled library fastvlp/_C is missing: install with `pip install -e .`",)
+        why = build_info().get("unbuilt", "the compiled library fastvlp/_C is missing")
+        return (f"the kernels were not compiled: {why}; {REMEDY}",)
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
@@ -82,10 +85,21 @@ def instruction_sets() -> list[str]:
 
 
 def build_info() -> dict[str, str]:
-    """What the build recorded: torch, cuda, cuda_architectures, cpu, compiler. Empty if unbuilt."""
+    """What the build recorded: torch, cuda, cuda_architectures, cpu, compiler.
+
+    Of a build without kernels "unbuilt", the reason why; empty where nothing was ever built.
+    """
     library = _library("_C")
-    facts = library.with_name("build_info.json") if library else None
+    facts = library.with_name("build_info.json") if library else _installed("build_info.json")
     return json.loads(facts.read_text()) if facts and facts.exists() else {}
+
+
+def _installed(name: str) -> Path | None:
+    """A file that the build put beside the package, which an editable install keeps elsewhere."""
+    try:
+        return Path(str(distribution("fastvlp").locate_file(f"fastvlp/{name}")))
+    except PackageNotFoundError:
+        return None
 
 
 def _library(name: str) -> Path | None:

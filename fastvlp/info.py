@@ -34,8 +34,8 @@ def _versions() -> list[str]:
 
 def _build() -> list[str]:
     facts = _native.build_info()
-    if not facts:
-        return ["native library: not built (install with `pip install -e .`)"]
+    if "compiler" not in facts:
+        return list(_native.load())
     lines = [f"built with {facts['compiler']} against torch {facts['torch']}"]
     lines += [f"native library does not load: {reason}" for reason in _native.load()]
     lines.append(f"CPU kernels compiled for: {facts['cpu'].replace(';', ', ')}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvlp import _native, info
+from fastvlp import _native, info, ops
 
 CSRC = Path(__file__).parents[1] / "csrc"
 CONTRASTIVE_PASSES = ("statistics", "gradient", "sigmoid")
@@ -87,6 +87,40 @@ def test_without_nvcc(tmp_path):
     assert facts["torch"] == "2.10.0" and "portable" in facts["cpu"]
     assert "fastvlp: CUDA kernels: not built: nvcc was not found on PATH" in output
     assert "fastvlp_C_cuda" not in (tmp_path / "build" / "build.ninja").read_text()
+
+
+def compilers():
+    """Names of the C++ compilers on PATH."""
+    folders = filter(None, os.environ["PATH"].split(os.pathsep))
+    names = {path.name for folder in folders for path in Path(folder).glob("*+*")}
+    return [name for name in names if re.fullmatch(r"(.*-)?(c|g|clang)\+\+(-\d+)?", name)]
+
+
+def test_without_a_compiler_the_python_files_are_installed(tmp_path):
+    programs = folder_of_programs(tmp_path / "programs", *compilers())
+    facts, output = configure(tmp_path / "build", programs, CXX="")
+    assert facts == {"unbuilt": "no C++ compiler was found"}
+    assert "library" not in (tmp_path / "build" / "build.ninja").read_text().lower()
+    facts, _ = configure(tmp_path / "build")  # one that was installed later
+    assert "unbuilt" not in facts and "portable" in facts["cpu"]
+
+
+def test_kernels_that_are_not_wanted_are_not_built(tmp_path):
+    facts, _ = configure(tmp_path / "build", None, "-DFASTVLP_NATIVE=OFF")
+    assert facts == {"unbuilt": "FASTVLP_NATIVE is off"}
+
+
+def test_a_package_without_kernels_says_so_once(monkeypatch):
+    monkeypatch.setattr(_native, "_library", lambda name: None)
+    monkeypatch.setattr(_native, "build_info", lambda: {"unbuilt": "no C++ compiler was found"})
+    monkeypatch.setattr(_native, "_load", _native._load.__wrapped__)
+    reason = "the kernels were not compiled: no C++ compiler was found; install a C++20 compiler"
+    assert info._build() == [f"{reason} and run `pip install -e .` again"]
+    x = torch.randn(4, 8)
+    with pytest.warns(RuntimeWarning, match="contrastive runs in plain PyTorch") as warned:
+        found = [ops.contrastive(x, x, 1.0) for _ in range(2)]
+    assert len(warned) == 1 and reason in str(warned[0].message)
+    assert found[0] == ops.contrastive_reference(x, x, 1.0)
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "2.9.1+cu130"])
@@ -294,7 +328,8 @@ def test_the_report(monkeypatch):
     assert f"CUDA kernels: {absent}" in info.report()
     assert "CUDA library:" not in info.report()
     monkeypatch.setattr(_native, "build_info", dict)
-    assert "native library: not built" in info.report()
+    monkeypatch.setattr(_native, "_load", lambda: ("the kernels were not compiled",))
+    assert "\nthe kernels were not compiled\n" in info.report()
 
 
 def test_an_instrumented_library_is_told(monkeypatch):

@@ -1,6 +1,7 @@
 """Which implementation of an operator runs, and why not the others."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class _Operator:
 
 
 _OPERATORS: dict[str, _Operator] = {}
+_WARNED: set[str] = set()
 
 
 def register(
@@ -91,11 +93,29 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def choose(op: str, *args: Any, **kwargs: Any) -> str:
-    """The backend to run. Raises RuntimeError where none can, above all a forced one."""
+    """The backend to run. Raises RuntimeError where none can, above all a forced one.
+
+    Warns once in a process where plain PyTorch runs for want of compiled kernels.
+    """
     explanation = _explain(op, *args, **kwargs)
     if explanation.chosen is None:
         raise RuntimeError(f"no implementation can run; {explanation}")
+    if explanation.chosen == "reference" and forced_backend(op) is None:
+        unbuilt = _native.load()
+        if unbuilt and explanation.reasons.get("native") == list(unbuilt):
+            _warn_of_unbuilt_kernels(op, *unbuilt)
     return explanation.chosen
+
+
+@constant_result
+def _warn_of_unbuilt_kernels(op: str, reason: str) -> None:
+    if reason not in _WARNED:
+        _WARNED.add(reason)
+        warnings.warn(
+            f"{op} runs in plain PyTorch, slower and with more memory than it needs: {reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _explain(op: str, *args, **kwargs) -> Explanation:
