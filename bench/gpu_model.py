@@ -82,7 +82,7 @@ def compare(
     rows, missing = [], [Missing(name, reason) for name, reason in case.missing]
     for each in case.implementations:
         if each.needs and not installed(each.needs):
-            remedy = "pip install 'fastvlp[gpu-model]'"
+            remedy = "pip install -e '.[gpu-model]'"
             missing.append(Missing(each.name, "not installed", remedy))
             continue
         try:

@@ -79,7 +79,7 @@ def _parse(name: str, options: list[str]):
     except ImportError as error:
         raise ImportError(
             f"the command line needs tyro, which cannot be imported ({error}); "
-            f'install it with: pip install "fastvlp[train]"'
+            f'install it with: pip install -e ".[train]"'
         ) from error
     module = importlib.import_module(f"fastvlp.commands.{name}")
     return module.parse(options, f"fastvlp {name}")

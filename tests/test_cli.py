@@ -39,7 +39,7 @@ def test_without_tyro_it_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
     with pytest.raises(SystemExit, match="1"):
         cli.main(["shards", "--help"])
-    assert 'pip install "fastvlp[train]"' in capsys.readouterr().err
+    assert 'pip install -e ".[train]"' in capsys.readouterr().err
 
 
 def test_the_arguments_of_the_process_are_the_default(monkeypatch, capsys):

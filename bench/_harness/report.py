@@ -181,7 +181,7 @@ def _atomic_file(path: Path) -> AbstractContextManager[BinaryIO]:
 def require_plotting() -> None:
     """Refuse a plot before the measurements rather than after them."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: pip install 'fastvlp[bench]'")
+        raise SystemExit("--plot needs matplotlib: pip install -e '.[bench]'")
 
 
 def plot(

@@ -17,5 +17,5 @@ def require(module: str, extra: str = "train") -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"{module!r} is needed here but cannot be imported ({error}); "
-            f'install it with: pip install "fastvlp[{extra}]"'
+            f'install it with: pip install -e ".[{extra}]"'
         ) from error

@@ -67,7 +67,7 @@ def implementations(
         sent_as_bf16 = functools.partial(ours, "gather", torch.bfloat16)
         found.append(one(f"{OURS} bf16 sent", sent_as_bf16, softmax="fp32"))
     if not softmax.has_open_clip():
-        return found, [Missing(PEER, "not installed", "pip install 'fastvlp[bench]'")]
+        return found, [Missing(PEER, "not installed", "pip install -e '.[bench]'")]
     if dtype == "fp32":
         return [*found, one(PEER, open_clip, softmax="fp32")], []
     autocast = functools.partial(open_clip_autocast, DTYPES[dtype], device)

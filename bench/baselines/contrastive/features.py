@@ -67,9 +67,7 @@ def prepare(pairs: str) -> tuple[Source, list[Missing]]:
         if not path.exists():
             _encode(path, limit)
     except ImportError as error:
-        return RANDOM, [
-            Missing("features of real pairs", str(error), "pip install 'fastvlp[bench]'")
-        ]
+        return RANDOM, [Missing("features of real pairs", str(error), "pip install -e '.[bench]'")]
     return Source(path, f"OpenMoji pairs encoded by the {model} tiny CLIP"), []
 
 

@@ -229,7 +229,7 @@ def implementations(
             Missing(
                 "open_clip",
                 "not installed, the same formula runs as 'eager'",
-                "pip install 'fastvlp[bench]'",
+                "pip install -e '.[bench]'",
             )
         ]
     )

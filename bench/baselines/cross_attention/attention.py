@@ -28,7 +28,7 @@ SDPA_BACKENDS = {
     "sdpa cudnn": "CUDNN_ATTENTION",
     "sdpa efficient": "EFFICIENT_ATTENTION",
 }
-NEEDS_GPU = "pip install 'fastvlp[gpu]', then --device cuda"
+NEEDS_GPU = "pip install -e '.[gpu]', then --device cuda"
 
 
 def run(attend: Attend, tensors: Sequence[Tensor], upstream: Tensor, backward: bool) -> Call:
@@ -255,7 +255,7 @@ def _gpu_peers(case: Case, backward: bool) -> tuple[list[Implementation], list[M
         if case.device != "cuda":
             reason, remedy = "runs on a GPU only", NEEDS_GPU
         elif importlib.util.find_spec(module) is None:
-            reason, remedy = "not installed", "pip install 'fastvlp[gpu]'"
+            reason, remedy = "not installed", "pip install -e '.[gpu]'"
         elif case.dtype == "fp32" and name != "xformers":
             reason = "has no float32"
         elif case.has_mask():

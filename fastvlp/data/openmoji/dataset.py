@@ -119,7 +119,7 @@ def build(
         limit: keep at most so many pairs of each split, for a quick trial.
 
     Raises:
-        ImportError: a package that ``pip install "fastvlp[train]"`` brings is missing.
+        ImportError: a package that ``pip install -e ".[train]"`` brings is missing.
         TypeError, ValueError: ``size`` or ``limit`` is not a positive integer.
     """
     _check_positive("size", size)

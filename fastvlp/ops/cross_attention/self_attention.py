@@ -11,7 +11,7 @@ a GPU it does under `torch.use_deterministic_algorithms(True)`.
 The ways, in order of preference; `fastvlp.ops.explain("attention", q, k, v, ...)` says which one
 runs and why not the others, and FASTVLP_ATTENTION names one to be used wherever it can:
 
-- `flash_attn`: flash-attn 2 (`pip install fastvlp[gpu]`): half precision without a mask on GPUs of
+- `flash_attn`: flash-attn 2 (`pip install -e '.[gpu]'`): half precision without a mask on GPUs of
   compute capability 8.x;
 - `xformers`: the same tensors on capability 9.0, where it brings the FlashAttention-3 kernels;
 - `native`: `fastvlp.ops.cross_attention` on the CPU, each sequence a segment of its own. With 50 to
@@ -239,7 +239,7 @@ def _import(package: str) -> tuple[str, ...]:
     try:
         importlib.import_module("xformers.ops" if package == "xformers" else package)
     except Exception as error:
-        return (f"{package} does not import ({error}); pip install 'fastvlp[gpu]'",)
+        return (f"{package} does not import ({error}); pip install -e '.[gpu]'",)
     return ()
 
 

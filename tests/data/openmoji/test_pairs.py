@@ -57,5 +57,5 @@ def test_the_join_covers_the_fully_qualified_emoji():
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "emoji", None)
-    with pytest.raises(ImportError, match=r'pip install "fastvlp\[train\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[train\]"'):
         openmoji_pairs.read_pairs()

@@ -103,7 +103,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path, damage):
 def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path, monkeypatch):
     path = write(tmp_path / "t.parquet", b"")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match=r'pip install "fastvlp\[parquet\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[parquet\]"'):
         read_pairs(path)
 
 

@@ -134,7 +134,7 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"\(open_clip, clip\); give the path"):
         ClipTokenizer()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r'pip install "fastvlp\[train\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[train\]"'):
         ClipTokenizer(MERGES)
 
 

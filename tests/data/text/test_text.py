@@ -139,7 +139,7 @@ def test_bad_captions_are_named(tokenizer):
 
 def test_a_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r'pip install "fastvlp\[train\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[train\]"'):
         train_tokenizer(CAPTIONS)
 
 
