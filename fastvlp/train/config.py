@@ -142,7 +142,12 @@ class TrainConfig:
     """Steps between lines of the log."""
 
     evaluate_every: int | None = None
-    """Steps between evaluations. By default only at the end."""
+    """Steps between evaluations; the best model is then kept in the run's folder `best`. By default
+    ten times over a run of CLIP on shards with evaluation data, else only at the end."""
+
+    log: Literal["tensorboard", "wandb"] = "tensorboard"
+    """Where the numbers go beside the run's own log. wandb: to Weights & Biases as well, where the
+    package wandb is installed; its variables, such as WANDB_PROJECT, count."""
 
     progress: bool = True
     """Show a progress bar."""
@@ -372,8 +377,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """All settings as a YAML text that `read_yaml` and `from_mapping` turn back into them."""
-    plain = {name: _plain(value) for name, value in asdict(config).items()}
-    return require("yaml").safe_dump(plain, sort_keys=False)
+    return require("yaml").safe_dump(plain(config), sort_keys=False)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """All settings as YAML and JSON have them."""
+    return {name: _plain(value) for name, value in asdict(config).items()}
 
 
 def _plain(value: Any) -> Any:

@@ -1,9 +1,9 @@
-"""What is seen of a run: a progress bar, JSON lines, TensorBoard, and an image of the curve.
+"""What is seen of a run: a progress bar, JSON lines, boards, and an image of the curve.
 
 Where the output is no terminal, a file or a batch system's log, lines take the bar's place.
 
 log.jsonl      one object for each logged step or evaluation
-tensorboard/   the same numbers
+tensorboard/   the same numbers; see fastvlp.train.boards for Weights & Biases
 curve.png      the loss over the steps, and the scores of evaluations
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 from fastvlp.data.optional import require
 from fastvlp.data.shards.write import atomic_file
+from fastvlp.train import screen
+from fastvlp.train.boards import Kind, TensorBoard, Wandb, boards
 from fastvlp.train.loop import Loop, Report
 from fastvlp.train.parallel import Ranks
 
@@ -35,31 +37,38 @@ class Log:
     """
 
     def __init__(
-        self, folder: Path, ranks: Ranks, *, every: int = 10, progress: bool = True
+        self,
+        folder: Path,
+        ranks: Ranks,
+        *,
+        every: int = 10,
+        progress: bool = True,
+        boards: Kind = "tensorboard",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.ranks, self.every, self.progress = folder, ranks, every, progress
+        self.kind, self.settings = boards, settings or {}
         self._sums: dict[str, torch.Tensor] = {}
         self._steps = self._pairs = self._skipped = 0
-        self._bar = self._board = self._file = None
+        self._bar = self._file = None
+        self._boards: list[TensorBoard | Wandb] = []
 
     def start(self, loop: Loop, changes: Sequence[str] = ()) -> Log:
         """Opens the files for a loop that goes on from where it is; drops lines of later steps.
 
         `changes` are texts about settings that the run did not begin with.
         """
-        self._total = loop.steps
-        self._since = time.perf_counter()
+        self._total, self._first = loop.steps, loop.step
+        self._since = self._begun = time.perf_counter()
         if not self.ranks.is_first:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         _keep_until(self.folder / _LOG, loop.step)
-        progress, tensorboard = require("rich.progress"), require("torch.utils.tensorboard")
-        self._board = tensorboard.SummaryWriter(
-            str(self.folder / "tensorboard"), purge_step=loop.step + 1
-        )
+        progress = require("rich.progress")
+        self._boards = boards(self.kind, self.folder, loop.step, self.settings)
         self._bar = progress.Progress(
             progress.TextColumn("step {task.completed}/{task.total}"),
-            progress.BarColumn(),
+            progress.BarColumn(20),
             progress.TimeRemainingColumn(),
             progress.TextColumn("{task.fields[numbers]}"),
         )
@@ -88,11 +97,9 @@ class Log:
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Records the scores of an evaluation."""
         self._write({"step": step, **{_of_evaluation(k): v for k, v in scores.items()}})
-        if step < self._total:
-            self.say(f"step {step}/{self._total}  {_shown(scores)}")
-        else:
-            for name, value in scores.items():
-                self.say(f"{name:40} {value:.4f}")
+        shown = screen.score_lines(step, self._total, scores)
+        for line in shown if step < self._total else screen.table(scores):
+            self.say(line)
         self._since, self._pairs = time.perf_counter(), 0
 
     def _record(self, loop: Loop, report: Report) -> None:
@@ -113,9 +120,16 @@ class Log:
 
     def _show(self, row: dict[str, Any]) -> None:
         if self._bar.disable:
-            self.say(f"step {row['step']}/{self._total}  {_shown(row)}")
+            self.say(screen.step_line(row, self._total))
         else:
-            self._bar.update(self._task, numbers=_shown(row, without=("lr", "gradient_norm")))
+            self._bar.update(self._task, numbers=screen.bar_text(row))
+
+    def finish(self, lines: Sequence[str]) -> None:
+        """Says how long it took, and these lines."""
+        seconds, taken = time.perf_counter() - self._begun, self._total - self._first
+        took = f"{taken} {'step' if taken == 1 else 'steps'} and evaluation in "
+        for line in (*screen.labelled("time", took + screen.duration(seconds)), *lines):
+            self.say(line)
 
     def _means(self) -> dict[str, float]:
         if not self._steps:
@@ -131,9 +145,9 @@ class Log:
             return
         self._file.write(json.dumps(_finite(row)) + "\n")
         self._file.flush()
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name, value, row["step"])
+        numbers = {name: value for name, value in row.items() if name != "step"}
+        for board in self._boards:
+            board.write(row["step"], numbers)
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar where there is one, on the first rank."""
@@ -151,7 +165,8 @@ class Log:
         if self._file is not None:
             self._bar.stop()
             self._file.close()
-            self._board.close()
+            for board in self._boards:
+                board.close()
             draw_curve(self.folder)
 
 
@@ -164,11 +179,6 @@ def _standing(loop: Loop, folder: Path) -> list[str]:
 def _of_evaluation(name: str) -> str:
     """A score's name in the log: under "eval/", which held-out data may be called themselves."""
     return name if name.startswith(_EVALUATION) else f"{_EVALUATION}{name}"
-
-
-def _shown(numbers: dict[str, float], without: Sequence[str] = ()) -> str:
-    left_out = ("step", *without)
-    return "  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if k not in left_out)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -13,12 +13,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from fastvlp.nn.ema_model import EmaModel, unwrap
 from fastvlp.optim import AdamWEma
-from fastvlp.train import automatic, parallel, run_folder
+from fastvlp.train import automatic, parallel, run_folder, screen
+from fastvlp.train.boards import library_of_wandb
 from fastvlp.train.checkpointing import Checkpoints
-from fastvlp.train.config import TrainAlbef, TrainClip, TrainConfig, TrainVilt
+from fastvlp.train.config import TrainAlbef, TrainClip, TrainConfig, TrainVilt, plain
+from fastvlp.train.evaluation import Best, Evaluation, interval
 from fastvlp.train.interrupts import Interrupts
 from fastvlp.train.logging import Log
-from fastvlp.train.loop import Loop, Report
+from fastvlp.train.loop import Loop
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.schedules import Schedule
 from fastvlp.train.tasks.base import Task
@@ -32,6 +34,8 @@ def train(config: TrainConfig) -> dict[str, float]:
 
     Started by torchrun, all processes train one model.
     """
+    if config.log == "wandb":
+        library_of_wandb()  # before anything else takes its time
     with parallel.ranks(config.device) as ranks, run_folder.alone(config.folder, ranks):
         config = automatic.settled(config, ranks)
         # Before a vocabulary is learned, which may take long.
@@ -60,6 +64,7 @@ def _build(config: TrainConfig, ranks: Ranks) -> tuple[Task, Any]:
 def fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str, float]:
     """`train` with a task and a loader of one's own."""
     with run_folder.alone(config.folder, ranks):
+        config = automatic.settled(config, ranks)
         return _fit(config, task, loader, ranks)
 
 
@@ -87,13 +92,27 @@ def _fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str
         keep=config.keep,
         seed=config.seed,
     )
+    name = _name(config, task)
+    opening = screen.opening(
+        model=task.model, name=name, data={"data": loader, **getattr(task, "held_out", {})},
+        config=config, ranks=ranks, steps=loop.steps, precision=loop.precision,
+    )  # fmt: skip
     _resume(config, loop, checkpoints, ranks)
     evaluated = unwrap(model) if average is None else average.module
-    with Log(config.folder, ranks, every=config.log_every, progress=config.progress) as log:
-        log.start(loop, changes)
+
+    def save(folder: Path) -> None:
+        _save(task, kind, evaluated, folder, ranks)
+
+    with Log(
+        config.folder, ranks, every=config.log_every, progress=config.progress,
+        boards=config.log, settings=plain(config),
+    ) as log:  # fmt: skip
+        log.start(loop, [*opening, *changes])
         omissions = _Omissions(task, loader, log, ranks)
         omissions.say()
-        evaluation = Evaluation(evaluated, config.evaluate_every, log, checkpoints)
+        every = interval(config, loop.steps)
+        best = Best(config.folder, save, ranks, loop.step > 0) if every else None
+        evaluation = Evaluation(evaluated, every, log, checkpoints, best)
         with Interrupts(checkpoints, ranks) as interrupts:
             # An evaluation that fails must cost neither steps nor the model: it comes after these
             # are saved, and a run that is started again goes on from there.
@@ -101,11 +120,26 @@ def _fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str
             loop.run()
             checkpoints.close()
             interrupts.heed(loop)
-        _save(task, kind, evaluated, config.folder, loop.step, ranks)
-        log.say(f"the model is saved in {config.folder}")
+        save(config.folder)
+        parallel.from_first(lambda: run_folder.saved(config.folder, task.model, loop.step), ranks)
         scores = evaluation.scores(loop)
         omissions.say()
+        log.finish(_ending(config, evaluation))
         return scores
+
+
+def _name(config: TrainConfig, task: Task) -> str:
+    return config.model or type(task.model).__name__
+
+
+def _ending(config: TrainConfig, evaluation: Evaluation) -> list[str]:
+    """Where the models are, and what can be done with them."""
+    lines = screen.labelled("model", str(config.folder))
+    if evaluation.best is not None and (found := evaluation.best.found) is not None:
+        about = f"{evaluation.best.folder}, of step {found.step}: {found.by} {found.value:.4g}"
+        lines += screen.labelled("best", about)
+    has_data = config.data == "openmoji" or config.eval_data is not None
+    return [*lines, "next", *screen.next_commands(config.system, config.folder, has_data)]
 
 
 class _Omissions:
@@ -123,31 +157,6 @@ class _Omissions:
             if len(faults) > self._said[name]:
                 self.log.say(about_left_out(faults, name))
                 self._said[name] = len(faults)
-
-
-class Evaluation:
-    """A hook that evaluates every so many steps, once the last checkpoint is written."""
-
-    def __init__(
-        self, model: nn.Module, every: int | None, log: Log, checkpoints: Checkpoints
-    ) -> None:
-        self.model, self.every, self.log, self.checkpoints = model, every, log, checkpoints
-
-    def __call__(self, loop: Loop, report: Report) -> None:
-        if self.every and loop.step % self.every == 0 and loop.step < loop.steps:
-            self.checkpoints.wait()
-            self.scores(loop)
-
-    def scores(self, loop: Loop) -> dict[str, float]:
-        """Evaluates and records; the model is as it was afterwards."""
-        training = self.model.training
-        self.model.eval()
-        with loop.autocast():
-            scores = loop.task.evaluate(self.model)
-        self.model.train(training)
-        if scores:
-            self.log.evaluation(loop.step, scores)
-        return scores
 
 
 def _prepare(config: TrainConfig, task: Task, ranks: Ranks) -> tuple[nn.Module, EmaModel | None]:
@@ -269,8 +278,8 @@ def _refuse_checkpoints(folder: Path) -> None:
         )
 
 
-def _save(task: Task, kind: type, model: nn.Module, folder: Path, step: int, ranks: Ranks) -> None:
-    """The trained model as one that is whole and on the CPU, written by the first rank."""
+def _save(task: Task, kind: type, model: nn.Module, folder: Path, ranks: Ranks) -> None:
+    """The model as one that is whole and on the CPU, written by the first rank."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
 
@@ -279,6 +288,5 @@ def _save(task: Task, kind: type, model: nn.Module, folder: Path, step: int, ran
         # By assignment, so that a model of another precision keeps it.
         whole.load_state_dict(state, assign=True)
         task.save(whole, folder)
-        run_folder.saved(folder, whole, step)
 
     parallel.from_first(write, ranks)

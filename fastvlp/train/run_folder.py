@@ -27,6 +27,7 @@ _SETTINGS, _RUN = "config.yaml", "run.json"
 _FREE = {
     "folder", "device", "progress", "log_every", "evaluate_every", "eval_data", "candidates",
     "save_every", "keep", "resume", "max_skipped", "max_broken", "parallel", "recompute", "compile",
+    "log",
 }  # fmt: skip
 # What may change with a word about it.
 _LENGTH = "the learning rate follows the schedule of the new length"

@@ -45,6 +45,7 @@ def test_other_settings_are_refused_by_name_and_change_nothing(run):
 MAY_CHANGE = {
     "folder": "other", "steps": 77, "epochs": 7.5, "precision": "float16", "reference": True,
     "chunk_size": 2, "device": "cuda", "progress": True, "log_every": 7, "evaluate_every": 7,
+    "log": "wandb",
     "eval_data": "other", "save_every": 7, "keep": 7, "resume": "never", "max_skipped": 7,
     "max_broken": 0.7, "parallel": "fsdp", "recompute": True, "compile": "inductor",
 }  # fmt: skip

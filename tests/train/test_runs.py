@@ -14,7 +14,7 @@ def test_a_run_leaves_its_settings_logs_curve_and_model(tmp_path, capsys):
     scores, _ = train(tmp_path, evaluate_every=4)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
-        ".lock", "checkpoints", "config.yaml", "curve.png", "log.jsonl", "model.json",
+        ".lock", "best", "checkpoints", "config.yaml", "curve.png", "log.jsonl", "model.json",
         "model.safetensors", "run.json", "tensorboard", "tokenizer.json",
     }  # fmt: skip
     rows = read_log(tmp_path)

@@ -16,6 +16,7 @@ from fastvlp.evaluate.retrieval import retrieval
 from fastvlp.grad_cache import GradCache
 from fastvlp.losses import ClipLoss
 from fastvlp.models import base, clip
+from fastvlp.ops import contrastive
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.base import Task
 
@@ -81,8 +82,8 @@ class ClipTask(Task):
         return {"logit_scale": self.model.logit_scale.exp().item()}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Recalls in both directions for each held-out set, and zero-shot accuracy over emoji
-        groups."""
+        """Recalls in both directions and the loss of each held-out set, and zero-shot accuracy over
+        emoji groups."""
         scores = {}
         for name, loader in self.held_out.items():
             found = features(model, loader, self.ranks)
@@ -90,6 +91,9 @@ class ClipTask(Task):
             directions = retrieval(images, found.texts, of_text, group=self.ranks.group)
             for direction, result in directions.items():
                 scores |= {f"{name}/{direction}/{k}": v for k, v in result.items() if k[0] == "R"}
+            scores[f"{name}/loss"] = held_out_loss(
+                found, model.logit_scale.exp().item(), loader.batch_size * self.ranks.world_size
+            )
             if isinstance(loader, OpenMojiLoader) and set(loader.bases) <= set(self.groups):
                 result = zero_shot_over_groups(
                     model, self.tokenizer, self.groups, loader.bases, found
@@ -111,6 +115,23 @@ def plain_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     logits = (scale * images @ texts.T).float()
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def held_out_loss(found: Features, scale: float, batch_size: int) -> float:
+    """CLIP's loss over the pairs in batches as large as those of training, in the data's order.
+
+    The value depends on the number of pairs that are told apart: what is left over, in a smaller
+    batch, counts only where there is no whole one.
+
+    Args:
+        found: with features of texts.
+        scale: that products are multiplied by, exp of the logit scale.
+        batch_size: pairs of a batch, over all ranks.
+    """
+    whole = max(1, len(found.images) // batch_size)
+    parts = zip(found.images.split(batch_size), found.texts.split(batch_size), strict=True)
+    losses = [contrastive(image, text, scale).item() for image, text in parts]
+    return sum(losses[:whole]) / whole
 
 
 def features(model: nn.Module, loader, ranks: Ranks) -> Features:

@@ -53,8 +53,9 @@ class NoisyTask(ClipTask):
 
 def settings(folder, **changes):
     values = {
-        "folder": folder, "steps": 8, "batch_size": 8, "warmup": 2, "lr": 1e-2, "save_every": 2,
-        "log_every": 1, "progress": False, "precision": "float32", "device": "cpu", "ema": 0.9,
+        "folder": folder, "model": "tiny", "steps": 8, "batch_size": 8, "warmup": 2, "lr": 1e-2,
+        "save_every": 2, "log_every": 1, "progress": False, "precision": "float32",
+        "device": "cpu", "ema": 0.9,
     }  # fmt: skip
     return TrainClip(**{**values, **changes})
 
