@@ -13,7 +13,7 @@ from .ops import adamw_ema, last_exceeding
 from .ops.ema.multi_tensor import check_adamw, square_limit
 
 _REFUSED = ("amsgrad", "capturable", "differentiable")
-# In the groups of a state: how many updates the EmaModel beside it had.
+# In the groups of a state: how many updates the EmaModel saved with it had.
 _UPDATES = "ema_updates"
 
 
@@ -27,7 +27,7 @@ class AdamWEma(torch.optim.Optimizer):
         optimizer.step()                # weights, momentum, momentum copy
 
     A step does what AdamW.step() and ema.update() do. Parameters of the momentum model that get no
-    step (frozen, without gradient, in no group) and buffers are brought up to date beside it.
+    step (frozen, without gradient, in no group) and buffers are brought up to date with it.
 
     Args:
         params, lr, betas, eps, weight_decay, maximize: as torch.optim.AdamW; lr may be a
@@ -45,7 +45,7 @@ class AdamWEma(torch.optim.Optimizer):
             step is always one pass.
 
     The state (step, exp_avg, exp_avg_sq) is AdamW's: a state_dict of either loads into the other.
-    The momentum is not in it, but in the EmaModel's state_dict; beside an `ema` the state says how
+    The momentum is not in it, but in the EmaModel's state_dict; with an `ema` the state says how
     many updates that had. An AdamWEma without `ema` refuses such a state, and one whose `ema` has
     not been brought to the same number of updates refuses its next step: it would average from
     other weights. Save and load both.
@@ -114,7 +114,7 @@ class AdamWEma(torch.optim.Optimizer):
         """Loads the state of an AdamWEma or of a torch.optim.AdamW.
 
         Raises:
-            ValueError: the state was saved beside an EmaModel, and there is none here; or has
+            ValueError: the state was saved with an EmaModel, and there is none here; or has
                 options that are not supported. Nothing was loaded.
         """
         groups = state_dict["param_groups"]
@@ -135,7 +135,7 @@ class AdamWEma(torch.optim.Optimizer):
         self.ema.refuse_while_swapped("step()")
         if self._expected_updates not in (None, self.ema.num_updates):
             raise RuntimeError(
-                f"step(): the loaded state was saved beside an EmaModel of "
+                f"step(): the loaded state was saved with an EmaModel of "
                 f"{self._expected_updates} updates, this one has {self.ema.num_updates}; load the "
                 "EmaModel's state_dict too, or set ema.num_updates to average from its present "
                 "weights. Nothing was written"
@@ -260,7 +260,7 @@ def _copies(copy: nn.Module | None, model: nn.Module | None) -> dict[int, torch.
     if copy is None:
         return {}
     if model is None:
-        raise ValueError("copy: expected `model` beside it, to know which parameter is whose copy")
+        raise ValueError("copy: expected `model` as well, to know which parameter is whose copy")
     theirs = dict(unwrap(model).named_parameters(remove_duplicate=False))
     ours = dict(copy.named_parameters(remove_duplicate=False))
     if theirs.keys() != ours.keys():

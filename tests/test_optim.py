@@ -242,7 +242,7 @@ def test_what_is_refused():
     p.grad = torch.zeros(3).to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.step()
-    with pytest.raises(ValueError, match="copy: expected `model` beside it"):
+    with pytest.raises(ValueError, match="copy: expected `model` as well"):
         AdamWEma([p], copy=nn.Linear(1, 1))
     with pytest.raises(ValueError, match="copy: expected the model's parameters"):
         AdamWEma([p], copy=nn.Linear(1, 1), model=nn.Linear(1, 1, bias=False))

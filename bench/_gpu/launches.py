@@ -141,7 +141,7 @@ def _products():
 
 class _Recorder(VirtualGPU):
     def __init__(self, capability: int, execute: bool, multiprocessors: int | None):
-        super().__init__(capability, execute, hazards=False, processors=multiprocessors)
+        super().__init__(capability, execute, hazards=False, multiprocessors=multiprocessors)
         self.events: list[Event] = []
 
     def launch(self, compiled, x, y, z, stream, function, packed, metadata, enter, leave, *values):

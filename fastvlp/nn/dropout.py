@@ -2,10 +2,10 @@
 
     y = x m / (1 - p),  m independent, 1 with probability 1 - p
 
-Source: Srivastava et al., "Dropout", JMLR 15, 2014. PyTorch draws a mask on the CPU value by value,
-one double each; here a word of 64 bits decides four values, so p is rounded to a multiple of 2^-16
-(and the factor goes by the rounded one: the mean is exact). Elsewhere and in compiled code this is
-PyTorch's. For the backward pass a byte of each value is kept.
+Source: Srivastava et al., "Dropout", JMLR 15, 2014. PyTorch samples a mask on the CPU value by
+value, one double each; here a word of 64 bits decides four values, so p is rounded to a multiple of
+2^-16 (and the factor goes by the rounded one: the mean is exact). Elsewhere and in compiled code
+this is PyTorch's. For the backward pass a byte of each value is kept.
 """
 
 import torch

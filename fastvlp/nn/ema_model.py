@@ -3,9 +3,9 @@
 The copy's tensors never move: pointer tables, captured graphs and sharded parameters stay valid.
 """
 
-import copy as copying
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class EmaModel(nn.Module):
     Args:
         model: any module; the one inside of DistributedDataParallel or torch.compile is taken.
             Pairs of towers as in ALBEF: wrap them in an nn.ModuleList.
-        decay: d; a number, a tensor of one value beside the parameters, or a function of the
+        decay: d; a number, a tensor of one value on the parameters' device, or a function of the
             number of updates done so far, for example `EmaWarmup`.
         buffers: "copy" copies all buffers (BatchNorm's statistics are averages already);
             "average" averages those of floating or complex dtype; others are always copied.
@@ -101,7 +101,7 @@ class EmaModel(nn.Module):
         self._model = [unwrap(model)]
         self.module = _momentum_module(self._model[0], module, dtype)
         if copy is None and copy_dtype is not None:
-            copy = copying.deepcopy(self.module).to(copy_dtype)
+            copy = deepcopy(self.module).to(copy_dtype)
         self.copy = None if copy is None else copy.requires_grad_(False)
         self.eval()
         self._swapped = False
@@ -214,7 +214,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _momentum_module(model, module, dtype):
     if module is None:
-        module = copying.deepcopy(model)
+        module = deepcopy(model)
         if dtype is not None:
             smaller = torch.finfo(dtype).bits
 

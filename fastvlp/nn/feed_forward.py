@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fastvlp.nn.dropout import apply_mask, draw_dropout
 from fastvlp.ops.autocast import as_autocast, autocasts
 from fastvlp.ops.checks import check_tensor
-from fastvlp.ops.matmul.api import product
+from fastvlp.ops.matmul.api import unchecked_matmul
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -182,13 +182,13 @@ def _norm_backward(gradient, x, gain, shift, mean, rstd):
 
 def _matmul(x, b, bias=None):
     """x [.., k] @ b [k, n] + bias"""
-    return product(x.reshape(-1, x.shape[-1]), b, bias).view(*x.shape[:-1], b.shape[1])
+    return unchecked_matmul(x.reshape(-1, x.shape[-1]), b, bias).view(*x.shape[:-1], b.shape[1])
 
 
 def _parameter_gradients(gradient, x, wanted):
     """Gradients of F.linear by its weight and bias, those that are wanted."""
     rows = gradient.reshape(-1, gradient.shape[-1])
-    dweight = product(rows.T, x.reshape(-1, x.shape[-1])) if wanted[0] else None
+    dweight = unchecked_matmul(rows.T, x.reshape(-1, x.shape[-1])) if wanted[0] else None
     return dweight, rows.sum(0) if wanted[1] else None
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.ops.checks import check_tensor
-from fastvlp.ops.matmul.api import product, runs_natively
+from fastvlp.ops.matmul.api import runs_natively, unchecked_matmul
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if not runs_natively(rows, weight.T):
         return F.linear(x, weight, bias)
-    return product(rows, weight.T, bias).view(*x.shape[:-1], weight.shape[0])
+    return unchecked_matmul(rows, weight.T, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 class Linear(nn.Linear):

@@ -1,4 +1,4 @@
-"""The operators: one public function each, its reference beside it, and `explain`."""
+"""The operators: one public function each, its reference next to it, and `explain`."""
 
 from . import packing
 from ._core.dispatch import explain, operators

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .support import ROUNDED_PRODUCTS, rounds_products
+from .support import ROUNDED_MATMULS, rounds_matmuls
 
 # Shared memory one block may use, in bytes, by compute capability.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -175,8 +175,8 @@ def compile_all(workers: int, pattern: str = "") -> Iterator[tuple[Case, Future]
 
 
 def is_refused(case: Case, compiled: Compiled) -> bool:
-    """Whether no operator would launch the case, because Triton rounds its float32 products."""
-    rounded = case.capability // 10 in ROUNDED_PRODUCTS and rounds_products()
+    """Whether no operator would launch the case, because Triton rounds its float32 matmuls."""
+    rounded = case.capability // 10 in ROUNDED_MATMULS and rounds_matmuls()
     return rounded and _on_wrong_units(case, compiled)
 
 

@@ -1,4 +1,4 @@
-"""Host code shared by the contrastive kernels: tile choice, launch constants, fp32 products."""
+"""Host code shared by the contrastive kernels: tile choice, launch constants, fp32 matmuls."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -81,7 +81,7 @@ def on_device(x: torch.Tensor):
 def require_supported(
     x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype = torch.float32, **others: torch.Tensor
 ) -> None:
-    """Raise ValueError unless the kernels take x and y, and `others` are of `dtype` beside x."""
+    """Raise ValueError unless the kernels take x and y, and `others` are `dtype` on x's device."""
     reasons = supported(x, y)
     for name, t in others.items():
         if t.dtype is not dtype or t.device != x.device:
@@ -114,7 +114,7 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
     """x [M, D], or a copy padded with zeros to [M, align(D)] where its rows are not aligned.
 
     Rows that start anywhere are loaded element by element, without asynchronous copies, at
-    several times the cost of this one pass. Zeros add nothing to a product.
+    several times the cost of this one pass. Zeros add nothing to a matmul.
     """
     aligned = x.shape[1] % ALIGNMENT == 0 and x.stride(0) % ALIGNMENT == 0
     if aligned and x.data_ptr() % 16 == 0:

@@ -52,9 +52,9 @@ def device_reasons(device: torch.device) -> tuple[str, ...]:
     return ()
 
 
-# Where Triton before 3.8 rounds the operands of float32 products to TF32, whatever precision a
+# Where Triton before 3.8 rounds the operands of float32 matmuls to TF32, whatever precision a
 # kernel asks for: major compute capabilities.
-ROUNDED_PRODUCTS = (10, 11)
+ROUNDED_MATMULS = (10, 11)
 
 
 def triton_before(major: int, minor: int) -> bool:
@@ -64,25 +64,25 @@ def triton_before(major: int, minor: int) -> bool:
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) < (major, minor)
 
 
-def rounds_products() -> bool:
+def rounds_matmuls() -> bool:
     """Whether the installed Triton is one of those."""
     return triton_before(3, 8)
 
 
 @constant_result
-def product_reasons(device: torch.device) -> tuple[str, ...]:
+def matmul_reasons(device: torch.device) -> tuple[str, ...]:
     """Reasons why kernels that multiply float32 matrices cannot run on this device."""
     if reasons := device_reasons(device):
         return reasons
-    if interpreting() or not rounds_products():
+    if interpreting() or not rounds_matmuls():
         return ()
-    if torch.cuda.get_device_capability(device)[0] not in ROUNDED_PRODUCTS:
+    if torch.cuda.get_device_capability(device)[0] not in ROUNDED_MATMULS:
         return ()
-    return ("Triton before 3.8 rounds float32 products to TF32 on this GPU; install a newer one",)
+    return ("Triton before 3.8 rounds float32 matmuls to TF32 on this GPU; install a newer one",)
 
 
 def _reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
-    return [*(product_reasons if dtype is torch.float32 else device_reasons)(device)]
+    return [*(matmul_reasons if dtype is torch.float32 else device_reasons)(device)]
 
 
 def supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
@@ -138,7 +138,7 @@ LARGEST_ALIGNMENT = 64 * 256
 
 def alignment_supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
     """Reasons why the alignment kernels cannot take `x` [B, Lx, D] and `y` [B, Ly, D]."""
-    reasons = [*product_reasons(x.device)]  # the gradients are products in float32
+    reasons = [*matmul_reasons(x.device)]  # the gradients are matmuls in float32
     if x.dtype not in DTYPES or x.dtype != y.dtype:
         reasons.append(f"x is {x.dtype}, y {y.dtype}; one of float32, bfloat16, float16 is taken")
     if x.dim() == 3 and y.dim() == 3:

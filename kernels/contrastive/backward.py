@@ -5,11 +5,11 @@ With z_ij = scale * <x_i, y_j> and weights (w_row, w_col), the gradient of the l
 but for the positives, j = i + offset: theirs are small differences from 1 and are passed in. Then
 dX = scale * g @ Y, dY = scale * g.T @ X, dscale = <X, g @ Y>. For a chunk of rows one kernel
 recomputes z and writes g in the input's dtype to a workspace, then two vendor GEMMs make the
-products: three products in all, with no accumulator of width D in registers and no atomics.
+GEMMs: three GEMMs in all, with no accumulator of width D in registers and no atomics.
 
 Range: g is stored divided by the largest |weight|, hence within [-2, 2] whatever the batch size
 and the upstream gradient, and in float16 times 2**14 besides, so that a probability of 4e-9 is
-still a normal number. The factor returns in fp32, after the products.
+still a normal number. The factor returns in fp32, after the GEMMs.
 """
 
 import torch
@@ -34,7 +34,7 @@ from .._core.launch import (
 from .._core.support import storage_factor
 from .._core.tiles import exp_difference, product_tile, tile_position
 
-# The largest tiles of which two fit a multiprocessor, one in its product while the other writes.
+# The largest tiles of which two fit a multiprocessor, one in its GEMM while the other writes.
 TILES = {
     (80, 2): Tile(128, 64, 64, 8, 4, 3),
     (90, 2): Tile(128, 128, 64, 8, 8, 3),
@@ -88,7 +88,7 @@ def gradient_kernel(
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
     )  # fmt: skip
     # An exponential for each direction, as in the statistics: no reference serves both wherever
-    # the features lie, and the programs that share a multiprocessor hide them behind a product.
+    # the features lie, and the programs that share a multiprocessor hide them behind a GEMM.
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     row_at, col_at = tl.minimum(row, M - 1), tl.minimum(col, N - 1)
     if ROWS and COLS:
@@ -132,7 +132,7 @@ def contrastive_gradients(
     leaves that term out (give it the weight 0). positive_gradient [M]: with respect to the
     positives' logits.
     weights: float32 tensor (w_row, w_col) on the device, upstream gradient included.
-    `workspace_bytes` bounds the chunk of g; the products take 4 bytes for each element of dY and 8
+    `workspace_bytes` bounds the chunk of g; the GEMMs take 4 bytes for each element of dY and 8
     for each of the chunk's dX besides.
 
     Returns (dX, dY, dscale), None for what is not needed; dscale comes with dX. Raises ValueError

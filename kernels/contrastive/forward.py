@@ -1,4 +1,4 @@
-"""Statistics of the logits of the symmetric contrastive loss (InfoNCE), in one product.
+"""Statistics of the logits of the symmetric contrastive loss (InfoNCE), in one GEMM.
 
 z_ij = scale * <x_i, y_j>. One pass over tiles of z yields the log-sum-exp over the negatives of
 every row and of every column and the logits of the positives; z itself is never stored. A tile
@@ -44,7 +44,7 @@ MERGE_LENGTH, MERGE_PARTS, MERGE_WARPS = 64, 32, 4
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 # Narrow tiles for half precision: two or three programs then fit a multiprocessor, one in its
-# product while another reduces, and four warps on 128 rows own 32 rows each, which halves the
+# GEMM while another reduces, and four warps on 128 rows own 32 rows each, which halves the
 # shuffles of the column sums against eight.
 TILES = {
     (80, 2): Tile(128, 64, 64, 8, 4, 3),
@@ -157,7 +157,7 @@ def merge_kernel(
         total += tl.sum(sums * exp_difference(refs, new[None, :]), 0)
         ref = new
     if LAST:
-        # In float64: beside a large reference the logarithm would lose what the sum is exact to.
+        # In float64: added to a large reference the logarithm would lose what the sum is exact to.
         lse = ref.to(tl.float64) + tl.log(total.to(tl.float64))
         tl.store(lse_ptr + at, lse, mask=inside)
     else:

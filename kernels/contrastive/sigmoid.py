@@ -4,10 +4,10 @@ With z_ij = scale * <x_i, y_j> + bias and t_ij = 1 on the pairs j = i + offset, 
 loss is -sum_ij log sigmoid(t_ij * z_ij) (arXiv 2303.15343, section 3.2; the paper divides by the
 number of rows). Its gradient for a logit is sigmoid(z) - [j = i + offset], which needs no
 statistic of the whole matrix: a chunk of rows makes the loss and g together and two vendor GEMMs
-follow, three products in all.
+follow, three GEMMs in all.
 
 g lies within [-1, 1]. In float16 it is stored times 2**14, so that 4e-9 is still a normal number;
-the factor leaves in fp32, after the products.
+the factor leaves in fp32, after the GEMMs.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,7 @@ from .._core.launch import (
 from .._core.support import storage_factor
 from .._core.tiles import LOG2E, product_tile, tile_position
 
-# The largest tiles of which two fit a multiprocessor, one in its product while the other writes.
+# The largest tiles of which two fit a multiprocessor, one in its GEMM while the other writes.
 TILES = {
     (80, 2): Tile(128, 64, 64, 8, 4, 3),
     (90, 2): Tile(128, 64, 64, 8, 4, 3),

@@ -8,9 +8,9 @@ P comes again from the logits and the log-sum-exps of the forward pass. Every el
 is summed by one program in a fixed order: no atomics, the same bits on every run.
 
 Short queries, all rows of a segment in one tile: one program per segment and head walks the keys
-once, writes their dK and dV and keeps dQ: five products. Longer queries, or too few segments and
+once, writes their dK and dV and keeps dQ: five GEMMs. Longer queries, or too few segments and
 heads to employ every multiprocessor: a kernel over tiles of queries makes dQ and delta, one over
-blocks of keys dK and dV: seven products, but programs in plenty.
+blocks of keys dK and dV: seven GEMMs, but programs in plenty.
 
 Tiles are keys x queries, dQ is kept transposed: keys and the head width, 32 and more, take the side
 of the tensor-core instructions that wants 64 rows, queries, perhaps 32, the side that takes 8.
@@ -98,7 +98,7 @@ GENERAL_INTERPRETED = (Tile(32, 64, 4, 1),)
 
 @triton.jit
 def load_log2_sums(lse_ptr, at, inside):
-    """Log-sum-exps to the base 2; +inf, which makes every weight 0, for rows that see no key."""
+    """Log-sum-exps to the base 2; +inf, which makes every weight 0, for rows that attend no key."""
     lse = tl.load(lse_ptr + at, mask=inside, other=-float("inf"))
     return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
 
@@ -112,10 +112,10 @@ def weights_tile(
     """P before dropout, keys x queries, [N, M]; the sign of weights that dropout takes is minus,
     so that one register holds a weight and its fate until dS needs both."""
     z = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
-    seen = visible[:, None]
+    attended = visible[:, None]
     if CAUSAL:
-        seen = seen & (key[:, None] <= row[None, :] + ahead)
-    p = tl.exp2(tl.where(seen, z, -float("inf")) - lse2[None, :])
+        attended = attended & (key[:, None] <= row[None, :] + ahead)
+    p = tl.exp2(tl.where(attended, z, -float("inf")) - lse2[None, :])
     if DROPOUT:
         keep = tl.trans(
             keep_tile(tl.load(seed_ptr), first_row, first_key, head, threshold, BLOCK_M, BLOCK_N)
@@ -202,7 +202,7 @@ def query_gradient_kernel(
             seed_ptr, threshold, scale_log2, DROPOUT, CAUSAL, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if FUSED:
-            # A selection for keys that nobody sees: a NaN in a query must not reach them either.
+            # A selection for masked keys: a NaN in a query must not reach them either.
             used = visible[:, None] & (rows > 0)
             zero = tl.zeros((BLOCK_N, WIDTH), tl.float32)
             dv = tl.where(used, value_gradient(p, do, zero, DROPOUT) * inverse_keep, 0.0)
@@ -252,7 +252,7 @@ def key_gradient_kernel(
     dk = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     dv = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     begin = 0
-    if CAUSAL:  # the first row that sees a key of this block, down to a whole tile
+    if CAUSAL:  # the first row that attends a key of this block, down to a whole tile
         begin = tl.maximum(block + rows - keys, 0) // BLOCK_M * BLOCK_M
     for start in range(begin, rows, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
@@ -278,9 +278,9 @@ def key_gradient_kernel(
     store_rows(dv_base, block, key < keys, heads * D, dv, BLOCK_N, D, WIDTH)
 
 
-def fused_tile(tiles: tuple[Tile, ...], sizes: host.Sizes, processors: int) -> Tile | None:
+def fused_tile(tiles: tuple[Tile, ...], sizes: host.Sizes, multiprocessors: int) -> Tile | None:
     """The lowest tile that holds all rows of a segment; None where the general path is due."""
-    if sizes.programs(1) < processors:
+    if sizes.programs(1) < multiprocessors:
         return None
     return next((tile for tile in tiles if tile.rows >= sizes.max_q), None)
 
@@ -306,7 +306,7 @@ def cross_attention_backward(
     """dq, dk, dv in the inputs' shapes and dtypes, contiguous.
 
     grad [total_q, H, d] belongs to the output; out and lse are the results of
-    `cross_attention_forward`, whose other arguments return unchanged. Keys that no row sees have
+    `cross_attention_forward`, whose other arguments return unchanged. Keys that no row attends have
     gradients of 0. Raises ValueError on inputs the kernels do not take.
     """
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask)
@@ -316,7 +316,7 @@ def cross_attention_backward(
     shared |= {"do_ptr": grad.contiguous(), "lse_ptr": lse, "dk_ptr": dk, "dv_ptr": dv}
     by_query = {"out_ptr": out.contiguous(), "dq_ptr": dq}
     tile = fused_tile(
-        host.tiles_of(FUSED_TILES, FUSED_INTERPRETED, q), sizes, host.processors(q.device)
+        host.tiles_of(FUSED_TILES, FUSED_INTERPRETED, q), sizes, host.multiprocessors(q.device)
     )
     with on_device(q):
         if tile is not None:

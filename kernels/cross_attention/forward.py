@@ -7,8 +7,9 @@ them; eight or more such programs share a multiprocessor and keep its memory rea
 fewer programs than multiprocessors the rows are spread over smaller tiles; the keys of one row are
 never split between programs, so that no second pass has to merge them.
 
-Masked keys and values are not read. A row that sees no key has an output of 0 and a log-sum-exp of
--inf. The dropout mask is a function of position: fastvlp/ops/cross_attention/dropout.py defines it.
+Masked keys and values are not read. A row that attends no key has an output of 0 and a log-sum-exp
+of -inf. The dropout mask is a function of position: fastvlp/ops/cross_attention/dropout.py defines
+it.
 """
 
 import torch
@@ -95,12 +96,12 @@ def attention_kernel(
         visible = visible_keys(mask_ptr, first_key, key, keys, MASKED)
         k = load_rows(k_base, block, visible, stride_kt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
         z = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        seen = visible[None, :]
+        attended = visible[None, :]
         if CAUSAL:
-            seen = seen & (key[None, :] <= row[:, None] + (keys - rows))
-        z = tl.where(seen, z, -float("inf"))
+            attended = attended & (key[None, :] <= row[:, None] + (keys - rows))
+        z = tl.where(attended, z, -float("inf"))
         new = tl.maximum(top, tl.max(z, 1))
-        # Rows that have seen nothing yet: -inf - (-inf) would be NaN.
+        # Rows that have attended nothing yet: -inf - (-inf) would be NaN.
         shift = tl.where(new == -float("inf"), 0.0, new)
         p = tl.exp2(z - shift[:, None])
         decay = tl.exp2(top - shift)
@@ -118,17 +119,17 @@ def attention_kernel(
     out = acc * (inverse_keep / tl.where(total == 0, 1.0, total))[:, None]
     out_base = query_base(out_ptr, first_row, head, heads * D, D, 1)
     store_rows(out_base, start, inside, heads * D, out, BLOCK_M, D, WIDTH)
-    # log2(0) = -inf for rows that saw nothing.
+    # log2(0) = -inf for rows that attended nothing.
     lse = (tl.where(top == -float("inf"), 0.0, top) + tl.log2(total)) * LN2
     tl.store(lse_ptr + head.to(tl.int64) * total_q + first_row + row, lse, mask=inside)
 
 
-def choose_tile(tiles: tuple[Tile, ...], sizes: host.Sizes, processors: int) -> Tile:
-    """The lowest tile that holds all rows of a segment, lower still to employ every processor."""
+def choose_tile(tiles: tuple[Tile, ...], sizes: host.Sizes, multiprocessors: int) -> Tile:
+    """The lowest tile that holds a segment's rows, lower still to employ every multiprocessor."""
     best = tiles[0]
     for tile in tiles[1:]:
         blocks = triton.cdiv(sizes.max_q, tile.rows)
-        if best.rows >= sizes.max_q or sizes.programs(blocks) < processors:
+        if best.rows >= sizes.max_q or sizes.programs(blocks) < multiprocessors:
             break
         best = tile
     return best
@@ -161,7 +162,8 @@ def cross_attention_forward(
     sizes = host.check(*inputs, max_seqlen_q, max_seqlen_k)
     out = host.empty_result(q)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    tile = choose_tile(host.tiles_of(TILES, TILES_INTERPRETED, q), sizes, host.processors(q.device))
+    tiles = host.tiles_of(TILES, TILES_INTERPRETED, q)
+    tile = choose_tile(tiles, sizes, host.multiprocessors(q.device))
     blocks = triton.cdiv(max_seqlen_q, tile.rows)
     programs = sizes.programs(blocks)
     if programs and q.numel():

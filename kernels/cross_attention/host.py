@@ -64,13 +64,13 @@ def tiles_of(table: Table, interpreted: tuple[Tile, ...], q: torch.Tensor) -> tu
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def processors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU: with fewer programs than this some of them idle."""
-    return 1 if INTERPRETED else _processors(device)
+    return 1 if INTERPRETED else _multiprocessors(device)
 
 
 def check(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, max_q: int, max_k: int) -> Sizes:

@@ -13,7 +13,7 @@ leave mergeable (reference, sum, weighted keys), which a second kernel merges in
 A row's own pair is left out of the slices. With o its logit and u = log sum_{j != i} exp(s_ij) - o,
 lse_i - o = softplus(u), and 1 less the own pair's probability is sigmoid(u): a row that is fitted
 well keeps its small loss and gradient, where lse_i - o and p_ii - 1 would cancel.
-`momentum_negatives` draws the negatives.
+`sample_negatives` samples the negatives.
 
 Memory: for each of `SLICES` slices two fp32 copies of the features. Nothing of size B x Q.
 """
@@ -26,7 +26,7 @@ from .._core import aot
 from .._core.launch import INTERPRETED, UNFUSED, launch_options, on_device
 from .._core.tiles import LOG2E, exp_difference
 from ..contrastive.sigmoid import log1p_unit
-from .negatives import draw_negatives
+from .negatives import sample_negatives
 from .tiles import AOT_TILED, aot_kinds, load_rows, tile_constants, tile_of
 
 # Blocks of keys in flight fill a GPU: one slice for the batch, the others for the queue.
@@ -239,18 +239,18 @@ def _direction(
     attended = _attend(student, *keys, False, precision)
     taught = _attend(teacher, *keys, False, precision) if teach else attended
     others = _attend(student, *keys, True, precision) if with_ids else attended
-    losses, by_temperature = torch.empty(2, rows, dtype=torch.float32, device=student.device)
+    losses, d_temperature = torch.empty(2, rows, dtype=torch.float32, device=student.device)
     # The interpreter truncates where it should round to bf16: there torch rounds.
     coarse = INTERPRETED and student.dtype is torch.bfloat16
     gradient = student.new_empty((rows, width), dtype=torch.float32 if coarse else student.dtype)
     finish_kernel[(rows,)](
         student, teacher, batch, temperature, alpha, *attended, *taught, others[1], others[2],
-        losses, gradient, by_temperature, rows, width,
+        losses, gradient, d_temperature, rows, width,
         student.stride(0), teacher.stride(0), batch.stride(0), 0.5 / rows,
         SLICES=SLICES, TEACHER=teach, POSITIVES=with_ids, FACTOR=weight_factor(student.dtype),
         BLOCK_D=triton.next_power_of_2(width), num_warps=FINISH_WARPS, **UNFUSED,
     )  # fmt: skip
-    return losses, gradient.to(student.dtype), by_temperature
+    return losses, gradient.to(student.dtype), d_temperature
 
 
 def momentum_contrastive(
@@ -271,14 +271,14 @@ def momentum_contrastive(
     negatives: bool,
     input_precision: str = "ieee",
 ) -> tuple[torch.Tensor, ...]:
-    """Loss [], gradients by image, text [B, D] and temperature [], negatives [B] of both.
+    """Loss [], gradients w.r.t. image, text [B, D] and temperature [], negatives [B] of both.
 
     Arguments as in the operator's schema: features of one dtype of float32, bfloat16, float16 with
     unit stride along D; ids [B] and queue_ids [Q] int64 or [0]; queue_length and seed [] int64,
     temperature and alpha [] float32, all on the features' device. The gradients cost nothing
     besides the loss; without `gradients` they come back as [0, D].
     """
-    results, drawn = [], []
+    results, sampled = [], []
     with on_device(image):
         for stream, (student, momentum, batch, queue) in enumerate(
             (
@@ -293,16 +293,15 @@ def momentum_contrastive(
                 )
             )  # fmt: skip
             if negatives:
-                drawn.append(
-                    draw_negatives(student, batch, ids, temperature, seed, stream, input_precision)
-                )
+                inputs = student, batch, ids, temperature, seed, stream
+                sampled.append(sample_negatives(*inputs, input_precision))
             else:
-                drawn.append(seed.new_empty(0))
-    (losses, d_image, by_first), (more, d_text, by_second) = results
+                sampled.append(seed.new_empty(0))
+    (losses, d_image, first), (more, d_text, second) = results
     loss = (losses.mean() + more.mean()) / 2
     if not gradients:
         d_image, d_text = image.new_empty(0, image.shape[1]), text.new_empty(0, text.shape[1])
-    return loss, d_image, d_text, by_first.sum() + by_second.sum(), *drawn
+    return loss, d_image, d_text, first.sum() + second.sum(), *sampled
 
 
 def aot_cases() -> list[aot.Case]:

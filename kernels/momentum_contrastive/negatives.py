@@ -1,8 +1,8 @@
-"""Hard negatives of the momentum-contrastive step, drawn from the batch by their similarity.
+"""Hard negatives of the momentum-contrastive step, sampled from the batch by their similarity.
 
-The Gumbel-max trick draws column j of a row in proportion to exp(s_ij) in one pass over the logits:
-the highest of s_ij + g_ij wins, with g the noise of a counter-based generator at (i, j), so that
-the draw depends on the seed alone. Nothing of size B x B is kept.
+The Gumbel-max trick samples column j of a row in proportion to exp(s_ij) in one pass over the
+logits: the highest of s_ij + g_ij wins, with g the noise of a counter-based generator at (i, j), so
+that the sample depends on the seed alone. Nothing of size B x B is kept.
 """
 
 import torch
@@ -66,7 +66,7 @@ def negatives_kernel(
     tl.store(negative_ptr + row, negative.to(tl.int64), mask=row < B)
 
 
-def draw_negatives(student, batch, ids, temperature, seed, stream, precision) -> torch.Tensor:
+def sample_negatives(student, batch, ids, temperature, seed, stream, precision) -> torch.Tensor:
     """int64 [B]: for each row of `student` one of `batch`; `stream` tells the directions apart."""
     rows, width = student.shape
     tile = tile_of(student)

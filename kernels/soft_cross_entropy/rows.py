@@ -1,11 +1,11 @@
-"""The pass of soft cross entropy over rows of logits: losses, and derivatives by the logits.
+"""The pass of soft cross entropy over rows of logits: losses, and derivatives w.r.t. the logits.
 
 With p = softmax(z + b), p' = softmax(z' + b') and the label y, a row's loss is
     (1 - alpha) * -log p_y - alpha * sum_j p'_j log p_j
-and its derivative by the logits p - alpha p' - (1 - alpha) [j = y]. The products that make the
+and its derivative w.r.t. the logits p - alpha p' - (1 - alpha) [j = y]. The GEMMs that make the
 logits and take the derivatives further are the vendor's: a chunk of rows lies in memory between
-them, and this kernel reads it twice, once for the statistics and once, out of the second-level
-cache, for the derivatives.
+them, and this kernel reads it twice, once for the statistics and once, out of the L2 cache,
+for the derivatives.
 
 Range: derivatives lie within [-1, 1]. In float16 they are stored times 2**14, so that a
 probability of 4e-9 is still a normal number.
@@ -114,7 +114,7 @@ def soft_cross_entropy_rows(
     losses: torch.Tensor,
     gradient: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses of rows of logits, and where wanted their derivatives by the logits.
+    """Losses of rows of logits, and where wanted their derivatives w.r.t. the logits.
 
     logits [M, V] float32, unit stride along V, bias [V] float32 not yet added or [0] for none;
     teacher and teacher_bias likewise, or of no elements; labels [M] int64; alpha a float32 tensor

@@ -1,9 +1,9 @@
 """Word-patch alignment (ViLT's optimal-transport distance): one program solves one pair.
 
-The cosines of all pairs come from tiles of products; half-precision features go through tensor
+The cosines of all pairs come from tiles of GEMMs; half-precision features go through tensor
 cores and are normalised afterwards, which is exact to fp32 rounding: the products themselves are.
 Then a program takes a pair through all its iterations with Q in registers. Gradients
-are products with the plan, in fp32.
+are matmuls with the plan, in fp32.
 
 The plan, [words, patches], and what the gradients need of each row leave the kernels: the factor
 that normalises it (0 at padding, negative where only the smallest norm divides it) and its share,
@@ -25,14 +25,14 @@ SMALLEST_NORM = tl.constexpr(1e-5)
 
 @dataclass(frozen=True)
 class Launch:
-    """Depth of a product step, warps, pipeline stages."""
+    """Depth of a GEMM step, warps, pipeline stages."""
 
     block_k: int
     warps: int
     stages: int
 
 
-BLOCK_ROWS, BLOCK_COLS = 64, 32  # of every product's tile
+BLOCK_ROWS, BLOCK_COLS = 64, 32  # of every GEMM's tile
 # By bytes of a feature. Half precision is not pipelined: Triton's pipeline for sm_90 overwrites a
 # tile that registers are loaded from while wgmma may still read it.
 COSINE = {2: Launch(64, 4, 1), 4: Launch(32, 4, 2)}
@@ -101,7 +101,7 @@ def cosine_kernel(
             x, y = x_wide, y_wide
         product = tl.dot(x, tl.trans(y), product, input_precision="ieee")
     cosine = product * factor_of(x_square)[:, None] * factor_of(y_square)[None, :]
-    # Where a row beside padding is not finite, too.
+    # Where a row next to padding is not finite, too.
     cosine = tl.where(x_valid[:, None] & y_valid[None, :], cosine, 0.0)
     at = plan_ptr + (pair * PLAN_X + i)[:, None] * PLAN_Y + j[None, :]
     tl.store(at, cosine, mask=(i < PLAN_X)[:, None] & (j < PLAN_Y)[None, :])
@@ -248,7 +248,7 @@ def word_patch_alignment_gradients(
     x_rows: torch.Tensor,
     y_rows: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients by x and y in their dtype, from what `word_patch_alignment` returned."""
+    """Gradients w.r.t. x and y in their dtype, from what `word_patch_alignment` returned."""
     strides = plan.stride(1), plan.stride(2)
     dx = _gradient(upstream, x, y, plan, x_rows, y_rows, strides)
     return dx, _gradient(upstream, y, x, plan, y_rows, x_rows, strides[::-1])

@@ -47,12 +47,12 @@ def executed():
 def run(virtual_gpus, capability, executed, kernel_counts):
     """run(module, function, *args, **kwargs) on the virtual GPU, whose launches are noted.
 
-    With one processor to employ, the rows alone choose a tile. `overrides` are attributes of the
-    module with other values.
+    With one multiprocessor to employ, the rows alone choose a tile. `overrides` are attributes of
+    the module with other values.
     """
 
     def call(*args, overrides=None, **kwargs):
-        on = capability, {"processors": 1}, overrides or {}
+        on = capability, {"multiprocessors": 1}, overrides or {}
         task = virtual_gpus(capability).submit(virtual_process.list_settings, *on, *args, **kwargs)
         result, settings = task.result()
         for setting in settings:
@@ -135,11 +135,13 @@ def test_attention(run, dtype, dim, longest, plain):
 @pytest.mark.parametrize("teacher", [False, True], ids=["labels", "teacher"])
 @pytest.mark.parametrize("cols", [4096, 5001])
 def test_soft_cross_entropy(run, dtype, cols, teacher, bias):
-    drawn = soft_cross_entropy.draw(5, cols, CPU, bias=bias, teacher=teacher)
-    soft_cross_entropy.check(run, drawn, dtype)
-    losses = soft_cross_entropy.run(run, drawn, dtype, gradient=False)[0]
-    eager, exact = (soft_cross_entropy.formula(drawn, d)[0] for d in (torch.float32, torch.float64))
-    floor = SINGLE * (drawn["logits"].abs().max().item() + 10) * len(losses) ** 0.5
+    inputs = soft_cross_entropy.draw(5, cols, CPU, bias=bias, teacher=teacher)
+    soft_cross_entropy.check(run, inputs, dtype)
+    losses = soft_cross_entropy.run(run, inputs, dtype, gradient=False)[0]
+    eager, exact = (
+        soft_cross_entropy.formula(inputs, d)[0] for d in (torch.float32, torch.float64)
+    )
+    floor = SINGLE * (inputs["logits"].abs().max().item() + 10) * len(losses) ** 0.5
     assert_as_accurate("losses", losses, eager, exact, floor)
 
 

@@ -166,7 +166,7 @@ NARROWING = [
 def test_narrower_floats_are_rounded_once(target, source, mode):
     dtype = np.float32 if source == "f32" else np.float64
     digits, least, top = FORMATS[target]
-    # Values of the format, ties between them, and what lies beside a tie; subnormal ones; the end.
+    # Values of the format, ties between them, and what lies next to a tie; subnormal ones; the end.
     base = RNG.integers(1 << digits - 1, 1 << digits, 40)
     scale = 2.0 ** RNG.integers(-12, 4, 40)
     x = [(b + part) * s for b, s in zip(base, scale, strict=True)

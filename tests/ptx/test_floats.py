@@ -20,14 +20,14 @@ SPECIAL = {
 MODES = ["rn", "rz", "rm", "rp"]
 
 
-def samples(dtype, drawn):
-    spread = 2.0 ** RNG.integers(-40, 40, drawn)
-    with_halves = np.concatenate([SPECIAL[dtype], RNG.standard_normal(drawn) * spread])
+def samples(dtype, sampled):
+    spread = 2.0 ** RNG.integers(-40, 40, sampled)
+    with_halves = np.concatenate([SPECIAL[dtype], RNG.standard_normal(sampled) * spread])
     return with_halves.astype(dtype)
 
 
-def grid(dtype, arity, drawn):
-    return np.array(list(itertools.product(samples(dtype, drawn), repeat=arity)), dtype).T.copy()
+def grid(dtype, arity, sampled):
+    return np.array(list(itertools.product(samples(dtype, sampled), repeat=arity)), dtype).T.copy()
 
 
 def rounded(exact: Fraction, dtype, mode: str):

@@ -14,8 +14,8 @@ def samples(bits, count=12):
     """Ends of the ranges, powers of two and their neighbours, and random patterns."""
     top = 1 << bits - 1
     special = [0, 1, 2, 3, 7, 8, 31, 32, 33, 63, 64, 255, 256, top - 1, top, top + 1, 2 * top - 1]
-    drawn = [int(x) for x in RNG.integers(0, 1 << 63, count, dtype=np.uint64)]
-    return sorted({x % (1 << bits) for x in special + drawn})
+    sampled = [int(x) for x in RNG.integers(0, 1 << 63, count, dtype=np.uint64)]
+    return sorted({x % (1 << bits) for x in special + sampled})
 
 
 def signed(x, bits):

@@ -75,8 +75,8 @@ def test_attention_of_odd_heads(run_on_ptx, capability, dtype):
 
 def test_soft_cross_entropy(run_on_ptx, capability, dtype):
     # Two blocks of 2,048 tokens and a part of a third.
-    drawn = soft_cross_entropy.draw(5, 5001, CPU)
-    soft_cross_entropy.check(run_on_ptx(capability), drawn, dtype)
+    sampled = soft_cross_entropy.draw(5, 5001, CPU)
+    soft_cross_entropy.check(run_on_ptx(capability), sampled, dtype)
 
 
 def test_word_patch_alignment(run_on_ptx, capability, dtype):

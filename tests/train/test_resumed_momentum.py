@@ -63,5 +63,5 @@ def test_a_run_resumed_without_the_momentum_is_refused(trainer, tmp_path, monkey
     begin, go_on = RUNS[trainer]
     begin(page)
     monkeypatch.setattr(page["EmaModel"], "load_state_dict", lambda self, state: None)
-    with pytest.raises(RuntimeError, match="saved beside an EmaModel of 2 updates, this one has 0"):
+    with pytest.raises(RuntimeError, match="saved with an EmaModel of 2 updates, this one has 0"):
         go_on(page)

@@ -111,7 +111,7 @@ def check_workspace(workspace_bytes: int | None) -> None:
 
 
 def as_scalar(name: str, value, like: torch.Tensor, finite: bool = True) -> torch.Tensor:
-    """`value` (number or one-element tensor) as a zero-dimensional tensor beside `like`.
+    """`value` (number or one-element tensor) as a zero-dimensional tensor on the device of `like`.
 
     float32, or float64 where `like` is. With `finite`, a value on the CPU that is not finite raises
     ValueError; on a GPU looking would stall the stream, so it shows as a loss that is not finite.

@@ -1,6 +1,6 @@
 """How the operators cut their logits on a GPU: chunks of whole rows, as large as memory allows.
 
-Each chunk costs a few launches and products that fill the GPU only where it is tall, so that memory
+Each chunk costs a few launches and GEMMs that fill the GPU only where it is tall, so that memory
 decides, not caches as on a CPU.
 """
 
@@ -40,7 +40,7 @@ def _default_workspace_bytes(device: torch.device) -> int:
 
 @constant_result
 def l2_bytes(device: torch.device) -> int:
-    """The size of a GPU's second-level cache."""
+    """The size of a GPU's L2 cache."""
     if not torch.cuda.is_available():
         return SMALLEST_L2_BYTES
     return torch.cuda.get_device_properties(device).L2_cache_size
@@ -49,7 +49,7 @@ def l2_bytes(device: torch.device) -> int:
 def rows_within(
     workspace_bytes: int | None, row_bytes: int, other_bytes: int, device: torch.device
 ) -> int:
-    """How many rows of `row_bytes` the workspace holds beside `other_bytes`; 0 if not even one.
+    """How many rows of `row_bytes` the workspace holds next to `other_bytes`; 0 if not even one.
 
     `workspace_bytes` None: the device's default, and at least LEAST_ROWS.
     """

@@ -1,7 +1,7 @@
 """The operators' implementations in Python: how torch gets them, each with autocast off inside.
 
 An operator decides itself in which dtype it multiplies: autocast around it would round float32
-operands of its products, or have them not fit the memory that they are written to.
+operands of its matmuls, or have them not fit the memory that they are written to.
 """
 
 from collections.abc import Callable

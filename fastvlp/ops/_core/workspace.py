@@ -1,7 +1,7 @@
 """One large buffer kept between calls, so that a training step does not fault it in anew.
 
 The logits kept for backward are the largest thing an operator allocates. Fresh memory of that size
-costs more time than the product that fills it; a trainer needs it again at the next step, at the
+costs more time than the matmul that fills it; a trainer needs it again at the next step, at the
 very moment when its memory peaks anyway.
 """
 
@@ -10,13 +10,13 @@ from collections import deque
 import torch
 
 # At most one, the largest. There is no lock: garbage collection and signal handlers call
-# `give_back` at any point of any thread, also inside of these functions. Each step on the deque is
+# `release` at any point of any thread, also inside of these functions. Each step on the deque is
 # atomic, and two at the same time lose a buffer at worst, which is then freed.
 _free: deque[torch.Tensor] = deque(maxlen=1)
 
 
-class Lease:
-    """`n` floats for one forward pass, until `give_back` or until nobody holds the lease."""
+class Workspace:
+    """`n` floats for one forward pass, until `release` or until nobody holds the workspace."""
 
     floats: torch.Tensor | None = None
 
@@ -28,14 +28,14 @@ class Lease:
         self._whole = torch.empty(n, dtype=torch.float32) if found is None else found
         self.floats = self._whole[:n]
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Lets the next forward pass have the buffer; `floats` is None from now on."""
         whole, self.floats = self.__dict__.pop("_whole", None), None
         if whole is not None:
             _keep(whole)
 
     def __del__(self):
-        self.give_back()
+        self.release()
 
 
 def release_workspace() -> None:

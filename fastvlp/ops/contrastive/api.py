@@ -9,18 +9,18 @@ log(1 + exp(lse - z_ii)): a loss of 1e-8 is as exact as its logits.
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
 arXiv 2103.00020, section 2.3 and figure 3; van den Oord et al., arXiv 1807.03748, equation 4.
 
-Cost: one product of 2 N^2 D FLOP forward. A tile of logits serves both directions: its row
-statistics finish image-to-text, its column statistics text-to-image. Backward takes two products,
+Cost: one GEMM of 2 N^2 D FLOP forward. A tile of logits serves both directions: its row
+statistics finish image-to-text, its column statistics text-to-image. Backward takes two GEMMs,
 and a third one for those logits that did not fit into `workspace_bytes`. Memory beyond the
 gradients: at most about `workspace_bytes` plus a few MB for each thread. On a GPU no logits are
-kept: backward takes three products, and forward 64 MB for its statistics.
+kept: backward takes three GEMMs, and forward 64 MB for its statistics.
 
 The gradient with respect to s costs N D operations, that with respect to b is exactly zero: the
-softmax does not see a constant. Products of float32 features have float32 accuracy: where the
-processor multiplies matrices of bfloat16, each float goes in as three of these; on a GPU they are
-cuBLAS's, which follows torch.backends.cuda.matmul.allow_tf32. Products of bfloat16 features use
-bfloat16 multiplications with float32 sums where the processor has them, else float32; softmax and
-sums are always float32.
+softmax is invariant to a constant. GEMMs of float32 features have float32 accuracy: where the CPU
+has AMX tiles of bfloat16, each float is split into three of these (bf16x3); on a GPU they are
+cuBLAS's, which follows torch.backends.cuda.matmul.allow_tf32. GEMMs of bfloat16 features use
+bfloat16 multiplications with float32 sums where the CPU has them, else float32; softmax and sums
+are always float32.
 """
 
 import torch
@@ -32,13 +32,13 @@ from .._core.checks import as_scalar, check_features, check_workspace, local
 from .._core.dispatch import choose, explain, register
 from .._core.implement import without_autocast
 from .._core.saved_gradients import once_differentiable, wants_gradients
-from .._core.workspace import Lease
-from . import register as _contrastive_library
+from .._core.workspace import Workspace
 from .checks import CANDIDATES, preferred_backend
 from .gather import COMM_DTYPES, SCHEDULES
 from .group import DIRECTIONS, Distributed
 from .pairs import log_sum_exp, pair_losses, positive_gradient
 from .plan import plan_for
+from .register import register_operators
 
 
 def contrastive(
@@ -72,8 +72,8 @@ def contrastive(
             the same upstream gradient.
         schedule: with `group`, "gather" (text features all-gathered, N D memory), "ring" (one
             shard at a time, memory for a few local batches) or "auto" (gather while it fits
-            beside the workspace).
-        comm_dtype: with `group`, the dtype in which features and their gradients travel, for
+            next to the workspace).
+        comm_dtype: with `group`, the communication dtype of features and their gradients, for
             example torch.bfloat16; None sends features as they are and gradients in float32.
             Statistics are float32 always.
         global_value: with `group`, return the loss of the global batch, the same on every rank, in
@@ -159,21 +159,21 @@ def contrastive_reference(
 def _contrastive(x, y, scale, direction, workspace_bytes) -> torch.Tensor:
     plan = plan_for(x, len(x), workspace_bytes, wants_gradients(x, y, scale))
     # The compiler plans memory itself, and on a GPU nothing is kept.
-    has_lease = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    lease = Lease(plan.kept_floats(len(x))) if has_lease else None
-    return _Contrastive.apply(x, y, scale, direction, plan, lease)[0]
+    has_workspace = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    workspace = Workspace(plan.kept_floats(len(x))) if has_workspace else None
+    return _Contrastive.apply(x, y, scale, direction, plan, workspace)[0]
 
 
 class _Contrastive(torch.autograd.Function):
-    """The loss, and what backward needs besides the inputs and the lease."""
+    """The loss, and what backward needs besides the inputs and the workspace."""
 
     @staticmethod
-    def forward(x, y, scale, direction, plan, lease):
+    def forward(x, y, scale, direction, plan, workspace):
         rows, cols = direction != "text_to_image", direction != "image_to_text"
-        if lease is None:
+        if workspace is None:
             kept = scale.new_empty(plan.kept_floats(x.shape[0]))
         else:
-            kept = lease.floats
+            kept = workspace.floats
         *negatives, positive = torch.ops.fastvlp.contrastive_statistics(
             x, y, scale, kept, 0, rows, cols, plan.block_rows, plan.block_cols, plan.keep_blocks
         )
@@ -183,11 +183,11 @@ class _Contrastive(torch.autograd.Function):
             if on
         ]
         loss = sum(losses) / len(losses)
-        return loss, *negatives, positive, *(() if lease is not None else (kept,))
+        return loss, *negatives, positive, *(() if workspace is not None else (kept,))
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        x, y, scale, _, ctx.plan, ctx.lease = inputs
+        x, y, scale, _, ctx.plan, ctx.workspace = inputs
         _, *saved = outputs
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)  # of the other outputs: zeros as large as they are
@@ -200,9 +200,9 @@ class _Contrastive(torch.autograd.Function):
         x, y, scale, row_negatives, col_negatives, positive, *kept = ctx.saved_tensors
         n, plan = x.shape[0], ctx.plan
         keep_blocks = plan.keep_blocks
-        if ctx.lease is not None:
-            kept = [ctx.lease.floats]
-        if kept[0] is None:  # a second backward pass: the tiles went with the first one
+        if ctx.workspace is not None:
+            kept = [ctx.workspace.floats]
+        if kept[0] is None:  # a second backward pass: the first one released the tiles
             kept, keep_blocks = [scale.new_empty(0)], 0
         share = grad / (n * ((row_negatives.numel() > 0) + (col_negatives.numel() > 0)))
         dx, dy, dscale = once_differentiable(
@@ -212,12 +212,12 @@ class _Contrastive(torch.autograd.Function):
             torch.stack((share, share)), kept[0], 0, plan.block_rows,
             plan.block_cols, keep_blocks, plan.chunk_rows, plan.chunk_cols,
         )  # fmt: skip
-        if ctx.lease is not None:
-            ctx.lease.give_back()
+        if ctx.workspace is not None:
+            ctx.workspace.release()
         return dx, dy, dscale, None, None, None
 
 
-_contrastive_library.register()
+register_operators()
 register(
     "contrastive",
     example={"image_features": (2, 8), "text_features": (2, 8)},

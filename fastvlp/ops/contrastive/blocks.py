@@ -1,6 +1,6 @@
 """What the schedules of the distributed loss are made of.
 
-Contrastive statistics and gradients of local rows against one part of the columns, and how they
+Contrastive statistics and gradients of local rows against one block of the columns, and how they
 add up to this rank's share.
 """
 
@@ -8,17 +8,17 @@ from dataclasses import replace
 
 import torch
 
-from .._core.workspace import Lease
+from .._core.workspace import Workspace
 from .pairs import pair_losses
 from .plan import DEFAULT_WORKSPACE_BYTES, Plan, plan_for
 
 
-class KeptLogits:
-    """One workspace for the logits that parts keep from statistics to gradients.
+class SavedLogits:
+    """One workspace for the logits that blocks save from statistics to gradients.
 
-    `slots` lists for each piece of the workspace the numbers of columns that parts will bring to
-    it, one part at a time; a slot's share of `workspace_bytes` follows its largest part. On a GPU
-    nothing is kept: each part has the whole workspace while it is at work.
+    `slots` lists for each piece of the workspace the numbers of columns that blocks will bring to
+    it, one block at a time; a slot's share of `workspace_bytes` follows its largest block. On a
+    GPU nothing is saved: each block has the whole workspace while it is at work.
     """
 
     def __init__(
@@ -33,32 +33,34 @@ class KeptLogits:
                 share = max(1, whole * most // sum(widest))
             self._plans.append({n: plan_for(x, n, share, keep) for n in columns})
         sizes = [max(p.kept_floats(n) for n, p in plans.items()) for plans in self._plans]
-        self._lease = Lease(sum(sizes)) if x.device.type == "cpu" else None  # a GPU keeps nothing
-        floats = x.new_empty(0, dtype=torch.float32) if self._lease is None else self._lease.floats
+        self._workspace, floats = None, x.new_empty(0, dtype=torch.float32)
+        if x.device.type == "cpu":  # a GPU saves nothing
+            self._workspace = Workspace(sum(sizes))
+            floats = self._workspace.floats
         self._pieces = floats.split(sizes)
 
     def slot(self, index: int, columns: int) -> tuple[Plan, torch.Tensor]:
-        """How to cut a part with so many columns, and where its logits stay."""
+        """How to cut a block with so many columns, and where its logits are saved."""
         plan = self._plans[index][columns]
         return plan, self._pieces[index][: plan.kept_floats(columns)]
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Lets the next step have the workspace."""
         self._pieces = ()
-        if self._lease is not None:
-            self._lease.give_back()
+        if self._workspace is not None:
+            self._workspace.release()
 
 
-class Part:
+class LogitBlock:
     """The logits of `x` [M, D] against `y` [N, D], columns `first` onward of the global batch.
 
-    The positive of local row i is global column `positive` + i. `slot`: of a KeptLogits.
+    The positive of local row i is global column `positive` + i. `slot`: of a SavedLogits.
     """
 
     def __init__(self, x, y, scale, positive: int, first: int, slot: tuple[Plan, torch.Tensor]):
         self.x, self.y, self.scale = x, y, scale
         self.first, self.offset = first, positive - first
-        self.plan, self._kept = slot
+        self.plan, self._saved = slot
 
     def statistics(self, rows: bool, cols: bool):
         """(log-sum-exps over the negatives of rows [M] and of columns [N], positive [M]).
@@ -71,19 +73,19 @@ class Part:
             return *lse, self.x.new_zeros(len(self.x), dtype=torch.float32)
         plan = self.plan
         return torch.ops.fastvlp.contrastive_statistics(
-            self.x, self.y, self.scale, self._kept, self.offset, rows, cols, plan.block_rows,
+            self.x, self.y, self.scale, self._saved, self.offset, rows, cols, plan.block_rows,
             plan.block_cols, plan.keep_blocks,
         )  # fmt: skip
 
     def restore(self, rows: bool, cols: bool) -> None:
-        """Prepares for gradients where another part has used the slot since the statistics."""
+        """Prepares for gradients where another block has used the slot since the statistics."""
         if self.plan.keep_blocks * self.plan.block_rows >= len(self.x):
             self.statistics(rows, cols)
         else:  # some are computed again anyway: then all of them, without a pass for statistics
-            self.plan, self._kept = replace(self.plan, keep_blocks=0), self._kept[:0]
+            self.plan, self._saved = replace(self.plan, keep_blocks=0), self._saved[:0]
 
     def gradients(self, row_lse, col_lse, positive_gradient, weights):
-        """(dx, dy, dscale) as float32, to be summed over parts.
+        """(dx, dy, dscale) as float32, to be summed over blocks.
 
         Log-sum-exps over all logits; `positive_gradient` [M] is used where the positives are here.
         """
@@ -93,7 +95,7 @@ class Part:
             )
         plan = self.plan
         dx, dy, dscale = torch.ops.fastvlp.contrastive_gradients(
-            self.x, self.y, self.scale, row_lse, col_lse, positive_gradient, weights, self._kept,
+            self.x, self.y, self.scale, row_lse, col_lse, positive_gradient, weights, self._saved,
             self.offset, plan.block_rows, plan.block_cols, plan.keep_blocks, plan.chunk_rows,
             plan.chunk_cols,
         )  # fmt: skip
@@ -127,6 +129,8 @@ def no_gradients(x, y, scale):
     return x.new_empty(0, x.shape[1]), y.new_empty(0, y.shape[1]), torch.zeros_like(scale)
 
 
-def travel_dtypes(comm_dtype: torch.dtype | None, y: torch.Tensor) -> tuple[torch.dtype, ...]:
-    """Of the features and of the sums of their gradients on the wire."""
+def communication_dtypes(
+    comm_dtype: torch.dtype | None, y: torch.Tensor
+) -> tuple[torch.dtype, ...]:
+    """The dtypes in which features and the sums of their gradients are communicated."""
     return comm_dtype or y.dtype, comm_dtype or torch.float32

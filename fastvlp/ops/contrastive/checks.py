@@ -37,7 +37,7 @@ def preferred_backend(
 ) -> str | None:
     """The compiled passes for float32 features on a GPU, None for others.
 
-    There tensor cores have no part in the product of a tile, and cuBLAS's products, which the
+    There tensor cores have no part in the GEMM of a tile, and cuBLAS's GEMMs, whose results the
     compiled passes read, come nearer to what the other units can do than those of Triton's tiles.
     """
     is_float32 = image_features.dtype == torch.float32

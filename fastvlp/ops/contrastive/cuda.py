@@ -1,12 +1,12 @@
 """The contrastive losses on CUDA tensors by the compiled passes (csrc/cuda) and torch.mm.
 
-The logits are walked in chunks: torch.mm makes the fp32 products of a chunk, one pass of ours
-reads them, and for gradients two more products follow, summed in fp32 over the chunks. Nothing is
-read back to the host. float32 products honour torch.backends.cuda.matmul.allow_tf32.
+The logits are walked in chunks: torch.mm makes the fp32 products x y^T of a chunk, one pass of
+ours reads them, and for gradients two more GEMMs follow, summed in fp32 over the chunks. Nothing is
+read back to the host. float32 GEMMs honour torch.backends.cuda.matmul.allow_tf32.
 
 Range: logit gradients are stored divided by the largest |weight|, hence within [-2, 2] whatever
 the batch size and the upstream gradient, and in float16 times 2**14 besides, so that a probability
-of 4e-9 is still a normal number. Both factors return in fp32, after the products.
+of 4e-9 is still a normal number. Both factors return in fp32, after the GEMMs.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from ..._tracing import constant_result
 from ...kernels import align, storage_factor
 from .._core.gpu_plan import TILE
 
-# Products that the statistics make at once: the pass over them finds them in the second-level
+# Bytes of products that the statistics make at once: the pass over them finds them in the L2
 # cache, 40 MB on the smallest GPU the default build is for.
 _STATISTICS_BYTES = 32 << 20
 
@@ -112,9 +112,10 @@ def _feature_gradients(
     size: tuple[int, int],
     logit_gradient: Callable[[torch.Tensor, slice, slice, torch.Tensor], None],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients by x, y and the scale; logit gradients are `factor` times what is written.
+    """Gradients w.r.t. x, y and the scale; logit gradients are `factor` times what is written.
 
-    `logit_gradient(products, rows, cols, out)` writes those of one chunk to `out`, in x's dtype.
+    `products` are the logits of a chunk without their scale; `logit_gradient(products, rows, cols,
+    out)` writes its logit gradients to `out`, in x's dtype.
     """
     (m, dim), n = x.shape, y.shape[0]
     dx, y_sums = x.new_empty(m, dim), _floats(y, n, dim)
@@ -132,7 +133,7 @@ def _feature_gradients(
         _multiply(g, y[cols], x_part, add=cols.start > 0)
         _multiply(g.T, x[rows], y_sums[cols], add=rows.start > 0)
         if cols.stop == n:
-            # dX = scale * G y, and <x, G y> = <G, x y^T> is the derivative by the scale.
+            # dX = scale * G y, and <x, G y> = <G, x y^T> is the derivative w.r.t. the scale.
             scale_sum += (x[rows] * x_part).sum(dtype=torch.float64)
             torch.mul(x_part, scale * factor, out=dx[rows])
     if n == 0:
@@ -168,7 +169,7 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool)
 
 
 def _chunk(x: torch.Tensor, rows: int, cols: int) -> tuple[int, int]:
-    # The plan counts a logit's gradient; half-precision ones lie beside fp32 products here.
+    # The plan counts a logit's gradient; half-precision ones come on top of fp32 products here.
     if x.dtype == torch.float32:
         return rows, cols
     fitting = rows * x.element_size() // (4 + x.element_size())

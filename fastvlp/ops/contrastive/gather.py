@@ -2,28 +2,36 @@
 
 Rank r holds B_r pairs of the N. It computes its own rows of logits against all columns, so row
 log-sum-exps are final locally and column log-sum-exps need one merge of N floats, and gradients the
-N positives' logits; only the text tower travels. Loss and gradients come out of one operator:
-nothing but gradients of the size of the local features lives until backward, and backward needs no
-communication.
+N positives' logits; only the text features are communicated. Loss and gradients come out of one
+operator: nothing but gradients of the size of the local features lives until backward, and backward
+needs no communication.
 
 Two schedules, exact alike:
 - gather: all-gather of the text features, the local block computed meanwhile; the gradient of the
-  gathered features goes home by a reduce-scatter, the local block again computed meanwhile.
+  gathered features is reduce-scattered to their owners, the local block again computed meanwhile.
   2 N D elements on the wire in all, N D memory.
-- ring: one shard at a time, the next one in flight during the current product. Backward goes the
-  other way round, from the shard at hand, and a shard's gradient collects its terms on the way
-  home. 3 N D elements on the wire (2 N D on two ranks), memory for a few shards and the logits of
-  two blocks whatever the number of ranks.
+- ring: one shard at a time, the next one in flight during the current GEMM. Backward goes the
+  other way round, from the shard at hand, and a shard's gradient collects its terms on the way to
+  its owner. 3 N D elements on the wire (2 N D on two ranks), memory for a few shards and the logits
+  of two blocks whatever the number of ranks.
 
 Every rank returns W/N times its share of the sum (with equal shards the mean over its own pairs, as
-open_clip's local loss), and W times the derivative of the global mean by its features: what
+open_clip's local loss), and W times the derivative of the global mean w.r.t. its features: what
 averaging over ranks, as DDP does, turns into the exact gradient of the full batch.
 """
 
 import torch
 
 from ...distributed import Gather, ScatterSum, merge_log_sum_exp
-from .blocks import KeptLogits, Part, Sum, direction_weight, loss_share, no_gradients, travel_dtypes
+from .blocks import (
+    LogitBlock,
+    SavedLogits,
+    Sum,
+    communication_dtypes,
+    direction_weight,
+    loss_share,
+    no_gradients,
+)
 from .pairs import log_sum_exp, positive_gradient
 from .plan import DEFAULT_WORKSPACE_BYTES
 from .ring import ring_shares
@@ -48,22 +56,22 @@ def softmax_shares(
 
 def _gather(x, y, scale, shards, rows, cols, comm_dtype, gradients, workspace_bytes):
     first, last = shards.offset, shards.offset + len(y)
-    # At most three parts: this rank's own columns, those before and those after.
+    # At most three blocks: this rank's own columns, those before and those after.
     groups = [(0, slice(0, shards.rank)), (last, slice(shards.rank + 1, None))]
     groups = [(begin, which) for begin, which in groups if any(shards.sizes[which])]
     widths = [len(y), *(sum(shards.sizes[which]) for _, which in groups)]
-    logits = KeptLogits(x, [{n} for n in widths], workspace_bytes, gradients)
+    logits = SavedLogits(x, [{n} for n in widths], workspace_bytes, gradients)
 
-    wire, sums = travel_dtypes(comm_dtype, y)
-    exchange = Gather(y.to(wire), shards)
-    own = Part(x, y, scale, first, first, logits.slot(0, len(y)))
+    features_dtype, sums_dtype = communication_dtypes(comm_dtype, y)
+    exchange = Gather(y.to(features_dtype), shards)
+    own = LogitBlock(x, y, scale, first, first, logits.slot(0, len(y)))
     row_part, own_cols, positive = own.statistics(rows, cols)
     positives = Gather(positive, shards) if gradients and cols else None
     row_parts, col_parts = [row_part], [own_cols]
     others = []
     for index, (begin, which) in enumerate(groups, 1):
         columns = exchange.rows(which).to(x.dtype)
-        others.append(Part(x, columns, scale, first, begin, logits.slot(index, len(columns))))
+        others.append(LogitBlock(x, columns, scale, first, begin, logits.slot(index, len(columns))))
         row_part, col_part, _ = others[-1].statistics(rows, cols)
         row_parts.append(row_part)
         col_parts.insert(0 if begin == 0 else len(col_parts), col_part)
@@ -73,7 +81,7 @@ def _gather(x, y, scale, shards, rows, cols, comm_dtype, gradients, workspace_by
     own_negatives = row_negatives, col_negatives[first:last]
     loss = loss_share(*own_negatives, positive, shards, rows, cols)
     if not gradients:
-        logits.give_back()
+        logits.release()
         return loss, *no_gradients(x, y, scale)
 
     weight = direction_weight(shards, rows, cols)
@@ -88,9 +96,9 @@ def _gather(x, y, scale, shards, rows, cols, comm_dtype, gradients, workspace_by
         dx.add(part_dx)
         dscale.add(part_dscale)
         outgoing[which] = part_dy.split(shards.sizes[which])
-    exchange = ScatterSum(outgoing, shards, y.new_empty(0, y.shape[1], dtype=sums))
+    exchange = ScatterSum(outgoing, shards, y.new_empty(0, y.shape[1], dtype=sums_dtype))
     own_dx, own_dy, own_dscale = own.gradients(row_lse, col_lse[first:last], *common)
-    logits.give_back()
+    logits.release()
     dx.add(own_dx)
     dscale.add(own_dscale)
     return loss, dx.total.to(x.dtype), exchange.wait(own_dy).to(y.dtype), dscale.total

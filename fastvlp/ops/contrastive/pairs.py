@@ -6,7 +6,7 @@ With L the log-sum-exp over a row's or column's negatives and z the logit of its
 
 Neither is a difference of two numbers near each other, as lse - z and p - 1 are once the pairs are
 well fitted: what is left of the error is the rounding of the logits. Operators give L as float64
-beside a float32 z, because its own rounding would scale the softmax of a whole row.
+and z as float32, because its own rounding would scale the softmax of a whole row.
 """
 
 import torch

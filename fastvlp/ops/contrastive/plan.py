@@ -13,10 +13,10 @@ from ..._tracing import constant_result
 from ...kernels import align
 from .._core.gpu_plan import TILE, even_chunks, rows_within
 
-# On a CPU. Keeps every logit of 8192 x 8192 pairs: such a batch costs three products, not four.
+# On a CPU. Keeps every logit of 8192 x 8192 pairs: such a batch costs three GEMMs, not four.
 DEFAULT_WORKSPACE_BYTES = 288 << 20
 
-# A tile of 512 x 512 logits, 1 MiB, stays in a core's second-level cache between the product that
+# A tile of 512 x 512 logits, 1 MiB, stays in a core's L2 cache between the GEMM that
 # makes it and the passes that read it (bench/NOTES.md has the sweep).
 BLOCK = 512
 _GRAIN = 32  # rows of the widest packed panel

@@ -11,7 +11,7 @@ from ...kernels import align
 from .._core.dispatch import choose
 from .._core.implement import implement
 from .._core.saved_gradients import SECOND_DERIVATIVE
-from . import cuda as _contrastive_cuda
+from . import cuda
 
 
 def _statistics_fake(x, y, scale, kept, offset, rows, cols, *_):
@@ -110,7 +110,7 @@ def _no_second_derivative(ctx, *grads):
     raise RuntimeError(SECOND_DERIVATIVE)
 
 
-def register() -> None:
+def register_operators() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
     if _native.load():
         return
@@ -120,21 +120,21 @@ def register() -> None:
             "contrastive",
             _statistics_fake,
             _statistics_triton,
-            _contrastive_cuda.statistics,
+            cuda.statistics,
         ),
         (
             "contrastive_gradients",
             "contrastive",
             _gradients_fake,
             _gradients_triton,
-            _contrastive_cuda.gradients,
+            cuda.gradients,
         ),
         (
             "contrastive_sigmoid",
             "sigmoid_contrastive",
             _sigmoid_fake,
             _sigmoid_triton,
-            _contrastive_cuda.sigmoid,
+            cuda.sigmoid,
         ),
     ):
         torch.library.register_fake(f"fastvlp::{name}", fake)

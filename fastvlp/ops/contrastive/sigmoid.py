@@ -6,7 +6,7 @@
 Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, section 3.2.
 
 Cost: the loss is a sum over elements, so the forward pass computes the gradients as well: three
-products of 2 N^2 D FLOP in all, one where no gradient is wanted. Memory beyond the gradients: at
+GEMMs of 2 N^2 D FLOP in all, one where no gradient is wanted. Memory beyond the gradients: at
 most about `workspace_bytes` plus a few MB for each thread. Precision is as for `contrastive`.
 """
 
@@ -40,7 +40,7 @@ def sigmoid_contrastive(
 
     Arguments, result and errors are as for `fastvlp.ops.contrastive`, with a bias that matters:
     the loss is differentiable once with respect to the features, the scale and the bias. With
-    `group` the text features travel round a ring.
+    `group` the text features pass round a ring.
     """
     distributed = spans_ranks(group)
     with reporting(group, "sigmoid_contrastive"):

@@ -1,6 +1,6 @@
 """Attention of packed queries to the keys of their own segment: fusion encoders and packed text.
 
-    s_ij = scale <q_i, k_j>,  p_i = softmax of s_i over the keys that row i may see,
+    s_ij = scale <q_i, k_j>,  p_i = softmax of s_i over the keys that row i attends,
     out_i = sum_j dropout(p_ij) v_j
 
 Source: Vaswani et al., "Attention is all you need", arXiv 1706.03762, section 3.2; the fusion
@@ -16,7 +16,7 @@ Cost for a segment of M query and L key rows and each head: 4 M L d FLOP forward
 which computes the weights again. Memory: output, gradients and one log-sum-exp per query row and
 head; the M x L weights are never stored, except for `return_probs`.
 
-Products of float32 inputs are float32; those of bfloat16 use bfloat16 multiplications with float32
+Matmuls of float32 inputs are float32; those of bfloat16 use bfloat16 multiplications with float32
 sums; softmax and sums are float32 always.
 """
 
@@ -25,8 +25,6 @@ import torch
 from .._core.backends import unit_stride
 from .._core.dispatch import choose, register
 from .._core.implement import without_autocast
-from . import dropout as _dropout
-from . import register as _cross_attention_library
 from .checks import (
     CANDIDATES,
     NO_SEED,
@@ -36,7 +34,9 @@ from .checks import (
     operator_takes,
     seed_tensor,
 )
+from .dropout import keep_mask
 from .probs import attend_with_probs
+from .register import register_operators
 
 
 def cross_attention(
@@ -66,13 +66,13 @@ def cross_attention(
             lie as they do.
         cu_seqlens_q: [n + 1] int32 or int64, from 0 to total_q, never decreasing.
         cu_seqlens_k: the same for packed keys.
-        key_mask: [n, L], or [total_k], bool, True where a key is seen; any pattern. What unseen
+        key_mask: [n, L], or [total_k], bool, True where a key is attended; any pattern. What masked
             keys and values hold, NaN included, has no effect; their gradients are zero.
-        causal: a query row sees no later key; rows and keys are aligned at the segment's end.
-        scale: factor of the products, default d^-1/2; of magnitude up to 1e6 unless in float64.
+        causal: a query row attends no later key; rows and keys are aligned at the segment's end.
+        scale: factor of the logits q k^T, default d^-1/2; of magnitude up to 1e6 unless in float64.
         dropout_p: probability with which a weight is dropped; the others are divided by 1 - p.
         dropout_seed: the mask is a function of it and of positions
-            (`fastvlp.ops.cross_attention.dropout`). By default drawn from torch's generator.
+            (`fastvlp.ops.cross_attention.dropout`). By default a random one of torch's generator.
         max_seqlen_q, max_seqlen_k: bounds on the segments' rows. On a GPU, leaving them out costs
             a wait for the device wherever they cannot be read off a shape; compiled code does not
             wait, but launches programs for a segment of all rows.
@@ -81,8 +81,8 @@ def cross_attention(
 
     Returns:
         [total_q, H, d] in the dtype of q, differentiable once with respect to q, k and v. Rows that
-        see no key are 0 and have zero gradients. With `return_probs` also the weights before
-        dropout, [total_q, H, largest number of keys], 0 where a row sees no key: the output is
+        attend no key are 0 and have zero gradients. With `return_probs` also the weights before
+        dropout, [total_q, H, largest number of keys], 0 where a row attends no key: the output is
         computed from them, so that they have gradients.
 
     Raises:
@@ -94,8 +94,8 @@ def cross_attention(
     tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask
     bounds = max_seqlen_q, max_seqlen_k
     if not return_probs and operator_takes(*tensors, scale, dropout_p, *bounds):
-        draws = dropout_p or dropout_seed is not None
-        seed = seed_tensor(dropout_seed, dropout_p, q.device) if draws else NO_SEED
+        has_seed = dropout_p or dropout_seed is not None
+        seed = seed_tensor(dropout_seed, dropout_p, q.device) if has_seed else NO_SEED
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         rows = (bound or 0 for bound in bounds)
         return _CrossAttention.apply(*tensors, seed, factor, dropout_p, bool(causal), *rows)
@@ -147,20 +147,20 @@ def cross_attention_reference(
     out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device)
     for i, (begin, end) in enumerate(zip(q_starts[:-1], q_starts[1:], strict=True)):
         keys = i if k_starts is None else slice(k_starts[i], k_starts[i + 1])
-        seen = torch.ones(k[keys].shape[0], dtype=torch.bool, device=q.device)
-        seen = seen if key_mask is None else key_mask[keys]
-        # Unseen keys are left out, not multiplied by zero: they may hold NaN.
-        where = seen.nonzero()[:, 0]
+        attended = torch.ones(k[keys].shape[0], dtype=torch.bool, device=q.device)
+        attended = attended if key_mask is None else key_mask[keys]
+        # Masked keys are left out, not multiplied by zero: they may hold NaN.
+        where = attended.nonzero()[:, 0]
         logits = scale * torch.einsum("qhd,khd->hqk", q[begin:end], k[keys][where])
         rows = torch.arange(begin, end, device=q.device)
         allowed = torch.ones(end - begin, len(where), dtype=torch.bool, device=q.device)
         if causal:  # aligned at the last key
-            allowed = where <= (rows - end)[:, None] + len(seen)
+            allowed = where <= (rows - end)[:, None] + len(attended)
         some = allowed.any(-1, keepdim=True)
         logits = torch.where(some, logits.masked_fill(~allowed, -torch.inf), 0.0)
         p = logits.softmax(-1) * allowed
         if dropout_p:
-            keep = _dropout.keep_mask(dropout_seed, rows, heads, len(seen), dropout_p)
+            keep = keep_mask(dropout_seed, rows, heads, len(attended), dropout_p)
             p = p * keep[..., where] / (1 - dropout_p)
         out[begin:end] = torch.einsum("hqk,khd->qhd", p, v[keys][where])
     return out
@@ -185,7 +185,7 @@ class _CrossAttention(torch.autograd.Function):
         return *gradients, *(None for _ in range(4 + len(ctx.options)))
 
 
-_cross_attention_library.register()
+register_operators()
 register(
     "cross_attention", example={"q": (2, 1, 8), "k": (1, 4, 1, 8), "v": (1, 4, 1, 8)}, **CANDIDATES
 )

@@ -23,7 +23,7 @@ def operator_takes(
     """Whether the CPU operator takes the arguments as they are: nothing to refuse or to convert.
 
     A short form of all the other checks, which take a millisecond where the caches hold nothing of
-    this module, as between large products of other operators.
+    this module, as between large matmuls of other operators.
     """
     # Without loops and slices, and with few calls: each takes longer than what is looked at.
     if torch.compiler.is_compiling() or not (
@@ -179,7 +179,7 @@ def _check_starts(name: str, starts: torch.Tensor, rows: int, device: torch.devi
 def _check_mask(key_mask: torch.Tensor, k: torch.Tensor) -> None:
     if not isinstance(key_mask, torch.Tensor) or key_mask.dtype != torch.bool:
         got = key_mask.dtype if isinstance(key_mask, torch.Tensor) else type(key_mask).__name__
-        raise TypeError(f"key_mask: expected a bool tensor, True where a key is seen, got {got}")
+        raise TypeError(f"key_mask: expected a bool tensor, True for attended keys, got {got}")
     if key_mask.shape != k.shape[:-2]:
         raise ValueError(
             f"key_mask: expected one value per key, shape {tuple(k.shape[:-2])}, got "
@@ -192,7 +192,7 @@ def _check_mask(key_mask: torch.Tensor, k: torch.Tensor) -> None:
 
 
 def seed_tensor(seed, dropout_p: float, device: torch.device) -> torch.Tensor:
-    """The seed as an int64 tensor [] on the device; drawn where dropout needs one and none came."""
+    """The seed as an int64 tensor [] on the device; a random one where dropout needs it."""
     if isinstance(seed, torch.Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device:
             raise ValueError(

@@ -6,7 +6,7 @@ output autograd differentiates.
 
 import torch
 
-from . import dropout as _dropout
+from .dropout import keep_mask
 
 
 def attend_with_probs(
@@ -16,19 +16,19 @@ def attend_with_probs(
     q_segment, q_place, q_counts = _places(cu_seqlens_q, len(q))
     if cu_seqlens_k is None:
         k_counts = torch.full_like(q_counts, k.shape[1])
-        seen = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
-        seen = seen if key_mask is None else key_mask
+        attended = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
+        attended = attended if key_mask is None else key_mask
     else:
         k_segment, k_place, k_counts = _places(cu_seqlens_k, len(k))
         shape = len(k_counts), int(k_counts.max()) if len(k_counts) else 0
         k, v = (_spread(t, shape, k_segment, k_place) for t in (k, v))
-        seen = torch.zeros(shape, dtype=torch.bool, device=k.device)
-        seen[k_segment, k_place] = True if key_mask is None else key_mask
-    # Zeros in place of unseen keys: those may hold NaN.
-    k, v = (torch.where(seen[..., None, None], t, 0) for t in (k, v))
+        attended = torch.zeros(shape, dtype=torch.bool, device=k.device)
+        attended[k_segment, k_place] = True if key_mask is None else key_mask
+    # Zeros in place of masked keys: those may hold NaN.
+    k, v = (torch.where(attended[..., None, None], t, 0) for t in (k, v))
     keys = k.shape[1]
     logits = scale * torch.einsum("qhd,qkhd->qhk", q, k[q_segment])
-    allowed = seen[q_segment]
+    allowed = attended[q_segment]
     if causal:
         last = q_place - q_counts[q_segment] + k_counts[q_segment]
         allowed = allowed & (torch.arange(keys, device=q.device) <= last[:, None])
@@ -38,7 +38,7 @@ def attend_with_probs(
     weights = probs
     if dropout_p:
         rows = torch.arange(len(q), device=q.device)
-        keep = _dropout.keep_mask(dropout_seed.item(), rows, q.shape[1], keys, dropout_p)
+        keep = keep_mask(dropout_seed.item(), rows, q.shape[1], keys, dropout_p)
         weights = probs * keep.transpose(0, 1) / (1 - dropout_p)
     return torch.einsum("qhk,qkhd->qhd", weights, v[q_segment]), probs
 

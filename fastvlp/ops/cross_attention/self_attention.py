@@ -1,6 +1,6 @@
 """Self-attention of the towers: softmax(scale q kᵀ) v by the fastest kernel at hand.
 
-    p_ij = softmax of scale <q_i, k_j> over the keys j that row i may see,  out_i = sum_j p_ij v_j
+    p_ij = softmax of scale <q_i, k_j> over the keys j that row i attends,  out_i = sum_j p_ij v_j
 
 Source: Vaswani et al., "Attention is all you need", arXiv 1706.03762, section 3.2.
 
@@ -8,8 +8,8 @@ Cost for B sequences of L tokens: 4 B H L^2 d FLOP forward and 10 B H L^2 d back
 the results is linear in L. Whether the backward pass repeats bit for bit is the kernels' affair: on
 a GPU it does under `torch.use_deterministic_algorithms(True)`.
 
-The ways, in order of preference; `fastvlp.ops.explain("attention", q, k, v, ...)` says which one
-runs and why not the others, and FASTVLP_ATTENTION names one to be used wherever it can:
+The backends, in order of preference; `fastvlp.ops.explain("attention", q, k, v, ...)` says which
+one runs and why not the others, and FASTVLP_ATTENTION names one to be used wherever it can:
 
 - `flash_attn`: flash-attn 2 (`pip install -e '.[gpu]'`): half precision without a mask on GPUs of
   compute capability 8.x;
@@ -53,9 +53,9 @@ def attention(
         q: [batch, queries, heads, head_dim], float32, float64, bfloat16 or float16; any strides,
             e.g. a view of a joint projection.
         k, v: [batch, keys, heads, head_dim], same dtype and device.
-        key_mask: bool [batch, keys], False for keys that no row sees, in any pattern. They may
+        key_mask: bool [batch, keys], False for masked keys, in any pattern. They may
             hold NaN; a sequence without any key gives 0.
-        causal: row i sees keys 0 .. i only; as many queries as keys.
+        causal: row i attends keys 0 .. i only; as many queries as keys.
         scale: of the logits; None for head_dim^-0.5.
 
     Returns:
@@ -63,11 +63,11 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
-        RuntimeError: FASTVLP_ATTENTION names a way that cannot run.
+        RuntimeError: FASTVLP_ATTENTION names a backend that cannot run.
     """
     _check(q, k, v, key_mask, causal)
-    way = choose("attention", q, k, v, key_mask=key_mask, causal=causal, scale=scale)
-    return _WAYS[way](q, k, v, key_mask, causal, scale)
+    backend = choose("attention", q, k, v, key_mask=key_mask, causal=causal, scale=scale)
+    return _BACKENDS[backend](q, k, v, key_mask, causal, scale)
 
 
 def attention_reference(
@@ -97,7 +97,7 @@ def attention_reference(
 
 
 def _zeroed(x: Tensor, key_mask: Tensor) -> Tensor:
-    # A weight of zero would let the NaN of an unseen key through.
+    # A weight of zero would let the NaN of a masked key through.
     return x.masked_fill(~key_mask[:, :, None, None], 0)
 
 
@@ -131,7 +131,7 @@ def _check(q, k, v, key_mask, causal):
         raise ValueError(f"key_mask: expected the device of q, {q.device}, got {key_mask.device}")
 
 
-def _by_cross_attention(q, k, v, key_mask, causal, scale):
+def _attend_cross_attention(q, k, v, key_mask, causal, scale):
     batch, length = q.shape[:2]
     starts = length * torch.arange(batch + 1, dtype=torch.int32, device=q.device)
     out = cross_attention(
@@ -141,7 +141,7 @@ def _by_cross_attention(q, k, v, key_mask, causal, scale):
     return out.view(q.shape)
 
 
-def _by_sdpa(q, k, v, key_mask, causal, scale):
+def _attend_sdpa(q, k, v, key_mask, causal, scale):
     allowed = None
     if key_mask is not None:
         k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
@@ -157,25 +157,25 @@ def _by_sdpa(q, k, v, key_mask, causal, scale):
     return out.transpose(1, 2)
 
 
-def _by_flash_attn(q, k, v, key_mask, causal, scale):
+def _attend_flash_attn(q, k, v, key_mask, causal, scale):
     from flash_attn import flash_attn_func
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     return flash_attn_func(q, k, v, softmax_scale=scale, causal=causal, deterministic=deterministic)
 
 
-def _by_xformers(q, k, v, key_mask, causal, scale):
+def _attend_xformers(q, k, v, key_mask, causal, scale):
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
     bias = LowerTriangularMask() if causal else None
     return memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)
 
 
-_WAYS = {
-    "flash_attn": _by_flash_attn,
-    "xformers": _by_xformers,
-    "native": _by_cross_attention,
-    "sdpa": _by_sdpa,
+_BACKENDS = {
+    "flash_attn": _attend_flash_attn,
+    "xformers": _attend_xformers,
+    "native": _attend_cross_attention,
+    "sdpa": _attend_sdpa,
 }
 
 

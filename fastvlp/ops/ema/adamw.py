@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from .._core.dispatch import choose, register
-from . import multi_tensor as multi
+from . import multi_tensor
 from .api import ema_reference
 from .memory import without_ties
 
@@ -52,7 +52,7 @@ def adamw_ema(
         momentum, weight_copies, momentum_copies: the same or empty; momentum_copies need momentum.
         step: t, the number of this step, from 1.
         decay: d of the momentum update, as in `ema`.
-        nonfinite: None, or an int64 tensor of one value beside the tensors, as
+        nonfinite: None, or an int64 tensor of one value on the tensors' device, as
             `fastvlp.ops.last_exceeding` gives it: nothing is written unless it is -1.
 
     Raises TypeError, ValueError or RuntimeError as `ema` does, before anything is written.
@@ -64,22 +64,22 @@ def adamw_ema(
     }  # fmt: skip
     lists = {name: list(tensors) for name, tensors in lists.items()}
 
-    multi.check_lists(lists, optional=("momentum", "weight_copies", "momentum_copies"))
+    multi_tensor.check_lists(lists, optional=("momentum", "weight_copies", "momentum_copies"))
     if lists["momentum_copies"] and not lists["momentum"]:
         raise ValueError("momentum_copies: expected none without momentum")
-    if not multi.checked_number("step", step) >= 1:
+    if not multi_tensor.checked_number("step", step) >= 1:
         raise ValueError(f"step: expected at least 1, got {step!r}")
-    multi.check_adamw(lr, betas, eps, weight_decay)
+    multi_tensor.check_adamw(lr, betas, eps, weight_decay)
     if not lists["weights"]:
         return
-    decay_tensor, decay_value = multi.checked_decay(decay, lists["weights"][0])
-    parts = [multi.local(tensors) for tensors in lists.values()]
+    decay_tensor, decay_value = multi_tensor.checked_decay(decay, lists["weights"][0])
+    parts = [multi_tensor.local(tensors) for tensors in lists.values()]
     if choose("adamw_ema", *parts) == "native":
         torch.ops.fastvlp.adamw_ema(
             *parts, float(lr), *map(float, betas), float(eps), float(weight_decay), float(step),
             maximize, decay_tensor, decay_value, nonfinite,
         )  # fmt: skip
-        multi.bump_versions(parts[0], *parts[2:])
+        multi_tensor.bump_versions(parts[0], *parts[2:])
         return
     if not torch.compiler.is_compiling():
         parts = without_ties(dict(zip(lists, parts, strict=True)), read=("gradients",))
@@ -126,7 +126,7 @@ def adamw_ema_reference(
 
 
 def _native_reasons(*lists, **_):
-    return multi.native_reasons(*lists[:7])
+    return multi_tensor.native_reasons(*lists[:7])
 
 
 def _no_reasons(*_, **__):

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from .._core.dispatch import choose, register
-from . import multi_tensor as multi
+from . import multi_tensor
 from .memory import without_ties
 
 
@@ -39,8 +39,8 @@ def ema(
             shapes and strides; lower precision than float32 loses small steps. A tensor that
             stands twice (tied parameters) is updated once. DTensors are updated where they lie.
         source: one for each momentum tensor, of its shape, device and placements; any dtype.
-        decay: d, a number between 0 and 1, or a float32 or float64 tensor of one value beside
-            the tensors, which is read on its device: nothing waits, and a captured graph or a
+        decay: d, a number between 0 and 1, or a float32 or float64 tensor of one value on the
+            tensors' device, which is read there: nothing waits, and a captured graph or a
             compiled function follows it. Outside of [0, 1] a value on a GPU writes nothing.
         copies: None, or for each momentum tensor another one that receives its new value.
         check_finite: looks through all sources before anything is written, and writes nothing
@@ -63,18 +63,20 @@ def ema(
         "copies": copies,
     }
 
-    multi.check_lists(lists, optional=("copies",))
+    multi_tensor.check_lists(lists, optional=("copies",))
     if not momentum:
         return torch.tensor(-1) if check_finite else None
-    decay_tensor, decay_value = multi.checked_decay(decay, momentum[0])
+    decay_tensor, decay_value = multi_tensor.checked_decay(decay, momentum[0])
     native = choose("ema", momentum, source, decay, copies) == "native"
     found = (
-        multi.last_exceeding(source, native=native, limit=_limit(source)) if check_finite else None
+        multi_tensor.last_exceeding(source, native=native, limit=_limit(source))
+        if check_finite
+        else None
     )
-    parts = [multi.local(tensors) for tensors in (momentum, source, copies)]
+    parts = [multi_tensor.local(tensors) for tensors in (momentum, source, copies)]
     if native:
         torch.ops.fastvlp.ema_update(*parts, decay_tensor, decay_value, found)
-        multi.bump_versions(parts[0], parts[2])
+        multi_tensor.bump_versions(parts[0], parts[2])
         return found
     if not torch.compiler.is_compiling():
         parts = without_ties(dict(zip(lists, parts, strict=True)), read=("source",))
@@ -85,7 +87,7 @@ def ema(
 
 def _limit(tensors):
     wide = any(t.dtype == torch.float64 for t in tensors)
-    return multi.finite_limit(torch.float64 if wide else torch.float32)
+    return multi_tensor.finite_limit(torch.float64 if wide else torch.float32)
 
 
 @torch.no_grad()
@@ -110,14 +112,14 @@ def ema_reference(
 
 
 def _native_reasons(momentum, source, decay=None, copies=None, **_):
-    return multi.native_reasons(momentum, source, copies)
+    return multi_tensor.native_reasons(momentum, source, copies)
 
 
 def _no_reasons(*_, **__):
     return []
 
 
-multi.register_operators()
+multi_tensor.register_operators()
 register(
     "ema",
     example={"momentum": [(8,)], "source": [(8,)]},

@@ -37,7 +37,7 @@ def without_ties(lists: Lists, read: Sequence[str]) -> list[list[torch.Tensor]]:
         if known != looks:
             raise RuntimeError(
                 f"{first}[{at}]: shares memory with {first}[{other}], so expected the same tensors "
-                "beside it in the other lists"
+                "at both positions of the other lists"
             )
     kept = sorted(at for at, _ in places.values())
     _check_apart(given, read, kept)

@@ -1,4 +1,4 @@
-"""Matrix products in float32 and bfloat16."""
+"""Matmuls in float32 and bfloat16."""
 
 from .api import matmul, matmul_reference
 

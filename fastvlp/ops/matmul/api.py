@@ -1,9 +1,9 @@
-"""Float32 matrix products by way of bfloat16 tiles, as exact as a float32 product.
+"""Float32 matmuls on bfloat16 AMX tiles, as exact as a float32 matmul (bf16x3 emulation).
 
     C = A B + bias
 
-On a processor that multiplies tiles of bfloat16 (AMX) a float32 is taken apart into three bfloat16
-whose sum it is, and the six largest of the nine products of such parts are added up in float32;
+On a CPU with AMX tiles of bfloat16 a float32 is split into three bf16 parts whose sum it is (split
+fp32, bf16x3), and the six largest of the nine products of such parts are added up in float32;
 what is left out is below 2^-25 of each product, half of the rounding of a float32. Sums run over at
 most 768 of K before they are added to C. The error is about that of `torch.mm` or less, the rate
 1.2 to 1.5 times its. Elsewhere, for other dtypes, for small matrices and where
@@ -25,9 +25,9 @@ from .._core.checks import check_same_kind
 from .._core.dispatch import choose, forced_backend, register
 from .._core.implement import without_autocast
 
-# Multiply-adds from which on taking the operands apart pays.
+# Multiply-adds from which on splitting the operands into bf16 parts pays.
 LEAST_WORK = 1 << 24
-# Rows or columns that share the price of taking the other operand apart.
+# Rows or columns that share the cost of splitting the other operand.
 LEAST_SIDE = 96
 
 
@@ -40,7 +40,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -
         bias: [n], same dtype and device.
 
     Returns:
-        [m, n], differentiable by all three any number of times.
+        [m, n], differentiable with respect to all three any number of times.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -59,7 +59,9 @@ def matmul_reference(
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
-def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def unchecked_matmul(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """`matmul` for callers inside of the library, whose arguments are known to fit."""
     if runs_natively(a, b):
         return _native_matmul(a, b, bias)
@@ -67,10 +69,10 @@ def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) 
 
 
 def runs_natively(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether `product` of these would use the tiles."""
+    """Whether `unchecked_matmul` of these would use AMX tiles."""
     if a.dtype != torch.float32 or b.dtype != torch.float32 or a.device.type != "cpu":
         return False
-    return _is_large(a, b) and _tiles_wanted()
+    return _is_large(a, b) and _uses_amx()
 
 
 def _is_large(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -79,16 +81,16 @@ def _is_large(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @constant_result
-def _tiles_wanted() -> bool:
-    return not _processor_reasons() and forced_backend("matmul") in (None, "native")
+def _uses_amx() -> bool:
+    return not _cpu_reasons() and forced_backend("matmul") in (None, "native")
 
 
 @constant_result
-def _processor_reasons() -> list[str]:
+def _cpu_reasons() -> list[str]:
     reasons = list(_native.load())
     if not reasons and not torch.ops.fastvlp.matmul_available():
         reasons.append(
-            "the processor or FASTVLP_CPU_ISA has no tiles of bfloat16 (AMX); torch.mm is as fast"
+            "the CPU or FASTVLP_CPU_ISA has no AMX tiles of bfloat16; torch.mm is as fast"
         )
     if torch.get_float32_matmul_precision() == "medium":
         reasons.append('torch.set_float32_matmul_precision("medium") asks for less precision')
@@ -134,7 +136,7 @@ def _check_inputs(a, b, bias) -> None:
 
 
 def _native_reasons(a, b, bias=None) -> list[str]:
-    reasons = list(_processor_reasons())
+    reasons = list(_cpu_reasons())
     if a.device.type != "cpu":
         reasons.append(f"the native kernels run on CPUs, the matrices are on {a.device}")
     if a.dtype != torch.float32:
@@ -156,16 +158,19 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, gradient):
     a, b = ctx.saved_tensors
-    by_a = product(gradient, b.T) if ctx.needs_input_grad[0] else None
-    by_b = None
+    da = unchecked_matmul(gradient, b.T) if ctx.needs_input_grad[0] else None
+    db = None
     if ctx.needs_input_grad[1]:
         # In the order in which b lies in memory: of F.linear that is the weight's.
-        by_b = product(a.T, gradient) if b.stride(1) == 1 else product(gradient.T, a).T
-    by_bias = gradient.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-    return by_a, by_b, by_bias
+        if b.stride(1) == 1:
+            db = unchecked_matmul(a.T, gradient)
+        else:
+            db = unchecked_matmul(gradient.T, a).T
+    dbias = gradient.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+    return da, db, dbias
 
 
-def _register_library() -> None:
+def _register_operators() -> None:
     """Called once when this module is imported; does nothing where the library is missing."""
     if _native.load():
         return
@@ -179,4 +184,4 @@ register(
     native=_native_reasons,
     reference=reference_reasons,
 )
-_register_library()
+_register_operators()

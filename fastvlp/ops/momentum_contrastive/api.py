@@ -10,20 +10,20 @@ text rows of this batch ; the valid rows of the text queue]:
 P_i is one-hot at the row's own pair or, with ids, uniform over all keys of the same id. Text ->
 image is the same with the modalities exchanged; the loss is the mean of the two directions.
 
-In the same pass each row draws its hard negative: column j of the batch, its own pair and equal ids
-excluded, with the probability softmax_j(s_ij), as the largest s_ij + Gumbel noise.
+In the same pass each row samples its hard negative: column j of the batch, its own pair and equal
+ids excluded, with the probability softmax_j(s_ij), as the largest s_ij + Gumbel noise.
 
 Source: Li et al., "Align before Fuse", arXiv 2107.07651, sections 3.2 and 3.4 (equations 1, 2 and
 6); the queue after He et al., MoCo, arXiv 1911.05722, section 3.2; uniform targets over equal ids
-as in ALBEF's retrieval fine-tuning; the draw after Gumbel, see Maddison et al., "A* Sampling",
+as in ALBEF's retrieval fine-tuning; the sampling after Gumbel, see Maddison et al., "A* Sampling",
 arXiv 1411.0030, section 2.
 
 Cost: 4 B (B + Q) D FLOP a direction forward, twice that with gradients, which come out of the same
 pass; without a teacher (alpha = 0) half of it. The keys are read once. Memory beyond the gradients:
 tiles and row sums that stay in a core's cache, a few MB; nothing of size B x Q exists.
 
-Products of float32 features are float32; those of bfloat16 use bfloat16 multiplications with
-float32 sums where the processor has them, else float32; softmax and sums are always float32.
+GEMMs of float32 features are float32; those of bfloat16 use bfloat16 multiplications with
+float32 sums where the CPU has them, else float32; softmax and sums are always float32.
 """
 
 from typing import NamedTuple
@@ -34,8 +34,8 @@ from .._core.dispatch import choose, register
 from .._core.implement import without_autocast
 from .._core.philox import gumbel, philox
 from .._core.saved_gradients import scaled_gradients, wants_gradients
-from . import register as _momentum_library
 from .checks import CANDIDATES, prepare
+from .register import register_operators, run
 
 
 class MomentumContrastive(NamedTuple):
@@ -85,9 +85,9 @@ def momentum_contrastive(
             id a number that no pair has.
         queue_length: how many rows, from the first one on, are valid: a number or an int64 tensor
             of one element; None: all. The others are not read.
-        hard_negatives: whether to draw them.
-        seed: of the draw, a number or an int64 tensor of one element; None takes it from torch's
-            generator of the features' device. Equal seeds draw equally on every device.
+        hard_negatives: whether to sample them.
+        seed: of the sampling, a number or an int64 tensor of one element; None takes it from
+            torch's generator of the features' device. Equal seeds sample equally on every device.
 
     Returns:
         MomentumContrastive: the loss, a zero-dimensional float32 tensor (float64 for float64
@@ -177,7 +177,7 @@ class _Momentum(torch.autograd.Function):
 
     @staticmethod
     def forward(teacher, negatives, gradients, *tensors):
-        loss, d_image, d_text, d_temperature, texts, images = _momentum_library.run(
+        loss, d_image, d_text, d_temperature, texts, images = run(
             tensors, teacher, gradients, negatives
         )
         return loss, texts, images, d_image, d_text, d_temperature
@@ -198,7 +198,7 @@ class _Momentum(torch.autograd.Function):
         return None, None, None, d_image, d_text, *(None,) * 4, d_temperature, *(None,) * 5
 
 
-_momentum_library.register()
+register_operators()
 register(
     "momentum_contrastive",
     example={"image_features": (2, 8), "text_features": (2, 8)},

@@ -113,7 +113,7 @@ def _check_ids(ids, queue_ids, queue: torch.Tensor, like: torch.Tensor) -> None:
             raise ValueError("queue_ids: given without ids, the ids of the batch; give both")
         return
     if queue_ids is None:
-        raise ValueError("queue_ids: expected one id per queue row beside ids, got None")
+        raise ValueError("queue_ids: expected one id per queue row together with ids, got None")
     for name, t, rows in (("ids", ids, len(like)), ("queue_ids", queue_ids, len(queue))):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")

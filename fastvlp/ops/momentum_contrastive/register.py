@@ -11,7 +11,7 @@ from .._core.implement import implement
 from .._core.saved_gradients import SECOND_DERIVATIVE
 
 # Student rows whose logits, and their teachers', are computed together: 128 rows fill the
-# registers' tiles, and their sums of keys stay in cache beside a block of keys.
+# registers' tiles, and their sums of keys stay in cache together with a block of keys.
 _GROUP_ROWS = 64
 # Bytes that a block of keys, its packed copy, its logits and weights may take of a core's cache.
 _BLOCK_BYTES = 640 << 10
@@ -44,14 +44,14 @@ def _fake(
     temperature, alpha, seed, teacher, gradients, negatives, *_,
 ):  # fmt: skip
     rows, dim = image.shape
-    kept, drawn = rows if gradients else 0, rows if negatives else 0
+    kept, sampled = rows if gradients else 0, rows if negatives else 0
     return (
         temperature.new_empty(()),
         image.new_empty(kept, dim),
         text.new_empty(kept, dim),
         temperature.new_empty(()),
-        seed.new_empty(drawn),
-        seed.new_empty(drawn),
+        seed.new_empty(sampled),
+        seed.new_empty(sampled),
     )
 
 
@@ -65,7 +65,7 @@ def _no_second_derivative(ctx, *grads):
     raise RuntimeError(SECOND_DERIVATIVE)
 
 
-def register() -> None:
+def register_operators() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
     if _native.load():
         return

@@ -4,7 +4,7 @@
     loss_i = (1 - a) (-log p_i[y_i]) + a (-sum_j p'_ij log p_ij)
 
 Rows whose label is `ignore_index` are left out before anything is computed; `reduction="mean"` is
-the mean over the others, and 0 where there are none. Differentiable once by h, E and b; the
+the mean over the others, and 0 where there are none. Differentiable once w.r.t. h, E and b; the
 teacher, its weights and `a` get no gradient. A token that the teacher rules out (p' = 0) adds
 nothing, even where the student's logit is -infinity.
 
@@ -12,20 +12,20 @@ Source: the masked language modelling head of Devlin et al., "BERT", arXiv 1810.
 and its distillation from a momentum model in Li et al., "Align before Fuse", arXiv 2107.07651,
 section 3.3, equation 7.
 
-Cost, for M rows, width D and vocabulary V: products of 2 M D V FLOP, one each forward (two with a
+Cost, for M rows, width D and vocabulary V: matmuls of 2 M D V FLOP, one each forward (two with a
 teacher) and two backward. The derivatives of all M V logits are kept between the two in the dtype
-of the products, where they fit into `workspace_bytes`; beside them at most 64 MB of the teacher's
-logits exist at a time (on a GPU of all logits about as many as its second-level cache holds). For a
+of the matmuls, where they fit into `workspace_bytes`; besides these at most 64 MB of the teacher's
+logits exist at a time (on a GPU of all logits about as many as its L2 cache holds). For a
 larger M, logits and derivatives of a group of rows share the workspace, and "mean" and "sum"
 compute the gradients in the forward pass, as float32, so that the backward pass has but a
 multiplication left. "none" cannot, not knowing the weight of each row: it makes the logits of all
-groups but the first again, one or two products more for them. Without gradients the logits of a
+groups but the first again, one or two matmuls more for them. Without gradients the logits of a
 group take the same room, and the losses are the same bits.
 
-Precision: softmax, sums and losses are float32 or better. float32 inputs have float32 products.
-On a CPU bfloat16 inputs have bfloat16 products with float32 sums where the processor has them, and
-logits rounded to bfloat16 as `F.linear` rounds them; else, and for float16, products are float32.
-On a GPU half precision products give float32 logits.
+Precision: softmax, sums and losses are float32 or better. float32 inputs have float32 matmuls.
+On a CPU bfloat16 inputs have bfloat16 matmuls with float32 sums where the CPU has them, and
+logits rounded to bfloat16 as `F.linear` rounds them; else, and for float16, matmuls are float32.
+On a GPU half precision matmuls give float32 logits.
 """
 
 import torch
@@ -34,10 +34,10 @@ import torch.nn.functional as F
 from .._core.checks import check_tensor, check_workspace
 from .._core.dispatch import choose, register
 from .._core.implement import without_autocast
-from .._core.workspace import Lease
+from .._core.workspace import Workspace
 from ..autocast import as_autocast
-from . import register as library
 from .checks import CANDIDATES, check_head, check_labels_tensor, check_teacher
+from .register import check_labels, kept_floats, plan_for, register_operators
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -62,7 +62,7 @@ def soft_cross_entropy(
     Args:
         hidden: [.., D], float32, bfloat16 or float16 (float64 through the reference). Under
             torch.autocast it is rounded as `F.linear` would.
-        weight: [V, D], the dtype of hidden, or float32 master weights beside half precision.
+        weight: [V, D], the dtype of hidden, or float32 master weights with half precision hidden.
         bias: [V], any floating dtype, or None.
         labels: [..], int64 or int32: 0 to V - 1, or ignore_index.
         teacher_hidden: [.., D'], of its own dtype and width if need be; None: no teacher.
@@ -102,7 +102,7 @@ def soft_cross_entropy(
     ]
     backend = choose("soft_cross_entropy", hidden, weight)
     if not torch.compiler.is_compiling():
-        library.check_labels(labels, weight.shape[0], ignore_index)
+        check_labels(labels, weight.shape[0], ignore_index)
     if backend == "reference":
         return without_autocast(soft_cross_entropy_reference)(
             hidden, weight, bias, labels, teacher_hidden=teacher_hidden,
@@ -257,9 +257,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, *arguments):
         *teacher, alpha, ignore_index, workspace_bytes, has_backward, is_uniform = arguments
         inputs = (hidden, weight, bias, labels, *teacher, alpha)
-        plan = library.plan_for(hidden, weight.shape[0], teacher[0] is not None, workspace_bytes)
+        plan = plan_for(hidden, weight.shape[0], teacher[0] is not None, workspace_bytes)
         needed = ctx.needs_input_grad[:3] if has_backward else (False,) * 3
-        ctx.plan, ctx.ignore_index, ctx.lease = plan, ignore_index, None
+        ctx.plan, ctx.ignore_index, ctx.workspace = plan, ignore_index, None
         ctx.is_early = is_uniform and any(needed) and plan.group_rows < hidden.shape[0]
         compiling = torch.compiler.is_compiling()
         if ctx.is_early:
@@ -268,13 +268,13 @@ class _SoftCrossEntropy(torch.autograd.Function):
             )
         else:
             has_gradient = any(needed)
-            floats = library.kept_floats(hidden, plan, has_gradient)
+            floats = kept_floats(hidden, plan, has_gradient)
             # The compiler plans memory itself, and on a GPU torch's allocator keeps it.
             if compiling or hidden.device.type != "cpu":
                 made = [hidden.new_empty(floats, dtype=torch.float32)]
             else:
-                ctx.lease = Lease(floats)
-                made = [ctx.lease.floats]
+                ctx.workspace = Workspace(floats)
+                made = [ctx.workspace.floats]
             losses = torch.ops.fastvlp.soft_cross_entropy_losses(
                 *inputs, ignore_index, *made, plan.group_rows, plan.chunk_rows, has_gradient,
                 is_uniform,
@@ -300,8 +300,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
             gradients = _Gradients.apply(
                 grad, *inputs, ctx.ignore_index, kept, made is not None, ctx.plan, needed
             )
-        if ctx.lease is not None:
-            ctx.lease.give_back()
+        if ctx.workspace is not None:
+            ctx.workspace.release()
         found = (g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
         return *found, *[None] * 9
 
@@ -347,5 +347,5 @@ class _Gradients(torch.autograd.Function):
         raise RuntimeError(_NO_SECOND_DERIVATIVE)
 
 
-library.register()
+register_operators()
 register("soft_cross_entropy", example={"hidden": (2, 8), "weight": (4, 8)}, **CANDIDATES)

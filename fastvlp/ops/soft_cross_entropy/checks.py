@@ -9,7 +9,7 @@ from ...kernels import device_reasons
 from .._core import backends
 from .._core.checks import check_share, dtensor_classes
 
-_MIXED = "its dtype, or float32 beside a half precision one"
+_MIXED = "its dtype, or float32 with a half precision one"
 
 
 def check_head(prefix: str, hidden, weight, bias, vocabulary: int | None = None) -> None:
@@ -61,7 +61,7 @@ def _check_tensor(name: str, t) -> None:
 
 
 def check_labels_tensor(labels, hidden: torch.Tensor) -> None:
-    """Raises unless labels are integers, one per row of hidden, beside it."""
+    """Raises unless labels are integers, one per row of hidden, on its device."""
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"labels: expected a torch.Tensor, got {type(labels).__name__}")
     if labels.dtype not in (torch.int64, torch.int32):
@@ -92,12 +92,12 @@ def check_teacher(hidden, teacher_hidden, teacher_weight, teacher_bias, alpha, v
     check_share("alpha", alpha)
     if teacher_hidden is None:
         if teacher_weight is not None or teacher_bias is not None:
-            raise ValueError("teacher_hidden: expected a tensor beside teacher_weight, got None")
+            raise ValueError("teacher_hidden: expected a tensor with teacher_weight, got None")
         if isinstance(alpha, torch.Tensor) or alpha != 0:
             raise ValueError(f"alpha: expected 0 without a teacher, got {alpha}")
         return
     if teacher_weight is None:
-        raise ValueError("teacher_weight: expected a tensor beside teacher_hidden, got None")
+        raise ValueError("teacher_weight: expected a tensor with teacher_hidden, got None")
     check_head("teacher_", teacher_hidden, teacher_weight, teacher_bias, vocabulary)
     if teacher_hidden.shape[:-1] != hidden.shape[:-1] or teacher_hidden.device != hidden.device:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""The products of soft cross entropy, on blocks that bound the memory of what is in between.
+"""The matmuls of soft cross entropy, on blocks that bound the memory of what is in between.
 
-Logits and their gradients are kept in the dtype of the products: on a CPU bfloat16 where the
-processor multiplies it, else float32, to which weights are then converted a block of the
+Logits and their gradients are kept in the dtype of the matmuls: on a CPU bfloat16 where it
+has instructions for it, else float32, to which weights are then converted a block of the
 vocabulary at a time. On a GPU logits are float32 and gradients are in the weights' dtype.
 """
 
@@ -12,9 +12,9 @@ import torch
 from ..._tracing import constant_result
 from ..matmul.api import one_unit_stride, runs_natively
 
-# Rows of the vocabulary in one product, and in one whose weights or result are converted.
+# Rows of the vocabulary in one matmul, and in one whose weights or result are converted.
 _BLOCK, _CONVERTED_BLOCK = 4096, 2048
-# Rows of hidden states in one bfloat16 product with all of the vocabulary (bench/NOTES.md).
+# Rows of hidden states in one bfloat16 matmul with all of the vocabulary (bench/NOTES.md).
 _LOW_ROWS = 512
 # Sums over rows that make up a gradient with respect to the bias on a GPU.
 _SUMS = 16
@@ -26,12 +26,12 @@ Factor = float | torch.Tensor
 
 
 def on_gpu(x: torch.Tensor) -> bool:
-    """Whether products of x are a GPU's."""
+    """Whether matmuls of x run on a GPU."""
     return x.is_cuda
 
 
-def products_dtype(x: torch.Tensor) -> torch.dtype:
-    """In which dtype products of x are made, and gradients of logits kept."""
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """In which dtype matmuls of x are computed, and gradients of logits kept."""
     if on_gpu(x) or x.dtype == torch.float32:
         return x.dtype
     return x.dtype if x.dtype == torch.bfloat16 and _multiplies_bf16() else torch.float32
@@ -39,7 +39,7 @@ def products_dtype(x: torch.Tensor) -> torch.dtype:
 
 def logits_dtype(x: torch.Tensor) -> torch.dtype:
     """In which dtype logits of x are made: on a GPU they are wider than their gradients."""
-    return torch.float32 if on_gpu(x) else products_dtype(x)
+    return torch.float32 if on_gpu(x) else matmul_dtype(x)
 
 
 @constant_result
@@ -57,13 +57,13 @@ def matrix(storage: torch.Tensor, rows: int, cols: int, dtype: torch.dtype) -> t
     """[rows, cols] with aligned rows, over the beginning of contiguous float32 storage."""
     length = row_length(cols, dtype)
     whole = storage.view(dtype)[: rows * length].view(rows, length)
-    # A bfloat16 product along an odd number of columns reads one more and multiplies it by 0.
+    # A bfloat16 matmul along an odd number of columns reads one more and multiplies it by 0.
     whole[:, cols:].zero_()
     return whole[:, :cols]
 
 
 def logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """out [M, V] = hidden [M, D] @ weight [V, D].T, out in float32 or the products' dtype."""
+    """out [M, V] = hidden [M, D] @ weight [V, D].T, out in float32 or the matmuls' dtype."""
     if on_gpu(out):
         wider = {} if out.dtype == hidden.dtype else {"out_dtype": out.dtype}
         torch.mm(hidden, weight.T, out=out, **wider)
@@ -77,22 +77,22 @@ def logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Non
 def hidden_gradient(gradient: torch.Tensor, weight: torch.Tensor, factor: Factor) -> torch.Tensor:
     """factor * gradient [M, V] @ weight [V, D], in the gradient's dtype or float32."""
     if on_gpu(gradient):
-        return _product_on_cuda(gradient, weight).mul_(factor)
+        return _cuda_matmul(gradient, weight).mul_(factor)
     if weight.dtype != gradient.dtype:
-        return _converted_product(gradient, weight).mul_(factor)
+        return _converted_matmul(gradient, weight).mul_(factor)
     rows = len(gradient)
     if runs_natively(gradient, weight):
         out = gradient.new_empty(rows, weight.shape[1])
         _multiply(gradient, weight, out, factor, False)
         return out
-    # Zeros, not empty: a factor of 0 before the old value does not silence NaN in every product.
+    # Zeros, not empty: a factor of 0 before the old value does not silence NaN in every matmul.
     out = gradient.new_zeros(rows, weight.shape[1])
     for part in _slices(rows, _LOW_ROWS if gradient.dtype == torch.bfloat16 else rows):
         out[part].addmm_(gradient[part], weight, beta=0, alpha=factor)
     return out
 
 
-def _converted_product(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _converted_matmul(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     # A converted copy of all weights would be as large as the derivatives of many rows.
     total = gradient.new_zeros((len(gradient), weight.shape[1]), dtype=torch.float32)
     for block in _slices(len(weight), _CONVERTED_BLOCK):
@@ -109,14 +109,14 @@ def weight_gradient(
 ) -> torch.Tensor:
     """factor * gradient [M, V].T @ hidden [M, D], in `dtype`, rounded once, or added to `total`."""
     if on_gpu(gradient):
-        found = _product_on_cuda(gradient.T, hidden).mul_(factor)
+        found = _cuda_matmul(gradient.T, hidden).mul_(factor)
         return found.to(dtype) if total is None else total.add_(found)
     hidden = hidden.to(gradient.dtype)
     first = total is None
     if first:
         total = hidden.new_empty(gradient.shape[1], hidden.shape[1], dtype=dtype)
     if total.dtype == gradient.dtype:
-        if first:  # fresh pages are cheaper to touch in order than in the midst of the product
+        if first:  # fresh pages are cheaper to touch in order than in the midst of the matmul
             total.zero_()
         _multiply(gradient.T, hidden, total, factor, not first)
         return total
@@ -139,13 +139,13 @@ def bias_gradient(
     """row_weights [M] fp32 @ gradient [M, V] in fp32; the weights are factor * relative."""
     if not on_gpu(gradient):
         return torch.ops.fastvlp.soft_cross_entropy_column_sums(gradient, row_weights)
-    # The factor comes after the product: float16 would lose a weight of one in many rows.
-    parts = _product_on_cuda(gradient.T, _in_columns(relative).to(gradient.dtype))
+    # The factor comes after the matmul: float16 would lose a weight of one in many rows.
+    parts = _cuda_matmul(gradient.T, _in_columns(relative).to(gradient.dtype))
     return parts.sum(1).mul_(factor)
 
 
 def _in_columns(weights: torch.Tensor) -> torch.Tensor:
-    """[M] -> [M, 16], a sixteenth of the rows in each column: sums of products with it are short.
+    """[M] -> [M, 16], a sixteenth of the rows in each column: a matmul with it has short sums.
 
     One sum over thousands of rows would lose digits of float32 that a tree of sums keeps.
     """
@@ -166,7 +166,7 @@ def _multiply(
         out.addmm_(a, b, beta=1 if add else 0, alpha=factor)
 
 
-def _product_on_cuda(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _cuda_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.dtype == torch.float32:
         return torch.mm(a, b)
     return torch.mm(a, b, out_dtype=torch.float32)

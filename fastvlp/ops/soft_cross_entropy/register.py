@@ -1,4 +1,4 @@
-"""The operators of soft cross entropy: the order of products and passes within a workspace.
+"""The operators of soft cross entropy: the order of matmuls and passes within a workspace.
 
 Rows are independent, so the logits of a chunk of rows are made whole, and one pass turns them into
 losses and into derivatives with respect to the logits in place. Where the derivatives of all rows
@@ -18,12 +18,12 @@ from ... import _native
 from ...kernels import storage_factor
 from .._core.gpu_plan import TILE, even_chunks, l2_bytes, rows_within
 from .._core.implement import implement
-from .._core.workspace import Lease
-from . import matmuls as products
+from .._core.workspace import Workspace
+from . import matmuls
 
 # On a CPU. Keeps 824 rows of a vocabulary of 30,522 in float32, 1,648 in half precision.
 DEFAULT_WORKSPACE_BYTES = 96 << 20
-# Logits that exist at once beside the kept ones: fewer rows multiply slower (bench/NOTES.md).
+# Logits that exist at once besides the kept ones: fewer rows multiply slower (bench/NOTES.md).
 _CHUNK_ROWS = 512
 _CHUNK_BYTES = 64 << 20
 _SINGLE = torch.float32
@@ -45,7 +45,7 @@ def plan_for(
 
     `workspace_bytes` None: as much memory as suits the device.
     """
-    rows, dtype = hidden.shape[0], products.products_dtype(hidden)
+    rows, dtype = hidden.shape[0], matmuls.matmul_dtype(hidden)
     if hidden.is_cuda:
         heads = 2 if has_teacher else 1
         return make_gpu_plan(rows, cols, dtype, heads, workspace_bytes, hidden.device)
@@ -62,13 +62,13 @@ def make_gpu_plan(
     device: torch.device,
 ) -> Plan:
     """Groups of rows whose gradients memory holds, in chunks whose logits, fp32 and of `heads`
-    models, stay in the second-level cache from the product that makes them to the pass over them.
+    models, stay in the L2 cache from the matmul that makes them to the pass over them.
 
     float32 logits of the student lie where their gradients will, and are made for a group at once.
     """
-    logits_bytes = products.row_length(cols, _SINGLE) * _SINGLE.itemsize * heads
-    gradient_bytes = products.row_length(cols, dtype) * dtype.itemsize
-    # The rest of the cache is for what the products read.
+    logits_bytes = matmuls.row_length(cols, _SINGLE) * _SINGLE.itemsize * heads
+    gradient_bytes = matmuls.row_length(cols, dtype) * dtype.itemsize
+    # The rest of the cache is for what the matmuls read.
     chunk = max(TILE, l2_bytes(device) * 2 // 3 // logits_bytes // TILE * TILE)
     if workspace_bytes is not None:
         chunk = max(1, min(chunk, workspace_bytes // 3 // logits_bytes))
@@ -79,7 +79,7 @@ def make_gpu_plan(
 
 def make_plan(rows: int, cols: int, dtype: torch.dtype, workspace_bytes: int) -> Plan:
     """Cuts [rows, cols] logits on a CPU, whose gradients are kept in `dtype`; one row at least."""
-    length = products.row_length(cols, dtype)
+    length = matmuls.row_length(cols, dtype)
     row_bytes = length * dtype.itemsize
     group, scratch_bytes = rows, _CHUNK_BYTES
     if rows * row_bytes > workspace_bytes:
@@ -105,12 +105,12 @@ class Head:
     bias: torch.Tensor | None
 
     @cached_property
-    def weight_in_products(self) -> torch.Tensor:
-        """On a GPU rounded as a whole to the products' dtype; on a CPU block by block, later."""
-        return self.weight.to(self.hidden.dtype) if products.on_gpu(self.hidden) else self.weight
+    def weight_for_matmul(self) -> torch.Tensor:
+        """On a GPU rounded as a whole to the matmuls' dtype; on a CPU block by block, later."""
+        return self.weight.to(self.hidden.dtype) if matmuls.on_gpu(self.hidden) else self.weight
 
     def logits_dtype(self) -> torch.dtype:
-        return products.logits_dtype(self.hidden)
+        return matmuls.logits_dtype(self.hidden)
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ class Problem:
     ) -> None:
         """Writes the losses [M] of some rows and, with `has_gradient`, their derivatives.
 
-        `storage` [rows, V] is in the products' dtype and takes the derivatives with respect to the
-        logits. Where logits have that dtype they are made in it, all rows in one product; else, and
-        without storage, chunk after chunk beside it. The bits of a product depend on its size.
+        `storage` [rows, V] is in the matmuls' dtype and takes the derivatives with respect to the
+        logits. Where logits have that dtype they are made in it, all rows in one matmul; else, and
+        without storage, chunk after chunk in scratch. The bits of a matmul depend on its size.
         """
         cols = len(self.student.weight)
         chunk = min(self.chunk_rows, _len(rows))
@@ -141,7 +141,7 @@ class Problem:
         own = None if in_place else _scratch(self.student, chunk, cols)
         other = None if self.teacher is None else _scratch(self.teacher, chunk, cols)
         if in_place:
-            products.logits(self.student.hidden[rows], self.student.weight_in_products, storage)
+            matmuls.logits(self.student.hidden[rows], self.student.weight_for_matmul, storage)
         for start in range(rows.start, rows.stop, self.chunk_rows):
             part = slice(start, min(rows.stop, start + self.chunk_rows))
             stored = None if storage is None else storage[start - rows.start :][: _len(part)]
@@ -149,15 +149,15 @@ class Problem:
                 logits = stored
             else:
                 logits = own[: _len(part)]
-                products.logits(self.student.hidden[part], self.student.weight_in_products, logits)
+                matmuls.logits(self.student.hidden[part], self.student.weight_for_matmul, logits)
             self._pass(part, logits, other, losses[part], stored if has_gradient else None)
 
     def _pass(self, part, logits, teacher_logits, losses, gradient):
         none = logits.new_empty(0, 0)
         if self.teacher is not None:
             teacher_logits = teacher_logits[: _len(part)]
-            products.logits(
-                self.teacher.hidden[part], self.teacher.weight_in_products, teacher_logits
+            matmuls.logits(
+                self.teacher.hidden[part], self.teacher.weight_for_matmul, teacher_logits
             )
         _pass(logits)(
             logits,
@@ -178,7 +178,7 @@ def _len(rows: slice) -> int:
 
 def _scratch(head: Head, rows: int, cols: int) -> torch.Tensor:
     dtype = head.logits_dtype()
-    length = products.row_length(cols, dtype)
+    length = matmuls.row_length(cols, dtype)
     return head.hidden.new_empty((rows, length), dtype=dtype)[:, :cols]
 
 
@@ -187,7 +187,7 @@ def _bias(head: Head) -> torch.Tensor:
 
 
 def _pass(logits: torch.Tensor) -> Callable[..., None]:
-    if not products.on_gpu(logits):
+    if not matmuls.on_gpu(logits):
         return torch.ops.fastvlp.soft_cross_entropy_rows
     from ...kernels.soft_cross_entropy import soft_cross_entropy_rows
 
@@ -225,7 +225,7 @@ def _losses(*arguments):
     hidden = problem.student.hidden
     losses = hidden.new_empty(len(hidden), dtype=_SINGLE)
     for part in _groups(len(hidden), group_rows):
-        # The same products with and without gradients, so that the losses are the same bits. The
+        # The same matmuls with and without gradients, so that the losses are the same bits. The
         # first group's derivatives stay for the backward pass: no later group takes their place.
         is_kept = kept.numel() > 0 and (part.start == 0 or (is_uniform and not has_gradient))
         storage = _kept_gradient(problem, kept, _len(part)) if is_kept else None
@@ -235,15 +235,15 @@ def _losses(*arguments):
 
 def kept_floats(hidden: torch.Tensor, plan: Plan, has_gradient: bool) -> int:
     """The storage that the losses of one plan need: a group's derivatives, or only its logits."""
-    if has_gradient or products.logits_dtype(hidden) == products.products_dtype(hidden):
+    if has_gradient or matmuls.logits_dtype(hidden) == matmuls.matmul_dtype(hidden):
         return plan.group_floats
     return 0
 
 
 def _kept_gradient(problem: Problem, kept: torch.Tensor, rows: int) -> torch.Tensor:
     student = problem.student
-    dtype = products.products_dtype(student.hidden)
-    return products.matrix(kept, rows, len(student.weight), dtype)
+    dtype = matmuls.matmul_dtype(student.hidden)
+    return matmuls.matrix(kept, rows, len(student.weight), dtype)
 
 
 def _gradients(hidden, weight, *arguments):
@@ -258,8 +258,8 @@ def _gradients(hidden, weight, *arguments):
         if part.start > 0 or not is_kept:
             problem.write_losses(part, hidden.new_empty(rows, dtype=_SINGLE), gradient, True)
         sums.add(part, gradient, row_weights[part])
-    by_hidden, by_weight, by_bias = sums.gradients()
-    return by_hidden, by_weight.to(weight.dtype), by_bias
+    d_hidden, d_weight, d_bias = sums.gradients()
+    return d_hidden, d_weight.to(weight.dtype), d_bias
 
 
 def _losses_and_gradients(hidden, weight, *arguments):
@@ -270,10 +270,10 @@ def _losses_and_gradients(hidden, weight, *arguments):
     # float32, since the weight upstream is still to come: it may well be the scale of half
     # precision gradients.
     sums = _Sums(problem, needed, _SINGLE, _SINGLE)
-    length = products.row_length(len(weight), products.products_dtype(hidden))
-    floats = group_rows * length * products.products_dtype(hidden).itemsize // 4
-    lease = None if products.on_gpu(hidden) else Lease(floats)
-    storage = losses.new_empty(floats) if lease is None else lease.floats
+    length = matmuls.row_length(len(weight), matmuls.matmul_dtype(hidden))
+    floats = group_rows * length * matmuls.matmul_dtype(hidden).itemsize // 4
+    workspace = None if matmuls.on_gpu(hidden) else Workspace(floats)
+    storage = losses.new_empty(floats) if workspace is None else workspace.floats
     for part in _groups(rows, group_rows):
         gradient = _kept_gradient(problem, storage, _len(part))
         problem.write_losses(part, losses, gradient, True)
@@ -292,7 +292,7 @@ class _Sums:
     def __init__(self, problem: Problem, needed, hidden_dtype, weight_dtype):
         self._problem, self._needed = problem, needed
         self._hidden_dtype, self._weight_dtype = hidden_dtype, weight_dtype
-        self._by_hidden, self._by_weight, self._by_bias = [], None, None
+        self._d_hidden, self._d_weight, self._d_bias = [], None, None
 
     def add(self, part: slice, gradient: torch.Tensor, row_weights: torch.Tensor) -> None:
         """The rows `part`, given the derivatives of their logits and their weights upstream."""
@@ -300,23 +300,23 @@ class _Sums:
         stored = storage_factor(gradient.dtype)
         factor, relative = _split(row_weights, stored)
         if self._needed[0]:
-            found = products.hidden_gradient(gradient, student.weight_in_products, factor)
-            self._by_hidden.append(_scaled(found, relative, self._hidden_dtype))
+            found = matmuls.hidden_gradient(gradient, student.weight_for_matmul, factor)
+            self._d_hidden.append(_scaled(found, relative, self._hidden_dtype))
         if self._needed[1]:
             own = _scaled(student.hidden[part], relative, student.hidden.dtype)
-            self._by_weight = products.weight_gradient(
-                gradient, own, factor, self._weight_dtype, self._by_weight
+            self._d_weight = matmuls.weight_gradient(
+                gradient, own, factor, self._weight_dtype, self._d_weight
             )
         if self._needed[2]:
-            found = products.bias_gradient(gradient, row_weights / stored, factor, relative)
-            self._by_bias = found if self._by_bias is None else self._by_bias.add_(found)
+            found = matmuls.bias_gradient(gradient, row_weights / stored, factor, relative)
+            self._d_bias = found if self._d_bias is None else self._d_bias.add_(found)
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What has been added up; [0] where it is not needed."""
         student = self._problem.student
         nothing = _empty_gradients(student.hidden, student.weight, [False] * 3)
-        by_hidden = torch.cat(self._by_hidden) if self._needed[0] else None
-        found = by_hidden, self._by_weight, self._by_bias
+        d_hidden = torch.cat(self._d_hidden) if self._needed[0] else None
+        found = d_hidden, self._d_weight, self._d_bias
         return tuple(n if f is None else f for f, n in zip(found, nothing, strict=True))
 
 
@@ -324,10 +324,10 @@ def _scaled(rows: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype
     return (rows if factors is None else rows * factors[:, None]).to(dtype)
 
 
-def _split(row_weights: torch.Tensor, stored: float) -> tuple[products.Factor, torch.Tensor | None]:
+def _split(row_weights: torch.Tensor, stored: float) -> tuple[matmuls.Factor, torch.Tensor | None]:
     """row_weights / stored = factor * relative, |relative| <= 1; None where it is 1 throughout."""
     largest = row_weights.abs().amax()
-    if products.on_gpu(row_weights):
+    if matmuls.on_gpu(row_weights):
         return largest / stored, row_weights / torch.where(largest == 0, 1, largest)
     if (row_weights == row_weights[0]).all() or largest == 0:
         return row_weights[0].item() / stored, None
@@ -358,7 +358,7 @@ def _losses_and_gradients_fake(hidden, weight, *arguments):
     return _losses_fake(hidden), *gradients
 
 
-def register() -> None:
+def register_operators() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
     if _native.load():
         return

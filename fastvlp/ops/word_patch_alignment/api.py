@@ -11,8 +11,8 @@ Vision-and-Language Transformer Without Convolution or Region Supervision", arXi
 section 3.2 and appendix; Xie et al., "A Fast Proximal Point Method for Computing Exact Wasserstein
 Distance", arXiv 1802.04307, algorithm 1.
 
-The distance is differentiable by the features once, through the costs with the plan held fixed, as
-ViLT trains it (at the optimum that is the derivative of the whole); the plan itself carries no
+The distance is differentiable once w.r.t. the features, through the costs with the plan held fixed,
+as ViLT trains it (at the optimum that is the derivative of the whole); the plan itself carries no
 gradient. Costs and plans are float32 whatever the features are. Entries of a plan may leave the
 range of float32, or of float64, and come back (many iterations, small beta, words and patches of
 few directions): on a CPU and in the reference such a pair is solved again with logarithms in place
@@ -32,8 +32,8 @@ from .._core.backends import unit_stride
 from .._core.checks import check_count, check_tensor, readable
 from .._core.dispatch import choose, register
 from .._core.implement import without_autocast
-from . import register as _word_patch_alignment_library
 from .checks import CANDIDATES, check_inputs
+from .register import register_operators
 
 SMALLEST_NORM = 1e-5
 LOG_OF_NOTHING = -50.0  # of an entry that changes no distance
@@ -106,7 +106,7 @@ def word_patch_alignment_reference(
     """The definition of `word_patch_alignment`: any device, any floating dtype."""
     sides = []
     for features, padding in ((text_features, text_padding), (image_features, image_padding)):
-        kept = features.masked_fill(padding[..., None], 0)  # a NaN there must not travel
+        kept = features.masked_fill(padding[..., None], 0)  # a NaN there must not spread
         kept = kept if kept.dtype == torch.float64 else kept.float()
         sides.append(F.normalize(kept, dim=-1, eps=SMALLEST_NORM))
     outside = text_padding[:, :, None] | image_padding[:, None, :]
@@ -230,7 +230,7 @@ class _WordPatchAlignment(torch.autograd.Function):
         return dx, dy, None, None, None, None, None
 
 
-_word_patch_alignment_library.register()
+register_operators()
 register(
     "word_patch_alignment",
     example={"text_features": (2, 3, 8), "image_features": (2, 4, 8)},

@@ -47,7 +47,7 @@ def _no_second_derivative(ctx, *grads):
     raise RuntimeError(SECOND_DERIVATIVE)
 
 
-def register() -> None:
+def register_operators() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
     if _native.load():
         return

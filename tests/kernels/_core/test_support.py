@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 def any_device(monkeypatch):
     """As if the device were no obstacle, so that only the tensors decide."""
     monkeypatch.setattr(support, "device_reasons", lambda device: [])
-    monkeypatch.setattr(support, "product_reasons", lambda device: [])
+    monkeypatch.setattr(support, "matmul_reasons", lambda device: [])
 
 
 def test_the_cpu_is_named_as_the_reason():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlp.ops.cross_attention import cross_attention_reference
-from fastvlp.ops.cross_attention import dropout as _dropout
+from fastvlp.ops.cross_attention.dropout import keep_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # No tile holds more than 0 rows, interpreted or on any GPU: the path of long queries.
@@ -262,7 +262,7 @@ def test_dropout_drops_what_the_definition_drops(run_kernel_with, device, overri
     v = torch.eye(keys, device=device)[None, :, None].expand(2, keys, heads, keys)
     problem = replace(problem, q=torch.zeros_like(problem.q), v=v)
     (out, _, _, dv), _ = check(run_kernel_with, problem, overrides)
-    keep = _dropout.keep_mask(SEED, torch.arange(42, device=device), heads, keys, p)
+    keep = keep_mask(SEED, torch.arange(42, device=device), heads, keys, p)
     assert torch.equal(out != 0, keep.transpose(0, 1))
     unit = replace(problem, grad=torch.ones_like(problem.grad))
     dv = run(run_kernel_with, unit, overrides)[0][3][..., 0]  # its sums over the rows

@@ -43,8 +43,8 @@ def check(run_kernel, step, teacher=True):
     for name, our, true in zip(NAMES, ours, exact, strict=False):
         assert_as_accurate(name, our, true, true, floors[name])
     assert ours[1].dtype == ours[2].dtype == dtype
-    for drawn, known in zip(ours[4:], exact[4:], strict=True):
-        assert (drawn != known).sum() <= 1
+    for sampled, known in zip(ours[4:], exact[4:], strict=True):
+        assert (sampled != known).sum() <= 1
     return ours
 
 

@@ -24,7 +24,7 @@ def draw(rows, cols, device, *, scale=1.0, bias=True, teacher=True, offset=0.0, 
 
     labels = torch.randint(cols, (rows,), generator=generator)
     labels[2::3] = -100
-    drawn = (
+    sampled = (
         logits(),
         normal(cols) if bias else torch.empty(0),
         logits() if teacher else torch.empty(0, 0),
@@ -32,22 +32,22 @@ def draw(rows, cols, device, *, scale=1.0, bias=True, teacher=True, offset=0.0, 
         labels,
         torch.tensor(0.4),
     )
-    return {name: t.to(device) for name, t in zip(NAMES, drawn, strict=True)}
+    return {name: t.to(device) for name, t in zip(NAMES, sampled, strict=True)}
 
 
-def run(run_kernel, drawn, dtype=torch.float32, gradient=True):
-    rows, cols = drawn["logits"].shape
-    device = drawn["logits"].device
+def run(run_kernel, sampled, dtype=torch.float32, gradient=True):
+    rows, cols = sampled["logits"].shape
+    device = sampled["logits"].device
     shape = (rows, cols) if gradient else (0, 0)
     return run_kernel(
-        "soft_cross_entropy.rows", "soft_cross_entropy_rows", *drawn.values(), -100,
+        "soft_cross_entropy.rows", "soft_cross_entropy_rows", *sampled.values(), -100,
         torch.empty(rows, device=device), torch.empty(shape, dtype=dtype, device=device),
     )  # fmt: skip
 
 
-def formula(drawn, dtype):
+def formula(sampled, dtype):
     """Losses and derivatives by plain PyTorch in `dtype`."""
-    values = {k: t.to(dtype) if t.is_floating_point() else t for k, t in drawn.items()}
+    values = {k: t.to(dtype) if t.is_floating_point() else t for k, t in sampled.items()}
 
     def biased(logits, bias):
         return logits + bias if bias.numel() else logits
@@ -64,10 +64,10 @@ def formula(drawn, dtype):
     return losses, torch.where(keep[:, None], log_p.exp() - target, 0)
 
 
-def check(run_kernel, drawn, dtype=torch.float32):
-    ours = run(run_kernel, drawn, dtype)
-    eager, exact = formula(drawn, torch.float32), formula(drawn, torch.float64)
-    size = drawn["logits"].abs().max().item() + 10
+def check(run_kernel, sampled, dtype=torch.float32):
+    ours = run(run_kernel, sampled, dtype)
+    eager, exact = formula(sampled, torch.float32), formula(sampled, torch.float64)
+    size = sampled["logits"].abs().max().item() + 10
     stored = 2.0**14 if dtype == torch.float16 else 1.0
     losses, gradient = ours[0], ours[1].float() / stored
     assert ours[1].dtype == dtype
@@ -96,32 +96,32 @@ def test_matches_float64(run_kernel, device, rows, cols, dtype, **drawn):
 
 
 def test_losses_alone_are_the_same(run_kernel, device):
-    drawn = draw(5, 70, device)
-    both, alone = run(run_kernel, drawn), run(run_kernel, drawn, gradient=False)
+    sampled = draw(5, 70, device)
+    both, alone = run(run_kernel, sampled), run(run_kernel, sampled, gradient=False)
     assert torch.equal(both[0], alone[0]) and alone[1].numel() == 0
 
 
 def test_gradient_may_replace_the_logits(run_kernel, device):
-    drawn = draw(6, 75, device)
-    expected = run(run_kernel, drawn)
-    logits = drawn["logits"].clone()
+    sampled = draw(6, 75, device)
+    expected = run(run_kernel, sampled)
+    logits = sampled["logits"].clone()
     losses, gradient = run_kernel(
         "soft_cross_entropy.rows", "soft_cross_entropy_rows", logits,
-        *(drawn[name] for name in NAMES[1:]), -100, torch.empty(6, device=device), logits,
+        *(sampled[name] for name in NAMES[1:]), -100, torch.empty(6, device=device), logits,
     )  # fmt: skip
     assert torch.equal(losses, expected[0]) and torch.equal(gradient, expected[1])
 
 
 def test_impossible_tokens(run_kernel, device):
     # A whole block is ruled out by both, and one more token by the teacher alone.
-    drawn = draw(4, 90, device)
-    drawn["labels"].fill_(5)
-    drawn["bias"][32:64] = -torch.inf
-    drawn["teacher_bias"][32:64] = -torch.inf
-    drawn["teacher_bias"][70] = -torch.inf
-    losses, gradient = run(run_kernel, drawn)
+    sampled = draw(4, 90, device)
+    sampled["labels"].fill_(5)
+    sampled["bias"][32:64] = -torch.inf
+    sampled["teacher_bias"][32:64] = -torch.inf
+    sampled["teacher_bias"][70] = -torch.inf
+    losses, gradient = run(run_kernel, sampled)
     kept = [*range(32), *range(64, 90)]
-    small = {k: t[..., kept] if t.shape[-1:] == (90,) else t for k, t in drawn.items()}
+    small = {k: t[..., kept] if t.shape[-1:] == (90,) else t for k, t in sampled.items()}
     exact = formula(small, torch.float64)
     torch.testing.assert_close(losses.double(), exact[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient[:, kept].double(), exact[1], rtol=1e-4, atol=1e-7)
@@ -129,18 +129,18 @@ def test_impossible_tokens(run_kernel, device):
 
 
 def test_a_label_out_of_range_gives_nan_in_its_row_alone(run_kernel, device):
-    drawn = draw(5, 40, device)
-    drawn["labels"][0], drawn["labels"][3] = 40, -7
-    losses, gradient = run(run_kernel, drawn)
+    sampled = draw(5, 40, device)
+    sampled["labels"][0], sampled["labels"][3] = 40, -7
+    losses, gradient = run(run_kernel, sampled)
     bad = torch.tensor([True, False, False, True, False], device=device)
     assert torch.equal(losses.isnan(), bad) and torch.equal(gradient.isnan().all(1), bad)
     assert torch.equal(gradient.isnan().any(1), bad)
 
 
 def test_nan_stays_in_its_row(run_kernel, device):
-    drawn = draw(5, 40, device)
-    drawn["logits"][1, 33] = torch.nan
-    losses, gradient = run(run_kernel, drawn)
+    sampled = draw(5, 40, device)
+    sampled["logits"][1, 33] = torch.nan
+    losses, gradient = run(run_kernel, sampled)
     bad = torch.tensor([False, True, False, False, False], device=device)
     assert torch.equal(losses.isnan(), bad) and torch.equal(gradient.isnan().any(1), bad)
 
@@ -151,8 +151,8 @@ def test_no_rows(run_kernel, device):
 
 
 def test_unusable_arguments_say_why(run_kernel, device):
-    drawn = draw(3, 40, device)
+    sampled = draw(3, 40, device)
     with pytest.raises(ValueError, match="logits must be float32, got torch.float16"):
-        run(run_kernel, {**drawn, "logits": drawn["logits"].half()})
+        run(run_kernel, {**sampled, "logits": sampled["logits"].half()})
     with pytest.raises(ValueError, match=r"teacher must be \(3, 40\) with unit stride"):
-        run(run_kernel, {**drawn, "teacher": drawn["teacher"][:, :30]})
+        run(run_kernel, {**sampled, "teacher": sampled["teacher"][:, :30]})

@@ -60,7 +60,7 @@ def test_nothing_runs_in_place_of_an_impossible_instruction_set(monkeypatch):
     for name in usable:
         monkeypatch.setenv("FASTVLP_CPU_ISA", name)
         assert _native.instruction_set_fault() is None
-    # As on a processor without AMX.
+    # As on a CPU without AMX.
     monkeypatch.setenv("FASTVLP_CPU_ISA", "amx2")
     found = explain("contrastive", X, X)
     assert found.chosen is None

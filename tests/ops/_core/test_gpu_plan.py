@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvlp.ops._core import gpu_plan as _gpu_plan
-from fastvlp.ops.contrastive import cuda as _contrastive_cuda
-from fastvlp.ops.contrastive import register as _contrastive_library
-from fastvlp.ops.contrastive.blocks import KeptLogits
+from fastvlp.ops._core import gpu_plan
+from fastvlp.ops.contrastive import cuda, register
+from fastvlp.ops.contrastive.blocks import SavedLogits
 from fastvlp.ops.contrastive.plan import make_gpu_plan, plan_for
 from fastvlp.ops.soft_cross_entropy.register import make_gpu_plan as make_row_plan
 
@@ -37,15 +36,15 @@ def memory_of(free, l2=50 << 20):
         asked.append(device)
         return free, 2 * free
 
-    _gpu_plan._default_workspace_bytes.cache_clear()
+    gpu_plan._default_workspace_bytes.cache_clear()
     cuda = SimpleNamespace(
         is_available=lambda: True,
         mem_get_info=mem_get_info,
         get_device_properties=lambda _: SimpleNamespace(L2_cache_size=l2),
     )
-    with mock.patch.object(_gpu_plan, "torch", SimpleNamespace(cuda=cuda)):
+    with mock.patch.object(gpu_plan, "torch", SimpleNamespace(cuda=cuda)):
         yield asked
-    _gpu_plan._default_workspace_bytes.cache_clear()
+    gpu_plan._default_workspace_bytes.cache_clear()
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def h200():
 
 def test_free_memory_is_asked_for_once(h200):
     for _ in range(3):
-        assert _gpu_plan.default_workspace_bytes(DEVICE) == 4 * GIB
+        assert gpu_plan.default_workspace_bytes(DEVICE) == 4 * GIB
     assert h200 == [DEVICE]
 
 
@@ -64,7 +63,7 @@ def test_free_memory_is_asked_for_once(h200):
 def test_other_programs_do_not_change_the_chunks(free):
     # The sums over chunks, and so the last bits of gradients, depend on their size.
     with memory_of(free):
-        assert _gpu_plan.default_workspace_bytes(DEVICE) == 4 * GIB
+        assert gpu_plan.default_workspace_bytes(DEVICE) == 4 * GIB
 
 
 # Rows of a chunk: 4 GiB over 2 bytes a logit and 4 bytes of a row's 512 fp32 gradients.
@@ -112,16 +111,16 @@ def test_chunks_are_whole_tiles_within_the_budget(rows, cols, dim, dtype, worksp
 
 
 def test_no_chunk_is_much_smaller_than_the_others(h200):
-    assert _gpu_plan.even_chunks(1000, 1000) == 1000
-    assert _gpu_plan.even_chunks(40_000, 32_768) == 20_096  # not 32,768 and 7,232
-    assert _gpu_plan.even_chunks(1000, 300) == 256
-    assert _gpu_plan.even_chunks(1000, 100) == 100
+    assert gpu_plan.even_chunks(1000, 1000) == 1000
+    assert gpu_plan.even_chunks(40_000, 32_768) == 20_096  # not 32,768 and 7,232
+    assert gpu_plan.even_chunks(1000, 300) == 256
+    assert gpu_plan.even_chunks(1000, 100) == 100
 
 
 def test_every_part_of_a_group_has_the_whole_workspace(h200):
     with FakeTensorMode():
         x = torch.empty(4096, 512, dtype=torch.bfloat16, device="cuda")
-        logits = KeptLogits(x, [{4096}, {65536}], None, True)
+        logits = SavedLogits(x, [{4096}, {65536}], None, True)
         alone = plan_for(x, 65536, None, True)
         assert logits.slot(1, 65536)[0] == alone
         assert alone.block_rows == 4096 and logits.slot(1, 65536)[1].numel() == 0
@@ -175,7 +174,7 @@ def test_launches_of_the_gradients(h200, n, chunks):
         x, y, scale = arguments(n)
         lse, weights = torch.empty(n, dtype=torch.float64, device="cuda"), scale.new_empty(2)
         plan = plan_for(x, n, None, True)
-        _contrastive_library._gradients_triton(
+        register._gradients_triton(
             x, y, scale, lse, lse, lse.float(), weights, x[:0], 0, plan.block_rows,
             plan.block_cols, plan.keep_blocks, plan.chunk_rows, plan.chunk_cols,
         )  # fmt: skip
@@ -187,7 +186,7 @@ def test_launches_of_the_sigmoid_loss(h200, n, chunks):
     with counted(contrastive_sigmoid, "sigmoid_kernel") as launches:
         x, y, scale = arguments(n)
         plan = plan_for(x, n, None, False)
-        _contrastive_library._sigmoid_triton(
+        register._sigmoid_triton(
             x, y, scale, scale, 1.0 / n, 0, True, plan.block_rows, plan.block_cols,
             plan.chunk_rows, plan.chunk_cols,
         )  # fmt: skip
@@ -201,16 +200,16 @@ def test_the_kernels_take_the_chunks_of_the_plan(h200, cols):
     with FakeTensorMode():
         x, y = (torch.empty(n, 512, dtype=torch.bfloat16, device="cuda") for n in (65536, cols))
         plan = plan_for(x, cols, GIB, False)
-        workspace = _contrastive_library._workspace(x, y, plan.block_rows)
+        workspace = register._workspace(x, y, plan.block_rows)
     found = rows_per_chunk(65536, cols, 2, workspace, Tile(128, 64, 64, 8, 4, 3))
     assert found == plan.block_rows
 
 
 def test_the_compiled_passes_make_room_for_their_products():
-    # fp32 products beside half-precision gradients: three times the bytes of a gradient.
+    # fp32 products and half-precision gradients: three times the bytes of a gradient.
     x = torch.empty(0, dtype=torch.bfloat16)
-    assert _contrastive_cuda._chunk(x, 21888, 65536) == (7296, 65536)
-    assert _contrastive_cuda._chunk(x.float(), 21888, 65536) == (21888, 65536)
+    assert cuda._chunk(x, 21888, 65536) == (7296, 65536)
+    assert cuda._chunk(x.float(), 21888, 65536) == (21888, 65536)
 
 
 # --- soft cross entropy ---------------------------------------------------------------------------

@@ -7,12 +7,12 @@ import threading
 import pytest
 
 from fastvlp.ops import release_workspace
-from fastvlp.ops._core import workspace as _workspace
-from fastvlp.ops._core.workspace import Lease
+from fastvlp.ops._core import workspace
+from fastvlp.ops._core.workspace import Workspace
 
 
 class Interrupted:
-    """Lets the collector destroy a lease between any two steps of the interpreter in the module.
+    """Lets the collector destroy a workspace between any two steps of the interpreter in it.
 
     As it may happen by itself: an allocation anywhere starts a collection, and that collects the
     graph of an earlier step.
@@ -22,11 +22,11 @@ class Interrupted:
         self.collections, self.left = 0, []
 
     def __call__(self, frame, event, argument):
-        if frame.f_code.co_filename != _workspace.__file__:
+        if frame.f_code.co_filename != workspace.__file__:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
-            self.left.append(Lease(8 + self.collections % 3))
+            self.left.append(Workspace(8 + self.collections % 3))
             gc.collect(0)
         return self
 
@@ -52,14 +52,14 @@ def test_a_collection_in_the_middle_does_not_deadlock(interrupted):
     def use():
         sys.settrace(interrupted)
         try:
-            first, second = Lease(64), Lease(32)
-            first.give_back()
+            first, second = Workspace(64), Workspace(32)
+            first.release()
             del second
-            third = Lease(48)
+            third = Workspace(48)
             found.append(third.floats.numel())
-            third.give_back()
+            third.release()
             release_workspace()
-            found.append(Lease(16).floats.numel())
+            found.append(Workspace(16).floats.numel())
         finally:
             sys.settrace(None)
 
@@ -69,7 +69,7 @@ def test_a_collection_in_the_middle_does_not_deadlock(interrupted):
     assert not thread.is_alive(), "the workspace waits for itself"
     assert found == [48, 16]
     assert interrupted.collections > 100
-    assert len(_workspace._free) <= 1
+    assert len(workspace._free) <= 1
 
 
 def test_threads_share_no_buffer():
@@ -78,11 +78,11 @@ def test_threads_share_no_buffer():
 
     def use(number):
         for _ in range(300):
-            lease = Lease(64 + number)
-            lease.floats.fill_(number)
-            if not (lease.floats == number).all():
+            own = Workspace(64 + number)
+            own.floats.fill_(number)
+            if not (own.floats == number).all():
                 wrong.append(number)
-            lease.give_back()
+            own.release()
 
     threads = [threading.Thread(target=use, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -90,20 +90,20 @@ def test_threads_share_no_buffer():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert len(_workspace._free) == 1
+    assert len(workspace._free) == 1
     release_workspace()
 
 
-def test_the_largest_buffer_stays_and_a_lease_returns_it_once():
+def test_the_largest_buffer_stays_and_is_released_once():
     release_workspace()
-    small, large = Lease(8), Lease(64)
-    large.give_back()
-    small.give_back()
-    small.give_back()
-    assert [buffer.numel() for buffer in _workspace._free] == [64]
-    too_long = Lease(100)
-    assert [buffer.numel() for buffer in _workspace._free] == [64]
-    too_long.give_back()
+    small, large = Workspace(8), Workspace(64)
+    large.release()
+    small.release()
+    small.release()
+    assert [buffer.numel() for buffer in workspace._free] == [64]
+    too_long = Workspace(100)
+    assert [buffer.numel() for buffer in workspace._free] == [64]
+    too_long.release()
     assert too_long.floats is None
-    assert [buffer.numel() for buffer in _workspace._free] == [100]
+    assert [buffer.numel() for buffer in workspace._free] == [100]
     release_workspace()

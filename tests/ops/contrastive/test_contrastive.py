@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastvlp.ops import contrastive, contrastive_reference, release_workspace
-from fastvlp.ops._core import workspace as _workspace
+from fastvlp.ops._core import workspace
 from fastvlp.ops.contrastive.plan import make_plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -161,19 +161,19 @@ def test_two_losses_between_forward_and_backward(device):
 def test_the_workspace_is_reused_and_released(device):
     image, text = features(600, 16, torch.float32, device)
     release_workspace()
-    assert not _workspace._free
+    assert not workspace._free
     for _ in range(2):
         run(contrastive, image, text, 5.0, 0.0)
-        (buffer,) = _workspace._free
+        (buffer,) = workspace._free
         address = buffer.data_ptr()
     run(contrastive, image[:100], text[:100], 5.0, 0.0)
-    assert [b.data_ptr() for b in _workspace._free] == [address]
+    assert [b.data_ptr() for b in workspace._free] == [address]
     loss = contrastive(image.requires_grad_(), text, 5.0)
-    assert not _workspace._free
+    assert not workspace._free
     del loss  # a forward pass without a backward gives its buffer back as well
-    assert [b.data_ptr() for b in _workspace._free] == [address]
+    assert [b.data_ptr() for b in workspace._free] == [address]
     release_workspace()
-    assert not _workspace._free
+    assert not workspace._free
 
 
 def test_gradient_only_where_asked(device):

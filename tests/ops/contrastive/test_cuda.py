@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlp.ops import contrastive_reference
-from fastvlp.ops.contrastive import cuda as _contrastive_cuda
+from fastvlp.ops.contrastive import cuda
 from fastvlp.ops.contrastive.pairs import pair_losses
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -212,7 +212,7 @@ def from_statistics(found, n, offset, weights):
 
 
 def floors(z, x, y, exact_dx, exact_dy, scale, largest, dtype):
-    """What rounding alone may do to dx, dy and the derivative by the scale."""
+    """What rounding alone may do to dx, dy and the derivative w.r.t. the scale."""
     rounding = SINGLE * (z.abs().max().item() + math.log(sum(z.shape)) + 1)
     share = scale * largest * (rounding + (epsilon(dtype) if dtype != torch.float32 else 0))
     dx, dy = share * y.double().norm().item(), share * x.double().norm().item()
@@ -256,10 +256,8 @@ def test_softmax_composition(
     used = weights * floats(*map(float, directions))
     eager = softmax_case(x, y, scale, offset, used, dtype)
     exact = softmax_case(x, y, scale, offset, used, torch.float64)
-    with mock.patch.object(_contrastive_cuda, "_STATISTICS_BYTES", 4 * n * 10 * chunk[0]):
-        found = _contrastive_cuda.statistics(
-            x, y, scale, NOTHING, offset, *directions, BLOCK, BLOCK, 0
-        )
+    with mock.patch.object(cuda, "_STATISTICS_BYTES", 4 * n * 10 * chunk[0]):
+        found = cuda.statistics(x, y, scale, NOTHING, offset, *directions, BLOCK, BLOCK, 0)
     z = scale.double() * x.double() @ y.double().T
     rounding = SINGLE * (z.abs().max().item() + math.log(m + n))
     for index, (wanted, name) in enumerate(
@@ -272,9 +270,7 @@ def test_softmax_composition(
             assert found[index].shape == (0,)
 
     inputs = from_statistics(found, n, offset, weights)
-    dx, dy, dscale = _contrastive_cuda.gradients(
-        x, y, scale, *inputs, NOTHING, offset, BLOCK, BLOCK, 0, *chunk
-    )
+    dx, dy, dscale = cuda.gradients(x, y, scale, *inputs, NOTHING, offset, BLOCK, BLOCK, 0, *chunk)
     assert (dx.dtype, dy.dtype, dscale.dtype) == (dtype, dtype, torch.float32)
     largest = weights.abs().max().item()
     limits = floors(z, x, y, exact[3], exact[4], scale.item(), largest, dtype)
@@ -300,7 +296,7 @@ def test_sigmoid_composition(
 ):
     x, y = pair_of_features(m, n, dim, dtype, strided)
     scale, bias, weight = floats(scale), floats(bias), 1.0 / m
-    loss, dx, dy, dscale, dbias = _contrastive_cuda.sigmoid(
+    loss, dx, dy, dscale, dbias = cuda.sigmoid(
         x, y, scale, bias, weight, offset, gradients, BLOCK, BLOCK, *chunk
     )
     eager = sigmoid_case(x, y, scale, bias, weight, offset, dtype)
@@ -325,11 +321,9 @@ def test_float16_keeps_small_probabilities(passes):
     m = 64
     x, y = pair_of_features(m, m, 16, torch.float16, False)
     scale, weights = floats(1.0), floats(1e-7, 1e-7)
-    found = _contrastive_cuda.statistics(x, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0)
+    found = cuda.statistics(x, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0)
     inputs = from_statistics(found, m, 0, weights)
-    _, _, dscale = _contrastive_cuda.gradients(
-        x, y, scale, *inputs, NOTHING, 0, BLOCK, BLOCK, 0, 2, 2
-    )
+    _, _, dscale = cuda.gradients(x, y, scale, *inputs, NOTHING, 0, BLOCK, BLOCK, 0, 2, 2)
     exact = softmax_case(x, y, scale, 0, weights, torch.float64)[5]
     assert abs(dscale.item() - exact.item()) <= epsilon(torch.float16) * abs(exact.item())
 
@@ -340,10 +334,10 @@ def test_fitted_pairs_are_relatively_exact(passes, target):
     m = 70
     (x, y), scale = well_fitted(m, 64, 100.0, 1.0, target), floats(100.0)
     weights = floats(0.5 / m, 0.5 / m)
-    found = _contrastive_cuda.statistics(x, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0)
+    found = cuda.statistics(x, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0)
     loss = sum(pair_losses(lse, found[2]).mean() / 2 for lse in found[:2])
     inputs = from_statistics(found, m, 0, weights)
-    ours = _contrastive_cuda.gradients(x, y, scale, *inputs, NOTHING, 0, BLOCK, BLOCK, 0, 1, 2)
+    ours = cuda.gradients(x, y, scale, *inputs, NOTHING, 0, BLOCK, BLOCK, 0, 1, 2)
     exact = softmax_case(x, y, scale, 0, weights, torch.float64)[3:]
     assert loss.item() == pytest.approx(
         contrastive_reference(x.double(), y.double(), 100.0).item(), rel=2e-5
@@ -355,19 +349,15 @@ def test_fitted_pairs_are_relatively_exact(passes, target):
 def test_empty_sides(passes):
     x, y = torch.randn(3, 4), torch.randn(5, 4)
     none, scale, weights = torch.empty(0, 4), floats(1.0), floats(1.0, 1.0)
-    rows, cols, positive = _contrastive_cuda.statistics(
-        x, none, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0
-    )
+    rows, cols, positive = cuda.statistics(x, none, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0)
     assert (rows == -INF).all() and (positive == 0).all() and cols.shape == (0,)
-    dx, dy, dscale = _contrastive_cuda.gradients(
+    dx, dy, dscale = cuda.gradients(
         x, none, scale, rows, cols, positive, weights, NOTHING, 0, BLOCK, BLOCK, 0, 1, 1
     )
     assert (dx == 0).all() and dy.shape == (0, 4) and dscale == 0
-    rows, cols, positive = _contrastive_cuda.statistics(
-        none, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0
-    )
+    rows, cols, positive = cuda.statistics(none, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0)
     assert (cols == -INF).all() and rows.shape == positive.shape == (0,)
-    dx, dy, dscale = _contrastive_cuda.gradients(
+    dx, dy, dscale = cuda.gradients(
         none, y, scale, rows, cols, positive, weights, NOTHING, 0, BLOCK, BLOCK, 0, 1, 1
     )
     assert dx.shape == (0, 4) and (dy == 0).all() and dscale == 0
@@ -379,9 +369,9 @@ def test_the_scale_gradient_is_as_exact_as_eager(passes, target):
     m = 300
     (x, y), weights = well_fitted(m, 64, 100.0, 1.0, target), floats(0.5 / m, 0.5 / m)
     scale = floats(100.0)
-    found = _contrastive_cuda.statistics(x, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0)
+    found = cuda.statistics(x, y, scale, NOTHING, 0, True, True, BLOCK, BLOCK, 0)
     inputs = from_statistics(found, m, 0, weights)
-    ours = _contrastive_cuda.gradients(x, y, scale, *inputs, NOTHING, 0, BLOCK, BLOCK, 0, 4, 4)
+    ours = cuda.gradients(x, y, scale, *inputs, NOTHING, 0, BLOCK, BLOCK, 0, 4, 4)
     exact = softmax_case(x, y, scale, 0, weights, torch.float64)[3:]
     leaves = [t.clone().requires_grad_() for t in (x, y, scale)]
     eager_contrastive(*leaves, 0.0).backward()

@@ -5,9 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvlp.ops import explain
-from fastvlp.ops.contrastive import checks as _contrastive_inputs
-from fastvlp.ops.contrastive import cuda as _contrastive_cuda
-from fastvlp.ops.contrastive import register as _contrastive_library
+from fastvlp.ops.contrastive import checks, cuda, register
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -25,18 +23,18 @@ def test_fake_cuda_tensors(dtype, rows, cols):
         scale, weights = torch.ones((), device="cuda"), torch.ones(2, device="cuda")
         nothing = torch.empty(0, device="cuda")
         arguments = x, y, scale, nothing, 3, rows, cols, 32, 32, 0
-        ours = _contrastive_cuda.statistics(*arguments)
+        ours = cuda.statistics(*arguments)
         assert described(ours) == described(operators.contrastive_statistics(*arguments))
         kinds = (70 * rows, torch.float64), (100 * cols, torch.float64), (70, torch.float32)
         assert described(ours) == [((size,), kind, "cuda") for size, kind in kinds]
 
         arguments = x, y, scale, *ours, weights, nothing, 3, 32, 32, 0, 2, 2
-        ours = _contrastive_cuda.gradients(*arguments)
+        ours = cuda.gradients(*arguments)
         assert described(ours) == described(operators.contrastive_gradients(*arguments))
         assert described(ours)[:2] == [((70, 24), dtype, "cuda"), ((100, 24), dtype, "cuda")]
 
         arguments = x, y, scale, scale, 0.1, 3, rows, 32, 32, 2, 2
-        ours = _contrastive_cuda.sigmoid(*arguments)
+        ours = cuda.sigmoid(*arguments)
         assert described(ours) == described(operators.contrastive_sigmoid(*arguments))
         assert ours[1].shape == (70 if rows else 0, 24)
 
@@ -46,8 +44,8 @@ def gpu(monkeypatch):
     """A CUDA tensor, and a function that says what the GPU's two implementations lack."""
 
     def lacking(triton=(), native=()):
-        monkeypatch.setattr(_contrastive_inputs, "supported", lambda *_: list(triton))
-        monkeypatch.setattr(_contrastive_cuda, "_unavailable", lambda _: tuple(native))
+        monkeypatch.setattr(checks, "supported", lambda *_: list(triton))
+        monkeypatch.setattr(cuda, "_unavailable", lambda _: tuple(native))
 
     monkeypatch.delenv("FASTVLP_BACKEND", raising=False)
     lacking()
@@ -85,7 +83,7 @@ def test_float32_features_on_a_gpu_take_the_products_of_cublas(gpu, monkeypatch,
     lacking()
     monkeypatch.setenv("FASTVLP_BACKEND", "triton")
     assert explain(op, x, x).chosen == "triton"
-    run = _contrastive_library._on_cuda(op, lambda *_: "triton", lambda *_: "native")
+    run = register._on_cuda(op, lambda *_: "triton", lambda *_: "native")
     assert run(x, x) == "triton"
     monkeypatch.delenv("FASTVLP_BACKEND")
     assert run(x, x) == "native"
@@ -105,7 +103,7 @@ def test_on_the_cpu_the_compiled_kernels_come_first():
 @pytest.mark.parametrize("op", ["contrastive", "sigmoid_contrastive"])
 def test_the_operator_runs_what_explain_names(gpu, monkeypatch, op):
     x, lacking = gpu
-    run = _contrastive_library._on_cuda(op, lambda *_: "triton", lambda *_: "native")
+    run = register._on_cuda(op, lambda *_: "triton", lambda *_: "native")
     assert run(x, x) == explain(op, x, x).chosen
     lacking(triton=["Triton is not installed"])
     assert run(x, x) == "native"
@@ -115,7 +113,7 @@ def test_the_operator_runs_what_explain_names(gpu, monkeypatch, op):
 
 
 def test_a_device_that_cannot_run_the_kernels_is_named(monkeypatch):
-    monkeypatch.setattr(_contrastive_cuda._native, "load_cuda", lambda: ("it was not built",))
-    _contrastive_cuda._unavailable.cache_clear()
-    assert _contrastive_cuda.unavailable(0) == ("it was not built",)
-    _contrastive_cuda._unavailable.cache_clear()
+    monkeypatch.setattr(cuda._native, "load_cuda", lambda: ("it was not built",))
+    cuda._unavailable.cache_clear()
+    assert cuda.unavailable(0) == ("it was not built",)
+    cuda._unavailable.cache_clear()

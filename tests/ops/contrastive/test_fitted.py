@@ -100,7 +100,7 @@ def test_one_pair_has_no_loss(isa):
 
 @pytest.mark.parametrize("n", [33, 101])
 def test_bfloat16_gradients_are_finite_at_any_size(isa, n):
-    # Log-sum-exps near 88 beside lanes of padding, whose exponentials must not overflow.
+    # Log-sum-exps near 88 next to lanes of padding, whose exponentials must not overflow.
     for seed, cosine in enumerate((0.86, 0.87, 0.88)):
         g = torch.Generator().manual_seed(seed)
         image, other = (torch.randn(n, 512, generator=g) for _ in range(2))

@@ -1,4 +1,4 @@
-"""cross_attention against its float64 reference: shapes, dtypes, layouts, scales, processors."""
+"""cross_attention against its float64 reference: shapes, dtypes, layouts, scales, CPUs."""
 
 from dataclasses import replace
 
@@ -57,15 +57,15 @@ def on(device, case):
 
 @settings(max_examples=100)
 @given(cases())
-def test_matches_float64(device, drawn):
-    case, options = drawn
+def test_matches_float64(device, sampled):
+    case, options = sampled
     check(on(device, case), **options)
 
 
 @settings(max_examples=20)
 @given(cases(longest=260))
-def test_matches_float64_beyond_one_tile(device, drawn):
-    case, options = drawn
+def test_matches_float64_beyond_one_tile(device, sampled):
+    case, options = sampled
     check(on(device, case), **options)
 
 

@@ -135,10 +135,10 @@ def test_the_kernel_s_gradient_is_the_slope_of_its_output(device, keys):
             moved = type(case)(**(vars(case) | {name: at + sign * step * direction}))
             out = run(cross_attention, moved, **options).out.double()
             values.append((out * case.upstream.double()).sum())
-        slope = ((values[0] - values[1]) / (2 * step)).item()
+        estimate = ((values[0] - values[1]) / (2 * step)).item()
         found = (getattr(ours, name).double() * direction.double()).sum().item()
         wrong = (getattr(other_seed, name).double() * direction.double()).sum().item()
-        assert abs(found - slope) < 0.02 * abs(wrong - slope), name
+        assert abs(found - estimate) < 0.02 * abs(wrong - estimate), name
 
 
 def test_the_mask_does_not_depend_on_the_dtype_or_the_layout(device):

@@ -1,4 +1,4 @@
-"""Key masks and causality of cross_attention: what must not be seen must not matter."""
+"""Key masks and causality of cross_attention: what is masked must not matter."""
 
 import pytest
 import torch
@@ -158,7 +158,7 @@ def test_a_mask_of_any_layout(device):
 def test_masked_keys_are_as_if_they_were_not_there(device, pattern, causal):
     lengths = [len(row) for row in pattern]
     case = draw([6] * len(pattern), lengths, dim=8, device=device, mask="holes")
-    flat = [seen for row in pattern for seen in row]
+    flat = [attended for row in pattern for attended in row]
     case = without(case, key_mask=torch.tensor(flat, dtype=torch.bool, device=device))
     check(case, causal=causal)
     kept = without(

@@ -1,4 +1,4 @@
-"""The weights that cross_attention returns on request, and gradients by them."""
+"""The weights that cross_attention returns on request, and gradients with respect to them."""
 
 import pytest
 import torch
@@ -38,12 +38,12 @@ def test_weights_and_output_match_float64(device, dtype, mask, keys, causal):
     assert probs.shape == wanted.shape
     # The weights in this dtype: rounded logits, as plain PyTorch has them.
     eager = []
-    for rows, index, seen in segments(case):
-        seen_k = case.k[index].masked_fill(~seen[:, None, None], 0)
-        logits = 64**-0.5 * torch.einsum("qhd,khd->hqk", case.q[rows], seen_k)
-        hidden = weights(case, (rows, index, seen), causal)[0] == -torch.inf
+    for rows, index, attended in segments(case):
+        attended_k = case.k[index].masked_fill(~attended[:, None, None], 0)
+        logits = 64**-0.5 * torch.einsum("qhd,khd->hqk", case.q[rows], attended_k)
+        hidden = weights(case, (rows, index, attended), causal)[0] == -torch.inf
         p = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
-        eager.append(torch.nn.functional.pad(p, (0, wanted.shape[-1] - len(seen))))
+        eager.append(torch.nn.functional.pad(p, (0, wanted.shape[-1] - len(attended))))
     eager = torch.cat([p.transpose(0, 1) for p in eager])
     rounding = epsilon(dtype) * wanted.norm().item()
     assert_as_accurate("probs", probs.detach(), eager, wanted, rounding)
@@ -77,13 +77,13 @@ def test_gradients_in_float64_are_the_reference_s(device, keys):
 
 @pytest.mark.parametrize("keys", [20, [20, 7]])
 def test_gradients_by_the_weights_for_gradcam(device, keys):
-    """out = weights v, so the gradient by a weight is the product of upstream and value."""
+    """out = weights v, so the gradient w.r.t. a weight is the product of upstream and value."""
     case = draw([13, 4], keys, dim=8, dtype=torch.float64, device=device)
     out, probs, _ = with_probs(case)
     (found,) = torch.autograd.grad(out, probs, case.upstream)
-    for rows, index, seen in segments(case):
+    for rows, index, attended in segments(case):
         expected = torch.einsum("qhd,khd->qhk", case.upstream[rows], case.v[index])
-        torch.testing.assert_close(found[rows][..., : len(seen)], expected)
+        torch.testing.assert_close(found[rows][..., : len(attended)], expected)
 
 
 def test_a_loss_on_the_weights_reaches_queries_and_keys(device):

@@ -29,8 +29,8 @@ def check(qkv, upstream, **kwargs):
     q, k, v = wide
     # Gradients of the logits are differences of these, so their rounding stays where all cancel.
     along = torch.einsum("bqhd,bkhd->bhqk", upstream.double(), v)
-    slope = along.abs().max() * head_dim**-0.5
-    size = {"dq": slope * k.abs().max(), "dk": slope * q.abs().max()}
+    delta = along.abs().max() * head_dim**-0.5
+    size = {"dq": delta * k.abs().max(), "dk": delta * q.abs().max()}
     # The rounding of a logit is a relative error of its exponential.
     logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * kwargs.get("scale", head_dim**-0.5)
     rounding = epsilon(dtype) + epsilon(torch.float32) * logits.abs().max().item()
@@ -56,8 +56,8 @@ def test_matches_float64(
 ):
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, length, 4, heads, head_dim)  # views of a joint projection
-    drawn = (scale * torch.randn(shape, generator=generator)).to(dtype).to(device)
-    *qkv, upstream = drawn.unbind(2)
+    sampled = (scale * torch.randn(shape, generator=generator)).to(dtype).to(device)
+    *qkv, upstream = sampled.unbind(2)
     mask = None
     if masked:
         mask = (torch.rand(batch, length, generator=generator) > 0.4).to(device)
@@ -75,7 +75,7 @@ def test_lengths_of_the_towers(device, dtype, causal, length):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("causal", [False, True])
-def test_unseen_keys(device, dtype, causal):
+def test_masked_keys(device, dtype, causal):
     """Holes, no key at all, and NaN in keys that nobody sees."""
     torch.manual_seed(0)
     *qkv, upstream = torch.randn(4, 3, 6, 2, 8, dtype=dtype, device=device)
@@ -88,8 +88,8 @@ def test_unseen_keys(device, dtype, causal):
     )
     for i in range(3):
         for row in range(6):
-            seen = mask[i] & (torch.arange(6, device=device) <= row if causal else True)
-            q, k, v = qkv[0][i, row], qkv[1][i, seen], qkv[2][i, seen]
+            attended = mask[i] & (torch.arange(6, device=device) <= row if causal else True)
+            q, k, v = qkv[0][i, row], qkv[1][i, attended], qkv[2][i, attended]
             weights = (torch.einsum("hd,khd->hk", q, k) * 8**-0.5).softmax(-1)
             wanted = torch.einsum("hk,khd->hd", weights, v)
             bound = 32 * epsilon(dtype)
@@ -226,8 +226,8 @@ def packages(monkeypatch):
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_call_of_a_package(packages, package, causal, scale):
     q, k, v = sample()
-    out = module._WAYS[package](q, k, v, None, causal, scale)
-    wanted = module._WAYS["sdpa"](q, k, v, None, causal, scale)
+    out = module._BACKENDS[package](q, k, v, None, causal, scale)
+    wanted = module._BACKENDS["sdpa"](q, k, v, None, causal, scale)
     assert torch.equal(out, wanted)
     assert [call["causal"] for call in packages[package].calls] == [causal]
 

@@ -29,7 +29,7 @@ def kernels(tmp_path_factory):
 
 
 def pair(function):
-    """Two independent sets of the same drawn lists."""
+    """Two independent sets of the same sampled lists."""
     return function(), function()
 
 

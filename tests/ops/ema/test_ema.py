@@ -322,21 +322,21 @@ def test_last_exceeding(device):
 def test_opcheck(device, dtype):
     ops = torch.ops.fastvlp
 
-    def drawn(kind=torch.float32):
+    def random(kind=torch.float32):
         return [torch.rand(n, device=device).to(kind) for n in (5, 33)]
 
     flag = torch.tensor(-1, device=device)
     decay = torch.tensor(0.9, device=device)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.last_exceeding, (drawn(dtype), 1e4))
-    torch.library.opcheck(ops.ema_update, (drawn(), drawn(dtype), drawn(dtype), None, 0.9, flag))
+    torch.library.opcheck(ops.last_exceeding, (random(dtype), 1e4))
+    torch.library.opcheck(ops.ema_update, (random(), random(dtype), random(dtype), None, 0.9, flag))
     torch.library.opcheck(
-        ops.ema_update, (drawn(), drawn(dtype), [], decay, 0.0, None), test_utils=checks
+        ops.ema_update, (random(), random(dtype), [], decay, 0.0, None), test_utils=checks
     )
     torch.library.opcheck(
         ops.adamw_ema,
-        (drawn(), drawn(dtype), drawn(), drawn(), drawn(), drawn(dtype), drawn(dtype), 1e-3, 0.9,
-         0.999, 1e-8, 0.01, 3.0, False, decay, 0.0, flag),
+        (random(), random(dtype), random(), random(), random(), random(dtype), random(dtype), 1e-3,
+         0.9, 0.999, 1e-8, 0.01, 3.0, False, decay, 0.0, flag),
     )  # fmt: skip
 
 

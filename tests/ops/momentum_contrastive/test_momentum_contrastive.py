@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastvlp.ops import momentum_contrastive, momentum_contrastive_reference
-from fastvlp.ops.momentum_contrastive import register as _momentum_library
 from fastvlp.ops.momentum_contrastive.checks import prepare
+from fastvlp.ops.momentum_contrastive.register import plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = torch.ops.fastvlp.cpu_instruction_sets().split(",")
@@ -52,10 +52,10 @@ def check(step, upstream=1.0):
         assert_as_accurate(name, our, near, true, floors[name])
     assert ours[0].dtype == torch.float32 and ours[0].shape == ()
     assert ours[1].dtype == ours[2].dtype == dtype
-    for drawn, known in zip(ours[4:], exact[4:], strict=True):
-        assert drawn.dtype == torch.int64 and drawn.shape == (batch,)
+    for sampled, known in zip(ours[4:], exact[4:], strict=True):
+        assert sampled.dtype == torch.int64 and sampled.shape == (batch,)
         # Noise and logits are rounded: two candidates may change places, but hardly ever.
-        assert (drawn != known).sum() <= 1
+        assert (sampled != known).sum() <= 1
     return ours
 
 
@@ -72,9 +72,9 @@ def check(step, upstream=1.0):
     strided=st.booleans(),
     seed=st.integers(0, 5),
 )
-def test_matches_float64(device, batch, queue, dim, dtype, part, seed, **drawn):
+def test_matches_float64(device, batch, queue, dim, dtype, part, seed, **sampled):
     length = None if part is None else int(queue * part)
-    step = draw(batch, queue, dim, dtype, device, length=length, seed=seed, **drawn)
+    step = draw(batch, queue, dim, dtype, device, length=length, seed=seed, **sampled)
     check(step, 0.7)
 
 
@@ -207,7 +207,7 @@ def test_the_reference_keeps_the_loss_of_well_fitted_rows():
 @pytest.mark.parametrize("temperature", [1e-36, 1e-30, 1e-12, 1e12, 1e30, 1e36])
 def test_extreme_temperatures(monkeypatch, isa, temperature):
     monkeypatch.setenv("FASTVLP_CPU_ISA", isa)
-    # 33 rows and 3 columns: padded lanes and keys, which must not be seen.
+    # 33 rows and 3 columns: padded lanes and keys, which must not count.
     step = draw(33, 70, 3, torch.float32, "cpu", temperature=temperature)
     loss = step.run(momentum_contrastive)[0]
     exact = step.run(reference, torch.float64)[0]
@@ -256,8 +256,8 @@ def test_negatives_never_share_an_id(device):
         result = momentum_contrastive(
             *step.features, 1.0, ids=step.ids, queue_ids=step.queue_ids, seed=seed
         )
-        for drawn in result[1:]:
-            assert (drawn >= 0).all() and (step.ids[drawn] != step.ids).all()
+        for sampled in result[1:]:
+            assert (sampled >= 0).all() and (step.ids[sampled] != step.ids).all()
 
 
 def test_negatives_follow_the_softmax(device):
@@ -270,8 +270,8 @@ def test_negatives_follow_the_softmax(device):
         result = momentum_contrastive(
             *step.features, 0.5, ids=ids, queue_ids=torch.arange(10, 15, device=device), seed=seed
         )
-        for side, drawn in enumerate(result[1:]):
-            counts[side, rows, drawn.cpu()] += 1
+        for side, sampled in enumerate(result[1:]):
+            counts[side, rows, sampled.cpu()] += 1
     image, text, image_m, text_m = (t.double().cpu() for t in step.features[:4])
     excluded = (ids[:, None] == ids).cpu()
     statistic, freedom = 0.0, 0
@@ -329,6 +329,6 @@ def test_second_derivative_is_refused(device):
     batch=st.integers(1, 5000), dim=st.integers(1, 5000), element=st.sampled_from([2, 4])
 )  # fmt: skip
 def test_the_plan_covers_the_batch(batch, dim, element):
-    group_rows, block_keys = _momentum_library.plan(batch, dim, element)
+    group_rows, block_keys = plan(batch, dim, element)
     assert 32 <= group_rows <= 64 and group_rows % 32 == 0
     assert 32 <= block_keys <= 512 and block_keys % 32 == 0

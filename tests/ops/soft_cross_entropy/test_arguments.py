@@ -5,8 +5,8 @@ import torch
 from fastvlp_tests.soft_cross_entropy_cases import draw, run
 
 from fastvlp.ops import explain, soft_cross_entropy
-from fastvlp.ops.soft_cross_entropy import register as library
-from fastvlp.ops.soft_cross_entropy.matmuls import products_dtype
+from fastvlp.ops.soft_cross_entropy import register
+from fastvlp.ops.soft_cross_entropy.matmuls import matmul_dtype
 from fastvlp.ops.soft_cross_entropy.register import make_plan
 
 H, E, B, Y = torch.zeros(4, 8), torch.zeros(20, 8), torch.zeros(20), torch.zeros(4).long()
@@ -38,8 +38,8 @@ def test_bad_head(args, error, message):
     "options, error, message",
     [
         ({"alpha": 0.5}, ValueError, "alpha: expected 0 without a teacher, got 0.5"),
-        ({"teacher_weight": E}, ValueError, "teacher_hidden: expected a tensor beside"),
-        ({"teacher_hidden": H}, ValueError, "teacher_weight: expected a tensor beside"),
+        ({"teacher_weight": E}, ValueError, "teacher_hidden: expected a tensor with"),
+        ({"teacher_hidden": H}, ValueError, "teacher_weight: expected a tensor with"),
         (
             {"teacher_hidden": H, "teacher_weight": E[:9]},
             ValueError,
@@ -123,7 +123,7 @@ def test_second_derivative_is_refused(device, workspace):
 @pytest.mark.parametrize("teacher", [True, False])
 def test_opcheck(device, dtype, teacher):
     case = draw(9, 8, 70, dtype, device, teacher=teacher)
-    plan = make_plan(9, 70, products_dtype(case.hidden), 1 << 12)
+    plan = make_plan(9, 70, matmul_dtype(case.hidden), 1 << 12)
     kept = torch.zeros(plan.group_floats, device=device)
     head = (case.hidden, case.weight, case.bias, case.labels)
     other = (case.teacher_hidden, case.teacher_weight, case.teacher_bias)
@@ -184,7 +184,7 @@ def test_the_products_on_a_gpu_fit_together(monkeypatch, dtype):
     def record(*arguments):
         passes.append(arguments)
 
-    monkeypatch.setattr(library, "_pass", lambda logits: record)
+    monkeypatch.setattr(register, "_pass", lambda logits: record)
     with torch._subclasses.fake_tensor.FakeTensorMode():
 
         def empty(*shape, dtype=torch.float32):
@@ -195,12 +195,14 @@ def test_the_products_on_a_gpu_fit_together(monkeypatch, dtype):
         common = (hidden, weight, empty(70), labels, hidden, weight, None, empty(), -100)
         plan = make_plan(9, 70, dtype, 4 << 10)
         kept = empty(plan.group_floats)
-        losses = library._losses(*common, kept, plan.group_rows, plan.chunk_rows, True, False)
-        gradients = library._gradients(
+        losses = register._losses(*common, kept, plan.group_rows, plan.chunk_rows, True, False)
+        gradients = register._gradients(
             *common, losses, kept, True, plan.group_rows, plan.chunk_rows, [True] * 3
         )
         assert sum(len(arguments[0]) for arguments in passes) >= 9
-        early = library._losses_and_gradients(*common, plan.group_rows, plan.chunk_rows, [True] * 3)
+        early = register._losses_and_gradients(
+            *common, plan.group_rows, plan.chunk_rows, [True] * 3
+        )
     assert [g.dtype for g in early] == [torch.float32] * 4
     assert [tuple(g.shape) for g in early] == [(9,), (9, 8), (70, 8), (70,)]
     assert [g.dtype for g in gradients] == [dtype, torch.float32, torch.float32]

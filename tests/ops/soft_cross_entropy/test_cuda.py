@@ -8,8 +8,7 @@ from fastvlp_tests.soft_cross_entropy_cases import LEAVES, draw, run
 from fastvlp_tests.tolerance import assert_as_accurate
 
 from fastvlp.ops import soft_cross_entropy, soft_cross_entropy_reference
-from fastvlp.ops.soft_cross_entropy import matmuls as products
-from fastvlp.ops.soft_cross_entropy import register as library
+from fastvlp.ops.soft_cross_entropy import matmuls, register
 
 
 def rows_pass(logits, *inputs, gradient):
@@ -21,9 +20,9 @@ def rows_pass(logits, *inputs, gradient):
 
 @pytest.fixture
 def gpu_products(monkeypatch):
-    monkeypatch.setattr(products, "on_gpu", lambda _: True)
+    monkeypatch.setattr(matmuls, "on_gpu", lambda _: True)
     monkeypatch.setattr(
-        library, "_pass", lambda _: lambda *inputs: rows_pass(*inputs[:-1], gradient=inputs[-1])
+        register, "_pass", lambda _: lambda *inputs: rows_pass(*inputs[:-1], gradient=inputs[-1])
     )
     with cuda_passes.wide_products():
         yield

@@ -15,7 +15,7 @@ from fastvlp.ops import (
     soft_cross_entropy,
     soft_cross_entropy_reference,
 )
-from fastvlp.ops._core import workspace as _workspace
+from fastvlp.ops._core import workspace
 from fastvlp.ops.soft_cross_entropy.register import make_plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,7 +24,7 @@ SINGLE = epsilon(torch.float32)
 
 
 def row_gradients(case, row_weights):
-    """float64: derivatives by the logits, and the largest logit."""
+    """float64: derivatives w.r.t. the logits, and the largest logit."""
     case = case.to(torch.float64)
     logits = case.hidden @ case.weight.T + (0 if case.bias is None else case.bias)
     logits.requires_grad_()
@@ -44,7 +44,7 @@ def check(case, seed=0, reduction="none", **options):
     eager = run(soft_cross_entropy_reference, case, upstream, reduction=reduction)
     double = case.to(torch.float64)
     exact = run(soft_cross_entropy_reference, double, upstream, reduction=reduction)
-    slopes, largest = row_gradients(case, upstream)
+    deltas, largest = row_gradients(case, upstream)
     dtype = case.hidden.dtype
     # Logits are rounded to the products' dtype, and so are their derivatives: what that does to a
     # loss, and to the sums of a gradient, whose terms are rounded with random signs.
@@ -53,7 +53,7 @@ def check(case, seed=0, reduction="none", **options):
     assert ours[0].dtype == torch.float32
     assert ours[0].shape == (case.labels.shape if reduction == "none" else ())
     assert_as_accurate("loss", ours[0], eager[0], exact[0], rounding * math.sqrt(rows))
-    squares = slopes.square()
+    squares = deltas.square()
     terms = {
         "hidden": squares @ case.weight.double().square(),
         "weight": squares.T @ case.hidden.double().square(),
@@ -85,9 +85,9 @@ def check(case, seed=0, reduction="none", **options):
     seed=st.integers(0, 3),
 )
 def test_matches_float64(
-    device, rows, width, vocabulary, dtype, workspace, reduction, seed, **drawn
+    device, rows, width, vocabulary, dtype, workspace, reduction, seed, **sampled
 ):
-    case = draw(rows, width, vocabulary, dtype, device, seed=seed, **drawn)
+    case = draw(rows, width, vocabulary, dtype, device, seed=seed, **sampled)
     check(case, seed, reduction, workspace_bytes=workspace)
 
 
@@ -203,7 +203,7 @@ def test_a_common_offset_changes_nothing(device):
     plain = run(soft_cross_entropy, case)
     case.bias, case.teacher_bias = case.bias + 4096, case.teacher_bias - 4096
     for ours, expected in zip(run(soft_cross_entropy, case), plain, strict=True):
-        # What is left of the logits beside an offset of 2**12.
+        # What is left of the logits next to an offset of 2**12.
         atol = 2**12 * SINGLE * expected.abs().max().item()
         torch.testing.assert_close(ours, expected, rtol=2**12 * SINGLE, atol=atol)
 
@@ -358,7 +358,7 @@ def test_the_workspace_is_reused(device):
     addresses = []
     for _ in range(2):
         run(soft_cross_entropy, case)
-        addresses += [b.data_ptr() for b in _workspace._free]
+        addresses += [b.data_ptr() for b in workspace._free]
     assert len(addresses) == (2 if device.type == "cpu" else 0) and len(set(addresses)) <= 1
     release_workspace()
 

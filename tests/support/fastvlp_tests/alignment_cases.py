@@ -28,10 +28,10 @@ class Result:
     image: torch.Tensor
 
 
-KINDS = ("drawn", "identical", "opposite", "matching", "zero")
+KINDS = ("random", "identical", "opposite", "matching", "zero")
 
 
-def pairs(count, words, patches, dim, dtype, device="cpu", *, kind="drawn", masks="lengths",
+def pairs(count, words, patches, dim, dtype, device="cpu", *, kind="random", masks="lengths",
           scale=1.0, strided=False, seed=0):  # fmt: skip
     """`kind` says how words and patches relate; `masks` how padding lies; NaN stands at padding."""
     g = torch.Generator().manual_seed(seed)

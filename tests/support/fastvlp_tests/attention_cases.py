@@ -1,4 +1,4 @@
-"""Drawn inputs of cross_attention, its gradients three ways, and the rounding nobody avoids."""
+"""Random inputs of cross_attention, its gradients three ways, and the rounding nobody avoids."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from fastvlp.ops import cross_attention, cross_attention_reference
-from fastvlp.ops.cross_attention import dropout as _dropout
+from fastvlp.ops.cross_attention.dropout import keep_mask
 from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -81,7 +81,7 @@ def cumulative(lengths: Sequence[int], dtype=torch.int32, device="cpu") -> torch
 
 
 def draw_mask(kind: str, q_lengths, keys, generator) -> torch.Tensor:
-    """holes: any pattern, 40 % unseen; middle: one hole, as ViLT has; prefix: padding."""
+    """holes: any pattern, 40 % masked; middle: one hole, as ViLT has; prefix: padding."""
     rows = []
     for length in [keys] * len(q_lengths) if isinstance(keys, int) else keys:
         at = torch.arange(length)
@@ -148,28 +148,28 @@ def segments(case: Case):
     for i in range(len(starts) - 1):
         keys = i if key_starts is None else slice(key_starts[i], key_starts[i + 1])
         count = case.k[keys].shape[0]
-        seen = torch.ones(count, dtype=torch.bool, device=case.q.device)
-        seen = seen if case.key_mask is None else case.key_mask[keys]
-        yield slice(starts[i], starts[i + 1]), keys, seen
+        attended = torch.ones(count, dtype=torch.bool, device=case.q.device)
+        attended = attended if case.key_mask is None else case.key_mask[keys]
+        yield slice(starts[i], starts[i + 1]), keys, attended
 
 
 def weights(case: Case, segment, causal=False, scale=None):
-    """Logits (-inf where unseen), softmax weights (0 in a row that sees nothing), float64."""
-    rows, keys, seen = segment
+    """Logits (-inf where masked), softmax weights (0 in a row that attends nothing), float64."""
+    rows, keys, attended = segment
     scale = case.q.shape[-1] ** -0.5 if scale is None else scale
-    k = visible(case.k, keys, seen)
+    k = visible(case.k, keys, attended)
     logits = scale * torch.einsum("qhd,khd->hqk", case.q[rows].double(), k)
     count = rows.stop - rows.start
-    allowed = seen.expand(count, len(seen))
+    allowed = attended.expand(count, len(attended))
     if causal:  # aligned at the last key
-        allowed = allowed & torch.ones_like(allowed).tril(len(seen) - count)
+        allowed = allowed & torch.ones_like(allowed).tril(len(attended) - count)
     logits = logits.masked_fill(~allowed, -torch.inf)
     return logits, logits.softmax(-1).nan_to_num(0.0)
 
 
-def visible(t: torch.Tensor, keys, seen: torch.Tensor) -> torch.Tensor:
-    """Rows of k or v in float64, zero where unseen."""
-    return t[keys].double().masked_fill(~seen[:, None, None], 0.0)
+def visible(t: torch.Tensor, keys, attended: torch.Tensor) -> torch.Tensor:
+    """Rows of k or v in float64, zero where masked."""
+    return t[keys].double().masked_fill(~attended[:, None, None], 0.0)
 
 
 def rounding(case: Case, causal=False, scale=None, dropout_p=0.0, dropout_seed=0) -> dict:
@@ -184,9 +184,9 @@ def rounding(case: Case, causal=False, scale=None, dropout_p=0.0, dropout_seed=0
     used_scale = dim**-0.5 if scale is None else scale
     total = dict.fromkeys(NAMES, 0.0)
     for segment in segments(case):
-        rows, keys, seen = segment
+        rows, keys, attended = segment
         q, g = case.q[rows].double(), case.upstream[rows].double()
-        k, v = visible(case.k, keys, seen), visible(case.v, keys, seen)
+        k, v = visible(case.k, keys, attended), visible(case.v, keys, attended)
         logits, p = weights(case, segment, causal, scale)
         terms = used_scale**2 * torch.einsum("qhd,khd->hqk", q**2, k**2)
         spread = torch.where(logits > -torch.inf, logits**2 + terms, 0.0)
@@ -195,7 +195,7 @@ def rounding(case: Case, causal=False, scale=None, dropout_p=0.0, dropout_seed=0
         keep = torch.ones_like(p)
         if dropout_p:
             at = torch.arange(rows.start, rows.stop, device=q.device)
-            keep = _dropout.keep_mask(dropout_seed, at, heads, len(seen), dropout_p)
+            keep = keep_mask(dropout_seed, at, heads, len(attended), dropout_p)
             keep = keep / (1 - dropout_p)
         w = (p * keep) ** 2 * unit
         dp = torch.einsum("qhd,khd->hqk", g, v) * keep

@@ -1,4 +1,4 @@
-"""Drawn features and gradients of the three ways to compute a loss: ours, eager, float64."""
+"""Random features and gradients of the three ways to compute a loss: ours, eager, float64."""
 
 import math
 from dataclasses import dataclass

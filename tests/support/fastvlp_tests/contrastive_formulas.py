@@ -28,7 +28,7 @@ class Problem:
         return len(self.x), len(self.y)
 
     def logits(self, dtype: torch.dtype) -> torch.Tensor:
-        # Copies: on some processors a bfloat16 product reads past the end of a row of odd width and
+        # Copies: on some CPUs a bfloat16 matmul reads past the end of a row of odd width and
         # multiplies what is there, NaN here, by 0.
         x, y = (t.to(dtype).contiguous() for t in (self.x, self.y))
         return self.scale.to(dtype) * (x @ y.T)

@@ -1,4 +1,4 @@
-"""Lists of tensors that the tests of the multi-tensor updates draw."""
+"""Lists of tensors that the tests of the multi-tensor updates sample."""
 
 import math
 
@@ -10,7 +10,7 @@ LAYOUTS = ["contiguous", "transposed", "gaps", "offset"]
 
 
 def tensor(shape, dtype, layout="contiguous", scale=1.0, seed=0, device="cpu"):
-    """Drawn values in one of several layouts; what lies between the elements is NaN."""
+    """Random values in one of several layouts; what lies between the elements is NaN."""
     g = torch.Generator().manual_seed(seed)
     values = (scale * torch.randn(shape, generator=g)).to(dtype)
     if layout == "transposed":

@@ -18,21 +18,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvlp import ops
 from fastvlp.ops._core.implement import IMPLEMENTED
-from fastvlp.ops.contrastive import cuda as _contrastive_cuda
+from fastvlp.ops.contrastive import cuda
 
 CAPABILITY = (9, 0)
 
 
 @contextmanager
 def gpu() -> Iterator[FakeTensorMode]:
-    """Fake CUDA tensors, beside a GPU of compute capability 9.0 that runs every kernel there is."""
+    """Fake CUDA tensors, and a GPU of compute capability 9.0 that runs every kernel there is."""
     with (
         mock.patch("torch.cuda.get_device_capability", lambda *_: CAPABILITY),
-        mock.patch("fastvlp.kernels.cross_attention.host._processors", lambda _: 132),
+        mock.patch("fastvlp.kernels.cross_attention.host._multiprocessors", lambda _: 132),
         mock.patch("torch.cuda.device", lambda *_: nullcontext()),
         mock.patch("triton.runtime.jit.JITFunction.run", lambda *_, **__: None),
         mock.patch.object(torch.version, "cuda", torch.version.cuda or "13.0"),
-        mock.patch.object(_contrastive_cuda, "_unavailable", lambda _: ()),
+        mock.patch.object(cuda, "_unavailable", lambda _: ()),
         FakeTensorMode() as mode,
     ):
         yield mode

@@ -85,7 +85,7 @@ def padded_forward(layer, text, images, key_mask=None, **kwargs):
 
 
 def gradients(forward, layer, c, dtype, autocast=False, **kwargs):
-    """Output and gradients by texts, images and parameters, of a copy of the layer in `dtype`."""
+    """Output and gradients w.r.t. texts, images and parameters, of a copy in `dtype`."""
     layer = layer.to(dtype).to(c.device)
     layer.zero_grad()
     text, images = (

@@ -1,4 +1,4 @@
-"""A function's result and its gradients by all of its tensors."""
+"""A function's result and its gradients with respect to all of its tensors."""
 
 
 def with_gradients(function, tensors, upstream):

@@ -1,4 +1,4 @@
-"""Drawn steps of the momentum-contrastive loss, and its results three ways."""
+"""Random steps of the momentum-contrastive loss, and its results three ways."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -141,5 +141,5 @@ def check_fitted(run):
             assert_as_accurate(at, our, near, true, floor)
             if is_small:
                 error, plain_error = ((t.double() - true).norm().item() for t in (our, near))
-                assert error <= plain_error / 10, f"{at}: {error:.1e} beside {plain_error:.1e}"
+                assert error <= plain_error / 10, f"{at}: {error:.1e} against {plain_error:.1e}"
     assert small >= 2

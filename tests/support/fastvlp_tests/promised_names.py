@@ -1,7 +1,7 @@
 """Names of torch's stable ABI and of Triton: those the sources use, those a version has.
 
 fastvlp promises torch 2.10 and Triton 3.6. The names that these versions have are kept in the two
-lists beside this file, so that a test can tell a newer name without the old version at hand;
+lists next to this file, so that a test can tell a newer name without the old version at hand;
 check_versions.py compares the lists with the versions themselves and writes them.
 """
 

@@ -1,4 +1,4 @@
-"""Drawn heads and teachers, and gradients of the three ways to compute a loss."""
+"""Random heads and teachers, and gradients of the three ways to compute a loss."""
 
 from dataclasses import dataclass, fields
 
@@ -40,7 +40,7 @@ def draw(
     rows, width, vocabulary, dtype, device, *, teacher=True, bias=True, scale=1.0, ignored=True,
     master=False, seed=0,
 ):  # fmt: skip
-    """A head whose logits are about `scale` wide; `master`: float32 weights beside `dtype`."""
+    """A head whose logits are about `scale` wide; `master`: with float32 weights."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.float32 if master else dtype
 
@@ -69,7 +69,7 @@ def draw(
 
 
 def run(function, case, upstream=None, **options):
-    """The loss and its gradients by hidden, weight and bias (None where there is none)."""
+    """The loss and its gradients w.r.t. hidden, weight and bias (None where there is none)."""
     leaves = {}
     for name in LEAVES:
         value = getattr(case, name)

@@ -22,7 +22,7 @@ class Wheel:
         return self.path.name.split("-")[1]
 
     def unpack(self, *folders: str) -> Path:
-        """Unpacks the members below `folders` (all, without any) beside the wheel, once."""
+        """Unpacks the members below `folders` (all, without any) next to the wheel, once."""
         target = self.path.with_suffix("")
         if not (done := target / "unpacked").exists():
             with zipfile.ZipFile(self.path) as archive:

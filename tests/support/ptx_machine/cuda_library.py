@@ -3,7 +3,7 @@
 `load` builds a variant of the CUDA library whose operators take CPU tensors, in the namespace
 torch.ops.fastvlp_ptx, and whose CUDA runtime is the stand-in in cuda/runtime.cpp: a launch arrives
 in Python with the kernel's name, grid, block and arguments. nvcc compiles the sources once and
-leaves the PTX of each target beside the library.
+leaves the PTX of each target next to the library.
 """
 
 from __future__ import annotations

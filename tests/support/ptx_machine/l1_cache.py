@@ -4,13 +4,13 @@ import numpy as np
 
 from .observer import Access
 
-# Ways past L1, and loads that must see what others write meanwhile.
+# What bypasses L1, and loads that must see what others write meanwhile.
 _PAST = {"cg", "cv", "bulk", "volatile", "relaxed", "acquire", "L1::no_allocate"}
 _EMPTY = -1
 
 
 class L1Cache:
-    """The share of the L1 cache that each block has while others are resident beside it.
+    """The share of the L1 cache that each block has while others are resident with it.
 
     Each sector has one place, its number modulo the places: what a block reads again is there until
     as many bytes further on displace it. Real caches choose among several places, and blocks on a

@@ -65,7 +65,7 @@ class VirtualGPU:
     execute: False for a dry run, which compiles (and fills Triton's cache) but runs nothing.
     schedules: each launch runs under all of them; where the results differ that is a finding, and
     those of the last one stay. hazards: whether to look for hazards. Findings are in `findings`;
-    at the end of the block any are an error. processors: multiprocessors that the device reports,
+    at the end of the block any are an error. multiprocessors: how many the device reports,
     by default those of the real one. observers: called once for each launch, gives further
     observers of its execution under the last schedule.
     """
@@ -74,7 +74,7 @@ class VirtualGPU:
     execute: bool = True
     schedules: tuple[Schedule, ...] = (Schedule(),)
     hazards: bool = True
-    processors: int | None = None
+    multiprocessors: int | None = None
     observers: Callable[[], tuple[Observer, ...]] = tuple
     launches: list[Launch] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
@@ -88,11 +88,11 @@ class VirtualGPU:
 
     def __enter__(self) -> "VirtualGPU":
         capability = self.device.capability
-        processors = self.processors or self.device.multi_processor_count
+        multiprocessors = self.multiprocessors or self.device.multi_processor_count
         properties = SimpleNamespace(
             name=self.device.name, major=self.device.capability[0],
             minor=self.device.capability[1], total_memory=self.device.total_memory,
-            multi_processor_count=processors,
+            multi_processor_count=multiprocessors,
         )  # fmt: skip
         self._patches = [
             mock.patch.object(triton.runtime.driver, "_active", _Driver(self)),
@@ -105,7 +105,8 @@ class VirtualGPU:
             mock.patch("fastvlp.kernels._core.support.device_reasons", lambda device: []),
             # What was asked of the device before stays in a cache there.
             mock.patch(
-                "fastvlp.kernels.cross_attention.host._processors", lambda device: processors
+                "fastvlp.kernels.cross_attention.host._multiprocessors",
+                lambda device: multiprocessors,
             ),
         ]
         for patch in self._patches:
