@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "shared_bytes.h"
+#include "tensor_element.h"
 #include "tensor_table.h"
 
 namespace fastvlp {
@@ -50,20 +51,6 @@ struct HostTable {
 using Signature = std::vector<int64_t>;
 
 namespace lists {
-
-inline Element element_of(const Tensor& t, const char* name, size_t i) {
-  using torch::headeronly::ScalarType;
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, "[", i, "]: expected float32, bfloat16 or float16");
-  }
-}
 
 inline Signature signature_of(const std::vector<TensorList>& given) {
   Signature s;
@@ -130,7 +117,7 @@ inline TableEntry entry_of(const std::vector<TensorList>& given, size_t i, Geome
                     "]: expected the device of ", given[0].name, "[0]");
     STD_TORCH_CHECK(!given[l].written || memory_of(t, order_of(t)) != Memory::kOverlaps, name, "[",
                     i, "]: expected every element at an address of its own");
-    entry.element[l] = element_of(t, name, i);
+    entry.element[l] = element_of(t, name, "[", i, "]");
     entry.data[l] = t.data_ptr();
     if (!same_strides(first, t, order)) entry.geometry = 0;
     for (size_t d = 0; d < order.size() && d < kMaxDims; ++d)

@@ -1,11 +1,10 @@
-// Gradients w.r.t. a tile of logits, and their matmuls with the features.
+// Gradients w.r.t. a tile of logits.
 #pragma once
 
 #include <cmath>
 
 #include "../../common/contrastive_math.h"
 #include "../gemm/pack.h"
-#include "../gemm/policy.h"
 #include "rows.h"
 
 namespace {
@@ -94,105 +93,8 @@ class TileGradient {
   const float* row_factor_;
 };
 
-struct GradientScratch {
-  float* gradient;    // [block_cols][tile_stride]
-  float* words;       // [block_rows][gradient_stride], for a transposed gradient
-  float* columns;     // two of block_rows
-  float* row_factor;  // one of block_rows
-};
-
 // Words of one row of a transposed gradient of bfloat16 pairs; 16 more than needed, to spread over
 // the cache sets.
 inline int64_t gradient_stride(const ContrastiveProblem& p) { return p.block_cols / 2 + 16; }
-
-#if defined(__AVX512BF16__)
-// Gradients of columns j and j + 1 (0 past the end) as pairs.
-inline void gradient_pairs(const TileGradient& gradient, int64_t j, int64_t cols, int64_t n,
-                           float* columns, uint32_t* out) {
-  gradient.column(j, columns);
-  if (j + 1 < cols)
-    gradient.column(j + 1, columns + n);
-  else
-    std::memset(columns + n, 0, n * 4);
-  for (int64_t i = 0; i < n; i += kLanes)
-    store_bf16_pairs(out + i, load(columns + i), load(columns + n + i));
-}
-#endif
-
-#if defined(__AMX_BF16__)
-// The logit gradient with the columns along contiguous words, 32 columns at a time.
-inline void transposed_gradient(const TileGradient& gradient, int64_t cols, int64_t n,
-                                int64_t stride, const GradientScratch& s, uint32_t* out,
-                                int64_t out_stride) {
-  uint32_t* pairs = reinterpret_cast<uint32_t*>(s.gradient);
-  for (int64_t j = 0; j < cols; j += 2 * kTile) {
-    for (int64_t k = 0; k < kTile; ++k)
-      if (j + 2 * k < cols)
-        gradient_pairs(gradient, j + 2 * k, cols, n, s.columns, pairs + k * stride);
-      else
-        std::memset(pairs + k * stride, 0, n * 4);
-    transpose_words(pairs, stride, kTile, n, out + j / 2, out_stride);
-  }
-}
-#endif
-
-// accumulator += (logit gradient) * y for one tile.
-template <class Gemm>
-void add_row_gradient(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
-                      const float* tile, const GradientScratch& s, const float* packed,
-                      float* accumulator, int64_t width) {
-  using Dot = typename Gemm::Dot;
-  const int64_t rows = p.rows_in(row_block), n = round_up(rows, kPanel);
-  const int64_t cols = p.cols_in(col_block), stride = fastvlp::tile_stride(p);
-  const TileGradient gradient(p, row_block, col_block, tile, s.row_factor);
-#if defined(__AMX_BF16__)
-  if constexpr (Gemm::kTransposed) {
-    uint32_t* words = reinterpret_cast<uint32_t*>(s.words);
-    transposed_gradient(gradient, cols, n, stride, s, words, gradient_stride(p));
-    return Gemm::multiply(words, gradient_stride(p), packed, accumulator, width, n, width / kPanel,
-                          depth_words<Dot>(cols), 1.0f, true);
-  }
-#endif
-  if constexpr (Dot::kPerWord == 1) {
-    for (int64_t j = 0; j < cols; ++j) gradient.column(j, s.gradient + j * stride);
-  } else {
-#if defined(__AVX512BF16__)
-    for (int64_t j = 0; j < cols; j += 2)
-      gradient_pairs(gradient, j, cols, n, s.columns,
-                     reinterpret_cast<uint32_t*>(s.gradient + j / 2 * stride));
-#endif
-  }
-  multiply<Dot, Order::kRowContiguous>(reinterpret_cast<uint32_t*>(s.gradient), stride, packed,
-                                       accumulator, width, round_up(rows, kRegisterRows),
-                                       width / kPanel, depth_words<Dot>(cols), 1.0f, true);
-}
-
-// accumulator += (logit gradient)^T * x for one tile.
-template <class Gemm>
-void add_col_gradient(const ContrastiveProblem& p, int64_t row_block, int64_t col_block,
-                      const float* tile, const GradientScratch& s, const float* packed,
-                      float* accumulator, int64_t width) {
-  using Dot = typename Gemm::Dot;
-  const int64_t rows = p.rows_in(row_block), cols = p.cols_in(col_block);
-  const int64_t stride = fastvlp::tile_stride(p), m = round_up(cols, Gemm::kRows);
-  const TileGradient gradient(p, row_block, col_block, tile, s.row_factor);
-  for (int64_t j = 0; j < cols; ++j) {
-    float* out = s.gradient + j * stride;
-    if constexpr (Dot::kPerWord == 1) {
-      gradient.column(j, out);
-    } else {
-#if defined(__AVX512BF16__)
-      gradient.column(j, s.columns);
-      for (int64_t i = 0; i < round_up(rows, kPanel); i += 2 * kLanes)
-        store_bf16(reinterpret_cast<uint32_t*>(out) + i / 2, load(s.columns + i),
-                   load(s.columns + i + kLanes));
-#endif
-    }
-  }
-  for (int64_t j = cols; j < m; ++j)
-    std::memset(s.gradient + j * stride, 0, depth_words<Dot>(rows) * 4);
-  Gemm::multiply(reinterpret_cast<const uint32_t*>(s.gradient), stride, packed, accumulator, width,
-                 m, width / kPanel, depth_words<Dot>(rows), 1.0f, true);
-}
 
 }  // namespace

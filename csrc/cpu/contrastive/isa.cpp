@@ -6,9 +6,8 @@
 #include "../core/isa_name.h"
 #include "../gemm/pack.h"
 #include "../gemm/policy.h"
-#include "gradient.h"
+#include "gradient_matmul.h"
 #include "rows.h"
-#include "scratch.h"
 
 namespace {
 
@@ -23,9 +22,9 @@ void pack_x(const ContrastiveProblem& p, int64_t block, float* base, const Scrat
   const int64_t begin = block * p.block_rows, count = p.rows_in(block);
 #if defined(__AMX_BF16__)
   if constexpr (Gemm::kSplit) {
-    base[s.x_factor] = factor_of_rows(p.x, begin, count, p.dim, base + s.row);
-    return split_columns(p.x, begin, count, p.dim, base[s.x_factor],
-                         reinterpret_cast<uint32_t*>(base + s.x_panels), base + s.row);
+    base[s.x_factor] = factor_of_rows(p.x, begin, count, p.dim);
+    return split_along_dim(Operand::kB, p.x, begin, count, p.dim, base[s.x_factor],
+                           reinterpret_cast<uint32_t*>(base + s.x_panels));
   }
 #endif
   pack_transposed<typename Gemm::Dot>(p.x, begin, count, p.dim, base + s.x_panels,
@@ -242,9 +241,9 @@ int64_t packed_floats_with(const ContrastiveProblem& p, int64_t rows) {
 template <class Gemm>
 void pack_features(const ContrastiveProblem& p, const Features& m, int64_t begin, int64_t count,
                    void* scratch, float* packed) {
-  float* row = static_cast<float*>(scratch) + Scratch(p).row;
+  [[maybe_unused]] float* row = static_cast<float*>(scratch) + Scratch(p).row;
 #if defined(__AMX_BF16__)
-  if constexpr (Gemm::kSplit) return pack_split(m, begin, count, p.dim, packed, row);
+  if constexpr (Gemm::kSplit) return pack_split(m, begin, count, p.dim, packed);
 #endif
   pack_along_rows<typename Gemm::Dot>(m, begin, count, p.dim, packed, row);
 }
@@ -257,32 +256,6 @@ void pack_cols_with(const ContrastiveProblem& p, int64_t block, void* scratch, f
 template <class Gemm>
 void pack_rows_with(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
   pack_features<Gemm>(p, p.x, block * p.block_rows, p.rows_in(block), scratch, packed);
-}
-
-template <class Gemm>
-void add_rows(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, const float* tile,
-              float* base, const Scratch& s, const float* packed, float* accumulator) {
-  if constexpr (!Gemm::kSplit)
-    add_row_gradient<Gemm>(p, row_block, col_block, tile, gradient_scratch(base, s), packed,
-                           accumulator, padded_dim(p));
-#if defined(__AMX_BF16__)
-  if constexpr (Gemm::kSplit)
-    add_split_row_gradient(p, row_block, col_block, tile, split_scratch(base, s), packed,
-                           accumulator, padded_dim(p));
-#endif
-}
-
-template <class Gemm>
-void add_cols(const ContrastiveProblem& p, int64_t row_block, int64_t col_block, const float* tile,
-              float* base, const Scratch& s, const float* packed, float* accumulator) {
-  if constexpr (!Gemm::kSplit)
-    add_col_gradient<Gemm>(p, row_block, col_block, tile, gradient_scratch(base, s), packed,
-                           accumulator, padded_dim(p));
-#if defined(__AMX_BF16__)
-  if constexpr (Gemm::kSplit)
-    add_split_col_gradient(p, row_block, col_block, tile, split_scratch(base, s), base + s.columns,
-                           packed, accumulator, padded_dim(p));
-#endif
 }
 
 template <class Gemm>
@@ -299,8 +272,9 @@ void row_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin
     if (fresh && p.loss == Loss::kSigmoid) add_sums(p, block, j, tile, sums);
     if (!accumulator) continue;
     if (fresh && p.loss == Loss::kSoftmax) shift_tile(p, block, j, tile);
-    add_rows<Gemm>(p, block, j, tile, base, s,
-                   packed + (j - begin) * packed_floats_with<Gemm>(p, p.block_cols), accumulator);
+    add_row_gradient<Gemm>(p, block, j, tile, base, s,
+                           packed + (j - begin) * packed_floats_with<Gemm>(p, p.block_cols),
+                           accumulator);
   }
 }
 
@@ -312,8 +286,9 @@ void col_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin
   const Scratch s(p);
   float* base = static_cast<float*>(scratch);
   for (int64_t i = begin; i < end; ++i)
-    add_cols<Gemm>(p, i, block, tiles + (i - begin) * tile_step, base, s,
-                   packed + (i - begin) * packed_floats_with<Gemm>(p, p.block_rows), accumulator);
+    add_col_gradient<Gemm>(p, i, block, tiles + (i - begin) * tile_step, base, s,
+                           packed + (i - begin) * packed_floats_with<Gemm>(p, p.block_rows),
+                           accumulator);
 }
 
 // Each table entry chooses the GEMM by the element type, among those of this instruction set.

@@ -1,6 +1,7 @@
 // Which GEMM a contrastive problem takes, and the scratch memory of one call of its kernels.
 #pragma once
 
+#include "../core/scratch_layout.h"
 #include "../gemm/pack.h"
 #include "gradient.h"
 #include "split.h"
@@ -25,7 +26,7 @@ inline int64_t padded_dim(const ContrastiveProblem& p) { return round_up(p.dim, 
 inline int64_t row_words(const ContrastiveProblem& p) { return round_up(p.dim, 16) + 16; }
 
 // The scratch buffers of one call, in words; sized for the widest use.
-struct Scratch {
+struct Scratch : ScratchLayout {
   explicit Scratch(const ContrastiveProblem& p) {
     if (uses_bf16x3_gemm(p)) {
 #if defined(__AMX_BF16__)
@@ -41,8 +42,8 @@ struct Scratch {
       y_rows = take(p.block_cols * row_words(p));
       gradient = take(p.block_cols * fastvlp::tile_stride(p));
       words = take(p.block_rows * gradient_stride(p));
+      row = take(2 * padded_dim(p));
     }
-    row = take(2 * padded_dim(p));
     columns = take(2 * p.block_rows);
     row_max = take(p.block_rows);
     row_sum = take(p.block_rows);
@@ -50,29 +51,15 @@ struct Scratch {
     col_max = take(p.block_cols);
     tile = take(fastvlp::tile_floats(p));
   }
-  int64_t take(int64_t words) {
-    const int64_t at = total;
-    total += round_up(words, 16);
-    return at;
-  }
-  int64_t total = 0;
-  int64_t x_panels = 0, gradient = 0, row, columns, row_max, row_sum, tile_max, col_max, tile;
-  int64_t y_rows = 0, words = 0;                           // where operands are not split
+  int64_t x_panels = 0, gradient = 0, columns, row_max, row_sum, tile_max, col_max, tile;
+  int64_t y_rows = 0, words = 0, row = 0;                  // where operands are not split
   int64_t x_factor = 0, a = 0, transposed = 0, block = 0;  // where they are
 };
 
-inline GradientScratch gradient_scratch(float* base, const Scratch& s) {
-  return {base + s.gradient, base + s.words, base + s.columns, base + s.row_max};
-}
-
 #if defined(__AMX_BF16__)
 inline SplitScratch split_scratch(float* base, const Scratch& s) {
-  return {reinterpret_cast<uint32_t*>(base + s.a),
-          base + s.row,
-          base + s.gradient,
-          base + s.transposed,
-          base + s.block,
-          base + s.row_max};
+  return {reinterpret_cast<uint32_t*>(base + s.a), base + s.gradient, base + s.transposed,
+          base + s.block};
 }
 #endif
 

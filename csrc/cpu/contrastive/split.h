@@ -11,11 +11,9 @@ namespace {
 
 struct SplitScratch {
   uint32_t* a;        // kSplitGroup rows of A
-  float* copies;      // two rows of features
   float* columns;     // 32 columns of the gradient of a group
   float* transposed;  // 16 rows of those
   float* block;       // of a matmul
-  float* row_factor;  // block_rows
   static constexpr int64_t kColumnStride = kSplitGroup + 16;
 };
 
@@ -31,11 +29,11 @@ inline int64_t packed_split_floats(const ContrastiveProblem& p, int64_t rows) {
   return kPackedHeader + split_words(p.dim, rows);
 }
 
-inline void pack_split(const Features& m, int64_t begin, int64_t count, int64_t dim, float* packed,
-                       float* copies) {
-  packed[0] = factor_of_rows(m, begin, count, dim, copies);
-  split_along_rows(m, begin, count, dim, packed[0],
-                   reinterpret_cast<uint32_t*>(packed + kPackedHeader), copies);
+inline void pack_split(const Features& m, int64_t begin, int64_t count, int64_t dim,
+                       float* packed) {
+  packed[0] = factor_of_rows(m, begin, count, dim);
+  split_along_rows(Operand::kB, m, begin, count, dim, packed[0],
+                   reinterpret_cast<uint32_t*>(packed + kPackedHeader));
 }
 
 // tile = scale * y x^T for the columns of a block; x has been split, times `x_factor`.
@@ -45,8 +43,8 @@ inline void split_logits(const ContrastiveProblem& p, int64_t first_col, int64_t
   const int64_t stride = fastvlp::tile_stride(p);
   for (int64_t j = 0; j < cols; j += kSplitGroup) {
     const int64_t count = std::min(kSplitGroup, cols - j);
-    const float factor = factor_of_rows(p.y, first_col + j, count, p.dim, s.copies);
-    split_rows(p.y, first_col + j, count, p.dim, factor, s.a, s.copies);
+    const float factor = factor_of_rows(p.y, first_col + j, count, p.dim);
+    split_along_dim(Operand::kA, p.y, first_col + j, count, p.dim, factor, s.a);
     multiply_split(s.a, x, steps_of(p.dim), tile + j * stride, stride, round_up(count, kStepSide),
                    padded_rows / kStepSide, quotient(p.scale, x_factor, factor), false, s.block);
   }
@@ -85,39 +83,6 @@ inline void split_gradient_columns(const TileGradient& gradient, int64_t first, 
       std::memset(column, 0, n * 4);
     for (int64_t i = 0; i < n; i += kStepDepth, out += kStepWords)
       store_neighbours(load(column + i), load(column + i + kLanes), out);
-  }
-}
-
-// As add_row_gradient.
-inline void add_split_row_gradient(const ContrastiveProblem& p, int64_t row_block,
-                                   int64_t col_block, const float* tile, const SplitScratch& s,
-                                   const float* packed, float* accumulator, int64_t width) {
-  const int64_t n = round_up(p.rows_in(row_block), kStepSide), cols = p.cols_in(col_block);
-  const float factor = weight_factor(p);
-  const TileGradient gradient(p, row_block, col_block, tile, s.row_factor, factor);
-  for (int64_t i = 0; i < n; i += kSplitGroup) {
-    const int64_t count = std::min(kSplitGroup, n - i);
-    split_gradient_rows(gradient, i, count, cols, s);
-    multiply_split(s.a, reinterpret_cast<const uint32_t*>(packed + kPackedHeader), steps_of(cols),
-                   accumulator + i * width, width, count, width / kStepSide,
-                   quotient(1.0, factor, packed[0]), true, s.block);
-  }
-}
-
-// As add_col_gradient.
-inline void add_split_col_gradient(const ContrastiveProblem& p, int64_t row_block,
-                                   int64_t col_block, const float* tile, const SplitScratch& s,
-                                   float* column, const float* packed, float* accumulator,
-                                   int64_t width) {
-  const int64_t n = round_up(p.rows_in(row_block), kStepDepth), cols = p.cols_in(col_block);
-  const float factor = weight_factor(p);
-  const TileGradient gradient(p, row_block, col_block, tile, s.row_factor, factor);
-  for (int64_t j = 0; j < cols; j += kSplitGroup) {
-    const int64_t count = std::min(kSplitGroup, cols - j);
-    split_gradient_columns(gradient, j, count, n, column, s.a);
-    multiply_split(s.a, reinterpret_cast<const uint32_t*>(packed + kPackedHeader), n / kStepDepth,
-                   accumulator + j * width, width, round_up(count, kStepSide), width / kStepSide,
-                   quotient(1.0, factor, packed[0]), true, s.block);
   }
 }
 

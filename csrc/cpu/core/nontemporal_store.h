@@ -1,13 +1,53 @@
-// Rows of floats written by non-temporal stores, as they are or rounded to bfloat16 (nearest even).
+// Non-temporal stores, for what nobody reads soon: a line written whole need not be fetched first.
+// Call finish_streams() when done.
 #pragma once
 
 #include "convert.h"
 #include "simd.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
-// A copy by non-temporal stores, for results nobody reads soon: a line written whole need not be
-// fetched first. Call finish_streams() when done.
+// Any bytes, the whole lines among them by non-temporal stores.
+inline void stream_bytes(void* out, const void* in, int64_t bytes) {
+#if defined(__SSE2__)
+  char* to = static_cast<char*>(out);
+  const char* from = static_cast<const char*>(in);
+  while (bytes > 0 && reinterpret_cast<uintptr_t>(to) % 64 != 0) {
+    const int64_t piece = 64 - static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64);
+    const int64_t n = piece < bytes ? piece : bytes;
+    std::memcpy(to, from, n);
+    to += n, from += n, bytes -= n;
+  }
+  for (; bytes >= 64; to += 64, from += 64, bytes -= 64) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX2__)
+    for (int i = 0; i < 64; i += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+#else
+    for (int i = 0; i < 64; i += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+#endif
+  }
+  out = to, in = from;
+#endif
+  std::memcpy(out, in, bytes);
+}
+
+// Before another thread may read what non-temporal stores have written.
+inline void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Non-temporal where the row is whole lines.
 inline void stream_row(const float* in, int64_t n, float* out) {
 #if defined(__AVX512F__)
   if (reinterpret_cast<uintptr_t>(out) % 64 == 0 && n % kLanes == 0) {
@@ -18,13 +58,7 @@ inline void stream_row(const float* in, int64_t n, float* out) {
   std::memcpy(out, in, n * 4);
 }
 
-inline void finish_streams() {
-#if defined(__AVX512F__)
-  _mm_sfence();
-#endif
-}
-
-// Non-temporal as well where rows are whole lines.
+// The same rounded to bfloat16 (nearest even).
 inline void to_bfloat16_row(const float* in, int64_t n, uint16_t* out) {
   int64_t i = 0;
 #if defined(__AVX512BF16__)

@@ -6,25 +6,13 @@
 
 #include <functional>
 
+#include "../../common/tensor_element.h"
 #include "matrix_view.h"
 
 namespace fastvlp {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline Element element_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
-  }
-}
 
 inline Features features_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got ", t.dim());

@@ -6,10 +6,7 @@
 
 #include "../../common/tensor_table.h"
 #include "convert.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "nontemporal_store.h"
 
 namespace {
 
@@ -24,42 +21,6 @@ constexpr int kPrefetchBytes = 1024;
 
 inline void* address(void* data, Element element, int64_t offset) {
   return static_cast<char*>(data) + offset * bytes_of(element);
-}
-
-// Non-temporal stores, for what is not read again soon: the line is not fetched first.
-inline void stream_bytes(void* out, const void* in, int64_t bytes) {
-#if defined(__SSE2__)
-  char* to = static_cast<char*>(out);
-  const char* from = static_cast<const char*>(in);
-  while (bytes > 0 && reinterpret_cast<uintptr_t>(to) % 64 != 0) {
-    const int64_t piece = 64 - static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64);
-    const int64_t n = piece < bytes ? piece : bytes;
-    std::memcpy(to, from, n);
-    to += n, from += n, bytes -= n;
-  }
-  for (; bytes >= 64; to += 64, from += 64, bytes -= 64) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
-#elif defined(__AVX2__)
-    for (int i = 0; i < 64; i += 32)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
-#else
-    for (int i = 0; i < 64; i += 16)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-#endif
-  }
-  out = to, in = from;
-#endif
-  std::memcpy(out, in, bytes);
-}
-
-// Before another thread may read what non-temporal stores have written.
-inline void finish_streams() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
 }
 
 // Calls body(index in the block, offset, elements, stride) for each run along the last dimension.

@@ -7,6 +7,7 @@
 // of a matmul keep to that. Words along the keys always join neighbours.
 #pragma once
 
+#include "../core/masked_load.h"
 #include "../core/prefetch.h"
 #include "../gemm/bf16x3_gemm.h"
 #include "../gemm/pack.h"
@@ -49,10 +50,7 @@ struct FloatRows {
   // Rows of a step of 32 that are joined along the queries: i and i + kApart.
   static constexpr int64_t kApart = kTile;
 
-  static Vec load_some(const float* p, int64_t left) {
-    if (left >= kLanes) return load(p);
-    return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << left) - 1), p);
-  }
+  static Vec load_some(const float* p, int64_t left) { return load_float32(p, left); }
 };
 
 struct HalfRows {
@@ -60,10 +58,7 @@ struct HalfRows {
   static constexpr int kParts = 3;
   static constexpr int64_t kApart = kTile;
 
-  static Vec load_some(const uint16_t* p, int64_t left) {
-    const uint32_t mask = left >= kLanes ? 0xffffu : (1u << left) - 1;
-    return (Vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
-  }
+  static Vec load_some(const uint16_t* p, int64_t left) { return load_float16(p, left); }
 };
 
 struct BFloat16Rows {
@@ -71,11 +66,7 @@ struct BFloat16Rows {
   static constexpr int kParts = 1;
   static constexpr int64_t kApart = 1;
 
-  static Vec load_some(const uint16_t* p, int64_t left) {
-    const uint32_t mask = left >= kLanes ? 0xffffu : (1u << left) - 1;
-    const __m256i numbers = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p);
-    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
-  }
+  static Vec load_some(const uint16_t* p, int64_t left) { return load_bfloat16(p, left); }
 };
 
 // Where two rows go: `low` and `high`, 16 words of every step of the width, `step` words apart; the

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "../core/nontemporal_store.h"
+#include "../core/scratch_layout.h"
 #include "matmuls.h"
 #include "softmax.h"
 
@@ -14,16 +15,6 @@ using fastvlp::AttentionBackward;
 using fastvlp::AttentionForward;
 using fastvlp::AttentionInput;
 using fastvlp::AttentionOutput;
-
-// Takes pieces of the scratch, each on a cache line of its own.
-struct ScratchLayout {
-  int64_t total = 0;
-  int64_t take(int64_t words) {
-    const int64_t at = total;
-    total += round_up(words, 16);
-    return at;
-  }
-};
 
 template <class Matmuls>
 struct ForwardLayout : ScratchLayout {

@@ -1,12 +1,13 @@
-// Packs rows of features as operands of bf16x3_gemm.h, and multiplies a group of rows. Features are
-// scaled by a power of two that brings the largest of a block near 1: all of its floats then keep
-// all bits that matter relative to that one, however small they are.
+// Packs rows of features, or of a matrix, as operands of bf16x3_gemm.h, and multiplies a group of
+// rows. Features are scaled by a power of two that brings the largest of a block near 1: all of its
+// floats then keep all bits that matter relative to that one, however small they are.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "../core/masked_load.h"
 #include "amx_gemm.h"
 #include "bf16x3_gemm.h"
 #include "pack.h"
@@ -19,7 +20,10 @@ namespace {
 // for the panel of B that all of them use and the next one.
 constexpr int64_t kSplitGroup = 128;
 
-inline int64_t steps_of(int64_t depth) { return round_up(depth, kStepDepth) / kStepDepth; }
+// At least one: a matmul of depth 0 is a step of zeros.
+inline int64_t steps_of(int64_t depth) {
+  return depth == 0 ? 1 : round_up(depth, kStepDepth) / kStepDepth;
+}
 
 inline int64_t split_words(int64_t side, int64_t depth) {
   return round_up(side, kStepSide) / kStepSide * steps_of(depth) * kStepWords;
@@ -38,80 +42,127 @@ inline float quotient(double numerator, float f, float g) {
   return static_cast<float>(value > most ? most : value < -most ? -most : value);
 }
 
-// A row of features as floats, zero up to whole steps; in place where it can be, else in `copy`.
-inline const float* padded_row(const Features& m, int64_t row, int64_t dim, float* copy) {
-  if (m.element == Element::kFloat32 && dim % kStepDepth == 0)
-    return static_cast<const float*>(m.data) + row * m.stride;
-  convert_row(m, row, dim, copy);
-  std::memset(copy + dim, 0, (round_up(dim, kStepDepth) - dim) * 4);
-  return copy;
+// One row of features, sixteen elements at a time as floats: zeros from element `count` on.
+template <Element element>
+struct FeatureRow {
+  const char* data;
+  int64_t count;
+
+  Vec load_at(int64_t d) const { return elements(d, std::max<int64_t>(count - d, 0)); }
+  // The same where the row has all sixteen.
+  Vec load_whole(int64_t d) const { return elements(d); }
+
+ private:
+  template <class... Count>
+  Vec elements(int64_t d, Count... n) const {
+    const char* at = data + d * bytes_of(element);
+    if constexpr (element == Element::kFloat32)
+      return load_float32(reinterpret_cast<const float*>(at), n...);
+    else if constexpr (element == Element::kBFloat16)
+      return load_bfloat16(reinterpret_cast<const uint16_t*>(at), n...);
+    else
+      return load_float16(reinterpret_cast<const uint16_t*>(at), n...);
+  }
+};
+
+// Rows [begin, begin + count) of `dim` elements; the rows after them are zeros.
+template <Element element>
+struct FeatureRows {
+  const Features& m;
+  int64_t begin, count, dim;
+
+  FeatureRow<element> operator[](int64_t r) const {
+    return r < count ? existing(r) : FeatureRow<element>{static_cast<const char*>(m.data), 0};
+  }
+  FeatureRow<element> existing(int64_t r) const {
+    return {static_cast<const char*>(m.data) + (begin + r) * m.stride * bytes_of(element), dim};
+  }
+};
+
+// Calls function(rows) with the FeatureRows of m's element type.
+template <class Function>
+inline void with_rows(const Features& m, int64_t begin, int64_t count, int64_t dim,
+                      const Function& function) {
+  if (m.element == Element::kFloat32)
+    function(FeatureRows<Element::kFloat32>{m, begin, count, dim});
+  else if (m.element == Element::kBFloat16)
+    function(FeatureRows<Element::kBFloat16>{m, begin, count, dim});
+  else
+    function(FeatureRows<Element::kFloat16>{m, begin, count, dim});
 }
 
 // The largest of rows [begin, begin + count). That of 16-bit floats does not matter: they are never
 // small enough to need a factor.
-inline float largest_magnitude(const Features& m, int64_t begin, int64_t count, int64_t dim,
-                               float* copy) {
+inline float largest_magnitude(const Features& m, int64_t begin, int64_t count, int64_t dim) {
   if (m.element != Element::kFloat32) return 1.0f;
+  const FeatureRows<Element::kFloat32> rows = {m, begin, count, dim};
   VecI largest = {};
+  const auto include = [&](Vec v) {
+    const VecI magnitude = bits(absolute(v));
+    largest = magnitude > largest ? magnitude : largest;
+  };
   for (int64_t r = 0; r < count; ++r) {
-    const float* row = padded_row(m, begin + r, dim, copy);
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const VecI magnitude = bits(absolute(load(row + d)));
-      largest = magnitude > largest ? magnitude : largest;
-    }
+    const auto row = rows.existing(r);
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) include(row.load_whole(d));
+    if (d < dim) include(row.load_at(d));
   }
   const int32_t most = _mm512_reduce_max_epi32((__m512i)largest);
   return bits_to_float(static_cast<uint32_t>(most));
 }
 
-inline float factor_of_rows(const Features& m, int64_t begin, int64_t count, int64_t dim,
-                            float* copy) {
-  return factor_to(largest_magnitude(m, begin, count, dim, copy), 0);
+inline float factor_of_rows(const Features& m, int64_t begin, int64_t count, int64_t dim) {
+  return factor_to(largest_magnitude(m, begin, count, dim), 0);
 }
 
-// Rows [begin, begin + count) times `factor`, zero up to a multiple of 32, as the A operand of a
-// matmul along dim.
-inline void split_rows(const Features& m, int64_t begin, int64_t count, int64_t dim, float factor,
-                       uint32_t* out, float* copy) {
+// Which operand of a matmul is packed: halves of its steps are [row][word] for A and [word][column]
+// for B.
+enum class Operand { kA, kB };
+
+// Rows [begin, begin + count) times `factor`, zero up to a multiple of 32, as an operand of a matmul
+// along dim.
+inline void split_along_dim(Operand operand, const Features& m, int64_t begin, int64_t count,
+                            int64_t dim, float factor, uint32_t* out) {
   const int64_t steps = steps_of(dim);
-  for (int64_t r = 0; r < round_up(count, kStepSide); ++r) {
-    uint32_t* at = out + r / kStepSide * steps * kStepWords + r % kStepSide * kTile;
-    const float* row = r < count ? padded_row(m, begin + r, dim, copy) : nullptr;
-    for (int64_t s = 0; s < steps; ++s, at += kStepWords) {
-      const float* in = row + s * kStepDepth;
-      if (row == nullptr)
-        store_neighbours(Vec{}, Vec{}, at);
-      else
-        store_neighbours(load(in) * factor, load(in + kLanes) * factor, at);
+  with_rows(m, begin, count, dim, [&](const auto& rows) {
+    for (int64_t r = 0; r < round_up(count, kStepSide); ++r) {
+      uint32_t* at = out + r / kStepSide * steps * kStepWords + r % kStepSide * kTile;
+      const auto row = rows[r];
+      int64_t d = 0;
+      for (; d + kStepDepth <= row.count; d += kStepDepth, at += kStepWords)
+        store_neighbours(row.load_whole(d) * factor, row.load_whole(d + kLanes) * factor, at);
+      for (; d < steps * kStepDepth; d += kStepDepth, at += kStepWords)
+        store_neighbours(row.load_at(d) * factor, row.load_at(d + kLanes) * factor, at);
     }
-  }
-}
-
-// The same as the B operand, a column for each row.
-inline void split_columns(const Features& m, int64_t begin, int64_t count, int64_t dim,
-                          float factor, uint32_t* out, float* copy) {
-  split_rows(m, begin, count, dim, factor, out, copy);
+  });
+  if (operand == Operand::kA) return;
   for (int64_t s = 0; s < split_words(count, dim) / kStepWords; ++s, out += kStepWords) {
     transpose_half(out);
     transpose_half(out + kHalfWords);
   }
 }
 
-// The same as the B operand of a matmul along the rows. `copies` has room for two rows.
-inline void split_along_rows(const Features& m, int64_t begin, int64_t count, int64_t dim,
-                             float factor, uint32_t* out, float* copies) {
-  const int64_t padded = round_up(dim, kStepSide), steps = steps_of(count);
-  for (int64_t k = 0; k < steps * kTile; ++k) {
-    const auto row = [&](int64_t r, float* copy) {
-      return r < count ? padded_row(m, begin + r, dim, copy) : nullptr;
-    };
-    const float* even = row(2 * k, copies);
-    const float* odd = row(2 * k + 1, copies + padded);
-    for (int64_t d = 0; d < padded; d += kLanes)
-      store_pairs(even ? load(even + d) * factor : Vec{}, odd ? load(odd + d) * factor : Vec{},
-                  out + (d / kStepSide * steps + k / kTile) * kStepWords +
-                      d % kStepSide / kTile * kHalfWords + k % kTile * kTile);
-  }
+// The same of a matmul along the rows.
+inline void split_along_rows(Operand operand, const Features& m, int64_t begin, int64_t count,
+                             int64_t dim, float factor, uint32_t* out) {
+  const int64_t steps = steps_of(count);
+  with_rows(m, begin, count, dim, [&](const auto& rows) {
+    for (int64_t s = 0; s < steps; ++s)
+      for (int64_t d = 0; d < round_up(dim, kStepSide); d += kTile) {
+        uint32_t* half =
+            out + (d / kStepSide * steps + s) * kStepWords + d % kStepSide / kTile * kHalfWords;
+        const auto pack = [&](auto load_row) {
+          for (int64_t w = 0; w < kTile; ++w)
+            store_pairs(load_row(s * kStepDepth + 2 * w) * factor,
+                        load_row(s * kStepDepth + 2 * w + 1) * factor, half + w * kTile);
+        };
+        if ((s + 1) * kStepDepth <= count && d + kTile <= dim)
+          pack([&](int64_t k) { return rows.existing(k).load_whole(d); });
+        else
+          pack([&](int64_t k) { return rows[k].load_at(d); });
+        if (operand == Operand::kA) transpose_half(half);
+      }
+  });
 }
 
 // Step `step` of `steps` of the A operand whose columns along K are rows of `columns`: 32 of them,

@@ -4,7 +4,7 @@
 #include "kernel.h"
 
 #include "../core/isa_name.h"
-#include "../gemm/bf16x3_gemm.h"
+#include "../gemm/bf16x3_pack.h"
 
 namespace {
 
@@ -19,8 +19,6 @@ constexpr int64_t kRowWords = 256 * 1024;      // of a packed block of A
 constexpr int64_t kColumnWords = 1024 * 1024;  // of a packed chunk of B
 
 int64_t blocks_of(int64_t side) { return (side + kStepSide - 1) / kStepSide; }
-// At least one: a matmul of depth 0 is a step of zeros.
-int64_t steps_of(int64_t depth) { return depth == 0 ? 1 : (depth + kStepDepth - 1) / kStepDepth; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // K in equal chunks.
@@ -35,61 +33,22 @@ int64_t packed_blocks(int64_t side, int64_t steps, int64_t words) {
   return smaller(blocks_of(side), fit < 1 ? 1 : fit);
 }
 
-__mmask16 first_lanes(int64_t n) {
-  return n >= kLanes ? static_cast<__mmask16>(0xffff)
-                     : static_cast<__mmask16>((1u << (n < 0 ? 0 : n)) - 1);
-}
-
-Vec load_first(const float* p, int64_t n) { return (Vec)_mm512_maskz_loadu_ps(first_lanes(n), p); }
-
 // Rows of A or columns of B, `side` of them, and their `depth` floats along K.
 struct Side {
   const float* data;
   int64_t stride;  // from one row of A or column of B to the next
   int64_t along;   // from one of K to the next
   int64_t count, depth;
-  bool columns;  // halves of steps are [word][column] instead of [row][word]
 };
 
-// out [block of 32][step]: floats that are neighbours along K in memory. What is not there is zero.
-void pack_neighbours(const Side& x, int64_t steps, float alpha, uint32_t* out) {
-  for (int64_t i = 0; i < blocks_of(x.count) * kStepSide; ++i) {
-    const float* row = x.data + i * x.stride;
-    uint32_t* words = out + i / kStepSide * steps * kStepWords +
-                      i % kStepSide / kTile * kHalfWords + i % kTile * kTile;
-    for (int64_t s = 0; s < steps; ++s, words += kStepWords) {
-      const int64_t left = i < x.count ? x.depth - s * kStepDepth : 0;
-      const float* at = row + s * kStepDepth;
-      store_neighbours(load_first(at, left) * alpha, load_first(at + kLanes, left - kLanes) * alpha,
-                       words);
-    }
+void pack(Operand operand, const Side& x, float alpha, uint32_t* out) {
+  if (x.along == 1) {
+    const Features sides = {x.data, x.count, x.stride, Element::kFloat32};
+    split_along_dim(operand, sides, 0, x.count, x.depth, alpha, out);
+  } else {
+    const Features rows_of_k = {x.data, x.depth, x.along, Element::kFloat32};
+    split_along_rows(operand, rows_of_k, 0, x.depth, x.count, alpha, out);
   }
-}
-
-// The same where neighbours in memory are rows of A or columns of B.
-void pack_pairs(const Side& x, int64_t steps, float alpha, uint32_t* out) {
-  for (int64_t s = 0; s < steps; ++s)
-    for (int64_t i = 0; i < blocks_of(x.count) * kStepSide; i += kTile) {
-      uint32_t* half =
-          out + (i / kStepSide * steps + s) * kStepWords + i % kStepSide / kTile * kHalfWords;
-      const float* at = x.data + i + s * kStepDepth * x.along;
-      for (int64_t w = 0; w < kTile; ++w, at += 2 * x.along) {
-        const int64_t left = x.depth - s * kStepDepth - 2 * w;
-        const Vec even = load_first(at, left > 0 ? x.count - i : 0);
-        const Vec odd = load_first(at + x.along, left > 1 ? x.count - i : 0);
-        store_pairs(even * alpha, odd * alpha, half + w * kTile);
-      }
-      if (!x.columns) transpose_half(half);
-    }
-}
-
-void pack(const Side& x, int64_t steps, float alpha, uint32_t* out) {
-  if (x.along != 1) return pack_pairs(x, steps, alpha, out);
-  pack_neighbours(x, steps, alpha, out);
-  if (!x.columns) return;
-  for (int64_t i = 0; i < blocks_of(x.count) * steps; ++i)
-    for (int64_t half = 0; half < 2; ++half)
-      transpose_half(out + i * kStepWords + half * kHalfWords);
 }
 
 // A block at the edge of C or one that is added to it, by way of `square`, 32 x 32.
@@ -158,12 +117,12 @@ void multiply(const MatmulTask& t, float* scratch) {
     for (int64_t step = 0; step < steps_of(t.k); step += most) {
       const int64_t steps = smaller(most, steps_of(t.k) - step), k = step * kStepDepth;
       const int64_t depth = smaller(steps * kStepDepth, t.k - k);
-      pack({t.b.data + k * t.b.row + col * t.b.col, t.b.col, t.b.row, width, depth, true}, steps,
+      pack(Operand::kB, {t.b.data + k * t.b.row + col * t.b.col, t.b.col, t.b.row, width, depth},
            t.alpha, s.b);
       for (int64_t row = 0; row < t.m; row += rows) {
         const int64_t height = smaller(rows, t.m - row);
-        pack({t.a.data + row * t.a.row + k * t.a.col, t.a.row, t.a.col, height, depth, false},
-             steps, 1.0f, s.a);
+        pack(Operand::kA, {t.a.data + row * t.a.row + k * t.a.col, t.a.row, t.a.col, height, depth},
+             1.0f, s.a);
         compiler_barrier(s.a);
         multiply_chunk(t, s, row, height, col, width, steps, step == 0);
         compiler_barrier(t.c);

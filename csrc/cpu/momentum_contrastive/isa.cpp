@@ -2,6 +2,7 @@
 // naming it; everything but the one exported table has internal linkage.
 #include "../../common/philox.h"
 #include "../core/isa_name.h"
+#include "../core/scratch_layout.h"
 #include "../gemm/bf16x3_pack.h"
 #include "../gemm/policy.h"
 #include "rows.h"
@@ -25,7 +26,7 @@ bool uses_bf16x3_gemm(const MomentumProblem& p) { return p.student.element != El
 #endif
 
 // The scratch buffers of one call, in words.
-struct Scratch {
+struct Scratch : ScratchLayout {
   explicit Scratch(const MomentumProblem& p) {
     factor = take(p.stacked_rows());
     row = take(2 * round_up(p.dim, kGrain));
@@ -47,12 +48,6 @@ struct Scratch {
     pairs = take(p.gradients ? p.block_keys / 2 * tile_stride(p) : 0);
     weights = take(p.gradients ? p.stacked_rows() * weight_words(p) : 0);
   }
-  int64_t take(int64_t words) {
-    const int64_t at = total;
-    total += round_up(words, 16);
-    return at;
-  }
-  int64_t total = 0;
   int64_t panels, tile, factor, row, keys, packed;
   int64_t pairs = 0, weights = 0;     // where operands are not split
   int64_t transposed = 0, block = 0;  // where they are
@@ -104,15 +99,15 @@ float pack_rows(const MomentumProblem& p, int64_t first_row, int64_t rows, float
 #if defined(__AMX_BF16__)
   if constexpr (Gemm::kSplit) {
     const int64_t half = split_words(p.group_rows, p.dim);
-    float* row = base + s.row;
     auto* panels = reinterpret_cast<uint32_t*>(base + s.panels);
     std::memset(panels, 0, (p.use_teacher ? 2 : 1) * half * 4);
-    float largest = largest_magnitude(p.student, first_row, rows, p.dim, row);
+    float largest = largest_magnitude(p.student, first_row, rows, p.dim);
     if (p.use_teacher)
-      largest = std::max(largest, largest_magnitude(p.teacher, first_row, rows, p.dim, row));
+      largest = std::max(largest, largest_magnitude(p.teacher, first_row, rows, p.dim));
     const float factor = factor_to(largest, 0);
-    split_columns(p.student, first_row, rows, p.dim, factor, panels, row);
-    if (p.use_teacher) split_columns(p.teacher, first_row, rows, p.dim, factor, panels + half, row);
+    split_along_dim(Operand::kB, p.student, first_row, rows, p.dim, factor, panels);
+    if (p.use_teacher)
+      split_along_dim(Operand::kB, p.teacher, first_row, rows, p.dim, factor, panels + half);
     return factor;
   }
 #endif
@@ -131,10 +126,10 @@ void pack_keys(const MomentumProblem& p, Keys& k, float* base, const Scratch& s)
   using Dot = typename Gemm::Dot;
 #if defined(__AMX_BF16__)
   if constexpr (Gemm::kSplit) {
-    k.factor = factor_of_rows(k.source, k.first, k.count, p.dim, base + s.row);
+    k.factor = factor_of_rows(k.source, k.first, k.count, p.dim);
     if (p.gradients)
-      split_along_rows(k.source, k.first, k.count, p.dim, k.factor,
-                       reinterpret_cast<uint32_t*>(base + s.packed), base + s.row);
+      split_along_rows(Operand::kB, k.source, k.first, k.count, p.dim, k.factor,
+                       reinterpret_cast<uint32_t*>(base + s.packed));
     return;
   }
 #endif
@@ -151,7 +146,7 @@ void logits(const MomentumProblem& p, const Keys& k, float factor, float* base, 
 #if defined(__AMX_BF16__)
   if constexpr (Gemm::kSplit) {
     auto* keys = reinterpret_cast<uint32_t*>(base + s.keys);
-    split_rows(k.source, k.first, k.count, p.dim, k.factor, keys, base + s.row);
+    split_along_dim(Operand::kA, k.source, k.first, k.count, p.dim, k.factor, keys);
     return multiply_split(keys, reinterpret_cast<const uint32_t*>(base + s.panels), steps_of(p.dim),
                           base + s.tile, tile_stride(p), k.padded, rows / kStepSide,
                           quotient(1.0, factor, k.factor), false, base + s.block);

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "../core/isa_name.h"
+#include "../core/scratch_layout.h"
 #include "../gemm/pack.h"
 #include "../gemm/row_dots.h"
 #include "kernel.h"
@@ -27,7 +28,7 @@ int64_t matrix_rows(int64_t n) { return round_up(n, 24); }
 int64_t matrix_stride(int64_t n) { return round_up(n, 48) + kLanes; }
 
 // The scratch buffers of one call, in floats; sized for the widest use.
-struct Scratch {
+struct Scratch : ScratchLayout {
   explicit Scratch(const AlignmentProblem& p) {
     const int64_t matrix = matrix_rows(p.x_rows) * matrix_stride(p.y_rows);
     x = take(matrix_rows(p.x_rows) * padded_dim(p));
@@ -48,12 +49,6 @@ struct Scratch {
     const int64_t most = p.x_rows > kGradientRows ? p.x_rows : kGradientRows;
     sums = take(round_up(most, kRegisterRows) * padded_dim(p));
   }
-  int64_t take(int64_t floats) {
-    const int64_t at = total;
-    total += round_up(floats, 16);
-    return at;
-  }
-  int64_t total = 0;
   int64_t x, y, cosine, a, q, delta, y_share, sigma, partial, delta_log, sigma_log, wide, row,
       x_index, y_index, sums;
 };

@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "../../common/tensor_element.h"
 #include "contrastive.h"
 
 namespace fastvlp::cuda {
@@ -64,20 +65,8 @@ Output output_of(const Tensor& t, const Tensor& similarities) {
                   "out: expected the shape of the similarities");
   STD_TORCH_CHECK(t.get_device_index() == similarities.get_device_index(),
                   "out: expected the device of the similarities");
-  Output out = {t.mutable_data_ptr(), t.stride(0), Element::kFloat32, false};
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      break;
-    case ScalarType::BFloat16:
-      out.element = Element::kBFloat16;
-      break;
-    case ScalarType::Half:
-      out.element = Element::kFloat16;
-      break;
-    default:
-      STD_TORCH_CHECK(false, "out: expected float32, bfloat16 or float16");
-  }
-  out.vectorized = starts_vectors(out.data, out.stride, out.element == Element::kFloat32 ? 4 : 2);
+  Output out = {t.mutable_data_ptr(), t.stride(0), element_of(t, "out"), false};
+  out.vectorized = starts_vectors(out.data, out.stride, bytes_of(out.element));
   return out;
 }
 
