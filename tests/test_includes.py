@@ -17,10 +17,6 @@ ALLOWED = {
     "cuda/core": {"common"},
     "cuda/op": {"common", "cuda/core"},
 }
-# The momentum loss is the contrastive loss with a queue: it shares the outputs and the threads of
-# that operator's driver.
-SHARED = {("cpu/momentum_contrastive", "contrastive/driver.h"),
-          ("cpu/momentum_contrastive", "contrastive/kernel.h")}  # fmt: skip
 
 
 def folder_of(path: Path) -> str:
@@ -46,7 +42,7 @@ def violations(path: Path, text: str) -> list[str]:
             found.append(f"{path} includes {name}, which is no file of csrc")
             continue
         other = folder_of(target.relative_to(CSRC.resolve()))
-        if other == folder or (folder, "/".join(target.parts[-2:])) in SHARED:
+        if other == folder:
             continue
         layer = layer_of(folder)
         if layer_of(other) == layer:
@@ -62,12 +58,6 @@ FILES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu"))
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CSRC)))
 def test_includes_go_downward(path):
     assert violations(path.relative_to(CSRC), path.read_text()) == []
-
-
-def test_every_shared_header_is_included():
-    for folder, header in SHARED:
-        texts = [p.read_text() for p in (CSRC / folder).iterdir()]
-        assert any(f'"../{header}"' in text for text in texts), f"{folder} no longer needs {header}"
 
 
 @pytest.mark.parametrize(

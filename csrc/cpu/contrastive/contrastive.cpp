@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "../core/isa.h"
+#include "../core/scratch.h"
 #include "../core/tensor_args.h"
 #include "driver.h"
 

@@ -1,8 +1,5 @@
 #include "driver.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +8,7 @@
 #include <vector>
 
 #include "../../common/contrastive_math.h"
+#include "../core/scratch.h"
 
 namespace fastvlp {
 
@@ -34,15 +32,7 @@ double dot_row(const T* a, const float* b, int64_t n) {
 }
 
 double dot_with_features(const Features& m, int64_t row, const float* b, int64_t dim) {
-  const int64_t at = row * m.stride;
-  switch (m.element) {
-    case Element::kFloat32:
-      return dot_row(static_cast<const float*>(m.data) + at, b, dim);
-    case Element::kBFloat16:
-      return dot_row(static_cast<const c10::BFloat16*>(m.data) + at, b, dim);
-    default:
-      return dot_row(static_cast<const c10::Half*>(m.data) + at, b, dim);
-  }
+  return with_row(m, row, [&](const auto* a) { return dot_row(a, b, dim); });
 }
 
 // One side's gradient while chunks add to it. Sums wait as fp32 in the output itself when that is
@@ -77,12 +67,10 @@ class Gradient {
       const int64_t at = (first + r) * dim_;
       if (!last)
         std::memcpy(sums_ + at, in, dim_ * 4);
-      else if (out_.element == Element::kFloat32)
-        scaled_row(in, scale, dim_, static_cast<float*>(out_.data) + at);
-      else if (out_.element == Element::kBFloat16)
-        scaled_row(in, scale, dim_, static_cast<c10::BFloat16*>(out_.data) + at);
       else
-        scaled_row(in, scale, dim_, static_cast<c10::Half*>(out_.data) + at);
+        with_element_type(out_.element, [&](auto zero) {
+          scaled_row(in, scale, dim_, static_cast<decltype(zero)*>(out_.data) + at);
+        });
     }
   }
 

@@ -2,21 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
-#include "../core/scratch.h"
+#include "../core/driver.h"
 #include "kernel.h"
 
 namespace fastvlp {
-
-// Calls body(begin, end) for a partition of [0, n), in parallel.
-using Parallel = std::function<void(int64_t n, const std::function<void(int64_t, int64_t)>& body)>;
-
-// A gradient [rows, dim], contiguous, and where its fp32 sums are kept until it is whole.
-struct GradientOutput {
-  void* data;
-  Element element;
-};
 
 struct GradientPlan {
   // The tiles of the first kept_row_blocks rows of blocks, as statistics() left them; may be null.

@@ -291,45 +291,37 @@ void col_gradient_with(const ContrastiveProblem& p, int64_t block, int64_t begin
                            accumulator);
 }
 
-// Each table entry chooses the GEMM by the element type, among those of this instruction set.
-#if defined(__AMX_BF16__)
-#define FASTVLP_WITH_GEMM(function) (uses_bf16_gemm(p) ? function<AmxGemm> : function<Bf16x3Gemm>)
-#elif defined(__AVX512BF16__)
-#define FASTVLP_WITH_GEMM(function) \
-  (uses_bf16_gemm(p) ? function<SimdGemm<BFloat16Dot>> : function<SimdGemm<FloatDot>>)
-#else
-#define FASTVLP_WITH_GEMM(function) (function<SimdGemm<FloatDot>>)
-#endif
+// Each table entry chooses the GEMM by the element type.
 
 void statistics(const ContrastiveProblem& p, int64_t block, void* scratch, float* tiles,
                 double* row_negatives, float* positive, float* col_max, float* col_sum) {
-  FASTVLP_WITH_GEMM(statistics_with)
+  FASTVLP_WITH_GEMM(statistics_with, is_bfloat16(p))
   (p, block, scratch, tiles, row_negatives, positive, col_max, col_sum);
 }
 
 int64_t packed_floats(const ContrastiveProblem& p, int64_t rows) {
-  return FASTVLP_WITH_GEMM(packed_floats_with)(p, rows);
+  return FASTVLP_WITH_GEMM(packed_floats_with, is_bfloat16(p))(p, rows);
 }
 
 void pack_cols(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
-  FASTVLP_WITH_GEMM(pack_cols_with)(p, block, scratch, packed);
+  FASTVLP_WITH_GEMM(pack_cols_with, is_bfloat16(p))(p, block, scratch, packed);
 }
 
 void pack_rows(const ContrastiveProblem& p, int64_t block, void* scratch, float* packed) {
-  FASTVLP_WITH_GEMM(pack_rows_with)(p, block, scratch, packed);
+  FASTVLP_WITH_GEMM(pack_rows_with, is_bfloat16(p))(p, block, scratch, packed);
 }
 
 void row_gradient(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
                   bool fresh, void* scratch, float* tiles, const float* packed, float* accumulator,
                   SigmoidSums* sums) {
-  FASTVLP_WITH_GEMM(row_gradient_with)
+  FASTVLP_WITH_GEMM(row_gradient_with, is_bfloat16(p))
   (p, block, begin, end, fresh, scratch, tiles, packed, accumulator, sums);
 }
 
 void col_gradient(const ContrastiveProblem& p, int64_t block, int64_t begin, int64_t end,
                   void* scratch, const float* tiles, int64_t tile_step, const float* packed,
                   float* accumulator) {
-  FASTVLP_WITH_GEMM(col_gradient_with)
+  FASTVLP_WITH_GEMM(col_gradient_with, is_bfloat16(p))
   (p, block, begin, end, scratch, tiles, tile_step, packed, accumulator);
 }
 

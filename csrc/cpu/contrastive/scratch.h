@@ -8,14 +8,11 @@
 
 namespace {
 
-#if defined(__AVX512BF16__)
-inline bool uses_bf16_gemm(const ContrastiveProblem& p) {
-  return p.x.element == Element::kBFloat16 && p.y.element == Element::kBFloat16;
-}
-#endif
+// Of x and of y, which have one type.
+inline bool is_bfloat16(const ContrastiveProblem& p) { return p.x.element == Element::kBFloat16; }
 
 #if defined(__AMX_BF16__)
-inline bool uses_bf16x3_gemm(const ContrastiveProblem& p) { return !uses_bf16_gemm(p); }
+inline bool uses_bf16x3_gemm(const ContrastiveProblem& p) { return !is_bfloat16(p); }
 #else
 inline bool uses_bf16x3_gemm(const ContrastiveProblem&) { return false; }
 #endif

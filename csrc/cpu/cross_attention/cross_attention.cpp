@@ -99,10 +99,7 @@ class Segments {
 
  private:
   void find_attended(const Tensor& mask) {
-    STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.is_contiguous() &&
-                        mask.numel() == keys_.back(),
-                    "key_mask: expected contiguous bool, one per key row");
-    const bool* at = static_cast<const bool*>(mask.const_data_ptr());
+    const bool* at = bools_of(mask, keys_.back(), "key_mask");
     for (int64_t i = 0; i < count(); ++i) {
       attended_starts_.push_back(static_cast<int64_t>(attended_.size()));
       for (int64_t key = keys_[i]; key < keys_[i + 1]; ++key)
@@ -127,8 +124,6 @@ AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, c
     STD_TORCH_CHECK(k.size(i) == v.size(i), "v: expected the shape of k");
   STD_TORCH_CHECK(k.size(last) == q.size(2) && k.size(last - 1) == q.size(1),
                   "k: expected the heads and the width of q");
-  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long,
-                  "seed: expected one int64 value");
   AttentionProblem p = {};
   p.q = input_of(q, "q");
   p.k = input_of(k, "k");
@@ -148,7 +143,7 @@ AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, c
                   dropout_p);
   p.drop_below = static_cast<uint32_t>(dropout_p * 4294967296.0);
   p.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
-  p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+  p.seed = static_cast<uint64_t>(integer_of(seed, "seed"));
   return p;
 }
 
@@ -218,15 +213,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == q.size(0) && grad.size(1) == p.heads &&
                       grad.size(2) == p.dim,
                   "grad: expected the shape of q");
-  STD_TORCH_CHECK(statistics.numel() == 2 * p.heads * q.size(0) && statistics.is_contiguous(),
-                  "statistics: expected those of the forward pass");
   STD_TORCH_CHECK(
       element_of(out, "out") == p.element && out.is_contiguous() && out.numel() == q.numel(),
       "out: expected that of the forward pass");
   const Segments segments(q, k, cu_seqlens_q, cu_seqlens_k, key_mask);
   Tensor dq = empty_gradient(q), dk = empty_gradient(k), dv = empty_gradient(v);
-  const AttentionBackward outputs = {input_of(out, "out"), floats_of(statistics), output_of(dq),
-                                     output_of(dk), output_of(dv)};
+  const AttentionBackward outputs = {input_of(out, "out"),
+                                     floats_of(statistics, 2 * p.heads * q.size(0), "statistics"),
+                                     output_of(dq), output_of(dk), output_of(dv)};
   const AttentionKernels& kernels = attention_kernels();
   for_each_task(segments, p.heads,
                 kernels.backward_scratch(p, segments.most_queries, segments.most_keys),

@@ -43,3 +43,14 @@ struct Bf16x3Gemm {
 #endif
 
 }  // namespace
+
+// function<Gemm> with the fastest GEMM of this instruction set, for bfloat16 operands or others.
+#if defined(__AMX_BF16__)
+#define FASTVLP_WITH_GEMM(function, bfloat16) \
+  ((bfloat16) ? function<AmxGemm> : function<Bf16x3Gemm>)
+#elif defined(__AVX512BF16__)
+#define FASTVLP_WITH_GEMM(function, bfloat16) \
+  ((bfloat16) ? function<SimdGemm<BFloat16Dot>> : function<SimdGemm<FloatDot>>)
+#else
+#define FASTVLP_WITH_GEMM(function, bfloat16) (function<SimdGemm<FloatDot>>)
+#endif

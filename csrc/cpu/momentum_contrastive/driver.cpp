@@ -1,14 +1,14 @@
 #include "driver.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "../core/scratch.h"
 
 namespace fastvlp {
 namespace {
@@ -65,31 +65,14 @@ double dot_and_store(const T* student, const double* gradient, int64_t n, T* out
 // Stores one row of the gradient and returns its dot product with the student's row.
 double store_gradient(const Features& student, int64_t row, const double* gradient, int64_t dim,
                       GradientOutput out) {
-  auto store = [&](auto* output) {
-    using T = std::remove_pointer_t<decltype(output)>;
-    return dot_and_store(static_cast<const T*>(student.data) + row * student.stride, gradient, dim,
-                         output + row * dim);
-  };
-  switch (out.element) {
-    case Element::kFloat32:
-      return store(static_cast<float*>(out.data));
-    case Element::kBFloat16:
-      return store(static_cast<c10::BFloat16*>(out.data));
-    default:
-      return store(static_cast<c10::Half*>(out.data));
-  }
+  return with_row(student, row, [&](const auto* in) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(in)>>;
+    return dot_and_store(in, gradient, dim, static_cast<T*>(out.data) + row * dim);
+  });
 }
 
 double element_at(const Features& m, int64_t row, int64_t d) {
-  const int64_t at = row * m.stride + d;
-  switch (m.element) {
-    case Element::kFloat32:
-      return static_cast<const float*>(m.data)[at];
-    case Element::kBFloat16:
-      return static_cast<float>(static_cast<const c10::BFloat16*>(m.data)[at]);
-    default:
-      return static_cast<float>(static_cast<const c10::Half*>(m.data)[at]);
-  }
+  return with_row(m, row, [&](const auto* in) { return static_cast<float>(in[d]); });
 }
 
 // The softmax of one stacked row over all parts and its own pair.

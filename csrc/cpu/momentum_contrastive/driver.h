@@ -1,7 +1,7 @@
 // Memory, threads and the final sums of the momentum-contrastive kernels. No torch types here.
 #pragma once
 
-#include "../contrastive/driver.h"
+#include "../core/driver.h"
 #include "kernel.h"
 
 namespace fastvlp {

@@ -21,9 +21,9 @@ int64_t tile_stride(const MomentumProblem& p) { return p.stacked_rows() + 16; }
 int64_t key_words(const MomentumProblem& p) { return round_up(p.dim, 16) + 16; }
 int64_t weight_words(const MomentumProblem& p) { return p.block_keys / 2 + 16; }
 
-#if defined(__AMX_BF16__)
-bool uses_bf16x3_gemm(const MomentumProblem& p) { return p.student.element != Element::kBFloat16; }
-#endif
+inline bool is_bfloat16(const MomentumProblem& p) {
+  return p.student.element == Element::kBFloat16;
+}
 
 // The scratch buffers of one call, in words.
 struct Scratch : ScratchLayout {
@@ -32,7 +32,7 @@ struct Scratch : ScratchLayout {
     row = take(2 * round_up(p.dim, kGrain));
     tile = take(p.block_keys * tile_stride(p));
 #if defined(__AMX_BF16__)
-    if (uses_bf16x3_gemm(p)) {
+    if (!is_bfloat16(p)) {
       const int64_t logits = split_words(p.block_keys, p.dim);
       panels = take(split_words(p.stacked_rows(), p.dim));
       keys = take(std::max(logits, split_words(p.stacked_rows(), p.block_keys)));
@@ -83,10 +83,7 @@ Keys keys_of(const MomentumProblem& p, int64_t block, uint32_t* copy) {
   if (k.words != nullptr) return k;
   k.words = copy;
   k.stride = key_words(p);
-  for (int64_t r = 0; r < k.count; ++r)
-    word_row<Dot>(k.source, k.first + r, p.dim, copy + r * k.stride);
-  for (int64_t r = k.count; r < k.padded; ++r)
-    std::memset(copy + r * k.stride, 0, depth_words<Dot>(p.dim) * 4);
+  copy_rows<Dot>(k.source, k.first, k.count, p.dim, copy, k.stride, kGrain);
   return k;
 }
 
@@ -141,8 +138,8 @@ void pack_keys(const MomentumProblem& p, Keys& k, float* base, const Scratch& s)
 
 // tile [padded keys][stacked rows] = the keys' rows times the packed features.
 template <class Gemm>
-void logits(const MomentumProblem& p, const Keys& k, float factor, float* base, const Scratch& s,
-            int64_t rows) {
+void logits(const MomentumProblem& p, const Keys& k, [[maybe_unused]] float factor, float* base,
+            const Scratch& s, int64_t rows) {
 #if defined(__AMX_BF16__)
   if constexpr (Gemm::kSplit) {
     auto* keys = reinterpret_cast<uint32_t*>(base + s.keys);
@@ -305,16 +302,7 @@ void accumulate_with(const MomentumProblem& p, int64_t group_index, int64_t begi
 
 void accumulate(const MomentumProblem& p, int64_t group, int64_t begin, int64_t end, void* scratch,
                 const MomentumPartial& out) {
-#if defined(__AMX_BF16__)
-  if (uses_bf16x3_gemm(p)) return accumulate_with<Bf16x3Gemm>(p, group, begin, end, scratch, out);
-  accumulate_with<AmxGemm>(p, group, begin, end, scratch, out);
-#else
-#if defined(__AVX512BF16__)
-  if (p.student.element == Element::kBFloat16)
-    return accumulate_with<SimdGemm<BFloat16Dot>>(p, group, begin, end, scratch, out);
-#endif
-  accumulate_with<SimdGemm<FloatDot>>(p, group, begin, end, scratch, out);
-#endif
+  FASTVLP_WITH_GEMM(accumulate_with, is_bfloat16(p))(p, group, begin, end, scratch, out);
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../contrastive/kernel.h"
+#include "../core/matrix_view.h"
 
 namespace fastvlp {
 

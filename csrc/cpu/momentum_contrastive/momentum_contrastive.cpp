@@ -15,18 +15,9 @@ FASTVLP_DEFINE_KERNELS(MomentumKernels, momentum)
 
 namespace {
 
-int64_t integer_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Long, name,
-                  ": expected one int64 value");
-  return *static_cast<const int64_t*>(t.const_data_ptr());
-}
-
 // Null for a tensor of no elements, which stands for "none".
 const int64_t* ids_of(const Tensor& t, int64_t n, const char* name) {
-  if (t.numel() == 0) return nullptr;
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.numel() == n, name,
-                  ": expected ", n, " contiguous int64 values");
-  return static_cast<const int64_t*>(t.const_data_ptr());
+  return t.numel() == 0 ? nullptr : int64s_of(t, n, name);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum(

@@ -49,8 +49,8 @@ inline void scale_tile(float* tile, int64_t stride, int64_t keys, int64_t n, flo
 // Two keys' weights of one vector of rows as the left operand of the matmul: over the
 // logits for floats, else as pairs in `out`.
 template <class Dot>
-inline void store_weights(float* tile, int64_t stride, uint32_t* out, int64_t j, int64_t i,
-                          Vec first, Vec second) {
+inline void store_weights(float* tile, int64_t stride, [[maybe_unused]] uint32_t* out, int64_t j,
+                          int64_t i, Vec first, Vec second) {
   if constexpr (Dot::kPerWord == 1) {
     store(tile + j * stride + i, first);
     store(tile + (j + 1) * stride + i, second);

@@ -1,10 +1,9 @@
 // The passes of soft cross entropy on CPU tensors: argument checks, threads, instruction set.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include "../core/isa.h"
 #include "../core/scratch.h"
+#include "../core/tensor_args.h"
 #include "kernel.h"
 
 namespace fastvlp {
@@ -12,15 +11,6 @@ namespace fastvlp {
 FASTVLP_DEFINE_KERNELS(SoftCrossEntropyKernels, soft_cross_entropy)
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-const float* floats_of(const Tensor& t, int64_t n, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == n, name,
-                  ": expected ", n, " contiguous float32 values");
-  return static_cast<const float*>(t.const_data_ptr());
-}
 
 Logits logits_of(const Tensor& t, const Tensor& bias, const char* name) {
   const bool is_float = t.scalar_type() == ScalarType::Float;
@@ -44,14 +34,11 @@ void rows(const Tensor& logits, const Tensor& bias, const Tensor& teacher,
     STD_TORCH_CHECK(teacher.size(0) == count && teacher.size(1) == p.cols,
                     "teacher: expected the shape of logits");
   }
-  STD_TORCH_CHECK(
-      labels.scalar_type() == ScalarType::Long && labels.is_contiguous() && labels.numel() == count,
-      "labels: expected one contiguous int64 per row");
-  p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+  p.labels = int64s_of(labels, count, "labels");
   p.ignore_index = ignore_index;
   p.alpha = *floats_of(alpha, 1, "alpha");
   floats_of(losses, count, "losses");
-  p.losses = static_cast<float*>(losses.mutable_data_ptr());
+  p.losses = mutable_floats_of(losses);
   if (gradient.numel() > 0) {
     const Logits out = logits_of(gradient, bias, "gradient");
     STD_TORCH_CHECK(
@@ -61,7 +48,7 @@ void rows(const Tensor& logits, const Tensor& bias, const Tensor& teacher,
     p.gradient_stride = out.stride;
   }
   const SoftCrossEntropyKernels& kernels = soft_cross_entropy_kernels();
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  run_parallel(count, [&](int64_t begin, int64_t end) {
     const Buffer scratch = allocate_floats(kernels.scratch_floats(p));
     kernels.rows(p, begin, end, scratch.get());
   });
@@ -72,10 +59,10 @@ Tensor column_sums(const Tensor& matrix, const Tensor& weights) {
   const Logits m = logits_of(matrix, none, "matrix");
   const float* w = floats_of(weights, matrix.size(0), "weights");
   Tensor sums = torch::stable::new_empty(weights, {matrix.size(1)});
-  float* out = static_cast<float*>(sums.mutable_data_ptr());
+  float* out = mutable_floats_of(sums);
   const SoftCrossEntropyKernels& kernels = soft_cross_entropy_kernels();
   const int64_t count = matrix.size(0), cols = matrix.size(1), width = 512;
-  torch::stable::parallel_for(0, (cols + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
+  run_parallel((cols + width - 1) / width, [&](int64_t begin, int64_t end) {
     const int64_t last = end * width < cols ? end * width : cols;
     kernels.column_sums(m, count, w, begin * width, last, out);
   });

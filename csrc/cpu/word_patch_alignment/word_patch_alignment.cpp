@@ -1,13 +1,12 @@
 // The word-patch alignment on CPU tensors: argument checks, outputs, one task per pair.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
 
 #include "../core/isa.h"
 #include "../core/outputs.h"
 #include "../core/scratch.h"
+#include "../core/tensor_args.h"
 #include "kernel.h"
 
 namespace fastvlp {
@@ -16,23 +15,16 @@ FASTVLP_DEFINE_KERNELS(WordPatchAlignmentKernels, word_patch_alignment)
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 Element checked_element(const Tensor& t, const char* name) {
-  const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
-      ": expected float32, bfloat16 or float16");
+  const Element element = element_of(t, name);
   STD_TORCH_CHECK(t.dim() == 3, name, ": expected 3 dimensions, got ", t.dim());
   STD_TORCH_CHECK(t.size(2) <= 1 || t.stride(2) == 1, name, ": expected unit stride along dim 2");
-  if (type == ScalarType::Float) return Element::kFloat32;
-  return type == ScalarType::Half ? Element::kFloat16 : Element::kBFloat16;
+  return element;
 }
 
-void check_contiguous(const Tensor& t, const char* name, ScalarType type, int64_t numel) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == numel, name,
-                  ": expected a contiguous tensor of ", numel, " elements of the right dtype");
+// The kernels only read what the forward pass left.
+float* left_by_forward(const Tensor& t, int64_t n, const char* name) {
+  return const_cast<float*>(floats_of(t, n, name));
 }
 
 // One side of all pairs.
@@ -68,11 +60,10 @@ void check_sides(const Tensor& x, const Tensor& y, const Side& left, const Side&
 // body(b, scratch) for every pair b, in parallel; each thread has its scratch.
 template <class Body>
 void for_each_pair(int64_t pairs, int64_t scratch_floats, const Body& body) {
-  const std::function<void(int64_t, int64_t)> run = [&](int64_t begin, int64_t end) {
+  run_parallel(pairs, [&](int64_t begin, int64_t end) {
     const Buffer scratch = allocate_floats(scratch_floats);
     for (int64_t b = begin; b < end; ++b) body(b, scratch.get());
-  };
-  torch::stable::parallel_for(0, pairs, 1, run);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> word_patch_alignment(const Tensor& x, const Tensor& y,
@@ -82,8 +73,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> word_patch_alignment(const Tensor& x,
                                                                 int64_t inner) {
   Side left(x, "x"), right(y, "y");
   check_sides(x, y, left, right);
-  check_contiguous(x_padding, "x_padding", ScalarType::Bool, left.pairs * left.rows);
-  check_contiguous(y_padding, "y_padding", ScalarType::Bool, left.pairs * right.rows);
+  left.padding = bools_of(x_padding, left.pairs * left.rows, "x_padding");
+  right.padding = bools_of(y_padding, left.pairs * right.rows, "y_padding");
   STD_TORCH_CHECK(iterations > 0 && inner > 0, "iterations and inner: expected at least 1");
   auto empty = [&](torch::headeronly::IntHeaderOnlyArrayRef sizes) {
     return torch::stable::new_empty(x, sizes, ScalarType::Float);
@@ -92,15 +83,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> word_patch_alignment(const Tensor& x,
   Tensor plan = empty({left.pairs, left.rows, right.rows});
   Tensor x_rows = empty({2, left.pairs, left.rows});
   Tensor y_rows = empty({2, left.pairs, right.rows});
-  left.padding = static_cast<const bool*>(x_padding.const_data_ptr());
-  right.padding = static_cast<const bool*>(y_padding.const_data_ptr());
-  left.results = static_cast<float*>(x_rows.mutable_data_ptr());
-  right.results = static_cast<float*>(y_rows.mutable_data_ptr());
+  left.results = mutable_floats_of(x_rows);
+  right.results = mutable_floats_of(y_rows);
   const AlignmentProblem p = {left.rows,  right.rows, x.size(2), static_cast<float>(beta),
                               iterations, inner};
   const WordPatchAlignmentKernels& kernels = word_patch_alignment_kernels();
-  float* distances = static_cast<float*>(distance.mutable_data_ptr());
-  float* plans = static_cast<float*>(plan.mutable_data_ptr());
+  float* distances = mutable_floats_of(distance);
+  float* plans = mutable_floats_of(plan);
   for_each_pair(left.pairs, kernels.scratch_floats(p), [&](int64_t b, float* scratch) {
     const AlignmentPair pair = {left.pair(b), right.pair(b), plans + b * p.x_rows * p.y_rows};
     distances[b] = kernels.align(p, pair, scratch);
@@ -114,29 +103,22 @@ std::tuple<Tensor, Tensor> word_patch_alignment_gradients(const Tensor& upstream
                                                           const Tensor& y_rows) {
   Side left(x, "x"), right(y, "y");
   check_sides(x, y, left, right);
-  check_contiguous(upstream, "upstream", ScalarType::Float, left.pairs);
-  check_contiguous(plan, "plan", ScalarType::Float, left.pairs * left.rows * right.rows);
-  check_contiguous(x_rows, "x_rows", ScalarType::Float, 2 * left.pairs * left.rows);
-  check_contiguous(y_rows, "y_rows", ScalarType::Float, 2 * left.pairs * right.rows);
+  const float* upstreams = floats_of(upstream, left.pairs, "upstream");
+  float* plans = left_by_forward(plan, left.pairs * left.rows * right.rows, "plan");
+  left.results = left_by_forward(x_rows, 2 * left.pairs * left.rows, "x_rows");
+  right.results = left_by_forward(y_rows, 2 * left.pairs * right.rows, "y_rows");
   Tensor dx = empty_output(x), dy = empty_output(y);
-  // The kernels only read what the forward pass left.
-  auto floats = [](const Tensor& t) {
-    return const_cast<float*>(static_cast<const float*>(t.const_data_ptr()));
-  };
-  left.results = floats(x_rows);
-  right.results = floats(y_rows);
   const AlignmentProblem p = {left.rows, right.rows, x.size(2), 1.0f, 1, 1};
   const WordPatchAlignmentKernels& kernels = word_patch_alignment_kernels();
   char* dx_data = static_cast<char*>(dx.mutable_data_ptr());
   char* dy_data = static_cast<char*>(dy.mutable_data_ptr());
   const int64_t row_bytes = p.dim * bytes_of(left.element);
   for_each_pair(left.pairs, kernels.scratch_floats(p), [&](int64_t b, float* scratch) {
-    const AlignmentPair pair = {left.pair(b), right.pair(b),
-                                floats(plan) + b * p.x_rows * p.y_rows};
-    kernels.gradients(p, pair,
-                      {floats(upstream)[b], dx_data + b * p.x_rows * row_bytes,
-                       dy_data + b * p.y_rows * row_bytes},
-                      scratch);
+    const AlignmentPair pair = {left.pair(b), right.pair(b), plans + b * p.x_rows * p.y_rows};
+    kernels.gradients(
+        p, pair,
+        {upstreams[b], dx_data + b * p.x_rows * row_bytes, dy_data + b * p.y_rows * row_bytes},
+        scratch);
   });
   return {dx, dy};
 }
