@@ -27,7 +27,7 @@ HERE = Path(__file__).parent / "cuda"
 ROOT = Path(__file__).parents[3]
 CSRC = ROOT / "csrc"
 TARGETS = (80, 90)
-KERNEL_SOURCES = ("contrastive", "ema")
+KERNEL_SOURCES = tuple(sorted(path.parent.name for path in (CSRC / "cuda").glob("*/*.cu")))
 HOST_SOURCES = (*(f"cuda/{name}/{name}.cpp" for name in KERNEL_SOURCES), "schema.cpp")
 _HOST_FLAGS = (
     "-std=c++20", "-O1", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000",
