@@ -22,6 +22,8 @@ COMMANDS = {
     "train": "train a model, or go on training one",
     "evaluate": "retrieval and zero-shot classification of a trained model",
     "search": "find the images of a folder that are nearest to a text or an image",
+    "embed": "write features of images and texts to a file",
+    "export": "write a trained CLIP for open_clip or transformers",
 }
 
 

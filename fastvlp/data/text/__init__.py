@@ -13,6 +13,7 @@ All are called with a list of captions and give padded ids; the first two give i
 from fastvlp.data.text.base import PackedText, PaddedText
 from fastvlp.data.text.bert import BertTokenizer, albef_tokenizer, train_wordpiece, vilt_tokenizer
 from fastvlp.data.text.clip import ClipTokenizer
+from fastvlp.data.text.export import save_for_transformers
 from fastvlp.data.text.learned import CaptionTokenizer, train_tokenizer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "PackedText",
     "PaddedText",
     "albef_tokenizer",
+    "save_for_transformers",
     "train_tokenizer",
     "train_wordpiece",
     "vilt_tokenizer",
