@@ -39,3 +39,11 @@ def test_explain_knows_every_operator_without_an_import():
     ops = ("attention", "cross_attention", "adamw_ema", "sigmoid_contrastive")
     found = run(f"import fastvlp\nfor op in {ops}: print(fastvlp.ops.explain(op))")
     assert all(f"{op}: runs " in found for op in ops)
+
+
+def test_functions_of_data_are_found_at_their_earlier_paths():
+    from fastvlp.data import cleaning, pair_sources
+    from fastvlp.data.shards.sources import read_pairs
+    from fastvlp.data.text.cleaning import clean_clip
+
+    assert cleaning.clean_clip is clean_clip and pair_sources.read_pairs is read_pairs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastvlp.data.optional import require
-from fastvlp.data.shards.build import Result, make_shards
+from fastvlp.commands.progress import progress
+from fastvlp.data.shards.build import Result, make_folder, make_shards
+from fastvlp.data.shards.pairs import Broken, Pair
 from fastvlp.data.shards.sources import Columns, Kind, read_pairs
-
-# Between lines of progress where there is no terminal for a bar.
-_SECONDS = 10.0
+from fastvlp.data.shards.split import split_by_image
 
 
 @dataclass
@@ -52,8 +50,10 @@ class Shards:
     """Whether fields of CSV and TSV may be in quotes, and then hold separators and line breaks. By
     default those of CSV may, and in TSV a quote is a character like any other."""
 
-    split: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Which splits to take of a file of Karpathy's: for training on COCO, train restval."""
+    split: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SHARE|NAME ...")] = ()
+    """A number between 0 and 1, such as 0.9: this share of the images goes to OUTPUT/train and the
+    others to OUTPUT/val, with no image in both. Names: which splits to take of a file of
+    Karpathy's; for training on COCO, train restval."""
 
     image_column: str | None = None
     """Name of the column (in JSON the field) of paths or images. By default one of the usual
@@ -70,7 +70,7 @@ class Shards:
     """Rows in a shard. Have at least a few shards for each process that will read them."""
 
     seed: int = 0
-    """Seed of the order."""
+    """Seed of the order, and of the choice of images for validation."""
 
     check: bool = True
     """Decode every image to see that it is whole. Without, only its header is read."""
@@ -87,49 +87,94 @@ class Shards:
     progress: bool = True
     """Show a progress bar."""
 
-    def run(self) -> Result:
-        """Make the shards and print what came of it."""
+    def run(self) -> Result | tuple[Result, Result]:
+        """Make the shards and print what came of it; two results where they are split."""
         kind = None if self.kind == "auto" else self.kind
         columns = Columns(self.image_column, self.caption_column, self.id_column)
         quotes = {"auto": None, "yes": True, "no": False}[self.quotes]
-        pairs, broken = read_pairs(self.source, kind, columns, quotes=quotes, splits=self.split)
-        here = self.source if self.source.is_dir() else self.source.parent
-        rich = require("rich.progress")
-        bar = rich.Progress(
-            *rich.Progress.get_default_columns(),
-            rich.TextColumn("{task.completed}/{task.total} rows"),
-            rich.TextColumn("{task.fields[broken]} broken"),
-            disable=not self.progress,
+        share, names = _share_or_names(self.split)
+        pairs, broken = read_pairs(self.source, kind, columns, quotes=quotes, splits=names)
+        if share is None:
+            result = self._make(pairs, broken, self.output)
+            _report(result)
+            return result
+        make_folder(self.output)
+        with progress("reading", len(pairs), "rows", self.progress) as advance:
+            parts = split_by_image(
+                pairs,
+                share,
+                self._images,
+                self.output,
+                seed=self.seed,
+                allow_outside=self.allow_outside,
+                workers=self.workers,
+                advance=advance,
+            )
+        return self._make_both(*parts, broken)
+
+    def _make_both(
+        self, train: list[Pair], val: list[Pair], broken: list[Broken]
+    ) -> tuple[Result, Result]:
+        # The share that may be broken is of both together: one of 20 images for validation is more
+        # than a share of its own would allow.
+        most = int(self.max_broken * (len(train) + len(val) + len(broken)))
+        trained = self._make(train, broken, self.output / "train", most)
+        _report(trained)
+        left = most - len(trained.broken)
+        validated = self._make(val, [], self.output / "val", left)
+        _report(validated)
+        print(
+            f"Next: fastvlp train clip --data {trained.folder} --eval-data {validated.folder}",
+            flush=True,
         )
-        with bar:
-            task = bar.add_task("shards", total=len(pairs), broken=len(broken))
-            bad, done, said = len(broken), 0, time.monotonic()
+        return trained, validated
+
+    def _make(
+        self, pairs: list[Pair], broken: list[Broken], folder: Path, most: int | None = None
+    ) -> Result:
+        bad = len(broken)
+        with progress(folder.name, len(pairs), "rows", self.progress) as done:
 
             def advance(rows: int, faulty: int) -> None:
-                nonlocal bad, done, said
-                bad, done = bad + faulty, done + rows
-                bar.update(task, advance=rows, broken=bad)
-                unseen = self.progress and not bar.console.is_terminal
-                if unseen and time.monotonic() - said >= _SECONDS:
-                    print(f"{done} of {len(pairs)} rows, {bad} broken", flush=True)
-                    said = time.monotonic()
+                nonlocal bad
+                bad += faulty
+                done(rows, f"{bad} broken")
 
-            result = make_shards(
+            return make_shards(
                 pairs,
                 broken,
-                self.images or here,
-                self.output,
+                self._images,
+                folder,
                 per_shard=self.per_shard,
                 seed=self.seed,
                 check=self.check,
                 max_broken=self.max_broken,
+                most_broken=most,
                 retry_broken=self.retry_broken,
                 allow_outside=self.allow_outside,
                 workers=self.workers,
                 advance=advance,
             )
-        _report(result)
-        return result
+
+    @property
+    def _images(self) -> Path:
+        return self.images or (self.source if self.source.is_dir() else self.source.parent)
+
+
+def _share_or_names(split: Sequence[str]) -> tuple[float | None, Sequence[str]]:
+    """The share of images for training, or else the names of splits to take."""
+    try:
+        shares = [float(each) for each in split]
+    except ValueError:
+        return None, split
+    if not split:
+        return None, ()
+    if len(shares) > 1 or not 0 < shares[0] < 1:
+        raise ValueError(
+            f"split: expected one share between 0 and 1, such as 0.9, or names of splits; "
+            f"got {' '.join(split)}"
+        )
+    return shares[0], ()
 
 
 def _report(result: Result) -> None:

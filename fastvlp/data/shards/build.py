@@ -83,6 +83,7 @@ def make_shards(
     seed: int = 0,
     check: bool = True,
     max_broken: float = 0.1,
+    most_broken: int | None = None,
     retry_broken: bool = False,
     allow_outside: bool = False,
     workers: int = 0,
@@ -99,6 +100,7 @@ def make_shards(
         seed: of the order.
         check: decode every image. Otherwise only its header is read.
         max_broken: largest share of all rows that may be broken.
+        most_broken: the largest number of them in place of a share, where these are a part of more.
         retry_broken: make finished shards with broken rows again, after images were mended.
         allow_outside: read images outside of ``images``, by absolute paths and "..", as well. A
             source that others made can name any file of this machine so.
@@ -106,7 +108,8 @@ def make_shards(
         advance: told how many rows are done and how many of them were broken, as it goes.
 
     Raises:
-        TooManyBrokenError: ``max_broken`` is exceeded, or no row is good; what is finished is kept.
+        TooManyBrokenError: ``max_broken`` or ``most_broken`` is exceeded, or no row is good; what
+            is finished is kept.
         ValueError: there are no pairs, none of some images that are looked for is there,
             ``folder`` is a file or holds shards of other pairs or options, or an option is out of
             range.
@@ -125,11 +128,11 @@ def make_shards(
         "seed": seed,
         "check": check,
     }
-    allowed = max_broken * (len(pairs) + len(broken))
+    allowed = max_broken * (len(pairs) + len(broken)) if most_broken is None else most_broken
     _check_broken(broken, allowed)
     if not pairs:
         raise ValueError(f"pairs: expected at least one; the source has none{_first(broken)}")
-    _make_folder(folder)
+    make_folder(folder)
     with _only_process(folder):
         remove_partial_files(folder)
         # Where images may lie is no part of the result, but rows broken for that must not be kept.
@@ -169,7 +172,12 @@ def make_shards(
     return result
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make the folder of shards, and those above it, where it is not there.
+
+    Raises:
+        ValueError: it is a file, or lies in one.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

@@ -105,6 +105,9 @@ def _nothing_at(path: str) -> str:
             f"expected .tar files in {path!r}; {packed[0]!r} is compressed, as are {len(packed)} "
             f"in all: decompress them (gunzip), members are read at random"
         )
+    inside = sorted({os.path.dirname(each) for each in glob.glob(f"{glob.escape(path)}/*/*.tar")})
+    if inside:
+        return f"expected .tar files in {path!r}; there are some in {' and '.join(inside)}"
     return f"expected .tar files in {path!r}; there are none"
 
 
