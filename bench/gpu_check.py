@@ -31,6 +31,7 @@ from typing import Any
 
 from _gpu import check_folder
 from _gpu.check_worker import LOST
+from _harness.help import HelpFormatter
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
@@ -348,7 +349,7 @@ def gpu_name() -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     flags.add_argument("--dry-run", action="store_true", help="no GPU: compile, measure nothing")
     flags.add_argument("--quick", action="store_true", help="a few tests, small sizes")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from _harness import memory
+from _harness.help import HelpFormatter
 from _harness.timing import Call, Neighbours, alternate, status
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,6 +90,7 @@ def choices(*allowed: str) -> Callable[[str], list[str]]:
             raise argparse.ArgumentTypeError(f"{text!r}: choose among {', '.join(allowed)}")
         return found
 
+    parse.takes_several = True
     return parse
 
 
@@ -107,6 +109,7 @@ def integers(least: int, may_be_empty: bool = False) -> Callable[[str], list[int
             )
         return found
 
+    parse.takes_several = True
     return parse
 
 
@@ -117,12 +120,12 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     """The flags every benchmark has, described by the first line of its docstring."""
     flags = argparse.ArgumentParser(
         description=(doc or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     flags.add_argument("--quick", action="store_true", help="small sizes, under 40 seconds")
     flags.add_argument("--json", type=Path, metavar="PATH", help="write meta and rows here")
     flags.add_argument("--plot", type=Path, metavar="PATH", help="draw time and memory (.png)")
-    flags.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    flags.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
     flags.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     flags.add_argument(
         "--warm-cache", action="store_true", help="leave a GPU's L2 cache as calls leave it"

@@ -255,6 +255,23 @@ def test_json_and_plot_hold_what_was_measured(tmp_path):
     assert ((pixels - ours).abs().amax(-1) < 0.01).sum() > 500
 
 
+def test_help_says_each_default_once_and_what_is_accepted():
+    flags = measure.parser("A benchmark.")
+    measure.add_dtypes(flags)
+    flags.add_argument("--n", type=measure.integers(2), help="pairs (default 8; 4 if quick)")
+    flags.add_argument("--dim", type=int, default=512, help="width")
+    text = " ".join(flags.format_help().split())
+    for expected in (
+        "--dtype DTYPE,... fp32, bf16, fp16 (default fp32,bf16)",
+        "--n N,... pairs (default 8; 4 if quick) --",
+        "--dim DIM width (default 512)",
+        "--threads THREADS CPU threads; 0: torch's choice --",
+        "--quick small sizes, under 40 seconds --",
+    ):
+        assert expected in f"{text} --"
+    assert "None" not in text and "False" not in text
+
+
 def test_meta_keeps_the_command_without_the_files_it_writes(monkeypatch):
     script = str(report.ROOT / "bench" / "ema.py")
     typed = ["--threads", "2", "--json", "x.json", "--plot=x.png", "--phase", "step+copy"]
