@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import signal
@@ -26,6 +27,12 @@ COMMANDS = {
     "export": "write a trained CLIP for open_clip or transformers",
 }
 
+_EXAMPLES = (
+    "fastvlp shards captions.csv shards/ --images photos/ --split 0.9",
+    "fastvlp train clip --data shards/train --eval-data shards/val",
+    'fastvlp search runs/clip "a red bus" --images photos/',
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``fastvlp COMMAND OPTIONS``.
@@ -37,9 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return
+    if arguments[0] == "--version":
+        print(_versions())
+        return
     name, *options = arguments
     if name not in COMMANDS:
-        print(f"fastvlp: there is no command {name!r}\n\n{_usage()}", file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"fastvlp: there is no command {name!r}{hint}\n\n{_usage()}", file=sys.stderr)
         raise SystemExit(2)
     try:
         command = _parse(name, options)
@@ -87,10 +99,25 @@ def _parse(name: str, options: list[str]):
     return module.parse(options, f"fastvlp {name}")
 
 
+def _versions() -> str:
+    import torch
+
+    import fastvlp
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"fastvlp {fastvlp.__version__}, torch {torch.__version__}, Python {python}"
+
+
 def _usage() -> str:
-    lines = ["usage: fastvlp COMMAND OPTIONS", "", "commands:"]
+    lines = ["usage: fastvlp COMMAND OPTIONS", "       fastvlp --version", "", "commands:"]
     lines += [f"  {name:10} {about}" for name, about in COMMANDS.items()]
-    lines += ["", "fastvlp COMMAND --help lists the options of a command."]
+    lines += [
+        "",
+        "fastvlp COMMAND --help lists the options of a command.",
+        "",
+        "with your own images:",
+    ]
+    lines += [f"  {example}" for example in _EXAMPLES]
     return "\n".join(lines)
 
 

@@ -1,11 +1,13 @@
 """The console command: help, unknown commands, missing packages."""
 
 import signal
+import subprocess
 import sys
 
 import pytest
 import torch
 
+import fastvlp
 from fastvlp import cli
 from fastvlp.commands.shards import Shards
 from fastvlp.data.loader import TooManyBroken
@@ -32,7 +34,17 @@ def test_an_unknown_command_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["shard"])
     error = capsys.readouterr().err
-    assert "there is no command 'shard'" in error and "commands:" in error
+    assert "there is no command 'shard'; did you mean 'shards'?" in error and "commands:" in error
+
+
+def test_versions_are_said_by_the_command_and_the_module(capsys):
+    cli.main(["--version"])
+    said = capsys.readouterr().out
+    assert said.startswith(f"fastvlp {fastvlp.__version__}, torch {torch.__version__}, Python 3.")
+    module = subprocess.run(
+        [sys.executable, "-m", "fastvlp", "--version"], capture_output=True, text=True, check=True
+    )
+    assert module.stdout == said
 
 
 def test_without_tyro_it_says_how_to_get_it(monkeypatch, capsys):

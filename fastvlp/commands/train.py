@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from fastvlp.commands import train_options
 from fastvlp.train.config import (
     PRESETS,
     TrainAlbef,
@@ -69,10 +70,10 @@ def parse(options: Sequence[str], prog: str = "fastvlp train") -> Train:
     others = [option for option in options if option not in helped]
     sources, rest = tyro.cli(_Sources, args=others, prog=prog, return_unknown_args=True)
     cls = SYSTEMS[system]
-    config = tyro.cli(
+    config = train_options.parse(
         cls,
-        args=[*rest, *helped],
-        default=_defaults(system, sources),
+        [*rest, *helped],
+        _defaults(system, sources),
         prog=f"{prog} {system}",
         description=f"{cls.__doc__}\n\n{_SOURCES}",
     )

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 from fastvlp_tests.tiny_run import settings
 
+from fastvlp.commands import train_options
 from fastvlp.commands.train import SYSTEMS, parse
+from fastvlp.models import albef, clip, vilt
 from fastvlp.train import ranges
 from fastvlp.train.config import PRESETS, TrainClip, from_mapping, read_yaml, to_yaml
 
@@ -75,6 +77,28 @@ def test_help_lists_every_setting_with_its_default(capsys):
     for field in dataclasses.fields(TrainClip):
         assert f"--{field.name.replace('_', '-')}" in shown
     assert "(default: 1e-06)" in shown and "--preset" in shown
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_setting_is_in_one_group_and_has_a_text(system, capsys):
+    names = [name for group in train_options.GROUPS.values() for name in group]
+    known = {field.name for field in dataclasses.fields(SYSTEMS[system])}
+    assert len(names) == len(set(names)) and known <= set(names)
+    assert known <= train_options.field_texts(SYSTEMS[system]).keys()
+    with pytest.raises(SystemExit):
+        parse([system, "--help"])
+    shown = capsys.readouterr().out
+    for title in train_options.GROUPS:
+        assert f"{title} options" in shown
+    text = " ".join(shown.replace("│", " ").split())
+    models = {"clip": clip, "vilt": vilt, "albef": albef}[system].CONFIGS
+    assert f"Names: {', '.join(models)}." in text
+
+
+def test_groups_name_settings_only():
+    names = {name for group in train_options.GROUPS.values() for name in group}
+    fields = {field.name for cls in SYSTEMS.values() for field in dataclasses.fields(cls)}
+    assert names <= fields
 
 
 def test_other_systems_and_presets_are_refused():

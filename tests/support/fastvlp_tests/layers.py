@@ -33,6 +33,7 @@ LAYERS = {
     "factory": {"data", "models", "train"},
     "commands": {"data", "evaluate", "factory", "models", "train"},
     "cli": {"commands", "data"},
+    "__main__": {"cli"},
 }  # fmt: skip
 # Packages of which the parts are siblings: they import no other part but these, and why.
 SIBLINGS = {
