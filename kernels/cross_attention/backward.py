@@ -26,11 +26,11 @@ from .._core.tiles import LOG2E
 from . import host
 from .host import INTEGERS, Table, Tile
 from .tiles import (
+    input_bases,
     keep_tile,
-    key_base,
     load_rows,
+    own_segment,
     query_base,
-    segment_rows,
     store_rows,
     visible_keys,
 )
@@ -155,24 +155,19 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """dQ of one tile of query rows of one segment and head; FUSED, which needs all its rows in
     the tile: dK and dV of the segment as well, else delta for the other kernel."""
-    program = tl.program_id(0)
-    start = program % blocks * BLOCK_M
-    head = program // blocks % heads
-    segment = program // blocks // heads
-    first_row, rows = segment_rows(cu_q_ptr, segment, 0, True)
-    first_key, keys = segment_rows(cu_k_ptr, segment, length, PACKED)
+    start, head, segment, first_row, rows, first_key, keys = own_segment(
+        cu_q_ptr, cu_k_ptr, heads, blocks, length, PACKED, BLOCK_M
+    )
     if not FUSED:
         if start >= rows:
             return
     row = start + tl.arange(0, BLOCK_M)
     inside = row < rows
-    q_base = query_base(q_ptr, first_row, head, stride_qt, stride_qh, UNIT)
-    k_base = key_base(
-        k_ptr, segment, first_key, head, stride_kn, stride_kt, stride_kh, PACKED, UNIT
-    )
-    v_base = key_base(
-        v_ptr, segment, first_key, head, stride_vn, stride_vt, stride_vh, PACKED, UNIT
-    )
+    q_base, k_base, v_base = input_bases(
+        q_ptr, k_ptr, v_ptr, segment, head, first_row, first_key,
+        stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
+        PACKED, UNIT,
+    )  # fmt: skip
     do_base = query_base(do_ptr, first_row, head, heads * D, D, 1)
     out_base = query_base(out_ptr, first_row, head, heads * D, D, 1)
     dk_base = query_base(dk_ptr, first_key, head, heads * D, D, 1)
@@ -228,23 +223,18 @@ def key_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys of one segment and head."""
-    program = tl.program_id(0)
-    block = program % blocks * BLOCK_N
-    head = program // blocks % heads
-    segment = program // blocks // heads
-    first_row, rows = segment_rows(cu_q_ptr, segment, 0, True)
-    first_key, keys = segment_rows(cu_k_ptr, segment, length, PACKED)
+    block, head, segment, first_row, rows, first_key, keys = own_segment(
+        cu_q_ptr, cu_k_ptr, heads, blocks, length, PACKED, BLOCK_N
+    )
     if block >= keys:
         return
     key = block + tl.arange(0, BLOCK_N)
     visible = visible_keys(mask_ptr, first_key, key, keys, MASKED)
-    q_base = query_base(q_ptr, first_row, head, stride_qt, stride_qh, UNIT)
-    k_base = key_base(
-        k_ptr, segment, first_key, head, stride_kn, stride_kt, stride_kh, PACKED, UNIT
-    )
-    v_base = key_base(
-        v_ptr, segment, first_key, head, stride_vn, stride_vt, stride_vh, PACKED, UNIT
-    )
+    q_base, k_base, v_base = input_bases(
+        q_ptr, k_ptr, v_ptr, segment, head, first_row, first_key,
+        stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
+        PACKED, UNIT,
+    )  # fmt: skip
     do_base = query_base(do_ptr, first_row, head, heads * D, D, 1)
     k = load_rows(k_base, block, visible, stride_kt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
     v = load_rows(v_base, block, visible, stride_vt * UNIT, BLOCK_N, D, WIDTH, UPCAST)

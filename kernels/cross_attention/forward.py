@@ -22,11 +22,11 @@ from . import host
 from .backward import cross_attention_backward
 from .host import INTEGERS, Table, Tile
 from .tiles import (
+    input_bases,
     keep_tile,
-    key_base,
     load_rows,
+    own_segment,
     query_base,
-    segment_rows,
     store_rows,
     visible_keys,
 )
@@ -66,23 +66,18 @@ def attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one segment and head -> out [total_q, H, D], lse [H, total_q]."""
-    program = tl.program_id(0)
-    start = program % blocks * BLOCK_M
-    head = program // blocks % heads
-    segment = program // blocks // heads
-    first_row, rows = segment_rows(cu_q_ptr, segment, 0, True)
-    first_key, keys = segment_rows(cu_k_ptr, segment, length, PACKED)
+    start, head, segment, first_row, rows, first_key, keys = own_segment(
+        cu_q_ptr, cu_k_ptr, heads, blocks, length, PACKED, BLOCK_M
+    )
     if start >= rows:
         return
     row = start + tl.arange(0, BLOCK_M)
     inside = row < rows
-    q_base = query_base(q_ptr, first_row, head, stride_qt, stride_qh, UNIT)
-    k_base = key_base(
-        k_ptr, segment, first_key, head, stride_kn, stride_kt, stride_kh, PACKED, UNIT
-    )
-    v_base = key_base(
-        v_ptr, segment, first_key, head, stride_vn, stride_vt, stride_vh, PACKED, UNIT
-    )
+    q_base, k_base, v_base = input_bases(
+        q_ptr, k_ptr, v_ptr, segment, head, first_row, first_key,
+        stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
+        PACKED, UNIT,
+    )  # fmt: skip
     q = load_rows(q_base, start, inside, stride_qt * UNIT, BLOCK_M, D, WIDTH, UPCAST)
 
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)

@@ -17,6 +17,23 @@ def segment_rows(cu_ptr, segment, length, PACKED: tl.constexpr):
 
 
 @triton.jit
+def own_segment(
+    cu_q_ptr, cu_k_ptr, heads, blocks, length, PACKED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """(start, head, segment, first row, rows, first key, keys) of this program.
+
+    Its tile begins `start` rows or keys, a multiple of BLOCK, into the segment.
+    """
+    program = tl.program_id(0)
+    start = program % blocks * BLOCK
+    head = program // blocks % heads
+    segment = program // blocks // heads
+    first_row, rows = segment_rows(cu_q_ptr, segment, 0, True)
+    first_key, keys = segment_rows(cu_k_ptr, segment, length, PACKED)
+    return start, head, segment, first_row, rows, first_key, keys
+
+
+@triton.jit
 def query_base(ptr, first, head, stride_t, stride_h, UNIT: tl.constexpr):
     """Where the rows of one segment and head begin. Strides count units of UNIT elements, which
     tells the compiler that a vector of so many can be loaded at once."""
@@ -34,6 +51,23 @@ def key_base(
     else:
         at = segment.to(tl.int64) * stride_n
     return ptr + (at + head.to(tl.int64) * stride_h) * UNIT
+
+
+@triton.jit
+def input_bases(
+    q_ptr, k_ptr, v_ptr, segment, head, first_row, first_key,
+    stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
+    PACKED: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Where the queries, keys and values of one segment and head begin."""
+    q_base = query_base(q_ptr, first_row, head, stride_qt, stride_qh, UNIT)
+    k_base = key_base(
+        k_ptr, segment, first_key, head, stride_kn, stride_kt, stride_kh, PACKED, UNIT
+    )
+    v_base = key_base(
+        v_ptr, segment, first_key, head, stride_vn, stride_vt, stride_vh, PACKED, UNIT
+    )
+    return q_base, k_base, v_base
 
 
 @triton.jit
