@@ -5,7 +5,6 @@ The machine that executes PTX is tooling of the tests: tests/support is put on t
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -87,9 +86,6 @@ WRITE_ONLY = ("copy_", "fill_", "zero_")
 MATMULS = ("mm", "addmm", "bmm", "baddbmm")
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 KINDS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
-# Where the host code of fastvlp.kernels multiplies matrices, for which a CPU lacks the operation
-# that a GPU has (fp32 results of half precision operands).
-_PRODUCT_MODULES = ("contrastive.backward", "contrastive.sigmoid", "soft_cross_entropy.rows")
 
 
 def record(
@@ -105,6 +101,8 @@ def record(
     multiprocessors: those that the GPU reports, if others than its own. native: whether the
     operators of csrc/cuda take part, which then must be compiled.
     """
+    from fastvlp.kernels.contrastive import gradient_sums
+
     recorder = _Recorder(capability, execute, multiprocessors)
     log = _TorchOps(recorder.events, execute)
     with ExitStack() as stack:
@@ -113,9 +111,9 @@ def record(
 
             stack.enter_context(cuda.recording(recorder.events, capability, execute))
         stack.enter_context(recorder)
-        for module, original in _products():
-            patch = mock.patch.object(module, "product", log.product(original))
-            stack.enter_context(patch)
+        # A CPU lacks the operation that a GPU has here: fp32 results of half precision operands.
+        matmul = log.float32_matmul(gradient_sums.float32_matmul)
+        stack.enter_context(mock.patch.object(gradient_sums, "float32_matmul", matmul))
         stack.enter_context(log)
         run()
     return recorder.events
@@ -130,13 +128,6 @@ def record_eager(make: Callable[[], Callable[[], object]]) -> list[Event]:
         with _TorchOps(events, execute=True):
             run()
     return events
-
-
-def _products():
-    for name in _PRODUCT_MODULES:
-        module = importlib.import_module(f"fastvlp.kernels.{name}")
-        if hasattr(module, "product"):
-            yield module, module.product
 
 
 class _Recorder(VirtualGPU):
@@ -233,8 +224,8 @@ class _TorchOps(TorchDispatchMode):
             return made if out is None else out.copy_(made)
         return a.new_empty(*a.shape[:-1], b.shape[-1], dtype=dtype) if out is None else out
 
-    def product(self, original):
-        """In place of fastvlp.kernels' own `product`: one matmul with fp32 results."""
+    def float32_matmul(self, original):
+        """In place of fastvlp.kernels' own: one matmul with fp32 results."""
 
         def multiply(a, b, total=None):
             self.events.append(matmul_of(a, b, result=4))

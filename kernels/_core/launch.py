@@ -134,7 +134,9 @@ def gradient_workspace(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     return torch.empty((rows, align(cols)), dtype=dtype, device=x.device)[:, :cols]
 
 
-def product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
+def float32_matmul(
+    a: torch.Tensor, b: torch.Tensor, total: torch.Tensor | None = None
+) -> torch.Tensor:
     """a @ b (+ total, overwriting it) in fp32, whatever the dtype of a and b.
 
     Half precision operands go to the vendor GEMM as they are and its fp32 accumulators come

@@ -33,7 +33,18 @@ def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.
 
 
 @triton.jit
-def product_tile(
+def own_tile(
+    M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """(row block, column block, rows [BLOCK_M], columns [BLOCK_N]) of this program."""
+    block_m, block_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
+    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    return block_m, block_n, row, col
+
+
+@triton.jit
+def dot_tile(
     x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -47,7 +58,7 @@ def product_tile(
     depth = tl.arange(0, BLOCK_K)
     x_at = x_ptr + tl.minimum(row, M - 1).to(tl.int64)[:, None] * stride_x + depth[None, :]
     y_at = y_ptr + tl.minimum(col, N - 1).to(tl.int64)[:, None] * stride_y + depth[None, :]
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_at + start)
@@ -59,5 +70,5 @@ def product_tile(
         if UPCAST:
             x = x.to(tl.float32)
             y = y.to(tl.float32)
-        product = tl.dot(x, tl.trans(y), product, input_precision=PRECISION)
-    return product
+        z = tl.dot(x, tl.trans(y), z, input_precision=PRECISION)
+    return z

@@ -4,8 +4,8 @@ With z_ij = scale * <x_i, y_j> and weights (w_row, w_col), the gradient of the l
     g_ij = w_row * exp(z_ij - row_lse_i) + w_col * exp(z_ij - col_lse_j)
 but for the positives, j = i + offset: theirs are small differences from 1 and are passed in. Then
 dX = scale * g @ Y, dY = scale * g.T @ X, dscale = <X, g @ Y>. For a chunk of rows one kernel
-recomputes z and writes g in the input's dtype to a workspace, then two vendor GEMMs make the
-GEMMs: three GEMMs in all, with no accumulator of width D in registers and no atomics.
+recomputes z and writes g in the input's dtype to a workspace, then two vendor GEMMs follow: three
+in all, with no accumulator of width D in registers and no atomics.
 
 Range: g is stored divided by the largest |weight|, hence within [-2, 2] whatever the batch size
 and the upstream gradient, and in float16 times 2**14 besides, so that a probability of 4e-9 is
@@ -24,7 +24,6 @@ from .._core.launch import (
     grid_of,
     launch_options,
     on_device,
-    product,
     require_supported,
     rows_per_chunk,
     tile_cases,
@@ -32,7 +31,8 @@ from .._core.launch import (
     tile_for,
 )
 from .._core.support import storage_factor
-from .._core.tiles import exp_difference, product_tile, tile_position
+from .._core.tiles import dot_tile, exp_difference, own_tile
+from .gradient_sums import GradientSums
 
 # The largest tiles of which two fit a multiprocessor, one in its GEMM while the other writes.
 TILES = {
@@ -74,16 +74,14 @@ def gradient_kernel(
     EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of g * FACTOR / max|weights| -> g [M, N]."""
-    block_m, block_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
-    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    _, _, row, col = own_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     w_row, w_col = tl.load(weights_ptr), tl.load(weights_ptr + 1)
     largest = tl.maximum(tl.abs(w_row), tl.abs(w_col))
     # All weights 0 means g = 0, not 0 / 0.
     largest = tl.where(largest == 0, 1.0, largest)
     w_row, w_col = w_row / largest * FACTOR, w_col / largest * FACTOR
 
-    z = tl.load(scale_ptr) * product_tile(
+    z = tl.load(scale_ptr) * dot_tile(
         x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
     )  # fmt: skip
@@ -146,46 +144,36 @@ def contrastive_gradients(
     require_supported(x, y, torch.float64, **statistics)
     if not statistics:
         raise ValueError("row_lse and col_lse are both None; give at least one")
-    (m, width), n = x.shape, y.shape[0]
-    dx = torch.empty((m, width), dtype=x.dtype, device=x.device) if need_x else None
-    dscale = torch.zeros((), dtype=torch.float64, device=x.device) if need_x else None
+    m, n = x.shape[0], y.shape[0]
     if m == 0 or n == 0 or not (need_x or need_y):
-        dy = torch.zeros_like(y) if need_y else None
-        return (dx.zero_(), dy, dscale.float()) if need_x else (None, dy, None)
+        return (
+            x.new_zeros(x.shape) if need_x else None,
+            y.new_zeros(y.shape) if need_y else None,
+            x.new_zeros((), dtype=torch.float32) if need_x else None,
+        )
 
     tile = tile_for(TILES, x)
     height = rows_per_chunk(m, n, x.element_size(), workspace_bytes, tile)
     workspace = gradient_workspace(x, height, n)
     stored = storage_factor(x.dtype)
-    unit = weights.abs().amax() / stored
-    factor = scale.reshape(()) * unit
+    sums = GradientSums(x, y, scale, weights.abs().amax() / stored, need_x, need_y)
     rows_x, rows_y = aligned_rows(x), aligned_rows(y)
     inner = rows_x.shape[1]
     constants = tile_constants(tile, inner, x.dtype, input_precision)
-    dy = None
     with on_device(x):
         for first in range(0, m, height):
-            chunk = x[first : first + height]
-            g = workspace[: chunk.shape[0]]
-            gradient_kernel[grid_of(chunk.shape[0], n, tile)](
+            g = workspace[: m - first]
+            gradient_kernel[grid_of(len(g), n, tile)](
                 rows_x[first:], rows_y, scale, weights,
                 weights if row_lse is None else row_lse[first:],
                 weights if col_lse is None else col_lse, positive_gradient[first:], g,
-                chunk.shape[0], n, inner, rows_x.stride(0), rows_y.stride(0),
+                len(g), n, inner, rows_x.stride(0), rows_y.stride(0),
                 g.stride(0), offset + first,
                 ROWS=row_lse is not None, COLS=col_lse is not None, FACTOR=stored,
                 **constants, **launch_options(tile),
             )  # fmt: skip
-            g = g.to(x.dtype)
-            if need_x:
-                part = product(g, y)
-                # <x, g y> = <g, x y^T>. Not of dX, which is rounded to the input's dtype.
-                dscale += (chunk * part).sum(dtype=torch.float64)
-                torch.mul(part, factor, out=dx[first : first + height])
-            if need_y:
-                dy = product(g.T, chunk, dy)
-    dscale = (dscale * unit).float() if need_x else None
-    return dx, dy.mul_(factor).to(y.dtype) if need_y else None, dscale
+            sums.add(first, g)
+    return sums.results()
 
 
 def aot_cases() -> list[aot.Case]:

@@ -27,7 +27,7 @@ from .._core.launch import (
     tile_constants,
     tile_for,
 )
-from .._core.tiles import exp_difference, product_tile, tile_position
+from .._core.tiles import dot_tile, exp_difference, own_tile
 from .backward import contrastive_gradients
 from .sigmoid import SigmoidContrastive, sigmoid_contrastive
 
@@ -65,7 +65,7 @@ def logits_tile(
     EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """scale * X[row] @ Y[col].T, -inf in the lanes past the end."""
-    z = tl.load(scale_ptr) * product_tile(
+    z = tl.load(scale_ptr) * dot_tile(
         x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
     )  # fmt: skip
@@ -117,9 +117,7 @@ def statistics_kernel(
     An exponential per logit and direction: one relative to the tile's maximum would serve both,
     but not where a row or column lies far below it, which of features in clusters most do.
     """
-    block_m, block_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
-    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    block_m, block_n, row, col = own_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     z = logits_tile(
         x_ptr, y_ptr, scale_ptr, row, col, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,

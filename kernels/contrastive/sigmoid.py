@@ -24,7 +24,6 @@ from .._core.launch import (
     grid_of,
     launch_options,
     on_device,
-    product,
     require_supported,
     rows_per_chunk,
     tile_cases,
@@ -32,7 +31,8 @@ from .._core.launch import (
     tile_for,
 )
 from .._core.support import storage_factor
-from .._core.tiles import LOG2E, product_tile, tile_position
+from .._core.tiles import LOG2E, dot_tile, own_tile
+from .gradient_sums import GradientSums
 
 # The largest tiles of which two fit a multiprocessor, one in its GEMM while the other writes.
 TILES = {
@@ -85,10 +85,8 @@ def sigmoid_kernel(
     EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile: its sums of losses and of g to [program], g * FACTOR to [M, N] if STORE."""
-    block_m, block_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
-    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    z = tl.load(bias_ptr) + tl.load(scale_ptr) * product_tile(
+    _, _, row, col = own_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
+    z = tl.load(bias_ptr) + tl.load(scale_ptr) * dot_tile(
         x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
     )  # fmt: skip
@@ -138,7 +136,7 @@ def sigmoid_contrastive(
     inputs are not taken or when the workspace holds not even one row.
     """
     require_supported(x, y, scale=scale, bias=bias)
-    (m, width), n = x.shape, y.shape[0]
+    m, n = x.shape[0], y.shape[0]
     if m == 0 or n == 0:
         zeros = torch.zeros(3, dtype=torch.float32, device=x.device)
         loss_sum, g_sum, dscale = (zero.clone() for zero in zeros)
@@ -148,14 +146,12 @@ def sigmoid_contrastive(
         return SigmoidContrastive(loss_sum, g_sum, dx, dy, dscale)
 
     tile = tile_for(TILES, x)
-    height, workspace, dx, dy = m, x, None, None
+    height, workspace = m, x
     if need_gradients:
         height = rows_per_chunk(m, n, x.element_size(), workspace_bytes, tile)
         workspace = gradient_workspace(x, height, n)
-        dx = torch.empty((m, width), dtype=x.dtype, device=x.device)
     stored = storage_factor(x.dtype)
-    factor = scale.reshape(()) * weight / stored
-    dscale = torch.zeros((), dtype=torch.float64, device=x.device) if need_gradients else None
+    gradients = GradientSums(x, y, scale, weight / stored, need_gradients, need_gradients)
     rows_x, rows_y = aligned_rows(x), aligned_rows(y)
     inner = rows_x.shape[1]
     constants = tile_constants(tile, inner, x.dtype, input_precision)
@@ -163,28 +159,19 @@ def sigmoid_contrastive(
     sums = torch.empty(2, sum(tiles), dtype=torch.float32, device=x.device)
     with on_device(x):
         for index, first in enumerate(range(0, m, height)):
-            chunk = x[first : first + height]
-            g = workspace[: chunk.shape[0]]
+            g = workspace[: m - first]
             before = sum(tiles[:index])
             sigmoid_kernel[(tiles[index],)](
                 rows_x[first:], rows_y, scale, bias, g, sums[0, before:], sums[1, before:],
-                chunk.shape[0], n, inner, rows_x.stride(0), rows_y.stride(0),
+                len(g), n, inner, rows_x.stride(0), rows_y.stride(0),
                 g.stride(0), offset + first,
                 STORE=need_gradients, FACTOR=stored,
                 **constants, **launch_options(tile),
             )  # fmt: skip
             if need_gradients:
-                g = g.to(x.dtype)
-                part = product(g, y)
-                # <x, g y> = <g, x y^T>. Not of dx, which is rounded to the input's dtype.
-                dscale += (chunk * part).sum(dtype=torch.float64)
-                torch.mul(part, factor, out=dx[first : first + height])
-                dy = product(g.T, chunk, dy)
+                gradients.add(first, g)
     loss_sum, g_sum = sums.sum(1, dtype=torch.float64).float()
-    if need_gradients:
-        dy = dy.mul_(factor).to(y.dtype)
-        dscale = (dscale * (weight / stored)).float()
-    return SigmoidContrastive(loss_sum, g_sum, dx, dy, dscale)
+    return SigmoidContrastive(loss_sum, g_sum, *gradients.results())
 
 
 def aot_cases() -> list[aot.Case]:
