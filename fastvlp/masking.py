@@ -33,10 +33,9 @@ from typing import Literal
 
 import torch
 
+from fastvlp.splitmix import GOLDEN, mix, shift, signed
+
 IGNORED = -100
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number, like the two below
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _LAST = torch.iinfo(torch.int64).max
 # One independent stream of random numbers for each question asked about a token.
 _CHOICE, _FATE, _TOKEN = range(3)
@@ -74,9 +73,9 @@ def sample_keys(seed: int, indices: torch.Tensor) -> torch.Tensor:
         indices: integers, any shape: numbers that tell the samples apart.
     """
     # Filled on the device: a copy from the host would wait for it.
-    number = torch.full((), _signed(seed), dtype=torch.int64, device=indices.device)
-    mixed_seed = _mix(number + _GOLDEN)
-    return _mix(mixed_seed + _GOLDEN * (indices.long() + 1))
+    number = torch.full((), signed(seed), dtype=torch.int64, device=indices.device)
+    mixed_seed = mix(number + GOLDEN)
+    return mix(mixed_seed + GOLDEN * (indices.long() + 1))
 
 
 def mask_tokens(
@@ -156,7 +155,7 @@ def _choose_words(ids, vocabulary, keys, positions, rate, padded):
 def _draw(keys: torch.Tensor, positions: torch.Tensor, stream: int) -> torch.Tensor:
     """Numbers from 0 to 2**63 - 1, [keys, positions]."""
     counter = positions * 4 + (stream + 1)
-    return _shift(_mix(_mix(keys + _GOLDEN)[:, None] + counter * _GOLDEN), 1)
+    return shift(mix(mix(keys + GOLDEN)[:, None] + counter * GOLDEN), 1)
 
 
 def _happens(random: torch.Tensor, low: float, high: float) -> torch.Tensor:
@@ -164,22 +163,6 @@ def _happens(random: torch.Tensor, low: float, high: float) -> torch.Tensor:
     ``high``."""
     part = random >> 10  # 53 bits, which a float holds exactly
     return (part >= round(low * 2**53)) & (part < round(high * 2**53))
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """To the right, zeros coming in (torch's own shift repeats the sign)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(number: int) -> int:
-    """The lowest 64 bits as a signed number."""
-    return ((number + 2**63) % 2**64) - 2**63
 
 
 def _check(ids, vocabulary, keys, rate, budget):

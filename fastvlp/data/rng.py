@@ -8,24 +8,16 @@ from __future__ import annotations
 
 import numpy as np
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    # The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every bit depends on every bit.
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+from fastvlp.splitmix import GOLDEN, mix, signed
 
 
 def bits(seed: int, epoch: int, samples: np.ndarray, uses: int) -> np.ndarray:
     """uint64 ``[len(samples), uses]``, uniform and independent."""
-    with np.errstate(over="ignore"):
-        state = _mix(np.array([seed % 2**64], np.uint64) + _GOLDEN)
-        state = _mix(state ^ (np.uint64(epoch % 2**64) + _GOLDEN))
-        rows = _mix(state ^ (np.asarray(samples).astype(np.uint64) + _GOLDEN))
-        columns = np.arange(1, uses + 1, dtype=np.uint64) * _GOLDEN
-        return _mix(rows[:, None] + columns)
+    state = mix(np.array([signed(seed)]) + GOLDEN)
+    state = mix(state ^ (np.array([signed(epoch)]) + GOLDEN))
+    rows = mix(state ^ (np.asarray(samples).astype(np.int64) + GOLDEN))
+    columns = np.arange(1, uses + 1) * GOLDEN
+    return mix(rows[:, None] + columns).view(np.uint64)
 
 
 def uniforms(seed: int, epoch: int, samples: np.ndarray, uses: int) -> np.ndarray:
