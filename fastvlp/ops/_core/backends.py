@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ... import _native
+from ... import _native, kernels
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,6 +48,13 @@ def triton_reasons(supported: Callable[..., list[str]], *tensors: torch.Tensor) 
     if device.type != "cuda":
         return [*reasons, f"the Triton kernels run on CUDA devices, the tensors are on {device}"]
     return reasons + supported(*(unit_stride(t) for t in tensors))
+
+
+def pair_triton_reasons(
+    image_features: torch.Tensor, text_features: torch.Tensor, *_, **__
+) -> list[str]:
+    """Why the Triton kernels of a loss of pairs of features cannot take these."""
+    return triton_reasons(kernels.supported, image_features, text_features)
 
 
 def reference_reasons(*_, **__) -> list[str]:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from ...kernels import supported
 from .._core import backends
 from . import cuda
 
@@ -16,17 +15,10 @@ def native_reasons(
     return backends.native_or_cuda_reasons(image_features, cuda.unavailable)
 
 
-def triton_reasons(
-    image_features: torch.Tensor, text_features: torch.Tensor, *_, **__
-) -> list[str]:
-    """Why the Triton kernels cannot take these features."""
-    return backends.triton_reasons(supported, image_features, text_features)
-
-
 # The backends in order of preference. Triton refuses CPU tensors: the compiled kernels come first
 # there, and on a GPU second, but for float32.
 CANDIDATES: dict[str, Any] = {
-    "triton": triton_reasons,
+    "triton": backends.pair_triton_reasons,
     "native": native_reasons,
     "reference": backends.reference_reasons,
 }

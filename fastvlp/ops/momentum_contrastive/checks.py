@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...kernels import supported
 from .._core import backends
 from .._core.backends import unit_stride
 from .._core.checks import as_scalar, check_features, check_share, readable
@@ -14,15 +13,8 @@ from .._core.checks import as_scalar, check_features, check_share, readable
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-36, 1e36
 
 
-def triton_reasons(
-    image_features: torch.Tensor, text_features: torch.Tensor, *_, **__
-) -> list[str]:
-    """Why the Triton kernels cannot take these features."""
-    return backends.triton_reasons(supported, image_features, text_features)
-
-
 CANDIDATES: dict[str, Any] = {
-    "triton": triton_reasons,
+    "triton": backends.pair_triton_reasons,
     "native": backends.native_reasons,
     "reference": backends.reference_reasons,
 }

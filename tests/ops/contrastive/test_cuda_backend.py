@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvlp.ops import explain
-from fastvlp.ops.contrastive import checks, cuda, register
+from fastvlp.ops.contrastive import cuda, register
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -44,7 +44,7 @@ def gpu(monkeypatch):
     """A CUDA tensor, and a function that says what the GPU's two implementations lack."""
 
     def lacking(triton=(), native=()):
-        monkeypatch.setattr(checks, "supported", lambda *_: list(triton))
+        monkeypatch.setattr("fastvlp.kernels.supported", lambda *_: list(triton))
         monkeypatch.setattr(cuda, "_unavailable", lambda _: tuple(native))
 
     monkeypatch.delenv("FASTVLP_BACKEND", raising=False)
