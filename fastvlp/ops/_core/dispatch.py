@@ -89,6 +89,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         args = tuple(_zeros(shape, device) for shape in _OPERATORS[op].example.values())
     else:
         _check_arguments(op, args, kwargs)
+        # The candidates name the arguments in words of their own.
+        names = list(_OPERATORS[op].example)[len(args) :]
+        args = (*args, *(kwargs.pop(name) for name in names))
     return _explain(op, *args, **kwargs)
 
 

@@ -14,14 +14,17 @@ X = torch.zeros(4, 8)
 def test_without_arguments_an_example_is_explained(monkeypatch, op):
     monkeypatch.delenv("FASTVLP_BACKEND", raising=False)
     example = _OPERATORS[op].example
-    tensors = [
-        [torch.zeros(each) for each in shape] if isinstance(shape, list) else torch.zeros(shape)
-        for shape in example.values()
-    ]
+    tensors = {
+        name: [torch.zeros(each) for each in shape]
+        if isinstance(shape, list)
+        else torch.zeros(shape)
+        for name, shape in example.items()
+    }
     found = explain(op)
     assert found.chosen is not None
     if not torch.cuda.is_available():
-        assert found == explain(op, *tensors)
+        assert found == explain(op, *tensors.values())
+        assert found == explain(op, **tensors)
 
 
 @pytest.mark.parametrize("op", operators())
