@@ -263,13 +263,14 @@ def test_adamw_matches_float64(
     kinds = [weight, gradient, torch.float32, torch.float32, torch.float32, low, low]
     lists = []
     for i, kind in enumerate(kinds):
-        size = scale if i == 1 else 1.0
-        drawn = [
+        # Moments of the size that gradients of this scale leave: else a step leaves float16.
+        size = scale if i in (1, 2) else 1.0
+        made = [
             tensor(s, kind, layouts[i % 2], size, 10 * i + j, device) for j, s in enumerate(shapes)
         ]
         if i == 3:
-            drawn = [t.abs_().mul_(scale * scale) for t in drawn]
-        lists.append(drawn if i < 4 or extras[i - 4] else [])
+            made = [t.abs_().mul_(scale * scale) for t in made]
+        lists.append(made if i < 4 or extras[i - 4] else [])
     options = ADAMW | {"step": step, "maximize": maximize, "decay": 0.9}
     exact = [[t.double() for t in each] for each in lists]
     eager = [[t.clone() for t in each] for each in lists]
