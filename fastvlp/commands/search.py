@@ -136,7 +136,8 @@ class Search:
     ) -> None:
         print(f"{searched} images searched for {self.query!r}")
         if faults:
-            print(f"{len(faults)} images could not be read and were left out:")
+            count = "1 image" if len(faults) == 1 else f"{len(faults)} images"
+            print(f"left out, because they cannot be read: {count}")
             for fault in faults[:_NAMED]:
                 print(f"  {fault}")
             if len(faults) > _NAMED:

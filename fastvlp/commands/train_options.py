@@ -21,7 +21,10 @@ from fastvlp.train.config import TrainConfig
 
 # The settings of each group, in the order of --help; a system has some of them.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "model": ("model", "tokenizer", "vision_weights", "text_weights"),
+    "model": (
+        "model", "model_config", "init", "activation", "tokenizer", "vision_weights",
+        "text_weights",
+    ),
     "data": ("data", "eval_data", "verify", "max_broken", "convert", "background"),
     "length": ("epochs", "steps", "batch_size", "chunk_size"),
     "learning": (

@@ -57,6 +57,10 @@ class TrainConfig:
     """Name of the model's size. By default CLIP's is chosen for the data and the machine, as are
     its epochs, batch size, learning rate and warmup; the run says which."""
 
+    model_config: Path | None = None
+    """YAML file with sizes that differ from those of the named model, such as `vision_layers: 8`;
+    for CLIP without a name from those of tiny."""
+
     tokenizer: Path | None = None
     """Vocabulary of the tokenizer: for CLIP its bpe_simple_vocab_16e6.txt.gz, vocab.json with
     merges.txt, or tokenizer.json; for ViLT and ALBEF BERT's vocab.txt or tokenizer.json. By default
@@ -170,10 +174,29 @@ class TrainClip(TrainConfig):
     batch_size: int | None = None
     epochs: float | None = None
     lr: float | None = None
+
+    init: Path | None = None
+    """Weights to start from in place of random ones: the folder of a run, or a published
+    checkpoint, file or folder. Sizes, normalisation of images and vocabulary are theirs."""
+
+    activation: Literal["gelu", "quick_gelu"] | None = None
+    """Of weights from open_clip to start from, which do not tell it."""
+
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.2
     warmup: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init is None and self.activation is not None:
+            raise ValueError(
+                f"activation: expected none without --init; a size's own is part of its name, such "
+                f"as ViT-B-32-quickgelu; got {self.activation}"
+            )
+        if self.init is not None and (self.model is not None or self.model_config is not None):
+            given = "model" if self.model is not None else "model_config"
+            raise ValueError(f"{given}: expected none, because the sizes are those of {self.init}")
 
 
 @dataclass
@@ -195,6 +218,10 @@ class TrainVilt(TrainConfig):
 
     mask_rate: float = 0.4
     """Share of a caption's tokens to mask, in whole words; 0.15 in the paper."""
+
+    init: Path | None = None
+    """Weights to start from in place of random ones: the folder of a run, or a published
+    checkpoint, file or folder. Sizes and vocabulary are theirs; heads that they lack start anew."""
 
 
 @dataclass

@@ -23,6 +23,7 @@ from fastvlp.train.checkpointing import Checkpoints
 from fastvlp.train.logging import Log
 from fastvlp.train.loop import Loop, Report
 from fastvlp.train.parallel import Ranks
+from fastvlp.train.trained import IMAGE_VALUES
 
 BEST, _FILE = "best", "best.json"
 
@@ -81,9 +82,9 @@ class Best:
         return Judged(**read_json(file)) if file.is_file() else None
 
     def _write(self) -> None:
-        settings = self.folder.parent / "config.yaml"
-        if settings.is_file():
-            shutil.copyfile(settings, self.folder / settings.name)
+        for name in ("config.yaml", IMAGE_VALUES):
+            if (file := self.folder.parent / name).is_file():
+                shutil.copyfile(file, self.folder / name)
         with atomic_file(self.folder / _FILE) as file:
             file.write(json.dumps(asdict(self.found), indent=2).encode() + b"\n")
 

@@ -96,6 +96,7 @@ def _fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str
     opening = screen.opening(
         model=task.model, name=name, data={"data": loader, **getattr(task, "held_out", {})},
         config=config, ranks=ranks, steps=loop.steps, precision=loop.precision,
+        epochs=loop.steps / _epoch_steps(loader),
     )  # fmt: skip
     _resume(config, loop, checkpoints, ranks)
     evaluated = unwrap(model) if average is None else average.module
@@ -129,7 +130,8 @@ def _fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str
 
 
 def _name(config: TrainConfig, task: Task) -> str:
-    return config.model or type(task.model).__name__
+    start = getattr(config, "init", None)
+    return f"from {start}" if start is not None else config.model or type(task.model).__name__
 
 
 def _ending(config: TrainConfig, evaluation: Evaluation) -> list[str]:

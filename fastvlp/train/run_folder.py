@@ -38,7 +38,7 @@ _NOTED = {
     "reference": "results differ by rounding",
     "chunk_size": "results differ by rounding",
 }
-_PATHS = {"data", "tokenizer", "vision_weights", "text_weights"}
+_PATHS = {"data", "tokenizer", "vision_weights", "text_weights", "init", "model_config"}
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ _SHOWN = ("step", "loss", "lr", "pairs_per_second", *_WRONG)
 
 def opening(
     *, model: nn.Module, name: str, data: Mapping[str, Any], config: Any, ranks: Ranks,
-    steps: int, precision: torch.dtype | None,
+    steps: int, precision: torch.dtype | None, epochs: float,
 ) -> list[str]:  # fmt: skip
     """What a run is about to do.
 
@@ -36,6 +36,7 @@ def opening(
         config: the settings.
         steps: of the whole run.
         precision: autocast dtype.
+        epochs: passes over the data, of which what fills no whole step is left out.
     """
     autocast = "float32" if precision is None else str(precision).removeprefix("torch.")
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -43,13 +44,12 @@ def opening(
     (_, train), *others = data.items()
     pairs = getattr(train, "samples", None)
     held_out = [f"{getattr(loader, 'samples', '?')} in {key}" for key, loader in others]
-    epochs = "" if not pairs else f", {steps * config.batch_size / pairs:.3g} epochs"
     facts = {
         "device": f"{_device(ranks)}, {autocast}",
         "model": f"{name}: {amount(count)} parameters, images of {size} x {size} pixels",
         "data": f"{pairs} pairs of {config.data}",
         "held out": ", ".join(held_out),
-        "length": f"{steps} steps of {config.batch_size} pairs{epochs}",
+        "length": f"{steps} steps of {config.batch_size} pairs, {epochs:.3g} epochs",
         "results": f"{config.folder} (model, checkpoints, log.jsonl, tensorboard)",
     }
     return [line for label, fact in facts.items() if fact for line in labelled(label, fact)]

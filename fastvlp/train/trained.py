@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastvlp.data import RgbConversion
 from fastvlp.data.images import recipes
+from fastvlp.data.shards.write import atomic_file
+from fastvlp.data.text import (
+    BertTokenizer,
+    CaptionTokenizer,
+    ClipTokenizer,
+    albef_tokenizer,
+    vilt_tokenizer,
+)
+from fastvlp.data.text import files as tokenizer_files
 from fastvlp.data.text.clip import MERGES_FILE
-from fastvlp.models import base
+from fastvlp.models import albef, base, clip, vilt
 from fastvlp.models.checkpoints import LoadReport, load_any
 from fastvlp.models.files import read_json
 from fastvlp.train import run_folder
 from fastvlp.train.config import read_yaml
-from fastvlp.train.tasks import albef_setup, clip_setup, vilt_setup
+from fastvlp.train.tasks.vocabularies import bert_vocabulary
 
 BUILT_IN = "openmoji"
+IMAGE_VALUES = "preprocessor_config.json"
 # Image transforms of evaluation, with their parameters of a model.
 RECIPES = {
     "clip": ("clip_eval", lambda config: {"size": config.image_size}),
-    "vilt": ("vilt_eval", vilt_setup.recipe_sizes),
+    "vilt": ("vilt_eval", lambda config: vilt_sizes(config)),
     "albef": ("albef_eval", lambda config: {"size": config.image_size}),
 }
 # Vocabularies that lie beside a model, by its kind.
@@ -54,6 +66,17 @@ def load(
     return found
 
 
+def of_kind(model: base.Model, kind: str, path: Path) -> Any:
+    """The model, if it is one of this kind to start a training from.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if model.kind != kind:
+        raise ValueError(f"init: expected weights of {kind}, got those of {model.kind} in {path}")
+    return model
+
+
 def tokenizer(path: Path, model: base.Model, given: Path | None = None) -> Any:
     """The tokenizer of a model: from the file given, from beside the model, or the papers'.
 
@@ -62,14 +85,62 @@ def tokenizer(path: Path, model: base.Model, given: Path | None = None) -> Any:
     """
     beside = [_folder(path) / name for name in _VOCABULARIES[model.kind]]
     file = given or next((each for each in beside if each.is_file()), None)
-    setup = {"clip": clip_setup, "vilt": vilt_setup, "albef": albef_setup}[model.kind]
-    made = setup.tokenizer_of(file, model.config)
+    made = _TOKENIZERS[model.kind](file, model.config)
     if made.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"tokenizer: expected at most the model's {model.config.vocab_size} ids, got "
             f"{made.vocab_size} of {file or 'the vocabulary of the papers'}; give --tokenizer"
         )
     return made
+
+
+def _of_clip(file: Path | None, sizes: clip.ClipConfig) -> ClipTokenizer | CaptionTokenizer:
+    length = sizes.context_length
+    if file is None:
+        return ClipTokenizer(context_length=length, truncate=True)
+    made = tokenizer_files.for_clip(file, length)
+    if made.context_length > length:
+        raise ValueError(
+            f"tokenizer: expected at most the model's {length} ids of a caption, got "
+            f"{made.context_length} of {file}"
+        )
+    return made
+
+
+def _of_vilt(file: Path | None, sizes: vilt.ViltConfig) -> BertTokenizer:
+    source = bert_vocabulary(file, [])
+    return vilt_tokenizer(source, padding="longest", context_length=sizes.context_length)
+
+
+def _of_albef(file: Path | None, sizes: albef.AlbefConfig) -> BertTokenizer:
+    return albef_tokenizer(bert_vocabulary(file, []), context_length=min(25, sizes.text_positions))
+
+
+# Without a file that of the paper.
+_TOKENIZERS: dict[str, Callable[..., Any]] = {
+    "clip": _of_clip,
+    "vilt": _of_vilt,
+    "albef": _of_albef,
+}
+
+
+def vilt_sizes(sizes: vilt.ViltConfig) -> dict[str, int]:
+    """Parameters of ViLT's image transforms: a side is at most 1333 / 800 of the other."""
+    shorter = sizes.image_size
+    return {
+        "shorter": shorter,
+        "longer": int(1333 / 800 * shorter),
+        "multiple": sizes.patch_size,
+    }
+
+
+def keep_image_values(folder: Path, values: tuple[tuple[float, ...], ...]) -> None:
+    """Write in a run's folder by what its images are normalised, where the paper has others."""
+    if values != (recipes.CLIP_MEAN, recipes.CLIP_STD):
+        mean, std = values
+        described = {"image_mean": list(mean), "image_std": list(std)}
+        with atomic_file(folder / IMAGE_VALUES) as file:
+            file.write(json.dumps(described, indent=2).encode() + b"\n")
 
 
 def recipe(path: Path, model: base.Model) -> recipes.Recipe:
@@ -90,7 +161,7 @@ def image_values(path: Path, kind: str = "clip") -> tuple[tuple[float, ...], tup
     folder = _folder(path)
     for file, inside, names in (
         ("open_clip_config.json", "preprocess_cfg", ("mean", "std")),
-        ("preprocessor_config.json", None, ("image_mean", "image_std")),
+        (IMAGE_VALUES, None, ("image_mean", "image_std")),
     ):
         if not (folder / file).is_file():
             continue

@@ -42,7 +42,7 @@ def test_a_text_finds_the_images_of_the_highest_cosines(small_run, photos, tmp_p
 def test_unreadable_images_are_named_and_left_out(small_run, photos, tmp_path, capsys):
     search(small_run, photos, tmp_path, "caption 3", "--batch-size", "2")
     shown = capsys.readouterr().out
-    assert "2 images could not be read and were left out:" in shown
+    assert "left out, because they cannot be read: 2 images\n" in shown
     assert "cut.jpg: the image cannot be decoded" in shown and "notes.png" in shown
     assert "encoding: 9 of 9 images, 2 unreadable" in shown
 

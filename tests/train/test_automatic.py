@@ -19,15 +19,15 @@ GPU = Ranks(0, 1, torch.device("cuda"), None)
 @pytest.mark.parametrize(
     ("pairs", "ranks", "given", "expected"),
     [
-        (180, CPU, {}, ("tiny", 64, 100.0, 1e-3, 20)),
-        (2, CPU, {}, ("tiny", 1, 100.0, 1e-3, 20)),
+        (180, CPU, {}, ("tiny", 64, 60.0, 1e-3, 12)),
+        (2, CPU, {}, ("tiny", 1, 60.0, 1e-3, 12)),
         (3000, CPU, {}, ("tiny", 128, 13.0, 1e-3, 29)),
         (10**6, CPU, {}, ("tiny", 128, 5.0, 1e-3, 2000)),
-        (3000, GPU, {}, ("tiny", 1024, 100.0, 1e-3, 20)),
+        (3000, GPU, {}, ("tiny", 1024, 60.0, 1e-3, 12)),
         (300_000, GPU, {}, ("ViT-S/32", 1024, 33.0, 5e-4, 963)),
         (12 * 10**6, GPU, {}, ("ViT-B/32", 1024, 5.0, 5e-4, 2000)),
-        (180, CPU, {"model": "ViT-S/32", "batch_size": 16}, ("ViT-S/32", 16, 100.0, 5e-4, 110)),
-        (180, CPU, {"steps": 30}, ("tiny", 64, 100.0, 1e-3, 3)),
+        (180, CPU, {"model": "ViT-S/32", "batch_size": 16}, ("ViT-S/32", 16, 60.0, 5e-4, 66)),
+        (180, CPU, {"steps": 30}, ("tiny", 64, 60.0, 1e-3, 3)),
         (180, CPU, {"epochs": 4.0}, ("tiny", 64, 4.0, 1e-3, 0)),
     ],
 )
@@ -52,11 +52,12 @@ def test_the_choice_is_said_and_kept_when_the_run_goes_on(tmp_path, capsys):
     options = ["train", "clip", "--data", shards, "--folder", str(tmp_path / "run"),
                "--device", "cpu", "--precision", "float32"]  # fmt: skip
     cli.main([*options, "--steps", "2"])
-    assert "chosen for 12 pairs and" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "chosen    model tiny, batch size 4, lr 0.001, warmup 0, for 12 pairs and" in shown
     begun = read_yaml(tmp_path / "run" / "config.yaml")
     assert (begun["model"], begun["batch_size"], begun["steps"]) == ("tiny", 4, 2)
     cli.main(options)
     shown = capsys.readouterr().out
-    assert "chosen for" not in shown and "all 2 steps are taken" in shown
+    assert "chosen" not in shown and "all 2 steps are taken" in shown
     assert read_yaml(tmp_path / "run" / "config.yaml") == begun
     assert json.loads((tmp_path / "run" / "model.json").read_text())["image_size"] == 64

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
 from typing import Any
 
-from fastvlp.data.text import BertTokenizer, albef_tokenizer
+from fastvlp.data.text import albef_tokenizer
 from fastvlp.data.text.cleaning import clean_albef
 from fastvlp.data.text.masked import MaskingTokenizer
 from fastvlp.models import albef, base
 from fastvlp.train.config import TrainAlbef
 from fastvlp.train.parallel import Ranks
+from fastvlp.train.sizes import with_file
 from fastvlp.train.tasks.albef import AlbefTask
 from fastvlp.train.tasks.data import (
     HELD_OUT,
@@ -29,15 +30,18 @@ def build(config: TrainAlbef, ranks: Ranks) -> tuple[AlbefTask, Any]:
     rows = per_rank_batch_size(config.batch_size, ranks)
     if config.model not in albef.CONFIGS:
         raise base.unknown_name("model", config.model, list(albef.CONFIGS))
-    size = albef.CONFIGS[config.model].image_size
+    named = with_file(albef.CONFIGS[config.model], config.model_config)
+    size = named.image_size
     make = _openmoji if config.data == "openmoji" else _shards
     tokenizer, loader, held_out = make(config, size, ranks, rows)
     sizes = {"queue_size": config.queue_size, "momentum": config.momentum}
-    model = albef.create(
-        config.model,
-        vocab_size=tokenizer.vocab_size,
-        queue_ids=config.match_ids,
-        **{name: value for name, value in sizes.items() if value is not None},
+    model = albef.Albef(
+        dataclasses.replace(
+            named,
+            vocab_size=tokenizer.vocab_size,
+            queue_ids=config.match_ids,
+            **{name: value for name, value in sizes.items() if value is not None},
+        )
     )
     start_from_files(model, config)
     task = AlbefTask(
@@ -96,8 +100,3 @@ def _shards(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
             config.eval_data, "albef_eval", sizes, rows, tokenizer.padded, ranks, **options
         )
     return tokenizer, loader, held_out
-
-
-def tokenizer_of(file: Path | None, sizes: albef.AlbefConfig) -> BertTokenizer:
-    """The tokenizer of a trained model; without a file with the paper's vocabulary."""
-    return albef_tokenizer(bert_vocabulary(file, []), context_length=min(25, sizes.text_positions))

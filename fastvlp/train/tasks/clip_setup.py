@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from fastvlp.data.text import ClipTokenizer, train_tokenizer
+from fastvlp.data.images import recipes
+from fastvlp.data.images.recipes import Recipe
 from fastvlp.data.text import files as tokenizer_files
+from fastvlp.data.text import train_tokenizer
 from fastvlp.models import clip
+from fastvlp.train import trained
 from fastvlp.train.config import TrainClip
 from fastvlp.train.parallel import Ranks
+from fastvlp.train.sizes import with_file
 from fastvlp.train.tasks.clip import (
     ClipTask,
     features,
@@ -33,19 +36,22 @@ from fastvlp.train.tasks.vocabularies import ENTRIES, learned
 def build(config: TrainClip, ranks: Ranks) -> tuple[ClipTask, Any]:
     """The task and the training loader."""
     rows = per_rank_batch_size(config.batch_size, ranks)
-    sizes = clip.config_of_name(config.model, "model")
-    tokenizer = None
-    if config.tokenizer is not None:
-        tokenizer = tokenizer_files.for_clip(config.tokenizer, sizes.context_length)
+    start = None if config.init is None else _start(config)
+    if start is None:
+        sizes = clip.config_of_name(config.model, "model")
+        sizes = with_file(sizes, config.model_config)
+        tokenizer = None
+        if config.tokenizer is not None:
+            tokenizer = tokenizer_files.for_clip(config.tokenizer, sizes.context_length)
+    else:
+        sizes = start.config
+        tokenizer = trained.tokenizer(config.init, start, config.tokenizer)
     make = _openmoji if config.data == "openmoji" else _shards
     tokenizer, loader, held_out, groups = make(config, tokenizer, ranks, rows, sizes)
-    model = clip.Clip(
-        dataclasses.replace(
-            sizes,
-            vocab_size=tokenizer.vocab_size,
-            context_length=tokenizer.context_length,
-        )
-    )
+    model = start
+    if model is None:
+        words = {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
+        model = clip.Clip(dataclasses.replace(sizes, **words))
     task = ClipTask(
         model,
         tokenizer,
@@ -56,6 +62,19 @@ def build(config: TrainClip, ranks: Ranks) -> tuple[ClipTask, Any]:
         reference=config.reference,
     )
     return task, loader
+
+
+def _start(config: TrainClip) -> clip.Clip:
+    """The model that the training starts from, in training mode."""
+    model, _ = trained.load(config.init, config.activation)
+    return trained.of_kind(model, "clip", config.init).train()
+
+
+def _recipe(config: TrainClip, name: str, sizes: clip.ClipConfig) -> Recipe:
+    values = {}
+    if config.init is not None:
+        values = dict(zip(("mean", "std"), trained.image_values(config.init), strict=True))
+    return recipes.recipe(name, size=sizes.image_size, **values)
 
 
 def zero_shot_openmoji(
@@ -90,27 +109,28 @@ def _shards(config: TrainClip, tokenizer, ranks: Ranks, rows: int, sizes: clip.C
 
         file = learned(config, "clip_train", "tokenizer.json", learn, ranks)
         tokenizer = tokenizer_files.for_clip(file)
-    recipe, options = {"size": sizes.image_size}, image_options(config)
+    options = image_options(config)
+    if config.init is not None and ranks.is_first:
+        trained.keep_image_values(config.folder, trained.image_values(config.init))
     loader = shard_loader(
-        config.data, "clip_train", recipe, rows, tokenizer, ranks, seed=config.seed, **options
+        config.data,
+        _recipe(config, "clip_train", sizes),
+        {},
+        rows,
+        tokenizer,
+        ranks,
+        seed=config.seed,
+        **options,
     )
     held_out = {}
     if config.eval_data is not None:
         held_out["eval"] = shard_loader(
-            config.eval_data, "clip_eval", recipe, rows, tokenizer, ranks, **options
+            config.eval_data,
+            _recipe(config, "clip_eval", sizes),
+            {},
+            rows,
+            tokenizer,
+            ranks,
+            **options,
         )
     return tokenizer, loader, held_out, {}
-
-
-def tokenizer_of(file: Path | None, sizes: clip.ClipConfig) -> Callable:
-    """The tokenizer of a trained model; without a file with the paper's vocabulary."""
-    length = sizes.context_length
-    if file is None:
-        return ClipTokenizer(context_length=length, truncate=True)
-    tokenizer = tokenizer_files.for_clip(file, length)
-    if tokenizer.context_length > length:
-        raise ValueError(
-            f"tokenizer: expected at most the model's {length} ids of a caption, got "
-            f"{tokenizer.context_length} of {file}"
-        )
-    return tokenizer
