@@ -69,7 +69,7 @@ def create(
             the weights need, or contradict, `activation` or `end_token`.
         TypeError: `sizes` has no such field.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from PIL import Image
         >>> model, preprocess, tokenizer = create("tiny")

@@ -69,6 +69,22 @@ class GradCache:
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp import GradCache
+        >>> from fastvlp.losses import ClipLoss
+        >>> class Towers(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.image, self.text = torch.nn.Linear(12, 16), torch.nn.Linear(8, 16)
+        ...     def forward(self, images, texts):
+        ...         return self.image(images), self.text(texts), torch.tensor(10.0)
+        >>> model = Towers()
+        >>> cache = GradCache(model, ClipLoss(), chunk_size=2)
+        >>> loss = cache.step(torch.randn(8, 12), torch.randn(8, 8))
+        >>> model.image.weight.grad.shape
+        torch.Size([16, 12])
     """
 
     def __init__(

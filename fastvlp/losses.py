@@ -107,6 +107,16 @@ class ClipLoss(_ContrastiveLoss):
 
     Subclasses that compute something of the logits besides, as open_clip's DistillClipLoss does,
     have its `get_logits` and `get_ground_truth`. `forward` does not go through them.
+
+    Examples:
+        >>> import torch
+        >>> from torch.nn.functional import normalize
+        >>> images, texts = (normalize(torch.randn(8, 16), dim=-1).requires_grad_() for _ in "ab")
+        >>> from fastvlp.losses import ClipLoss
+        >>> loss = ClipLoss()(images, texts, torch.tensor(14.3))
+        >>> loss.backward()
+        >>> images.grad.shape
+        torch.Size([8, 16])
     """
 
     _unused_by_forward = ("get_logits", "get_ground_truth")
@@ -240,6 +250,16 @@ class SigLipLoss(_ContrastiveLoss):
 
     Subclasses have open_clip's `get_logits`, `get_ground_truth` and `_loss`, all of one rank's
     own features. `forward` does not go through them.
+
+    Examples:
+        >>> import torch
+        >>> from torch.nn.functional import normalize
+        >>> images, texts = (normalize(torch.randn(8, 16), dim=-1).requires_grad_() for _ in "ab")
+        >>> from fastvlp.losses import SigLipLoss
+        >>> loss = SigLipLoss()(images, texts, torch.tensor(10.0), torch.tensor(-10.0))
+        >>> loss.backward()
+        >>> images.grad.shape
+        torch.Size([8, 16])
     """
 
     _unused_by_forward = ("get_logits", "get_ground_truth", "_loss")

@@ -100,6 +100,16 @@ def mask_tokens(
     Raises:
         TypeError, ValueError: an argument has another shape, dtype, device or value. (Ids on a
             GPU are not looked at.)
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.masking import MaskingVocabulary, mask_tokens, sample_keys
+        >>> pieces = torch.zeros(1000, dtype=torch.bool)
+        >>> vocabulary = MaskingVocabulary(1000, 3, 0, 1, sep_id=2, continuation=pieces)
+        >>> ids, keys = torch.randint(10, 1000, (2, 12)), sample_keys(0, torch.arange(2))
+        >>> masked, labels = mask_tokens(ids, vocabulary, keys, rate=0.5)
+        >>> torch.equal(masked[labels == -100], ids[labels == -100])
+        True
     """
     _check(ids, vocabulary, keys, rate, budget)
     positions = torch.arange(ids.shape[1], device=ids.device)

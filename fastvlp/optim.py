@@ -52,6 +52,16 @@ class AdamWEma(torch.optim.Optimizer):
 
     Every group's options are checked when it is added or loaded, before anything changes.
     amsgrad, capturable and differentiable are not supported and refused, in a loaded state too.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp import EmaModel
+        >>> from fastvlp.optim import AdamWEma
+        >>> model = torch.nn.Linear(8, 4)
+        >>> momentum = EmaModel(model, decay=0.995)
+        >>> optimizer = AdamWEma(model.parameters(), ema=momentum, lr=1e-3)
+        >>> model(torch.randn(2, 8)).square().mean().backward()
+        >>> optimizer.step()  # AdamW, and the momentum update
     """
 
     def __init__(

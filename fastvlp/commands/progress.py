@@ -24,7 +24,7 @@ def progress(
         unit: what they are, in the plural.
         shown: without, nothing is printed.
 
-    Example:
+    Examples:
         >>> with progress("resizing", 2, "images", shown=False) as advance:
         ...     for image in ("a.png", "b.png"):
         ...         advance(1)

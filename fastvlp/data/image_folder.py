@@ -26,9 +26,13 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
         OSError: a folder cannot be read.
         ValueError: it is a file, or there is no image in it.
 
-    Example:
-        >>> find_images("photos")  # doctest: +SKIP
-        [PosixPath('photos/bus.jpg'), PosixPath('photos/cats/1.png')]
+    Examples:
+        >>> from PIL import Image
+        >>> Path("photos/cats").mkdir(parents=True)
+        >>> for name in ("bus.jpg", "cats/1.png"):
+        ...     Image.new("RGB", (8, 8)).save(Path("photos", name))
+        >>> [path.as_posix() for path in find_images("photos")]
+        ['photos/bus.jpg', 'photos/cats/1.png']
     """
     folder = Path(folder)
     if not folder.exists():
@@ -87,10 +91,15 @@ def encode_images(
     Raises:
         ValueError: none of the files can be read; the message names the first ones.
 
-    Example:
-        >>> import fastvlp  # doctest: +SKIP
-        >>> model, preprocess, _ = fastvlp.create("runs/clip")  # doctest: +SKIP
-        >>> encode_images(find_images("photos"), preprocess, model.encode_image)  # doctest: +SKIP
+    Examples:
+        >>> import fastvlp
+        >>> from PIL import Image
+        >>> photos = [Path("bus.jpg")]
+        >>> Image.new("RGB", (80, 60), "red").save(photos[0])
+        >>> model, preprocess, _ = fastvlp.create("tiny")
+        >>> features, kept, faults = encode_images(photos, preprocess, model.encode_image)
+        >>> features.shape, len(faults)
+        (torch.Size([1, 512]), 0)
     """
     parts, kept, faults = [], [], []
 

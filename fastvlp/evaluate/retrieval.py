@@ -55,6 +55,13 @@ def retrieval(
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or range, or is not finite.
         RuntimeError: with a group, on every rank, when one rank fails or differs from the others.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.evaluate.retrieval import retrieval
+        >>> scores = retrieval(torch.eye(20), torch.eye(20).roll(1, 0))
+        >>> scores["text_to_image"]["R@10"], scores["text_to_image"]["median_rank"]
+        (0.0, 20.0)
     """
     with reporting(group, "retrieval"):
         _check_features(image_features, text_features)

@@ -51,6 +51,11 @@ def prompts(names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[
 
     Raises:
         TypeError: `names` or `templates` is one string, which would be taken letter by letter.
+
+    Examples:
+        >>> from fastvlp.evaluate.zero_shot import prompts
+        >>> prompts(["dog", "bus"], ["a photo of a {}."])
+        [['a photo of a dog.'], ['a photo of a bus.']]
     """
     for argument, value in (("names", names), ("templates", templates)):
         if isinstance(value, str):

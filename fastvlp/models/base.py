@@ -151,7 +151,7 @@ def unknown_name(
         known: all names that are accepted.
         shown: those to list, by default all.
 
-    Example:
+    Examples:
         >>> str(unknown_name("model", "tinny", ["tiny", "base"]))
         "model: expected one of base, tiny, got 'tinny'; did you mean 'tiny'?"
     """

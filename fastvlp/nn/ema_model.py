@@ -78,6 +78,18 @@ class EmaModel(nn.Module):
     Tied parameters are updated once, frozen ones like all others. DTensor parameters are updated
     shard by shard. The state_dict holds the momentum module under `module.` and the number of
     updates; the copy is made again on loading, to the bit.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp import EmaModel
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> momentum = EmaModel(model, decay=0.75)
+        >>> with torch.no_grad():
+        ...     before = model.weight.clone()
+        ...     model.weight += 1.0
+        >>> momentum.update()
+        >>> torch.allclose(momentum.module.weight, before + 0.25)
+        True
     """
 
     def __init__(

@@ -33,6 +33,14 @@ class FeatureQueue(torch.nn.Module):
             its own part, of any size (no rows included), and all queues stay equal. The ranks
             agree on their sizes, options and the queue's position first, which waits for the
             device once.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp import FeatureQueue
+        >>> queue = FeatureQueue(size=64, dim=16)
+        >>> queue.enqueue(torch.randn(4, 16), torch.randn(4, 16))
+        >>> queue.keys()["queue_length"]
+        tensor(4)
     """
 
     image_queue: torch.Tensor

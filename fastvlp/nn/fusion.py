@@ -171,6 +171,16 @@ class FusionLayer(_BertParameters):
     """A fusion layer on packed text whose pairs are grouped by image.
 
     Keys and values are projected once for each image, however many pairs use it.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.nn import FusionLayer
+        >>> layer = FusionLayer(32, heads=4)
+        >>> tokens, images = torch.randn(7, 32), torch.randn(2, 10, 32)
+        >>> pairs = torch.tensor([0, 2, 4, 7])  # two of image 0, and one of image 1
+        >>> rows = torch.tensor([0, 4, 7])
+        >>> layer(tokens, pairs, images, rows).shape
+        torch.Size([7, 32])
     """
 
     def project_images(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by `linear`. `reference` leaves the matmul to PyTorch."""
+    """`nn.Linear` by `linear`. `reference` leaves the matmul to PyTorch.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.nn import Linear
+        >>> Linear(16, 4)(torch.randn(2, 16)).shape
+        torch.Size([2, 4])
+    """
 
     reference = False
 

@@ -75,7 +75,7 @@ def labelled(label: str, text: str) -> list[str]:
 def amount(count: int) -> str:
     """A large number in three digits.
 
-    Example:
+    Examples:
         >>> amount(950), amount(4_520_000), amount(151_277_313)
         ('950', '4.52 M', '151 M')
     """
@@ -88,7 +88,7 @@ def amount(count: int) -> str:
 def duration(seconds: float) -> str:
     """A time as it is read: seconds, or minutes and seconds, or hours and minutes.
 
-    Example:
+    Examples:
         >>> duration(4.2), duration(83), duration(7385)
         ('4.2 s', '1 min 23 s', '2 h 3 min')
     """
@@ -144,13 +144,13 @@ def score_lines(step: int, steps: int, scores: Mapping[str, float]) -> list[str]
 def table(scores: Mapping[str, float]) -> list[str]:
     """The scores as tables: a row for each thing that they are of, a column for each measure.
 
-    Example:
+    Examples:
         >>> print("\\n".join(table({"eval/a/R@1": 0.5, "eval/a/R@5": 1, "eval/loss": 2})))
-        scores      R@1     R@5
-        eval/a   0.5000  1.0000
+        scores     R@1     R@5
+        eval/a  0.5000  1.0000
         <BLANKLINE>
-        scores     loss
-        eval     2.0000
+        scores    loss
+        eval    2.0000
     """
     kinds: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
     for of, measures in groups(scores).items():

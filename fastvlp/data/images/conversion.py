@@ -40,7 +40,7 @@ class RgbConversion:
     Raises:
         ValueError: the colour or the method is unknown.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> clear = Image.new("RGBA", (1, 1), (0, 0, 0, 0))
         >>> RgbConversion(background="#ff0000")(clear).getpixel((0, 0))

@@ -28,7 +28,7 @@ class Preprocess:
         recipe: one for evaluation, see ``fastvlp.data.images.recipes``.
         convert: how images of other modes become 8-bit RGB.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> from fastvlp.data.images.recipes import CentreCrop
         >>> preprocess = Preprocess(CentreCrop(size=64))

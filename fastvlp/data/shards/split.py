@@ -44,7 +44,7 @@ def split_by_image(
         ValueError: the share is out of range, there are fewer than two images, or none of some
             images that are looked for is there.
 
-    Example:
+    Examples:
         >>> from fastvlp.data.shards.sources import read_pairs
         >>> pairs, broken = read_pairs(Path("captions.csv"))  # doctest: +SKIP
         >>> train, val = split_by_image(pairs, 0.9, Path("photos"), Path("."))  # doctest: +SKIP

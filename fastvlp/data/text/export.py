@@ -24,7 +24,7 @@ def save_for_transformers(
     Raises:
         TypeError: it is another kind of tokenizer.
 
-    Example:
+    Examples:
         >>> from fastvlp.data.text import train_tokenizer
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_for_transformers(train_tokenizer(["a red bus"]), folder)

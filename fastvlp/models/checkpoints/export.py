@@ -45,7 +45,7 @@ def export_clip(
     Raises:
         ValueError: `to` is neither, or transformers has no such model.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from fastvlp.models import clip
         >>> with tempfile.TemporaryDirectory() as folder:

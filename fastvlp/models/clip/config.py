@@ -135,7 +135,7 @@ def config_of_name(name: str, argument: str = "name") -> ClipConfig:
     Raises:
         ValueError: there is no such name; the message suggests the nearest.
 
-    Example:
+    Examples:
         >>> config_of_name("ViT-B/32").activation, config_of_name("ViT-B-32").activation
         ('quick_gelu', 'gelu')
     """

@@ -247,7 +247,7 @@ def create(name: str, **overrides: int | str) -> Clip:
         ValueError: no such size, or the sizes do not fit together.
         TypeError: no such field.
 
-    Example:
+    Examples:
         >>> create("tiny", vocab_size=1200).config.image_size
         64
     """

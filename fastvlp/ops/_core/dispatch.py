@@ -81,6 +81,13 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         ValueError: for an unknown operator or an unknown forced backend.
         TypeError: for arguments that are not the operator's.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.ops import explain
+        >>> x = torch.randn(8, 16, dtype=torch.float64)
+        >>> explain("contrastive", x, x).chosen
+        'reference'
     """
     if op not in _OPERATORS:
         raise ValueError(f"op: expected one of {', '.join(operators())}; got {op!r}")

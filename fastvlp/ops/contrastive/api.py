@@ -91,6 +91,16 @@ def contrastive(
         RuntimeError: FASTVLP_BACKEND forces an implementation that cannot run, or a second
             derivative is asked for; with `group`, on every rank, when any rank's arguments are
             bad, or its options or its scale differ from the others'.
+
+    Examples:
+        >>> import torch
+        >>> from torch.nn.functional import normalize
+        >>> images, texts = (normalize(torch.randn(8, 16), dim=-1).requires_grad_() for _ in "ab")
+        >>> from fastvlp.ops import contrastive
+        >>> loss = contrastive(images, texts, 14.3)
+        >>> loss.backward()
+        >>> loss.shape, images.grad.shape
+        (torch.Size([]), torch.Size([8, 16]))
     """
     distributed = spans_ranks(group)
     with reporting(group, "contrastive"):

@@ -41,6 +41,15 @@ def sigmoid_contrastive(
     Arguments, result and errors are as for `fastvlp.ops.contrastive`, with a bias that matters:
     the loss is differentiable once with respect to the features, the scale and the bias. With
     `group` the text features pass round a ring.
+
+    Examples:
+        >>> import torch
+        >>> from torch.nn.functional import normalize
+        >>> images, texts = (normalize(torch.randn(8, 16), dim=-1).requires_grad_() for _ in "ab")
+        >>> from fastvlp.ops import sigmoid_contrastive
+        >>> sigmoid_contrastive(images, texts, 10.0, -10.0).backward()
+        >>> texts.grad.shape
+        torch.Size([8, 16])
     """
     distributed = spans_ranks(group)
     with reporting(group, "sigmoid_contrastive"):

@@ -90,6 +90,14 @@ def cross_attention(
             values in cu_seqlens are not looked at.
         RuntimeError: FASTVLP_BACKEND forces an implementation that cannot run, or a second
             derivative is asked for.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.ops import cross_attention
+        >>> q = torch.randn(7, 2, 16)  # two images: 4 and 3 rows of text
+        >>> k, v = torch.randn(2, 2, 49, 2, 16)
+        >>> cross_attention(q, k, v, torch.tensor([0, 4, 7])).shape
+        torch.Size([7, 2, 16])
     """
     tensors = q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask
     bounds = max_seqlen_q, max_seqlen_k

@@ -64,6 +64,13 @@ def attention(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: FASTVLP_ATTENTION names a backend that cannot run.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.nn import attention
+        >>> q, k, v = torch.randn(3, 2, 50, 4, 16)
+        >>> attention(q, k, v).shape
+        torch.Size([2, 50, 4, 16])
     """
     _check(q, k, v, key_mask, causal)
     backend = choose("attention", q, k, v, key_mask=key_mask, causal=causal, scale=scale)

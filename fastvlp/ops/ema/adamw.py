@@ -56,6 +56,15 @@ def adamw_ema(
             `fastvlp.ops.last_exceeding` gives it: nothing is written unless it is -1.
 
     Raises TypeError, ValueError or RuntimeError as `ema` does, before anything is written.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.ops import adamw_ema
+        >>> weights, gradients = [torch.ones(2)], [torch.ones(2)]
+        >>> moments = [torch.zeros(2)], [torch.zeros(2)]
+        >>> adamw_ema(weights, gradients, *moments, step=1, lr=0.5, weight_decay=0.0)
+        >>> weights
+        [tensor([0.5000, 0.5000])]
     """
     lists = {
         "weights": weights, "gradients": gradients, "first_moments": first_moments,

@@ -55,6 +55,14 @@ def ema(
             written then.
         RuntimeError: memory that is written overlaps other memory of the call, or FASTVLP_BACKEND
             forces an implementation that cannot run. Nothing was written.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.ops import ema
+        >>> momentum, weights = [torch.zeros(2)], [torch.ones(2)]
+        >>> ema(momentum, weights, 0.75)
+        >>> momentum
+        [tensor([0.2500, 0.2500])]
     """
     momentum, source, copies = list(momentum), list(source), list(copies or ())
     lists: dict[str, Sequence[torch.Tensor]] = {

@@ -45,6 +45,13 @@ def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: FASTVLP_BACKEND forces an implementation that cannot run.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.ops import matmul
+        >>> matmul(torch.eye(2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(2))
+        tensor([[2., 3.],
+                [4., 5.]])
     """
     _check_inputs(a, b, bias)
     if choose("matmul", a, b, bias) == "reference":

@@ -98,6 +98,18 @@ def momentum_contrastive(
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: FASTVLP_BACKEND forces an implementation that cannot run, or a second
             derivative is asked for.
+
+    Examples:
+        >>> import torch
+        >>> from torch.nn.functional import normalize
+        >>> from fastvlp.ops import momentum_contrastive
+        >>> image, text, image_m, text_m = (normalize(torch.randn(4, 16), dim=-1) for _ in range(4))
+        >>> queues = [normalize(torch.randn(64, 16), dim=-1) for _ in range(2)]
+        >>> image = image.requires_grad_()
+        >>> found = momentum_contrastive(image, text, image_m, text_m, *queues, temperature=0.07)
+        >>> found.loss.backward()
+        >>> found.negative_texts.shape, image.grad.shape
+        (torch.Size([4]), torch.Size([4, 16]))
     """
     inputs = prepare(
         image_features, text_features, image_momentum, text_momentum, image_queue, text_queue,

@@ -47,6 +47,17 @@ class TextLayout:
         unpack: [total, ...] -> [texts, padded length, ...], zeros for padding
         first, last: [total, ...] -> [texts, ...], a text's first or last token (BERT's [CLS],
             CLIP's end of text), zeros for an empty one.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.ops.packing import TextLayout
+        >>> texts = TextLayout.from_mask(torch.tensor([[True, True, False], [True, False, False]]))
+        >>> packed = texts.pack(torch.tensor([[5, 6, 0], [7, 0, 0]]))
+        >>> packed, texts.cu_seqlens
+        (tensor([5, 6, 7]), tensor([0, 2, 3], dtype=torch.int32))
+        >>> texts.unpack(packed)
+        tensor([[5, 6, 0],
+                [7, 0, 0]])
     """
 
     lengths: tuple[int, ...]
@@ -176,6 +187,14 @@ class PairLayout:
         expand: packed texts [text tokens, ...] -> [total, ...]
         first: [total, ...] -> [pairs, ...], each pair's first token in the order of the pair list
             (what image-text matching classifies), zeros for an empty text.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.ops.packing import PairLayout, TextLayout
+        >>> texts = TextLayout.from_lengths([2, 1], 2)
+        >>> pairs = PairLayout.make(texts, text_index=[0, 1, 1], image_index=[0, 1, 0], images=2)
+        >>> pairs.expand(torch.tensor([5, 6, 7])), pairs.cu_seqlens_images
+        (tensor([5, 6, 7, 7]), tensor([0, 3, 4], dtype=torch.int32))
     """
 
     cu_seqlens_pairs: torch.Tensor

@@ -88,6 +88,16 @@ def soft_cross_entropy(
             of a label out of range. (A GPU cannot raise: there such a row's loss is NaN.)
         RuntimeError: FASTVLP_BACKEND forces an implementation that cannot run, or a second
             derivative is asked for.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.ops import soft_cross_entropy
+        >>> hidden, weight = torch.randn(2, 6, 16, requires_grad=True), torch.randn(50, 16)
+        >>> labels = torch.full((2, 6), -100)
+        >>> labels[0, 3] = 17
+        >>> soft_cross_entropy(hidden, weight, None, labels).backward()
+        >>> hidden.grad[1].count_nonzero()
+        tensor(0)
     """
     hidden, teacher_hidden = as_autocast(hidden, teacher_hidden)
     check_head("", hidden, weight, bias)

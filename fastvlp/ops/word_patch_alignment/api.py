@@ -75,6 +75,15 @@ def word_patch_alignment(
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: FASTVLP_BACKEND forces an implementation that cannot run, or a second
             derivative is asked for.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.ops import alignment_padding, word_patch_alignment
+        >>> words, patches = torch.randn(2, 8, 16), torch.randn(2, 10, 16)
+        >>> lengths = torch.tensor([8, 5]), torch.tensor([10, 10])
+        >>> padding = alignment_padding(*lengths, text_size=8, image_size=10)
+        >>> word_patch_alignment(words, patches, *padding).shape
+        torch.Size([2])
     """
     check_inputs(
         text_features, image_features, text_padding, image_padding,
@@ -198,6 +207,13 @@ def alignment_padding(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
+
+    Examples:
+        >>> import torch
+        >>> from fastvlp.ops import alignment_padding
+        >>> words, _ = alignment_padding(torch.tensor([4]), torch.tensor([3]), 6, 3)
+        >>> words
+        tensor([[ True, False, False,  True,  True,  True]])
     """
     for name, t in (("text_lengths", text_lengths), ("image_lengths", image_lengths)):
         check_tensor(name, t, floating=False, dims=1)
