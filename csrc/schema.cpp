@@ -49,8 +49,8 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "int offset, Tensor(a!) sums, Tensor(b!) out) -> ()");
   // q [T, H, d]; k and v [n, L, H, d], or packed [S, H, d] with cu_seqlens_k; unit stride along d.
   // cu_seqlens [n + 1] int32 or int64; key_mask [n, L] or [S] bool, true where a key is attended;
-  // seed [] int64. Returns out [T, H, d] and what the backward pass needs of the softmax, fp32 and
-  // opaque: [2, H, T] on the CPU, the log-sum-exps [H, T] on CUDA.
+  // seed [] int64. Returns out [T, H, d] and what the backward pass needs of the softmax, fp32
+  // [2, H, T] and opaque.
   m.def(
       "cross_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
       "Tensor? cu_seqlens_k, Tensor? key_mask, Tensor seed, float scale, float dropout_p, "

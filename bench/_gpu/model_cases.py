@@ -129,9 +129,9 @@ def our_attention(queries, keys, heads, width, backward: bool, images: int):
                "max_seqlen_q": queries, "max_seqlen_k": keys}  # fmt: skip
 
     def call():
-        out, lse = cross_attention_forward(q, k, v, *given, **options)
+        out, statistics = cross_attention_forward(q, k, v, *given, **options)
         if backward:
-            cross_attention_backward(grad, q, k, v, out, lse, *given, **options)
+            cross_attention_backward(grad, q, k, v, out, statistics, *given, **options)
 
     return call
 

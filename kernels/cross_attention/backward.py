@@ -4,7 +4,7 @@ With P the softmax, K the dropout factors (0 or 1 / (1 - p)), delta = rowsum(dO 
 
     dV = (P K)^T dO,   dS = P (K (dO V^T) - delta),   dQ = scale dS k,   dK = scale dS^T q
 
-P comes again from the logits and the log-sum-exps of the forward pass. Every element of a gradient
+P comes again from the products and the statistics of the forward pass. Every element of a gradient
 is summed by one program in a fixed order: no atomics, the same bits on every run.
 
 Short queries, all rows of a segment in one tile: one program per segment and head walks the keys
@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .._core import aot
 from .._core.launch import on_device
-from .._core.tiles import LOG2E
+from .._core.support import triton_before
 from . import host
 from .host import INTEGERS, Table, Tile
 from .tiles import (
@@ -39,22 +39,22 @@ from .tiles import (
 # at 64 wide on sm_80 and sm_90). Without wgmma the queries of a tile are an operand that every warp
 # holds in registers: at 128 wide that leaves room for 16 rows, and more take the general path.
 FUSED_TILES: Table = {
-    (80, 2, 64): (Tile(32, 64, 4, 2), Tile(128, 32, 8, 2)),
+    (80, 2, 64): (Tile(32, 32, 4, 2), Tile(128, 32, 8, 2)),
     (80, 2, 128): (Tile(16, 32, 4, 2),),
-    (80, 4, 64): (Tile(32, 32, 8, 1),),
+    (80, 4, 64): (Tile(32, 32, 4, 1),),
     (80, 4, 128): (Tile(32, 16, 8, 1),),
     (90, 2, 64): (Tile(32, 64, 4, 2), Tile(64, 32, 8, 2), Tile(128, 16, 8, 2)),
     (90, 2, 128): (Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
     (90, 4, 64): (Tile(32, 32, 8, 1),),
-    (90, 4, 128): (Tile(32, 16, 8, 1),),
+    (90, 4, 128): (Tile(32, 16, 16, 1),),
     (100, 2, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),
     (100, 2, 128): (Tile(32, 32, 4, 2), Tile(64, 32, 8, 2), Tile(128, 16, 8, 2)),
     (100, 4, 64): (Tile(32, 32, 8, 1),),
     (100, 4, 128): (Tile(32, 16, 8, 1),),
-    (120, 2, 64): (Tile(32, 64, 4, 2), Tile(128, 16, 8, 2)),
+    (120, 2, 64): (Tile(32, 64, 4, 1), Tile(128, 16, 8, 2)),
     (120, 2, 128): (Tile(16, 32, 4, 2),),
     (120, 4, 64): (Tile(32, 32, 8, 1),),
-    (120, 4, 128): (Tile(32, 16, 16, 1),),
+    (120, 4, 128): (Tile(32, 16, 16 if triton_before(3, 8) else 8, 1),),
 }
 QUERY_TILES: Table = {
     (80, 2, 64): (Tile(32, 64, 4, 2),),
@@ -65,7 +65,7 @@ QUERY_TILES: Table = {
     (90, 2, 128): (Tile(64, 32, 8, 2),),
     (90, 4, 64): (Tile(32, 32, 8, 1),),
     (90, 4, 128): (Tile(32, 32, 8, 1),),
-    (100, 2, 64): (Tile(64, 64, 4, 2),),
+    (100, 2, 64): (Tile(64, 64, 8, 2),),
     (100, 2, 128): (Tile(64, 64, 8, 2),),
     (100, 4, 64): (Tile(32, 32, 8, 1),),
     (100, 4, 128): (Tile(32, 32, 8, 1),),
@@ -97,25 +97,32 @@ GENERAL_INTERPRETED = (Tile(32, 64, 4, 1),)
 
 
 @triton.jit
-def load_log2_sums(lse_ptr, at, inside):
-    """Log-sum-exps to the base 2; +inf, which makes every weight 0, for rows that attend no key."""
-    lse = tl.load(lse_ptr + at, mask=inside, other=-float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
+def load_statistics(statistics_ptr, heads, total_q, at, inside):
+    """Of each row the largest product and the logarithm of the sum of exponentials, to the base 2:
+    +inf, which makes every weight 0, where a row attends no key or is not there."""
+    top = tl.load(statistics_ptr + at, mask=inside, other=0.0)
+    logs = statistics_ptr + heads.to(tl.int64) * total_q
+    return top, tl.load(logs + at, mask=inside, other=float("inf"))
 
 
 @triton.jit
 def weights_tile(
-    q, k, lse2, row, key, visible, ahead, first_row, first_key, head,
+    q, k, top, log_total, row, key, visible, ahead, first_row, first_key, head,
     seed_ptr, threshold, scale_log2,
     DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """P before dropout, keys x queries, [N, M]; the sign of weights that dropout takes is minus,
-    so that one register holds a weight and its fate until dS needs both."""
-    z = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+    so that one register holds a weight and its fate until dS needs both.
+
+    The products were summed in another order in the forward pass: from about 1e8 on a product may
+    exceed the largest one of then by so much that its exponential would overflow.
+    """
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    z = tl.minimum(s - top[None, :], 0.0) * scale_log2 - log_total[None, :]
     attended = visible[:, None]
     if CAUSAL:
         attended = attended & (key[:, None] <= row[None, :] + ahead)
-    p = tl.exp2(tl.where(attended, z, -float("inf")) - lse2[None, :])
+    p = tl.exp2(tl.where(attended, z, -float("inf")))
     if DROPOUT:
         keep = tl.trans(
             keep_tile(tl.load(seed_ptr), first_row, first_key, head, threshold, BLOCK_M, BLOCK_N)
@@ -145,7 +152,7 @@ def logit_gradient(p, v, do, delta, inverse_keep, DROPOUT: tl.constexpr):
 @triton.jit(do_not_specialize=INTEGERS)
 def query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr,
-    do_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
+    do_ptr, out_ptr, statistics_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     heads, blocks, length, total_q, threshold,
     stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
     scale, scale_log2, inverse_keep,
@@ -179,7 +186,7 @@ def query_gradient_kernel(
     terms = tl.where(inside[:, None], do.to(tl.float32) * out.to(tl.float32), 0.0)
     delta = tl.sum(terms, 1)
     at = head.to(tl.int64) * total_q + first_row + row
-    lse2 = load_log2_sums(lse_ptr, at, inside)
+    top, log_total = load_statistics(statistics_ptr, heads, total_q, at, inside)
     if not FUSED:
         tl.store(delta_ptr + at, delta, mask=inside)
 
@@ -193,7 +200,7 @@ def query_gradient_kernel(
         k = load_rows(k_base, block, visible, stride_kt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
         v = load_rows(v_base, block, visible, stride_vt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
         p = weights_tile(
-            q, k, lse2, row, key, visible, keys - rows, first_row + start, block, head,
+            q, k, top, log_total, row, key, visible, keys - rows, first_row + start, block, head,
             seed_ptr, threshold, scale_log2, DROPOUT, CAUSAL, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if FUSED:
@@ -214,7 +221,7 @@ def query_gradient_kernel(
 @triton.jit(do_not_specialize=INTEGERS)
 def key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr,
-    do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    do_ptr, statistics_ptr, delta_ptr, dk_ptr, dv_ptr,
     heads, blocks, length, total_q, threshold,
     stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
     scale, scale_log2, inverse_keep,
@@ -250,10 +257,10 @@ def key_gradient_kernel(
         q = load_rows(q_base, start, inside, stride_qt * UNIT, BLOCK_M, D, WIDTH, UPCAST)
         do = load_rows(do_base, start, inside, heads * D, BLOCK_M, D, WIDTH, UPCAST)
         at = head.to(tl.int64) * total_q + first_row + row
-        lse2 = load_log2_sums(lse_ptr, at, inside)
+        top, log_total = load_statistics(statistics_ptr, heads, total_q, at, inside)
         delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
         p = weights_tile(
-            q, k, lse2, row, key, visible, keys - rows, first_row + start, block, head,
+            q, k, top, log_total, row, key, visible, keys - rows, first_row + start, block, head,
             seed_ptr, threshold, scale_log2, DROPOUT, CAUSAL, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         dv = value_gradient(p, do, dv, DROPOUT)
@@ -281,7 +288,7 @@ def cross_attention_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    statistics: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor | None,
     key_mask: torch.Tensor | None,
@@ -295,15 +302,18 @@ def cross_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv in the inputs' shapes and dtypes, contiguous.
 
-    grad [total_q, H, d] belongs to the output; out and lse are the results of
+    grad [total_q, H, d] belongs to the output; out and statistics are the results of
     `cross_attention_forward`, whose other arguments return unchanged. Keys that no row attends have
     gradients of 0. Raises ValueError on inputs the kernels do not take.
     """
+    if scale < 0:  # as in the forward pass
+        q = -q
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask)
     sizes = host.check(*inputs, max_seqlen_q, max_seqlen_k)
     dq, dk, dv = (host.empty_result(t) for t in (q, k, v))
-    shared = host.launch_arguments(sizes, *inputs, seed, scale, dropout_p, causal)
-    shared |= {"do_ptr": grad.contiguous(), "lse_ptr": lse, "dk_ptr": dk, "dv_ptr": dv}
+    shared = host.launch_arguments(sizes, *inputs, seed, abs(scale), dropout_p, causal)
+    shared |= {"do_ptr": grad.contiguous(), "dk_ptr": dk, "dv_ptr": dv}
+    shared["statistics_ptr"] = statistics
     by_query = {"out_ptr": out.contiguous(), "dq_ptr": dq}
     tile = fused_tile(
         host.tiles_of(FUSED_TILES, FUSED_INTERPRETED, q), sizes, host.multiprocessors(q.device)
@@ -311,10 +321,11 @@ def cross_attention_backward(
     with on_device(q):
         if tile is not None:
             _launch(
-                query_gradient_kernel, sizes, 1, tile, shared | by_query, delta_ptr=lse, FUSED=True
-            )
+                query_gradient_kernel, sizes, 1, tile, shared | by_query,
+                delta_ptr=statistics, FUSED=True,
+            )  # fmt: skip
         else:
-            delta = torch.empty_like(lse)
+            delta = torch.empty_like(statistics[0])
             (tile,) = host.tiles_of(QUERY_TILES, GENERAL_INTERPRETED, q)
             blocks = triton.cdiv(max_seqlen_q, tile.rows)
             _launch(
@@ -324,6 +335,7 @@ def cross_attention_backward(
             (tile,) = host.tiles_of(KEY_TILES, GENERAL_INTERPRETED, q)
             blocks = triton.cdiv(max_seqlen_k, tile.keys)
             _launch(key_gradient_kernel, sizes, blocks, tile, shared, delta_ptr=delta)
+    dq = -dq if scale < 0 else dq
     return host.rounded(dq, q), host.rounded(dk, k), host.rounded(dv, v)
 
 
@@ -336,7 +348,7 @@ def _launch(kernel, sizes: host.Sizes, blocks: int, tile: Tile, arguments: dict,
 def aot_cases() -> list[aot.Case]:
     """Every configuration of the kernels above, for ahead-of-time compilation."""
     by_key = {"do_ptr": "*T", "dk_ptr": "*T", "dv_ptr": "*T"} | {
-        "lse_ptr": "*fp32", "delta_ptr": "*fp32"
+        "statistics_ptr": "*fp32", "delta_ptr": "*fp32"
     }  # fmt: skip
     by_query = by_key | {"out_ptr": "*T", "dq_ptr": "*T"}
     fused, split = {"FUSED": True}, {"FUSED": False}

@@ -7,9 +7,14 @@ them; eight or more such programs share a multiprocessor and keep its memory rea
 fewer programs than multiprocessors the rows are spread over smaller tiles; the keys of one row are
 never split between programs, so that no second pass has to merge them.
 
-Masked keys and values are not read. A row that attends no key has an output of 0 and a log-sum-exp
-of -inf. The dropout mask is a function of position: fastvlp/ops/cross_attention/dropout.py defines
-it.
+Of the softmax of a row the backward pass needs two numbers: the largest product and the logarithm
+of the sum of exponentials relative to it. As one log-sum-exp they would lose the second at large
+logits, and weights would no longer sum to one. The largest product is subtracted before products
+are scaled, which is exact where it matters.
+
+Masked keys and values are not read. A row that attends no key has an output of 0 and statistics of
+0 and +inf, which make all its weights 0. The dropout mask is a function of position:
+fastvlp/ops/cross_attention/dropout.py defines it.
 """
 
 import torch
@@ -33,7 +38,6 @@ from .tiles import (
 
 __all__ = ["cross_attention_backward", "cross_attention_forward"]
 
-LN2 = tl.constexpr(0.6931471805599453)
 TILES: Table = {
     (80, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 32, 4, 3), Tile(128, 64, 8, 3)),
     (80, 2, 128): (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
@@ -48,16 +52,16 @@ TILES: Table = {
     (100, 4, 64): (Tile(32, 32, 8, 1),),
     (100, 4, 128): (Tile(32, 32, 8, 2),),
     (120, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-    (120, 2, 128): (Tile(32, 32, 2, 2), Tile(64, 32, 4, 2)),
+    (120, 2, 128): (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
     (120, 4, 64): (Tile(32, 32, 8, 1),),
-    (120, 4, 128): (Tile(32, 32, 8, 2),),
+    (120, 4, 128): (Tile(32, 16, 4, 2),),
 }
 TILES_INTERPRETED = (Tile(32, 32, 4, 1), Tile(128, 64, 4, 1))
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr, out_ptr, statistics_ptr,
     heads, blocks, length, total_q, threshold,
     stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
     scale, scale_log2, inverse_keep,
@@ -65,7 +69,8 @@ def attention_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows of one segment and head -> out [total_q, H, D], lse [H, total_q]."""
+    """One tile of query rows of one segment and head -> out [total_q, H, D] and the statistics
+    [2, H, total_q]."""
     start, head, segment, first_row, rows, first_key, keys = own_segment(
         cu_q_ptr, cu_k_ptr, heads, blocks, length, PACKED, BLOCK_M
     )
@@ -90,16 +95,16 @@ def attention_kernel(
         key = block + tl.arange(0, BLOCK_N)
         visible = visible_keys(mask_ptr, first_key, key, keys, MASKED)
         k = load_rows(k_base, block, visible, stride_kt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
-        z = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         attended = visible[None, :]
         if CAUSAL:
             attended = attended & (key[None, :] <= row[:, None] + (keys - rows))
-        z = tl.where(attended, z, -float("inf"))
-        new = tl.maximum(top, tl.max(z, 1))
+        s = tl.where(attended, s, -float("inf"))
+        new = tl.maximum(top, tl.max(s, 1))
         # Rows that have attended nothing yet: -inf - (-inf) would be NaN.
         shift = tl.where(new == -float("inf"), 0.0, new)
-        p = tl.exp2(z - shift[:, None])
-        decay = tl.exp2(top - shift)
+        p = tl.exp2((s - shift[:, None]) * scale_log2)
+        decay = tl.exp2((top - shift) * scale_log2)
         total = total * decay + tl.sum(p, 1)
         acc *= decay[:, None]
         if DROPOUT:
@@ -114,9 +119,10 @@ def attention_kernel(
     out = acc * (inverse_keep / tl.where(total == 0, 1.0, total))[:, None]
     out_base = query_base(out_ptr, first_row, head, heads * D, D, 1)
     store_rows(out_base, start, inside, heads * D, out, BLOCK_M, D, WIDTH)
-    # log2(0) = -inf for rows that attended nothing.
-    lse = (tl.where(top == -float("inf"), 0.0, top) + tl.log2(total)) * LN2
-    tl.store(lse_ptr + head.to(tl.int64) * total_q + first_row + row, lse, mask=inside)
+    at = head.to(tl.int64) * total_q + first_row + row
+    tl.store(statistics_ptr + at, tl.where(total == 0, 0.0, top), mask=inside)
+    log_total = tl.where(total == 0, float("inf"), tl.log2(total))
+    tl.store(statistics_ptr + heads.to(tl.int64) * total_q + at, log_total, mask=inside)
 
 
 def choose_tile(tiles: tuple[Tile, ...], sizes: host.Sizes, multiprocessors: int) -> Tile:
@@ -145,7 +151,8 @@ def cross_attention_forward(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output [total_q, H, d] in q's dtype and the log-sum-exps [H, total_q] in float32.
+    """The output [total_q, H, d] in q's dtype and, for the backward pass, the float32 statistics
+    [2, H, total_q] of the softmax.
 
     q [total_q, H, d]; k, v [n, L, H, d], or [total_k, H, d] with cu_seqlens_k; one dtype of
     float32, bfloat16, float16, d at most 128 with unit stride, any other strides. cu_seqlens
@@ -153,10 +160,12 @@ def cross_attention_forward(
     int64 tensor of one element; all on one device. max_seqlen_q and max_seqlen_k bound the rows and
     keys of every segment from above. Raises ValueError on inputs the kernels do not take.
     """
+    if scale < 0:  # the largest product must be the largest logit
+        q = -q
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask)
     sizes = host.check(*inputs, max_seqlen_q, max_seqlen_k)
     out = host.empty_result(q)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    statistics = torch.empty(2, q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     tiles = host.tiles_of(TILES, TILES_INTERPRETED, q)
     tile = choose_tile(tiles, sizes, host.multiprocessors(q.device))
     blocks = triton.cdiv(max_seqlen_q, tile.rows)
@@ -164,14 +173,14 @@ def cross_attention_forward(
     if programs and q.numel():
         with on_device(q):
             attention_kernel[(programs,)](
-                out_ptr=out, lse_ptr=lse, blocks=blocks,
-                **host.launch_arguments(sizes, *inputs, seed, scale, dropout_p, causal),
+                out_ptr=out, statistics_ptr=statistics, blocks=blocks,
+                **host.launch_arguments(sizes, *inputs, seed, abs(scale), dropout_p, causal),
                 **host.tile_arguments(tile),
             )  # fmt: skip
-    return host.rounded(out, q), lse
+    return host.rounded(out, q), statistics
 
 
 def aot_cases() -> list[aot.Case]:
     """Every configuration of the kernel above, for ahead-of-time compilation."""
-    own = {"out_ptr": "*T", "lse_ptr": "*fp32"}
+    own = {"out_ptr": "*T", "statistics_ptr": "*fp32"}
     return host.tile_cases(attention_kernel, TILES, own)

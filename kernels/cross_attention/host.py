@@ -13,6 +13,8 @@ from .._core.launch import INTERPRETED, capability_key
 from .._core.support import attention_supported
 
 LOG2E = 1.4426950408889634
+# In place of a scale of 0: the product of a masked key is -inf and has to stay so.
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 # Vectors of 16 bytes are loaded where every stride is a multiple of them.
 VECTOR_BYTES = 16
 # Offsets within a tile are 32 bits wide: at most so many elements between rows, 128 rows in a tile.
@@ -112,7 +114,8 @@ def launch_arguments(
         "seed_ptr": seed,
         "heads": sizes.heads, "length": k4.shape[1], "total_q": q.shape[0],
         **{name: stride // unit for name, stride in strides.items()},
-        "scale": scale, "scale_log2": scale * LOG2E, "inverse_keep": 1 / (1 - dropout_p),
+        "scale": scale, "scale_log2": max(scale * LOG2E, SMALLEST_NORMAL),
+        "inverse_keep": 1 / (1 - dropout_p),
         "threshold": threshold - (threshold >> 31 << 32),
         "PACKED": packed, "MASKED": key_mask is not None, "DROPOUT": dropout_p > 0,
         "CAUSAL": causal, "D": sizes.width, "WIDTH": padded_width(sizes.width), "UNIT": unit,

@@ -67,6 +67,11 @@ def test_attention(run_on_ptx, capability, dtype, queries):
     attention.check(with_overrides(run_on_ptx(capability)), problem, {})
 
 
+def test_attention_logits_that_floats_hold_coarsely(run_on_ptx, capability, dtype):
+    run = with_overrides(run_on_ptx(capability))
+    attention.check_coarse_logits(run, CPU, dtype, 1e9, -1.0, {})
+
+
 def test_attention_of_odd_heads(run_on_ptx, capability, dtype):
     """Heads whose rows are loaded an element at a time, each lane one element of a sum."""
     problem = attention.draw([20, 7], [40, 33], CPU, dim=17, dtype=dtype, packed=True)

@@ -15,8 +15,7 @@ _SECOND_DERIVATIVE = (
 
 
 def _forward_fake(q, k, v, *_):
-    kept = (2,) if q.device.type == "cpu" else ()
-    statistics = q.new_empty((*kept, q.shape[1], q.shape[0]), dtype=torch.float32)
+    statistics = q.new_empty((2, q.shape[1], q.shape[0]), dtype=torch.float32)
     return q.new_empty(q.shape), statistics
 
 
@@ -43,11 +42,11 @@ def _forward_triton(q, k, v, cu_q, cu_k, key_mask, seed, *options):
     return cross_attention_forward(q, k, v, cu_q, cu_k, key_mask, seed, **_names(options))
 
 
-def _backward_triton(grad, q, k, v, out, lse, cu_q, cu_k, key_mask, seed, *options):
+def _backward_triton(grad, q, k, v, out, statistics, cu_q, cu_k, key_mask, seed, *options):
     from ...kernels.cross_attention.backward import cross_attention_backward
 
     return cross_attention_backward(
-        grad, q, k, v, out, lse, cu_q, cu_k, key_mask, seed, **_names(options)
+        grad, q, k, v, out, statistics, cu_q, cu_k, key_mask, seed, **_names(options)
     )
 
 

@@ -1,5 +1,6 @@
 """The attention kernels against the float64 definition: interpreted, or on a GPU."""
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from unittest import mock
@@ -89,15 +90,15 @@ def definition(problem, dtype):
 
 
 def run(run_kernel_with, problem, overrides):
-    out, lse = run_kernel_with(
+    out, statistics = run_kernel_with(
         {}, "cross_attention.forward", "cross_attention_forward", *problem.inputs, **problem.options
     )
     q, k, v, *rest = problem.inputs
     gradients = run_kernel_with(
         overrides, "cross_attention.backward", "cross_attention_backward",
-        problem.grad, q, k, v, out, lse, *rest, **problem.options,
+        problem.grad, q, k, v, out, statistics, *rest, **problem.options,
     )  # fmt: skip
-    return [out, *gradients], lse
+    return [out, *gradients], statistics
 
 
 def rounding(problem, out):
@@ -120,14 +121,14 @@ def rounding(problem, out):
 
 
 def check(run_kernel_with, problem, overrides):
-    ours, lse = run(run_kernel_with, problem, overrides)
+    ours, statistics = run(run_kernel_with, problem, overrides)
     exact, eager = definition(problem, torch.float64), definition(problem, problem.q.dtype)
     cancelled = rounding(problem, exact[0])
     for name, our, near, true in zip(("out", "dq", "dk", "dv"), ours, eager, exact, strict=True):
         assert our.dtype == problem.q.dtype
         floor = epsilon(our.dtype) * true.norm().item() + cancelled[name]
         assert_as_accurate(name, our, near, true, floor)
-    return ours, lse
+    return ours, statistics
 
 
 @PATHS
@@ -171,10 +172,10 @@ def backward_kernels(overrides) -> list[str]:
 
     with fake_cuda.gpu(), mock.patch("triton.runtime.jit.JITFunction.run", run):
         q, k = (fake_cuda.floats(*shape, 4, 16) for shape in ((400,), (40, 20)))
-        lse = fake_cuda.floats(4, 400, dtype=torch.float32)
+        statistics = fake_cuda.floats(2, 4, 400, dtype=torch.float32)
         triton_process.call_with(
             overrides, "cross_attention.backward", "cross_attention_backward",
-            q, q, k, k, q, lse, fake_cuda.integers(41), None, None, fake_cuda.integers(1),
+            q, q, k, k, q, statistics, fake_cuda.integers(41), None, None, fake_cuda.integers(1),
             scale=1.0, dropout_p=0.0, causal=False, max_seqlen_q=30, max_seqlen_k=20,
         )  # fmt: skip
     return names
@@ -184,6 +185,24 @@ def test_each_path_runs_on_a_gpu_too():
     fused, general = ["query_gradient_kernel"], ["query_gradient_kernel", "key_gradient_kernel"]
     assert backward_kernels({}) == fused
     assert backward_kernels(GENERAL) == general
+
+
+def check_coarse_logits(run_kernel_with, device, dtype, size, scale, overrides):
+    """Logits of about `size`, of which the largest comes twice: its weights are halves."""
+    problem = draw([40, 3], 90, device, heads=2, dtype=dtype, masked=True, scale=scale)
+    norm = (size / 32**0.5) ** 0.5
+    for t, factor in ((problem.q, norm), (problem.k, norm), (problem.v, 1e-2)):
+        t *= factor
+    problem.k[:, 45:] = problem.k[:, :45]  # the largest logit comes twice, or once where masked
+    ours, _ = run(run_kernel_with, problem, overrides)
+    exact, eager = definition(problem, torch.float64), definition(problem, dtype)
+    q, k, v = (t.double().norm(dim=-1).max() for t in (problem.q, problem.k, problem.v))
+    # Gradients of logits are differences of terms of this size.
+    terms = epsilon(dtype) * problem.grad.double().norm() * v
+    floors = 0.0, terms * k, terms * q, 0.0
+    for name, *three, floor in zip(("out", "dq", "dk", "dv"), ours, eager, exact, floors,
+                                   strict=True):  # fmt: skip
+        assert_as_accurate(name, *three, epsilon(dtype) * three[2].norm().item() + float(floor))
 
 
 @PATHS
@@ -196,8 +215,8 @@ def test_causal_self_attention_of_packed_text(run_kernel_with, device, overrides
 @PATHS
 def test_more_causal_queries_than_keys(run_kernel_with, device, overrides):
     problem = draw([50, 9], [20, 40], device, packed=True, causal=True)
-    (out, dq, _, _), lse = check(run_kernel_with, problem, overrides)
-    assert not out[:30].any() and not dq[:30].any() and (lse[:, :30] == -torch.inf).all()
+    (out, dq, _, _), statistics = check(run_kernel_with, problem, overrides)
+    assert not out[:30].any() and not dq[:30].any() and sees_nothing(statistics[..., :30])
 
 
 @PATHS
@@ -222,10 +241,11 @@ def test_masked_keys_are_not_read(run_kernel_with, device, overrides, dtype):
     for bad in (torch.nan, torch.inf):
         k, v = (t.clone() for t in (problem.k, problem.v))
         k[~mask], v[~mask] = bad, -bad
-        dirty, lse = run(run_kernel_with, replace(problem, k=k, v=v), overrides)
+        dirty, statistics = run(run_kernel_with, replace(problem, k=k, v=v), overrides)
         assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
     out, dq, dk, dv = dirty
-    assert (lse[:, 35:39] == -torch.inf).all() and not out[35:39].any() and not dq[35:39].any()
+    assert sees_nothing(statistics[..., 35:39])
+    assert not out[35:39].any() and not dq[35:39].any()
     assert not dk[~mask].any() and not dv[~mask].any()
 
 
@@ -282,12 +302,29 @@ def test_the_same_bits_twice(run_kernel_with, device, overrides):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_log_sum_exps(run_kernel_with, device):
-    problem = draw([40], 70, device, heads=2, masked=True)
-    lse = run(run_kernel_with, problem, {})[1]
+@PATHS
+@pytest.mark.parametrize("dtype, size", [
+    (torch.float32, 1e6), (torch.float32, 1e10), (torch.float32, 1e30), (torch.bfloat16, 1e10),
+    (torch.float16, 1e9),
+])  # fmt: skip
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_logits_that_floats_hold_coarsely(run_kernel_with, device, overrides, dtype, size, scale):
+    check_coarse_logits(run_kernel_with, device, dtype, size, scale, overrides)
+
+
+def sees_nothing(statistics):
+    largest, log_total = statistics
+    return not largest.any() and (log_total == torch.inf).all()
+
+
+@pytest.mark.parametrize("scale", [0.125, -0.125])
+def test_statistics(run_kernel_with, device, scale):
+    problem = draw([40], 70, device, heads=2, masked=True, scale=scale)
+    largest, log_total = run(run_kernel_with, problem, {})[1]
+    lse = abs(scale) * largest.double() + math.log(2) * log_total.double()
     logits = problem.scale * torch.einsum("qhd,khd->hqk", problem.q, problem.k[0]).double()
     exact = logits[..., problem.key_mask[0]].logsumexp(-1)
-    torch.testing.assert_close(lse.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse, exact, rtol=1e-6, atol=1e-6)
 
 
 def test_no_segments_and_no_keys(run_kernel_with, device):
@@ -299,10 +336,10 @@ def test_no_segments_and_no_keys(run_kernel_with, device):
                 "scale": 1.0, "dropout_p": 0.0, "causal": False, "max_seqlen_q": 0,
                 "max_seqlen_k": 5,
             }  # fmt: skip
-        out, lse = run_kernel_with(
+        out, statistics = run_kernel_with(
             {}, "cross_attention.forward", "cross_attention_forward", *problem.inputs, **options
         )
-        assert out.shape == problem.q.shape and not out.any() and (lse == -torch.inf).all()
+        assert out.shape == problem.q.shape and not out.any() and sees_nothing(statistics)
 
 
 def test_unusable_arguments_say_why(run_kernel_with, device):

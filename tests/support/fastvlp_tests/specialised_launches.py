@@ -70,8 +70,8 @@ def _attention(q, k, cu_k, mask, length, rows):
     shared = q, k, k, cu_q, cu_k, mask, torch.zeros((), dtype=torch.int64)
     options = {"scale": 1.0, "dropout_p": 0.1, "causal": False}
     options |= {"max_seqlen_q": rows, "max_seqlen_k": length}
-    out, lse = cross_attention_forward(*shared[:7], **options)
-    cross_attention_backward(out, q, k, k, out, lse, *shared[3:], **options)
+    out, statistics = cross_attention_forward(*shared[:7], **options)
+    cross_attention_backward(out, q, k, k, out, statistics, *shared[3:], **options)
 
 
 def attention(rows, cols, width, heads):
