@@ -21,7 +21,7 @@ _MISTAKES = (
 COMMANDS = {
     "shards": "turn image–caption pairs into WebDataset shards",
     "train": "train a model, or go on training one",
-    "evaluate": "retrieval and zero-shot classification of a trained model",
+    "evaluate": "retrieval, matching, zero-shot and linear-probe scores of a model",
     "search": "find the images of a folder that are nearest to a text or an image",
     "embed": "write features of images and texts to a file",
     "export": "write a trained CLIP for open_clip or transformers",

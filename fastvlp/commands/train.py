@@ -11,7 +11,6 @@ import tyro
 
 from fastvlp.commands import train_options
 from fastvlp.train.config import (
-    PRESETS,
     TrainAlbef,
     TrainClip,
     TrainConfig,
@@ -19,6 +18,7 @@ from fastvlp.train.config import (
     from_mapping,
     read_yaml,
 )
+from fastvlp.train.presets import PRESETS
 
 # Settings of each system that can be trained.
 SYSTEMS: dict[str, type[TrainConfig]] = {"clip": TrainClip, "vilt": TrainVilt, "albef": TrainAlbef}

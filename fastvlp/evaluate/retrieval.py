@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvlp.distributed import Gather, group_device, reporting, spans_ranks, validate_across_ranks
+from fastvlp.evaluate.bootstrap import share_interval
 from fastvlp.evaluate.features import products
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
@@ -29,6 +30,8 @@ def retrieval(
     ks: Sequence[int] = (1, 5, 10),
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     group: dist.ProcessGroup | None = None,
+    confidence: float | None = None,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Recall at k and median rank of text→image and image→text retrieval.
 
@@ -46,11 +49,15 @@ def retrieval(
         workspace_bytes: bound on the extra memory, but for one row of scores and what is linear in
             the number of features.
         group: ranks that all have the same features and divide the queries among them.
+        confidence: of intervals of the recalls by bootstrap over the queries, such as 0.95; see
+            `fastvlp.evaluate.bootstrap`. None for no intervals.
+        seed: of the bootstrap.
 
     Returns:
         {"text_to_image": {...}, "image_to_text": {...}}, each with, for each k, "R@k" (share of
         queries with a right answer among the first k) and "chance_R@k" (its expectation under
-        random order), and with "median_rank" (1 is best).
+        random order), and with "median_rank" (1 is best); with `confidence` also "R@k low" and
+        "R@k high", the ends of the interval.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or range, or is not finite.
@@ -80,9 +87,10 @@ def retrieval(
     to_text = (image_features[described], text_features, described, owner)
     image_ranks = _divided_ranks(*to_image, workspace_bytes, group)
     text_ranks = _divided_ranks(*to_text, workspace_bytes, group)
+    sure = (confidence, seed)
     return {
-        "text_to_image": _summary(image_ranks, torch.ones_like(owner), images, ks),
-        "image_to_text": _summary(text_ranks, captions[described], texts, ks),
+        "text_to_image": _summary(image_ranks, torch.ones_like(owner), images, ks, sure),
+        "image_to_text": _summary(text_ranks, captions[described], texts, ks, sure),
     }
 
 
@@ -116,6 +124,8 @@ def retrieval_from_scores(
     *,
     ks: Sequence[int] = (1, 5, 10),
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    confidence: float | None = None,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """`retrieval` by scores that something else computed, such as a re-ranking model's.
 
@@ -123,7 +133,7 @@ def retrieval_from_scores(
         text_to_image: [texts, images] floating point, higher is better.
         image_to_text: [images, texts], same device. It need not be the other's transpose: with
             re-ranking each direction scores its own candidates and gives one low value to the rest.
-        image_of_text, ks, workspace_bytes: as in `retrieval`.
+        image_of_text, ks, workspace_bytes, confidence, seed: as in `retrieval`.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or range.
@@ -148,9 +158,12 @@ def retrieval_from_scores(
 
     image_ranks = _ranks_by_scores(text_to_image, owner, row, workspace_bytes)
     text_ranks = _ranks_by_scores(image_to_text, row, owner, workspace_bytes)
+    sure = (confidence, seed)
     return {
-        "text_to_image": _summary(image_ranks, torch.ones_like(owner), images, ks),
-        "image_to_text": _summary(text_ranks[described.cpu()], captions[described], texts, ks),
+        "text_to_image": _summary(image_ranks, torch.ones_like(owner), images, ks, sure),
+        "image_to_text": _summary(
+            text_ranks[described.cpu()], captions[described], texts, ks, sure
+        ),
     }
 
 
@@ -191,9 +204,24 @@ def _ranks_of_scores(scores: Tensor, right: Tensor) -> Tensor:
     return scores.shape[1] + 1 - behind.count_nonzero(dim=1)
 
 
-def _summary(ranks: Tensor, right: Tensor, candidates: int, ks: Sequence[int]) -> dict[str, float]:
-    """Recalls and median rank; right: [queries], how many of the candidates are right for each."""
+def _summary(
+    ranks: Tensor,
+    right: Tensor,
+    candidates: int,
+    ks: Sequence[int],
+    sure: tuple[float | None, int],
+) -> dict[str, float]:
+    """Recalls and median rank.
+
+    right: [queries], how many of the candidates are right for each. sure: the confidence of
+    intervals, or None, and their seed.
+    """
     result = {f"R@{k}": (ranks <= k).double().mean().item() for k in ks}
+    confidence, seed = sure
+    if confidence is not None:
+        for k in ks:
+            low, high = share_interval(ranks <= k, confidence, seed=seed)
+            result |= {f"R@{k} low": low, f"R@{k} high": high}
     result["median_rank"] = float(np.median(ranks.numpy()))
     sizes, queries = right.cpu().unique(return_counts=True)
     weights = (queries / queries.sum()).tolist()

@@ -23,8 +23,9 @@ import os
 from typing import Any
 
 from fastvlp.train import parallel, run_folder, screen
-from fastvlp.train.config import OPENMOJI_CLIP, TrainClip, TrainConfig, from_mapping, read_yaml
+from fastvlp.train.config import TrainClip, TrainConfig, from_mapping, read_yaml
 from fastvlp.train.parallel import Ranks
+from fastvlp.train.presets import OPENMOJI_CLIP
 from fastvlp.train.tasks.data import image_options, shard_loader
 
 _CPU_PAIRS, _GPU_PAIRS = 20_000, 10_000_000

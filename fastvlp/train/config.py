@@ -35,8 +35,9 @@ class TrainConfig:
     data: str = "openmoji"
     """"openmoji" for the built-in images, else a path, folder or pattern of WebDataset shards."""
 
-    eval_data: str | None = None
-    """Shards to evaluate on, where the data are shards."""
+    eval_data: tuple[str, ...] = ()
+    """Shards to evaluate on, where the data are shards; several sets one after another, each as
+    SHARDS or NAME=SHARDS. By default one is called eval, and several by their folders."""
 
     verify: Verify = "quick"
     """How the images of shards are examined before the run. decode: decode each, so that
@@ -157,6 +158,8 @@ class TrainConfig:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.eval_data, str):
+            self.eval_data = (self.eval_data,)
         if self.steps is None and self.epochs is None and not self.has_open_settings:
             raise ValueError("steps, epochs: expected one of the two, got neither")
         ranges.check(self)
@@ -286,63 +289,6 @@ class TrainAlbef(TrainConfig):
             )
 
 
-# What CLIP takes on the built-in images where nothing else is said.
-OPENMOJI_CLIP: dict[str, Any] = {
-    "model": "tiny",
-    "epochs": 25.0,
-    "batch_size": 128,
-    "lr": 1e-3,
-    "warmup": 60,
-}
-# Of Radford et al. 2021, tables 18 to 20, for ViT-B/32.
-CLIP_PAPER: dict[str, Any] = {
-    "model": "ViT-B/32",
-    "epochs": 32.0,
-    "batch_size": 32768,
-    "lr": 5e-4,
-    "warmup": 2000,
-}
-# Of Kim et al. 2021, section 4.2.
-VILT_PAPER: dict[str, Any] = {
-    "model": "base-p32-384",
-    "steps": 100_000,
-    "epochs": None,
-    "batch_size": 4096,
-    "lr": 1e-4,
-    "betas": (0.9, 0.98),
-    "eps": 1e-8,
-    "weight_decay": 0.01,
-    "schedule": "linear",
-    "warmup": 10_000,
-    "mask_rate": 0.15,
-}
-# Of Li et al. 2021, section 3.5, and their released configuration.
-ALBEF_PAPER: dict[str, Any] = {
-    "model": "base",
-    "epochs": 30.0,
-    "batch_size": 512,
-    "lr": 1e-4,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "weight_decay": 0.02,
-    "schedule": "staircase",
-    "warmup": 2000,
-    "warmup_lr": 1e-5,
-    "final_lr": 1e-5,
-    "mask_rate": 0.15,
-    "match_ids": False,
-    "candidates": 256,
-    "precision": "float32",
-}
-
-# What `--preset` may name, beside "openmoji", the defaults of the class.
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "clip": {"openmoji": {}, "paper": CLIP_PAPER},
-    "vilt": {"openmoji": {}, "paper": VILT_PAPER},
-    "albef": {"openmoji": {}, "paper": ALBEF_PAPER},
-}
-
-
 def from_mapping(cls: type, values: Mapping[str, Any], where: str):
     """An instance of the dataclass `cls` with `values` over its defaults.
 
@@ -366,6 +312,10 @@ def _cast(value: Any, hint: Any, where: str) -> Any:
         if value in arguments:
             return value
         raise ValueError(f"{where}: expected one of {arguments}, got {value!r}")
+    if origin is tuple and arguments[-1] is Ellipsis:
+        # Once it was one value, or none.
+        values = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_cast(v, arguments[0], where) for v in values)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise ValueError(f"{where}: expected {len(arguments)} values, got {value!r}")

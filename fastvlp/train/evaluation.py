@@ -132,5 +132,5 @@ def interval(config: Any, steps: int) -> int | None:
     """Steps between evaluations: as is set, else ten evaluations of a CLIP on one's own data."""
     if config.evaluate_every is not None:
         return config.evaluate_every
-    own = config.has_open_settings and config.eval_data is not None and config.data != "openmoji"
+    own = config.has_open_settings and config.eval_data and config.data != "openmoji"
     return max(1, steps // 10) if own else None

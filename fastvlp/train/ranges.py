@@ -68,6 +68,8 @@ RANGES = {
     "candidates": POSITIVE,
     "end_token": NOT_NEGATIVE,
     "top": POSITIVE,
+    "confidence": Range(0, 1, with_low=False, with_high=False),
+    "penalty": NOT_NEGATIVE,
 }
 
 

@@ -140,7 +140,7 @@ def _ending(config: TrainConfig, evaluation: Evaluation) -> list[str]:
     if evaluation.best is not None and (found := evaluation.best.found) is not None:
         about = f"{evaluation.best.folder}, of step {found.step}: {found.by} {found.value:.4g}"
         lines += screen.labelled("best", about)
-    has_data = config.data == "openmoji" or config.eval_data is not None
+    has_data = config.data == "openmoji" or bool(config.eval_data)
     return [*lines, "next", *screen.next_commands(config.system, config.folder, has_data)]
 
 

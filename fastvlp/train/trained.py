@@ -185,10 +185,13 @@ def conversion(
     )
 
 
-def own_data(path: Path) -> str | None:
-    """The evaluation data of the run that a model is of, or None."""
+def own_data(path: Path) -> tuple[str, ...]:
+    """The evaluation data of the run that a model is of, or none."""
     own = settings(path)
-    return BUILT_IN if own.get("data") == BUILT_IN else own.get("eval_data")
+    if own.get("data") == BUILT_IN:
+        return (BUILT_IN,)
+    given = own.get("eval_data") or ()
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def settings(path: Path) -> dict[str, Any]:

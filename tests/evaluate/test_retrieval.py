@@ -190,3 +190,17 @@ def test_autocast_makes_no_ties():
     with torch.autocast("cpu", torch.bfloat16):
         assert retrieval(features, features) == plain
     assert plain["text_to_image"]["R@1"] == 1.0
+
+
+def test_intervals_are_of_the_recalls_and_only_where_they_are_asked_for():
+    torch.manual_seed(0)
+    images = torch.randn(40, 4)
+    texts = images + torch.randn(40, 4)
+    plain = retrieval(images, texts)
+    sure = retrieval(images, texts, confidence=0.9, seed=3)
+    for direction, result in plain.items():
+        assert result.items() <= sure[direction].items() and "R@1 low" not in result
+        for k in (1, 5, 10):
+            ends = sure[direction][f"R@{k} low"], sure[direction][f"R@{k} high"]
+            assert ends[0] < result[f"R@{k}"] < ends[1]
+    assert retrieval(images, texts, confidence=0.9, seed=3) == sure

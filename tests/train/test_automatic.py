@@ -8,8 +8,9 @@ from fastvlp_tests import photo_shards
 
 from fastvlp import cli
 from fastvlp.train import automatic
-from fastvlp.train.config import OPENMOJI_CLIP, TrainClip, TrainVilt, read_yaml
+from fastvlp.train.config import TrainClip, TrainVilt, read_yaml
 from fastvlp.train.parallel import Ranks
+from fastvlp.train.presets import OPENMOJI_CLIP
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 CPU = Ranks(0, 1, torch.device("cpu"), None)

@@ -9,7 +9,8 @@ from fastvlp.commands import train_options
 from fastvlp.commands.train import SYSTEMS, parse
 from fastvlp.models import albef, clip, vilt
 from fastvlp.train import ranges
-from fastvlp.train.config import PRESETS, TrainClip, from_mapping, read_yaml, to_yaml
+from fastvlp.train.config import TrainClip, from_mapping, read_yaml, to_yaml
+from fastvlp.train.presets import PRESETS
 
 
 def test_a_saved_configuration_reads_back(tmp_path):

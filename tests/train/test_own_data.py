@@ -75,16 +75,18 @@ def test_zero_shot_of_a_run_on_shards_asks_for_images(story):
 
 
 def test_evaluation_asks_for_data_where_a_model_has_none(tmp_path):
-    assert own_data(tmp_path) is None
+    assert own_data(tmp_path) == ()
     (tmp_path / "config.yaml").write_text("data: shards\n")
-    assert own_data(tmp_path) is None
+    assert own_data(tmp_path) == ()
     (tmp_path / "config.yaml").write_text("data: shards\neval_data: others\n")
-    assert own_data(tmp_path) == own_data(tmp_path / "model.safetensors") == "others"
+    assert own_data(tmp_path) == own_data(tmp_path / "model.safetensors") == ("others",)
+    (tmp_path / "config.yaml").write_text("data: shards\neval_data: [a, b=c]\n")
+    assert own_data(tmp_path) == ("a", "b=c")
     (tmp_path / "config.yaml").write_text("data: openmoji\n")
-    assert own_data(tmp_path) == "openmoji"
+    assert own_data(tmp_path) == ("openmoji",)
     found = evaluate.parse(["retrieval", str(tmp_path / "elsewhere" / "x.pt")]).options
     with pytest.raises(ValueError, match="data: expected --data SHARDS, or --data openmoji"):
-        found.loader(None, None, None)
+        found.sets()
 
 
 def test_a_bpe_vocabulary_is_learned_for_clip_and_the_option_named(tmp_path, shards, capsys):

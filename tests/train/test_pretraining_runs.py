@@ -13,8 +13,9 @@ from fastvlp_tests.tiny_run import weights
 from fastvlp.evaluate.retrieval import retrieval_from_scores
 from fastvlp.models import albef, base
 from fastvlp.train import parallel, run
-from fastvlp.train.config import ALBEF_PAPER, VILT_PAPER, TrainAlbef, TrainVilt, from_mapping
+from fastvlp.train.config import TrainAlbef, TrainVilt, from_mapping
 from fastvlp.train.logging import read_log
+from fastvlp.train.presets import ALBEF_PAPER, VILT_PAPER
 from fastvlp.train.tasks import albef_retrieval, vilt
 from fastvlp.train.tasks.albef_setup import start_from_files
 from fastvlp.train.tasks.data import split_pairs

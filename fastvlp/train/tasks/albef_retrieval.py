@@ -25,7 +25,13 @@ from fastvlp.train.parallel import Ranks, gathered
 
 @torch.inference_mode()
 def retrieval_scores(
-    model: nn.Module, tokenizer: BertTokenizer, loader: Any, candidates: int, ranks: Ranks
+    model: nn.Module,
+    tokenizer: BertTokenizer,
+    loader: Any,
+    candidates: int,
+    ranks: Ranks,
+    confidence: float | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Recalls in both directions, by contrast and, with "reranked" before them, by the matching
     head.
@@ -37,6 +43,7 @@ def retrieval_scores(
         model: an `Albef` in evaluation mode.
         loader: of held-out pairs, not shuffled; its tokens have `ids` and `mask`.
         candidates: scored by the matching head for each query.
+        confidence, seed: of intervals, as in `retrieval`.
     """
     encoder = _Encoder(model, ranks)
     loader.load_state_dict({**loader.state_dict(), "epoch": 0, "place": 0})
@@ -44,7 +51,8 @@ def retrieval_scores(
         encoder.watch(loader), encoder.images, encoder.texts, device=ranks.device, group=ranks.group
     )
     unique, image_of_text = found.unique_images()
-    directions = retrieval(unique, found.texts, image_of_text, group=ranks.group)
+    sure = {"confidence": confidence, "seed": seed}
+    directions = retrieval(unique, found.texts, image_of_text, group=ranks.group, **sure)
     scores = {
         f"{direction}/{key}": v
         for direction, result in directions.items()
@@ -53,7 +61,7 @@ def retrieval_scores(
     own, images = encoder.image_set(unique, image_of_text, found.index.cpu())
     texts = encoder.text_set(tokenizer, found.texts, loader.batch_size)
     matched = albef_rerank.rerank(model, images, texts, candidates, group=ranks.group, own=own)
-    for direction, result in retrieval_from_scores(*matched, image_of_text).items():
+    for direction, result in retrieval_from_scores(*matched, image_of_text, **sure).items():
         scores |= {f"reranked/{direction}/{k}": v for k, v in result.items() if k.startswith("R@")}
     return scores
 

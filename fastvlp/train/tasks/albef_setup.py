@@ -15,6 +15,7 @@ from fastvlp.train.sizes import with_file
 from fastvlp.train.tasks.albef import AlbefTask
 from fastvlp.train.tasks.data import (
     HELD_OUT,
+    held_out_loaders,
     image_options,
     openmoji_captions,
     openmoji_data,
@@ -94,9 +95,7 @@ def _shards(config: TrainAlbef, size: int, ranks: Ranks, rows: int):
     loader = shard_loader(
         config.data, "albef_pretrain", sizes, rows, masking, ranks, seed=config.seed, **options
     )
-    held_out = {}
-    if config.eval_data is not None:
-        held_out["eval"] = shard_loader(
-            config.eval_data, "albef_eval", sizes, rows, tokenizer.padded, ranks, **options
-        )
+    held_out = held_out_loaders(
+        config, "albef_eval", sizes, rows, tokenizer.padded, ranks, **options
+    )
     return tokenizer, loader, held_out

@@ -23,6 +23,7 @@ from fastvlp.train.tasks.clip import (
 )
 from fastvlp.train.tasks.data import (
     HELD_OUT,
+    held_out_loaders,
     image_options,
     openmoji_captions,
     openmoji_data,
@@ -122,15 +123,13 @@ def _shards(config: TrainClip, tokenizer, ranks: Ranks, rows: int, sizes: clip.C
         seed=config.seed,
         **options,
     )
-    held_out = {}
-    if config.eval_data is not None:
-        held_out["eval"] = shard_loader(
-            config.eval_data,
-            _recipe(config, "clip_eval", sizes),
-            {},
-            rows,
-            tokenizer,
-            ranks,
-            **options,
-        )
+    held_out = held_out_loaders(
+        config,
+        _recipe(config, "clip_eval", sizes),
+        {},
+        rows,
+        tokenizer,
+        ranks,
+        **options,
+    )
     return tokenizer, loader, held_out, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -103,6 +104,56 @@ def shard_loader(
             **options,
         )
     return loader
+
+
+def named_sets(given: Sequence[str], argument: str = "eval_data") -> dict[str, str]:
+    """Held-out data by name: of NAME=SHARDS the name, else "eval" for one and folders for several.
+
+    Args:
+        given: SHARDS or NAME=SHARDS each.
+        argument: what they were given as, for the error.
+
+    Raises:
+        ValueError: two have one name.
+
+    Example:
+        >>> named_sets(["a/val"]), named_sets(["a/val/*.tar", "flickr=b/{0..3}.tar"])
+        ({'eval': 'a/val'}, {'val': 'a/val/*.tar', 'flickr': 'b/{0..3}.tar'})
+    """
+    found: dict[str, str] = {}
+    for each in given:
+        name, _, shards = each.partition("=")
+        if not shards or "/" in name or Path(each).exists():
+            name, shards = _short_name(each) if len(given) > 1 else "eval", each
+        if name in found:
+            raise ValueError(
+                f"{argument}: expected a name for each set, got {name!r} for {found[name]} and "
+                f"{shards}; write NAME={shards}"
+            )
+        found[name] = shards
+    return found
+
+
+def _short_name(shards: str) -> str:
+    """The last part of a path that is no pattern and no file."""
+    parts = [part for part in Path(shards).parts if not re.search(r"[*?{\[]|\.tar$", part)]
+    return parts[-1] if parts else "eval"
+
+
+def held_out_loaders(
+    config: Any,
+    recipe: str | Recipe,
+    sizes: dict[str, int],
+    rows: int,
+    tokenizer: Callable,
+    ranks: Ranks,
+    **options: Any,
+) -> dict[str, Any]:
+    """A loader for each set that the settings of a run evaluate on, by name; see `shard_loader`."""
+    return {
+        name: shard_loader(shards, recipe, sizes, rows, tokenizer, ranks, **options)
+        for name, shards in named_sets(config.eval_data).items()
+    }
 
 
 def lines_of_progress(shards: str) -> Callable[[float, int], None]:

@@ -14,6 +14,7 @@ from fastvlp.train.parallel import Ranks
 from fastvlp.train.sizes import with_file
 from fastvlp.train.tasks.data import (
     HELD_OUT,
+    held_out_loaders,
     image_options,
     openmoji_captions,
     openmoji_data,
@@ -100,9 +101,7 @@ def _shards(config: TrainVilt, sizes: vilt.ViltConfig, ranks: Ranks, rows: int, 
     loader = shard_loader(
         config.data, "vilt_train", recipe, rows, masking, ranks, seed=config.seed, **options
     )
-    held_out = {}
-    if config.eval_data is not None:
-        held_out["eval"] = shard_loader(
-            config.eval_data, "vilt_eval", recipe, rows, tokenizer.padded, ranks, **options
-        )
+    held_out = held_out_loaders(
+        config, "vilt_eval", recipe, rows, tokenizer.padded, ranks, **options
+    )
     return tokenizer, loader, held_out
