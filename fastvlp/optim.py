@@ -32,6 +32,7 @@ class AdamWEma(torch.optim.Optimizer):
     Args:
         params, lr, betas, eps, weight_decay, maximize: as torch.optim.AdamW; lr may be a
             CPU tensor.
+        amsgrad, capturable, differentiable: must be False.
         ema: the momentum model to update with each step, or None.
         copy: a low-precision module like the model, for example
             `copy.deepcopy(model).to(torch.bfloat16)`, which receives the new weights. A parameter
@@ -75,6 +76,8 @@ class AdamWEma(torch.optim.Optimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         fused: bool | None = None,
         ema: EmaModel | None = None,
         copy: nn.Module | None = None,
@@ -83,8 +86,8 @@ class AdamWEma(torch.optim.Optimizer):
     ):
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "amsgrad": amsgrad, "maximize": maximize, "foreach": None, "capturable": False,
-            "differentiable": False, "fused": None, "decoupled_weight_decay": True,
+            "amsgrad": amsgrad, "maximize": maximize, "foreach": None, "capturable": capturable,
+            "differentiable": differentiable, "fused": None, "decoupled_weight_decay": True,
         }  # fmt: skip
         self._check_options(defaults, "")
         for name, value in (("foreach", foreach), ("fused", fused)):

@@ -231,6 +231,10 @@ def test_what_is_refused():
     p = nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="amsgrad: AdamWEma does not support it"):
         AdamWEma([p], amsgrad=True)
+    for name in ("capturable", "differentiable"):
+        AdamWEma([p], **{name: False})
+        with pytest.raises(ValueError, match=f"{name}: AdamWEma does not support it"):
+            AdamWEma([p], **{name: True})
     with pytest.raises(ValueError, match="lr: expected a finite number of at least 0"):
         AdamWEma([p], lr=-1.0)
     with pytest.raises(ValueError, match=r"betas\[1\]: expected a value in"):

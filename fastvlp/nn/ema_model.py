@@ -118,7 +118,7 @@ class EmaModel(nn.Module):
         self.eval()
         self._swapped = False
         self._tensors = _Correspondence(self._model[0], self.module, self.copy)
-        self._tensors.move(0.0, average_buffers=False)
+        self.copy_model()
         self.register_state_dict_post_hook(_drop_copy)
         self.register_load_state_dict_pre_hook(_expect_no_copy)
         self.register_load_state_dict_post_hook(_refresh_copy)
@@ -160,6 +160,21 @@ class EmaModel(nn.Module):
             self.current_decay(), self.buffers_policy == "average", done, check_finite
         )
         self.num_updates += 1
+
+    def follow(self, model: nn.Module) -> None:
+        """Updates come from `model` from now on.
+
+        Raises:
+            ValueError: its submodules or its tensors are not those of the momentum.
+        """
+        model = unwrap(model)
+        tensors = _Correspondence(model, self.module, self.copy)
+        self._model[0], self._tensors = model, tensors
+
+    def copy_model(self) -> None:
+        """The momentum takes the model's present values, averaged or not."""
+        self.refuse_while_swapped("copy_model()")
+        self._tensors.move(0.0, average_buffers=False)
 
     def refresh_copy(self) -> None:
         """The low-precision copy takes the momentum's values, after they were set by hand."""

@@ -17,7 +17,7 @@ LAYERS = {
     "distributed": set(),
     "ops": {"kernels", "_native", "_tracing", "distributed"},
     "losses": {"distributed", "ops"},
-    "integrations": {"losses"},
+    "integrations": {"losses", "nn"},
     "nn": {"ops", "_tracing", "distributed"},
     "splitmix": set(),
     "masking": {"splitmix"},
