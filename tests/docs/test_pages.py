@@ -42,7 +42,7 @@ def program_of(words):
     if words[:1] == ["torchrun"]:
         words = ["fastvlp", *words[words.index("fastvlp.cli") + 1 :]] if "-m" in words else []
     if words[:1] == ["fastvlp"]:
-        count = 2 if words[1] == "shards" else 3
+        count = 3 if words[1] in ("train", "evaluate") else 2
         return (sys.executable, "-m", "fastvlp.cli", *words[1:count]), words[count:]
     if words[:1] == ["python"] and words[1].endswith(".py"):
         return (sys.executable, words[1]), words[2:]
