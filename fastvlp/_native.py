@@ -12,8 +12,17 @@ import torch
 from ._tracing import constant_result
 
 REMEDY = "install a C++20 compiler and run `pip install -e .` again"
-# The operators that came last: a library without them was built from older sources.
-_NEWEST = ("transform_images", "matmul", "add_matmul")
+# Those of csrc/schema.cpp: a library without one of them was built from older sources.
+OPERATORS = (
+    "contrastive_statistics", "contrastive_gradients", "contrastive_sigmoid",
+    "contrastive_cuda_statistics", "contrastive_cuda_gradient", "contrastive_cuda_sigmoid",
+    "cross_attention_forward", "cross_attention_backward", "cuda_kernels_unavailable",
+    "release_cpu_buffers", "cpu_instruction_sets", "ema_update", "adamw_ema", "last_exceeding",
+    "cpu_instruction_set", "soft_cross_entropy_losses", "soft_cross_entropy_gradients",
+    "soft_cross_entropy_losses_and_gradients", "soft_cross_entropy_rows",
+    "soft_cross_entropy_column_sums", "word_patch_alignment", "word_patch_alignment_gradients",
+    "momentum_contrastive", "transform_images", "matmul", "add_matmul", "matmul_available",
+)  # fmt: skip
 
 
 # Tracing must see the answers of the two loaders as constants, not trace into the loading.
@@ -39,7 +48,7 @@ def _load() -> tuple[str, ...]:
         torch.ops.load_library(str(library))
     except OSError as error:
         return (f"the compiled library {library.name} does not load: {error}",)
-    if missing := [name for name in _NEWEST if not hasattr(torch.ops.fastvlp, name)]:
+    if missing := [name for name in OPERATORS if not hasattr(torch.ops.fastvlp, name)]:
         return (
             f"the compiled library {library.name} is older than its Python code and lacks "
             f"{', '.join(missing)}: build it again with `pip install -e .`",

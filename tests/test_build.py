@@ -348,8 +348,14 @@ def test_the_module_prints_the_report():
 
 
 def test_a_library_built_from_older_sources_is_explained(monkeypatch):
-    monkeypatch.setattr(_native, "_NEWEST", ("matmul", "of_tomorrow"))
+    monkeypatch.setattr(_native, "OPERATORS", ("matmul", "of_tomorrow"))
     (reason,) = _native._load.__wrapped__()
     assert "older than its Python code and lacks of_tomorrow" in reason
     assert "pip install -e ." in reason
     assert not _native.load()
+
+
+def test_every_operator_of_the_schema_is_looked_for():
+    """What a library lacks is named, before anything registers more for it."""
+    schema = (CSRC / "schema.cpp").read_text()
+    assert sorted(_native.OPERATORS) == sorted(re.findall(r'm\.def\(\s*"(\w+)\(', schema))
