@@ -31,7 +31,7 @@ _OPERATORS: dict[str, _Operator] = {}
 _WARNED: set[str] = set()
 
 
-def register(
+def register_backends(
     op: str,
     *,
     example: dict[str, Shape | list[Shape]],

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from ...distributed import reporting, spans_ranks
 from .._core.backends import unit_stride
 from .._core.checks import as_scalar, check_features, check_workspace, local
-from .._core.dispatch import choose, explain, register
+from .._core.dispatch import choose, explain, register_backends
 from .._core.implement import without_autocast
 from .._core.saved_gradients import once_differentiable, wants_gradients
 from .._core.workspace import Workspace
@@ -228,7 +228,7 @@ class _Contrastive(torch.autograd.Function):
 
 
 register_operators()
-register(
+register_backends(
     "contrastive",
     example={"image_features": (2, 8), "text_features": (2, 8)},
     first=preferred_backend,

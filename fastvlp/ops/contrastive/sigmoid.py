@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ...distributed import reporting, spans_ranks
 from .._core.backends import unit_stride
 from .._core.checks import as_scalar, check_features, check_workspace, local
-from .._core.dispatch import choose, explain, register
+from .._core.dispatch import choose, explain, register_backends
 from .._core.implement import without_autocast
 from .._core.saved_gradients import scaled_gradients, wants_gradients
 from .checks import CANDIDATES, preferred_backend
@@ -121,7 +121,7 @@ class _SigmoidContrastive(torch.autograd.Function):
         return *scaled_gradients(grad, *ctx.saved_tensors), None, None
 
 
-register(
+register_backends(
     "sigmoid_contrastive",
     example={"image_features": (2, 8), "text_features": (2, 8)},
     first=preferred_backend,

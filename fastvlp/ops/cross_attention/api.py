@@ -23,7 +23,7 @@ sums; softmax and sums are float32 always.
 import torch
 
 from .._core.backends import unit_stride
-from .._core.dispatch import choose, register
+from .._core.dispatch import choose, register_backends
 from .._core.implement import without_autocast
 from .checks import (
     CANDIDATES,
@@ -194,6 +194,6 @@ class _CrossAttention(torch.autograd.Function):
 
 
 register_operators()
-register(
+register_backends(
     "cross_attention", example={"q": (2, 1, 8), "k": (1, 4, 1, 8), "v": (1, 4, 1, 8)}, **CANDIDATES
 )

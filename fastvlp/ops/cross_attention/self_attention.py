@@ -30,7 +30,7 @@ from torch import Tensor
 from ..._tracing import constant_result
 from .._core.backends import native_reasons
 from .._core.checks import check_tensor
-from .._core.dispatch import choose, forced_backend, register
+from .._core.dispatch import choose, forced_backend, register_backends
 from .api import cross_attention
 
 HALF = (torch.bfloat16, torch.float16)
@@ -250,7 +250,7 @@ def _import(package: str) -> tuple[str, ...]:
     return ()
 
 
-register(
+register_backends(
     "attention",
     example={"q": (1, 4, 1, 8), "k": (1, 4, 1, 8), "v": (1, 4, 1, 8)},
     variable="FASTVLP_ATTENTION",

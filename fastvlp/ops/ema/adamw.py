@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .._core.dispatch import choose, register
+from .._core.dispatch import choose, register_backends
 from . import multi_tensor
 from .api import ema_reference
 from .memory import without_ties
@@ -142,7 +142,7 @@ def _no_reasons(*_, **__):
     return []
 
 
-register(
+register_backends(
     "adamw_ema",
     example=dict.fromkeys(("weights", "gradients", "first_moments", "second_moments"), [(8,)]),
     native=_native_reasons,

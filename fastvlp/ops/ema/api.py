@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .._core.dispatch import choose, register
+from .._core.dispatch import choose, register_backends
 from . import multi_tensor
 from .memory import without_ties
 
@@ -128,7 +128,7 @@ def _no_reasons(*_, **__):
 
 
 multi_tensor.register_operators()
-register(
+register_backends(
     "ema",
     example={"momentum": [(8,)], "source": [(8,)]},
     native=_native_reasons,

@@ -22,7 +22,7 @@ from ... import _native
 from ..._tracing import constant_result
 from .._core.backends import reference_reasons
 from .._core.checks import check_same_kind
-from .._core.dispatch import choose, forced_backend, register
+from .._core.dispatch import choose, forced_backend, register_backends
 from .._core.implement import without_autocast
 
 # Multiply-adds from which on splitting the operands into bf16 parts pays.
@@ -185,7 +185,7 @@ def _register_operators() -> None:
     torch.library.register_autograd("fastvlp::matmul", _backward, setup_context=_setup)
 
 
-register(
+register_backends(
     "matmul",
     example={"a": (256, 256), "b": (256, 256)},
     native=_native_reasons,

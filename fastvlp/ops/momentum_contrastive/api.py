@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._core.dispatch import choose, register
+from .._core.dispatch import choose, register_backends
 from .._core.implement import without_autocast
 from .._core.philox import gumbel, philox
 from .._core.saved_gradients import scaled_gradients, wants_gradients
@@ -211,7 +211,7 @@ class _Momentum(torch.autograd.Function):
 
 
 register_operators()
-register(
+register_backends(
     "momentum_contrastive",
     example={"image_features": (2, 8), "text_features": (2, 8)},
     **CANDIDATES,

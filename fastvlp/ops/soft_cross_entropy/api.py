@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from .._core.checks import check_tensor, check_workspace
-from .._core.dispatch import choose, register
+from .._core.dispatch import choose, register_backends
 from .._core.implement import without_autocast
 from .._core.workspace import Workspace
 from ..autocast import as_autocast
@@ -358,4 +358,4 @@ class _Gradients(torch.autograd.Function):
 
 
 register_operators()
-register("soft_cross_entropy", example={"hidden": (2, 8), "weight": (4, 8)}, **CANDIDATES)
+register_backends("soft_cross_entropy", example={"hidden": (2, 8), "weight": (4, 8)}, **CANDIDATES)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from .._core.backends import unit_stride
 from .._core.checks import check_count, check_tensor, readable
-from .._core.dispatch import choose, register
+from .._core.dispatch import choose, register_backends
 from .._core.implement import without_autocast
 from .checks import CANDIDATES, check_inputs
 from .register import register_operators
@@ -247,7 +247,7 @@ class _WordPatchAlignment(torch.autograd.Function):
 
 
 register_operators()
-register(
+register_backends(
     "word_patch_alignment",
     example={"text_features": (2, 3, 8), "image_features": (2, 4, 8)},
     **CANDIDATES,
