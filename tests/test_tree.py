@@ -57,6 +57,8 @@ def missing_folders(op: str, root: Path = ROOT) -> list[str]:
     scripts = (root / f"bench/{folder(op)}.py", root / f"bench/baselines/{folder(op)}/__init__.py")
     if not any(script.is_file() for script in scripts):
         missing.append(f"bench/{folder(op)}.py or bench/baselines/{folder(op)}")
+    if not (root / f"docs/ops/{folder(op)}.md").is_file():
+        missing.append(f"docs/ops/{folder(op)}.md")
     return missing
 
 
@@ -76,7 +78,7 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "csrc/cpu/matmul/matmul.cpp").touch()
     assert missing_folders("matmul", tmp_path) == [
         "fastvlp/ops/matmul", "tests/ops/matmul", "bench/results/matmul",
-        "bench/matmul.py or bench/baselines/matmul",
+        "bench/matmul.py or bench/baselines/matmul", "docs/ops/matmul.md",
     ]  # fmt: skip
 
 

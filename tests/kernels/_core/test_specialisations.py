@@ -24,6 +24,12 @@ CASES = [
 ]
 
 
+def test_every_kernel_is_launched():
+    with triton_process.start(interpret=False, workers=1) as pool:
+        kernels = pool.submit(triton_process.kernel_names).result()
+    assert kernels == set().union(*KERNELS.values())
+
+
 @pytest.fixture(scope="module")
 def compiling():
     with triton_process.start(interpret=False, workers=triton_process.compilers()) as pool:

@@ -61,6 +61,13 @@ def compile_by_index(index: int):
     return aot.compile_case(aot.all_cases()[index])
 
 
+def kernel_names() -> set[str]:
+    """Of all kernels that are compiled ahead of time."""
+    from fastvlp.kernels._core import aot
+
+    return {case.kernel.__name__ for case in aot.all_cases()}
+
+
 def ptx_of(name: str, capability: int) -> str:
     """The PTX of the ahead-of-time case of this name."""
     from fastvlp.kernels._core import aot
