@@ -1,6 +1,6 @@
-"""Train a tiny CLIP from scratch on OpenMoji pictures and their names, on a CPU, in minutes.
+"""Train a tiny CLIP from scratch on OpenMoji drawings and their names, on a CPU, in minutes.
 
-Prints retrieval on pictures that training never saw: *composition* (new combinations of known
+Prints retrieval on images that training never saw: *composition* (new combinations of known
 words, such as "woman astronaut: dark skin tone") and *concept* (things never seen). Keeps the model
 in the cache folder: openmoji_clip/tiny_clip{.safetensors,.json,_tokenizer.json}.
 """
