@@ -1,6 +1,7 @@
 """What an installed wheel must do, from a folder that is not the checkout."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -9,12 +10,15 @@ import fastvlp
 from fastvlp import info, ops
 
 print(info.report())
-assert Path(fastvlp.__file__).is_relative_to(sys.prefix), fastvlp.__file__
+package = Path(fastvlp.__file__).parent
+assert package.is_relative_to(sys.prefix), package
+assert (package / "py.typed").is_file()
+assert not [name for name in ("bench", "csrc", "kernels", "tests") if find_spec(name)]
 import fastvlp.kernels  # noqa: E402  # installed from kernels/
 
 image, text = (torch.randn(300, 64) / 8 for _ in range(2))
 for dtype in (torch.float32, torch.bfloat16):
-    features = [x.to(dtype).requires_grad_() for x in (image, text)]
+    features = [x.to(dtype).detach().requires_grad_() for x in (image, text)]
     explanation = ops.explain("contrastive", *features)
     assert explanation.chosen == "native", explanation
     ops.contrastive(*features, 10.0).backward()
