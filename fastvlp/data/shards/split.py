@@ -45,9 +45,13 @@ def split_by_image(
             images that are looked for is there.
 
     Examples:
-        >>> from fastvlp.data.shards.sources import read_pairs
-        >>> pairs, broken = read_pairs(Path("captions.csv"))  # doctest: +SKIP
-        >>> train, val = split_by_image(pairs, 0.9, Path("photos"), Path("."))  # doctest: +SKIP
+        >>> from PIL import Image
+        >>> Image.new("RGB", (8, 8), "red").save("red.png")
+        >>> Image.new("RGB", (8, 8), "blue").save("blue.png")
+        >>> pairs = [Pair(f"{name}.png", name, "", "") for name in ("red", "blue", "red")]
+        >>> train, val = split_by_image(pairs, 0.5, Path("."), Path("."))
+        >>> len(train) + len(val), {pair.image for pair in train} & {pair.image for pair in val}
+        (3, set())
     """
     if not 0 < share < 1:
         raise ValueError(f"share: expected more than 0 and less than 1; got {share}")
