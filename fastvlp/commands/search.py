@@ -172,7 +172,12 @@ def clip_of(
     Raises:
         FileNotFoundError, ValueError: there is none at this path.
     """
-    made = create(Path(model), device=device, tokenizer=tokenizer, activation=activation)
+    path = Path(model)
+    if not path.exists() and not Path(f"{path}.safetensors").exists():
+        raise FileNotFoundError(
+            f"model: expected the folder of a run or a checkpoint, there is no {model}"
+        )
+    made = create(path, device=device, tokenizer=tokenizer, activation=activation)
     if made.model.kind != "clip":
         raise ValueError(
             f"model: expected a CLIP, whose features can be compared, got one of {made.model.kind}"

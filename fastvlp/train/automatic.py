@@ -71,7 +71,8 @@ def _begun_with(config: TrainClip) -> dict[str, Any] | None:
     file = config.folder / "config.yaml"
     if not run_folder.checkpoints(config.folder) or not file.is_file():
         return None
-    stored = {name: value for name, value in read_yaml(file).items() if name in (*OPEN, "steps")}
+    wanted = (*OPEN, "steps", "init")
+    stored = {name: value for name, value in read_yaml(file).items() if name in wanted}
     begun = from_mapping(TrainClip, stored, str(file))
     return None if _open(begun) else dataclasses.asdict(begun)
 

@@ -88,6 +88,11 @@ def test_a_model_whose_features_cannot_be_compared_is_refused(photos, tmp_path):
         search(tmp_path, photos, tmp_path, "a")
 
 
+def test_a_model_that_is_not_there_is_named(photos, tmp_path):
+    with pytest.raises(FileNotFoundError, match="model: expected the folder of a run or a check"):
+        search(tmp_path / "runs" / "clp", photos, tmp_path, "a")
+
+
 def test_equal_scores_keep_the_order_of_the_files(photos):
     paths = find_images(photos)
     hits = nearest(torch.ones(2), torch.ones(len(paths), 2), paths, 3)

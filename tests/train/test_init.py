@@ -12,7 +12,7 @@ from fastvlp import cli
 from fastvlp.data.text import train_tokenizer
 from fastvlp.models import albef, base, clip, vilt
 from fastvlp.train import automatic, parallel, trained
-from fastvlp.train.config import TrainAlbef, TrainClip
+from fastvlp.train.config import TrainAlbef, TrainClip, read_yaml
 from fastvlp.train.sizes import with_file
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -50,6 +50,14 @@ def test_clip_goes_on_from_a_run_with_its_vocabulary(tmp_path, shards, capsys):
     shown = capsys.readouterr().out
     assert f"model from {tmp_path / 'first'}: " in " ".join(shown.split())
     assert "learning from" not in shown
+    # What was chosen for it stays as it is when it goes on.
+    begun_with = read_yaml(tmp_path / "second" / "config.yaml")
+    options = ["--data", shards, "--init", str(tmp_path / "first"), "--lr", "0", "--device", "cpu"]
+    options += ["--precision", "float32", "--folder", str(tmp_path / "second")]
+    cli.main(["train", "clip", *options])
+    assert "chosen" not in capsys.readouterr().out
+    again = read_yaml(tmp_path / "second" / "config.yaml")
+    assert again == begun_with | {"eval_data": []}
     kept = trained.tokenizer(tmp_path / "second", model)
     assert kept(["a bus 1"]).equal(tokenizer(["a bus 1"]))
 

@@ -22,6 +22,7 @@ import numpy as np
 from fastvlp.data.optional import require
 from fastvlp.data.rng import permutation
 from fastvlp.data.shards.index import Fault, caption_in_json, index_of
+from fastvlp.data.shards.pairs import IMAGE_SUFFIXES
 from fastvlp.data.shards.tar import name_before
 
 # Seconds between calls that tell of progress within shards.
@@ -108,6 +109,12 @@ def _nothing_at(path: str) -> str:
     inside = sorted({os.path.dirname(each) for each in glob.glob(f"{glob.escape(path)}/*/*.tar")})
     if inside:
         return f"expected .tar files in {path!r}; there are some in {' and '.join(inside)}"
+    names = os.listdir(path)
+    if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
+        return (
+            f"expected .tar files in {path!r}; there are images, of which shards are made with: "
+            f"fastvlp shards captions.csv SHARDS --images {path}"
+        )
     return f"expected .tar files in {path!r}; there are none"
 
 

@@ -143,3 +143,10 @@ def test_the_folder_above_both_sides_names_them(photos, tmp_path):
     run(photos, tmp_path, "--split", "0.9")
     with pytest.raises(FileNotFoundError, match=r"there are some in .*/train and .*/val"):
         expand(tmp_path)
+
+
+def test_a_folder_of_images_tells_how_shards_are_made(photos):
+    with pytest.raises(
+        FileNotFoundError, match="fastvlp shards captions.csv SHARDS --images .*/ph"
+    ):
+        expand(photos / "photos")
