@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.data.text import BertTokenizer
@@ -118,6 +119,8 @@ def matching_accuracy(
 ) -> dict[str, float]:
     """How often the matching head is right about an image with its own and with a wrong caption.
 
+    "matching/loss" is the mean of its cross-entropy over both.
+
     Each image of a held-out set is judged with its caption and with that of another image,
     drawn from the whole set and always the same one; half of the judgements are "match".
 
@@ -143,18 +146,19 @@ def matching_accuracy(
     captions = [caption for _, caption in pairs.values()]
     partner = partners(ids, torch.Generator().manual_seed(0)).tolist()
     wrong = {i: captions[p] for i, p in zip(pairs, partner, strict=True) if p >= 0}
-    counts = torch.zeros(4, dtype=torch.float64)
+    counts = torch.zeros(5, dtype=torch.float64)
     for index, images in parts:
         true = [pairs[i][1] for i in index]
         counts += _judged(model, tokenizer, images, true, [wrong.get(i) for i in index])
     if ranks.group is not None:
         counts = counts.to(ranks.device)
         dist.all_reduce(counts, group=ranks.group)
-    right, matching, right_wrong, mismatched = counts.tolist()
+    right, matching, right_wrong, mismatched, loss = counts.tolist()
     return {
         "matching/accuracy": (right + right_wrong) / (matching + mismatched),
         "matching/accuracy_matched": right / matching,
         "matching/accuracy_mismatched": right_wrong / max(1.0, mismatched),
+        "matching/loss": loss / (matching + mismatched),
     }
 
 
@@ -165,7 +169,8 @@ def _judged(
     true: list[str],
     wrong: list[str | None],
 ) -> Tensor:
-    """Right judgements of true captions, their number, and the same of wrong captions."""
+    """Right judgements of true captions, their number, the same of wrong captions, and the sum of
+    the cross-entropy over all of them."""
     n, device = len(true), images.rows.device
     has_wrong = [row for row, caption in enumerate(wrong) if caption is not None]
     text = tokenizer.padded([*true, *(wrong[row] for row in has_wrong)])
@@ -175,6 +180,9 @@ def _judged(
         text.mask.sum(1).tolist(),
         image_index=[*range(n), *has_wrong],
     )
-    says_match = (model.match_logits(sequences).argmax(1) == MATCH).cpu()
+    logits = model.match_logits(sequences).float().cpu()
+    says_match = logits.argmax(1) == MATCH
     right, right_wrong = says_match[:n].sum(), (~says_match[n:]).sum()
-    return torch.tensor([right, n, right_wrong, len(has_wrong)], dtype=torch.float64)
+    labels = torch.tensor([MATCH] * n + [1 - MATCH] * len(has_wrong), dtype=torch.int64)
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.tensor([right, n, right_wrong, len(has_wrong), loss], dtype=torch.float64)
