@@ -54,7 +54,7 @@ def prepare(args: argparse.Namespace, root: Path) -> int:
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"--prepare: {folder} is not empty")
     copy_sources(root, folder)
-    facts = {"commit": commit(root), "tests": collect(root, args.fill_python)}
+    facts = {"commit": commit(root), "tests": collect(root)}
     (folder / FACTS).write_text(json.dumps(facts, indent=1))
     work = folder.with_name(folder.name + ".work")
     own, library = triton_wheels(args, work)
@@ -97,9 +97,9 @@ def built_libraries() -> list[Path]:
     return [home / name for name in ("_C.so", "_C_cuda.so", "build_info.json")]
 
 
-def collect(root: Path, python: str) -> list[str]:
-    """The ids of the tests that run on the device."""
-    command = [python, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests"]
+def collect(root: Path) -> list[str]:
+    """The ids of the tests that run on the device, by the Python that has all that tests import."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests"]
     found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     tests = re.findall(r"^tests/\S+::.*$", found.stdout, re.MULTILINE)
     if found.returncode or not tests:

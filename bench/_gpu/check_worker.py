@@ -120,6 +120,8 @@ def _enter_dry_device():
         raise pytest.UsageError("--gpu-dry: start python with -O, nothing was computed to judge")
     for module, name in ((tolerance, "assert_as_accurate"), (torch.testing, "assert_close")):
         setattr(module, name, lambda *_, **__: None)
+    # It compares results with those of fake tensors; what it launches is the operator's launches.
+    torch.library.opcheck = lambda operator, args, kwargs=None, **_: operator(*args, **kwargs or {})
     # The values of tests are small enough to be computed, whatever their size.
     device = dry_device.DryDevice(large=1 << 62)
     device.__enter__()

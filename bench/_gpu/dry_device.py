@@ -17,11 +17,13 @@ import importlib
 import os
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
@@ -55,7 +57,8 @@ class DryTensor(torch.Tensor):
     is_meta = property(lambda self: False)
 
     def data_ptr(self) -> int:
-        return ADDRESS + self.storage_offset() * self.element_size()
+        # Of tensors with values their own: operators ask which share memory.
+        return self.inner.data_ptr() or ADDRESS + self.storage_offset() * self.element_size()
 
     def tolist(self) -> Any:
         # torch refuses it to subclasses.
@@ -72,6 +75,9 @@ class DryTensor(torch.Tensor):
         if getattr(self, "_is_param", False):  # what makes a subclass a parameter
             copied._is_param = True
         return memo.setdefault(id(self), copied)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _with_zeros(self.inner).__reduce_ex__(protocol)  # saved as from the CPU
 
     def get_device(self) -> int:
         return DEVICE.index
@@ -101,10 +107,26 @@ def _computed(func, args: tuple, kwargs: dict) -> Any:
     if valued and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
             inputs, named = tree_map(functools.partial(_inner, valued=False), (args, kwargs))
-            return tree_map_only(torch.Tensor, _with_zeros, func(*inputs, **named))
-    if func is torch.ops.aten._local_scalar_dense.default:  # `item` of what has no value
-        inputs = tree_map_only(torch.Tensor, _with_zeros, inputs)
-    return func(*inputs, **named)
+            return tree_map_only(torch.Tensor, _with_zeros, _called(func, inputs, named))
+    if not _DEPENDS_ON_VALUES.isdisjoint(func.tags):  # `item`, and what a mask selects
+        inputs, named = tree_map_only(torch.Tensor, _with_zeros, (inputs, named))
+    return _called(func, inputs, named)
+
+
+_DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# Products with an `out_dtype`, and where their factors stand. CUDA alone has them, and torch 2.11
+# cannot tell what shape they have.
+_WIDENED = {
+    torch.ops.aten.mm.dtype: 0, torch.ops.aten.mm.dtype_out: 0,
+    torch.ops.aten.addmm.dtype: 1, torch.ops.aten.addmm.dtype_out: 1,
+}  # fmt: skip
+
+
+def _called(func, inputs: Sequence[Any], named: dict[str, Any]) -> Any:
+    if func not in _WIDENED:
+        return func(*inputs, **named)
+    a, b, dtype = inputs[_WIDENED[func] :][:3]
+    return torch.empty(a.shape[0], b.shape[1], dtype=dtype, device="meta")
 
 
 def _with_zeros(tensor: torch.Tensor) -> torch.Tensor:
@@ -159,7 +181,9 @@ def _operator(func, args: tuple, kwargs: dict) -> Any:
     if not valued:
         return results
     # Zeros: the CPU's kernels do not take the blocks that the GPU's plan has chosen.
-    return tree_map_only(DryTensor, lambda t: DryTensor(_with_zeros(t.inner)), results)
+    return tree_map_only(
+        DryTensor, lambda t: DryTensor(torch.zeros_like(t.inner, device="cpu")), results
+    )
 
 
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -172,6 +196,13 @@ def _written_in_python(name: str) -> bool:
     return any(line.startswith("CUDA:") and ".py:" in line for line in lines)
 
 
+# Pinned memory is had from the driver.
+_PINNING = {
+    torch.ops.aten.is_pinned.default: lambda tensor: False,
+    torch.ops.aten._pin_memory.default: torch.clone,
+}
+
+
 class _Placement(TorchDispatchMode):
     """Makes DryTensors of what would be put on the GPU."""
 
@@ -180,6 +211,10 @@ class _Placement(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         device = kwargs.get("device")
+        if func in _PINNING:
+            return _PINNING[func](args[0])
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return func(*args, **kwargs)  # fake tensors are of the device that they name
         inside = any(isinstance(t, DryTensor) for t in tree_flatten((args, kwargs))[0])
         if inside or device is None or device.type != "cuda":
             return func(*args, **kwargs)
@@ -306,6 +341,9 @@ class DryDevice:
             "current_stream": lambda *_: _Stream(), "default_stream": lambda *_: _Stream(),
             "is_current_stream_capturing": lambda: False,
             "is_bf16_supported": lambda *_, **__: True,
+            # What is drawn there the CPU draws.
+            "get_rng_state": lambda *_: torch.get_rng_state(),
+            "set_rng_state": lambda state, *_: torch.set_rng_state(state),
             "CUDAGraph": _Graph, "graph": _Guard,
             "Event": _Event, "Stream": _Stream, "device": _Guard, "stream": _Guard,
             **dict.fromkeys(_WITHOUT_RESULT, _nothing),
@@ -321,6 +359,8 @@ class DryDevice:
             stack.enter_context(self.gpu)
             for name, fake in self._fakes().items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, fake))
+            # It makes a tensor on the device before the first fake one.
+            stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", _nothing))
             # Triton kernels take tensors of the device, as they would where it is.
             stack.enter_context(
                 mock.patch("fastvlp.kernels._core.support.device_reasons", _reasons)

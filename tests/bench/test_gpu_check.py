@@ -161,6 +161,41 @@ def test_a_dry_run_does_not_hand_the_plan_of_the_gpu_to_the_cpu():
     assert printed == "torch.Size([]) True\n"
 
 
+def test_a_dry_run_does_what_needs_a_driver_or_values():
+    printed = dry_run(
+        "x = torch.arange(6.0, dtype=torch.bfloat16).reshape(2, 3).to('cuda')",
+        "y = x.clone()",
+        "print(x.data_ptr() != y.data_ptr(), x.data_ptr() == x[:1].data_ptr())",
+        "print(torch.mm(x, x.mT, out_dtype=torch.float32).dtype)",
+        "print(torch.ones(3).pin_memory().to('cuda', non_blocking=True).device)",
+        "torch.cuda.set_rng_state(torch.cuda.get_rng_state('cuda'), 'cuda')",
+        "large = torch.empty(dry_device.LARGE + 1, device='cuda')",
+        "print(len(large[large > 5]), len(x[x > 3]))",
+        "import io",
+        "file = io.BytesIO()",
+        "torch.save(x, file)",
+        "file.seek(0)",
+        "print(torch.load(file).tolist())",
+    )
+    assert printed.splitlines() == [
+        "True True", "torch.float32", "cuda:0", "0 2", "[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]",
+    ]  # fmt: skip
+
+
+def test_a_dry_run_of_a_checked_operator_compiles_what_it_launches(tmp_path):
+    lines, checked = tmp_path / "lines", "tests/ops/contrastive/test_arguments.py"
+    done = python(
+        BENCH.parent, "-m", "pytest", "-q", "-p", "_gpu.check_worker", "-p", "no:cacheprovider",
+        "--device", "cuda", "--gpu-dry", "--assert=plain", "--gpu-results", lines, checked,
+        "-k", "opcheck and dtype1", PYTHONPATH=str(BENCH), PYTHONOPTIMIZE="1",
+        TRITON_CACHE_DIR=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    compiled = {path.stem for path in (tmp_path / "cache").glob("*/*.cubin")}
+    kinds = ("statistics", "gradient", "sigmoid")  # of the three operators that are checked
+    assert all(any(kind in name for name in compiled) for kind in kinds), compiled
+
+
 def test_a_lost_process_of_the_tests_is_replaced(tmp_path):
     lines, log = tmp_path / "lines", tmp_path / "log"
     script = tmp_path / "worker.py"

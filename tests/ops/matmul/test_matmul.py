@@ -155,7 +155,7 @@ def test_gradients(device, layout_b):
     ):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (a, b, bias)]
         out = function(*leaves)
-        found[name] = torch.autograd.grad(out, leaves, upstream.to(out))
+        found[name] = torch.autograd.grad(out, leaves, upstream.to(out.device, dtype))
     for i, name in enumerate(("a", "b", "bias")):
         floor = SINGLE * found["exact"][i].norm().item()
         assert_as_accurate(name, found["ours"][i], found["eager"][i], found["exact"][i], floor)
