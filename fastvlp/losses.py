@@ -16,6 +16,8 @@ Arguments that only make sense for another way of computing the loss are accepte
 them is exact; anything else raises.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -63,12 +65,12 @@ class _ContrastiveLoss(nn.Module):
         self._default_group = False
 
     def _resolve_group(self) -> None:
-        if not dist.is_initialized():
+        group = dist.group.WORLD if dist.is_initialized() else None
+        if group is None:
             raise ValueError(
                 f"world_size: got {self.world_size}, but torch.distributed is not initialised; "
                 "call torch.distributed.init_process_group before the loss"
             )
-        group = dist.group.WORLD
         if (self.rank, self.world_size) != (group.rank(), group.size()):
             raise ValueError(
                 f"rank, world_size: expected {group.rank()}, {group.size()} as torch.distributed "
@@ -77,7 +79,8 @@ class _ContrastiveLoss(nn.Module):
         self._group, self._default_group = group, False
 
     def _check_overrides(self) -> None:
-        base = next(c for c in type(self).__mro__ if "_unused_by_forward" in vars(c))
+        classes: Iterable[type[nn.Module]] = type(self).__mro__
+        base = next(c for c in classes if "_unused_by_forward" in vars(c))
         if type(self).forward is not base.forward:
             return
         for name in self._unused_by_forward:
@@ -197,7 +200,7 @@ class ClipLoss(_ContrastiveLoss):
             per_image = logit_scale * image_features @ text_features.T
             per_text = per_image.T
         else:
-            shards = self._agree(image_features, text_features, logit_scale)
+            shards = self._agree(self.group, image_features, text_features, logit_scale)
             all_images, all_texts = (
                 gather_rows(t, shards) for t in (image_features, text_features)
             )
@@ -218,15 +221,15 @@ class ClipLoss(_ContrastiveLoss):
             labels = labels + num_logits * self.group.rank()
         return labels
 
-    def _agree(self, image_features, text_features, logit_scale) -> Shards:
-        with reporting(self.group, "get_logits"):
+    def _agree(
+        self, group: dist.ProcessGroup, image_features, text_features, logit_scale
+    ) -> Shards:
+        with reporting(group, "get_logits"):
             check_features(image_features, text_features)
             scale = as_scalar("logit_scale", logit_scale, image_features, finite=False)
         facts = {"width": image_features.shape[1], "local_loss": self.local_loss}
         values, rows = {"logit_scale": scale}, len(image_features)
-        shards = validate_across_ranks(
-            self.group, "get_logits", rows=rows, facts=facts, values=values
-        )
+        shards = validate_across_ranks(group, "get_logits", rows=rows, facts=facts, values=values)
         if self.local_loss and len(set(shards.sizes)) > 1:
             raise ValueError(
                 "image_features: expected equally many on every rank for the logits of "
@@ -345,13 +348,15 @@ class SigLipLoss(_ContrastiveLoss):
     ) -> torch.Tensor:
         """The loss of these features alone; `negative_only`: of M texts that match no image."""
         if not negative_only:
+            image_features, text_features = as_autocast(image_features, text_features)
             return ops.sigmoid_contrastive(
-                *as_autocast(image_features, text_features),
+                image_features,
+                text_features,
                 logit_scale,
                 0.0 if logit_bias is None else logit_bias,
                 workspace_bytes=self.workspace_bytes,
             )
-        total = 0.0
+        total = torch.zeros((), device=image_features.device)
         for rows in image_features.split(self.chunk_size or max(1, len(image_features))):
             logits = self.get_logits(rows, text_features, logit_scale, logit_bias)
             logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -204,7 +204,7 @@ def _check(ids, vocabulary, keys, rate, budget):
             f"vocabulary.continuation: expected shape ({vocabulary.size},), "
             f"got {tuple(vocabulary.continuation.shape)}"
         )
-    if not isinstance(rate, Real) or not 0 <= rate <= 1:
+    if not isinstance(rate, Real) or not 0 <= float(rate) <= 1:
         raise ValueError(f"rate: expected 0 to 1, got {rate!r}")
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
         lowest, highest = ids.aminmax()

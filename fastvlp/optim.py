@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from .nn.ema_model import EmaModel, unwrap
 from .ops import adamw_ema, last_exceeding
-from .ops.ema.multi_tensor import check_adamw, square_limit
+from .ops.ema.multi_tensor import LARGEST, check_adamw, square_limit
 
 _REFUSED = ("amsgrad", "capturable", "differentiable")
 # In the groups of a state: how many updates the EmaModel saved with it had.
@@ -144,12 +144,12 @@ class AdamWEma(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "param_groups": plain})
         self._expected_updates = updates
 
-    def _refuse_other_momentum(self) -> None:
-        self.ema.refuse_while_swapped("step()")
-        if self._expected_updates not in (None, self.ema.num_updates):
+    def _refuse_other_momentum(self, ema: EmaModel) -> None:
+        ema.refuse_while_swapped("step()")
+        if self._expected_updates not in (None, ema.num_updates):
             raise RuntimeError(
                 f"step(): the loaded state was saved with an EmaModel of "
-                f"{self._expected_updates} updates, this one has {self.ema.num_updates}; load the "
+                f"{self._expected_updates} updates, this one has {ema.num_updates}; load the "
                 "EmaModel's state_dict too, or set ema.num_updates to average from its present "
                 "weights. Nothing was written"
             )
@@ -166,8 +166,11 @@ class AdamWEma(torch.optim.Optimizer):
             else:
                 copy.grad.detach_().zero_()
 
+    # torch annotates closures as returning floats; they return tensors.
     @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], torch.Tensor] | None = None
+    ) -> torch.Tensor | None:
         """One step; returns the closure's loss.
 
         Everything is checked before the first write. Should a later part of the step fail all the
@@ -178,7 +181,7 @@ class AdamWEma(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.ema is not None:
-            self._refuse_other_momentum()
+            self._refuse_other_momentum(self.ema)
         batches = self._batches()
         if self.ema is not None:
             self.ema.check_rest(frozenset(id(row[0]) for rows in batches.values() for row in rows))
@@ -198,12 +201,12 @@ class AdamWEma(torch.optim.Optimizer):
                 f"batch of {len(rows)}), with their momentum and copies, and for no other: {error}"
             ) from error
         if self.ema is not None:
-            self._update_rest(frozenset(done))
+            self._update_rest(self.ema, frozenset(done))
         return loss
 
-    def _update_rest(self, done: frozenset[int]) -> None:
+    def _update_rest(self, ema: EmaModel, done: frozenset[int]) -> None:
         try:
-            self.ema.update_rest(done)
+            ema.update_rest(done)
         except Exception as error:
             if not done:
                 raise
@@ -252,9 +255,8 @@ class AdamWEma(torch.optim.Optimizer):
         for row in rows:
             by_device[row[0].device].append(row)
         for found in by_device.values():
-            for what, at, limit in (("gradient", 1, square_limit()), ("weight", 0, None)):
-                limits = {} if limit is None else {"limit": limit}
-                last = last_exceeding([row[at] for row in found], **limits).item()
+            for what, at, limit in (("gradient", 1, square_limit()), ("weight", 0, LARGEST)):
+                last = int(last_exceeding([row[at] for row in found], limit))
                 if last >= 0:
                     raise FloatingPointError(
                         f"the {what} of {self._name(found[last][0])}: expected finite values; "

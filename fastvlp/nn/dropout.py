@@ -67,4 +67,5 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return apply_mask(gradient, *ctx.saved_tensors, ctx.factor), None, None
+        (keep,) = ctx.saved_tensors
+        return apply_mask(gradient, keep, ctx.factor), None, None

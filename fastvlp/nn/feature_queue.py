@@ -119,7 +119,7 @@ class FeatureQueue(torch.nn.Module):
         if not spans_ranks(self.group):
             self._check(image_features, text_features, ids)
         else:
-            shards = self._agree(image_features, text_features, ids)
+            shards = self._agree(self.group, image_features, text_features, ids)
             parts = (image_features, text_features, *(() if ids is None else (ids,)))
             # All in flight together, in the queue's dtype.
             flying = [Gather(part, shards) for part in self._cast(*parts)]
@@ -132,8 +132,10 @@ class FeatureQueue(torch.nn.Module):
         offset = torch.arange(skipped, skipped + rows, device=self.position.device)
         at = (self.position + offset) % self.size
         parts = self._cast(image_features, text_features, *(() if ids is None else (ids,)))
-        buffers = (self.image_queue, self.text_queue, self.queue_ids)
-        for buffer, part in zip(buffers, parts, strict=False):
+        buffers = [self.image_queue, self.text_queue]
+        if self.queue_ids is not None:
+            buffers.append(self.queue_ids)
+        for buffer, part in zip(buffers, parts, strict=True):
             buffer.index_copy_(0, at, part[skipped:])
         self.position.add_(skipped + rows).remainder_(self.size)
         self.queue_length.add_(rows).clamp_(max=self.size)
@@ -173,10 +175,10 @@ class FeatureQueue(torch.nn.Module):
             )
         if ids.shape != (rows,):
             raise ValueError(f"ids: expected shape [{rows}], got {tuple(ids.shape)}")
-        _same_device("ids", ids, self.queue_ids.device)
+        _same_device("ids", ids, self.image_queue.device)
 
-    def _agree(self, image, text, ids) -> Shards:
-        with reporting(self.group, "FeatureQueue.enqueue"):
+    def _agree(self, group: dist.ProcessGroup, image, text, ids) -> Shards:
+        with reporting(group, "FeatureQueue.enqueue"):
             self._check(image, text, ids)
         facts = {
             "size": self.size,
@@ -186,7 +188,7 @@ class FeatureQueue(torch.nn.Module):
         }
         values = {"position": self.position, "queue_length": self.queue_length}
         return validate_across_ranks(
-            self.group, "FeatureQueue.enqueue", rows=len(image), facts=facts, values=values
+            group, "FeatureQueue.enqueue", rows=len(image), facts=facts, values=values
         )
 
 

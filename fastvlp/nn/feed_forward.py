@@ -14,6 +14,7 @@ activation cost little to make again. Without them 10 widths are left, and the b
 one more norm and activation, about 1 % of the block's time. Of dropout one byte a value is kept.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from numbers import Real
 from typing import NamedTuple
@@ -44,7 +45,7 @@ def _quick_gelu_backward(gradient: Tensor, x: Tensor) -> Tensor:
     return gradient * (s * (1 + 1.702 * x * (1 - s)))
 
 
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 # Of a gradient that nobody else reads: it may be overwritten.
 _BACKWARD = {"gelu": _gelu_backward, "quick_gelu": _quick_gelu_backward}
 

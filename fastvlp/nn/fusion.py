@@ -188,6 +188,10 @@ class FusionLayer(_BertParameters):
 
         `forward` takes them in place of the tokens, so that several calls can share them.
         """
+        if self.crossattention is None:
+            raise ValueError(
+                "project_images: this layer has no cross-attention; make it with cross=True"
+            )
         project = self.crossattention.self
         return self._split(project.key(images)), self._split(project.value(images))
 

@@ -279,6 +279,7 @@ CU = torch.tensor([0, 2], dtype=torch.int32)
         (lambda: FusionLayer(8, 2, dropout=1.0), "dropout.*below 1.*1.0"),
         (lambda: FusionLayer(8, 2, attention_dropout=-0.1), "attention_dropout.*-0.1"),
         (lambda: CROSS(torch.ones(2, 8), CU), "images.*cross=False"),
+        (lambda: TEXT.project_images(torch.ones(2, 3, 8)), "project_images: .*cross=True"),
         (
             lambda: TEXT(torch.ones(2, 3, 8), CU),
             r"tokens: expected packed text \[total, 8\], got \(2, 3, 8\); .*TextLayout.from_mask",

@@ -22,6 +22,7 @@ one runs and why not the others, and FASTVLP_ATTENTION names one to be used wher
 
 import importlib
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +142,7 @@ def _check(q, k, v, key_mask, causal):
 def _attend_cross_attention(q, k, v, key_mask, causal, scale):
     batch, length = q.shape[:2]
     starts = length * torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-    out = cross_attention(
+    out: Any = cross_attention(
         q.flatten(0, 1), k, v, starts, key_mask=key_mask, causal=causal, scale=scale,
         max_seqlen_q=length,
     )  # fmt: skip

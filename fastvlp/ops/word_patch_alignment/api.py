@@ -151,8 +151,9 @@ def _transport_plan(cost, x_padding, y_padding, outside, beta, iterations, inner
     if not readable(lost):
         plan = plan.masked_fill(lost[:, None, None], math.nan)
     elif lost.any():
-        again = (t[lost] for t in (cost, x_padding, y_padding))
-        plan[lost] = _logarithmic_plan(*again, beta, iterations, inner_iterations).to(plan)
+        plan[lost] = _logarithmic_plan(
+            cost[lost], x_padding[lost], y_padding[lost], beta, iterations, inner_iterations
+        ).to(plan)
     return plan.masked_fill(outside, 0)
 
 
