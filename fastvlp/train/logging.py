@@ -97,6 +97,8 @@ class Log:
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Records the scores of an evaluation."""
         self._write({"step": step, **{_of_evaluation(k): v for k, v in scores.items()}})
+        if step == self._total and self._bar is not None:
+            self._bar.stop()  # what comes now stands below it
         shown = screen.score_lines(step, self._total, scores)
         for line in shown if step < self._total else screen.table(scores):
             self.say(line)
@@ -125,7 +127,9 @@ class Log:
             self._bar.update(self._task, numbers=screen.bar_text(row))
 
     def finish(self, lines: Sequence[str]) -> None:
-        """Says how long it took, and these lines."""
+        """Says how long it took, and these lines, below the bar."""
+        if self._bar is not None:
+            self._bar.stop()
         seconds, taken = time.perf_counter() - self._begun, self._total - self._first
         took = f"{taken} {'step' if taken == 1 else 'steps'} and evaluation in "
         for line in (*screen.labelled("time", took + screen.duration(seconds)), *lines):

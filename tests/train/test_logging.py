@@ -38,6 +38,7 @@ def steps(folder, ranks=ALONE, progress=True):
             log(run, report())
             if run.step % 2 == 0:
                 log.evaluation(run.step, {"eval/R@1": 0.0, "held_out/R@5": 0.25})
+        log.finish(["the end"])
     return run
 
 
@@ -48,7 +49,8 @@ def test_lines_take_the_bars_place_without_a_terminal(tmp_path, progress, capsys
     assert lines[0].startswith("step 1/4  loss 2.5  lr 0.001  ")
     assert " pairs/s  temperature 0  gradient_norm 0.5" in lines[0]
     assert lines[2:4] == ["step 2/4  eval  R@1 0", "step 2/4  held_out  R@5 0.25"]
-    assert lines[6:] == [
+    assert lines[-2].startswith("time      4 steps and evaluation in ") and lines[-1] == "the end"
+    assert lines[6:-2] == [
         "scores       R@1", "eval      0.0000", "", "scores       R@5", "held_out  0.2500",
     ]  # fmt: skip
     assert all(len(line) <= 80 and "\x1b" not in line for line in lines)
@@ -82,6 +84,9 @@ def test_a_terminal_has_a_bar_and_evaluations_above_it(tmp_path, monkeypatch):
     shown = os.read(master, 1 << 16).decode()
     os.close(master)
     assert "\x1b[" in shown and "step 2/4  eval  R@1 0" in shown and "step 1/4  loss" not in shown
+    # What is said at the end stands below the bar.
+    end = shown[shown.rindex("━") :]
+    assert "scores" in end and "the end" in end and "step 2/4" not in end
 
 
 def test_other_ranks_print_nothing(tmp_path, capsys):
