@@ -184,7 +184,12 @@ class Albef(WithMomentum):
         """Fills the queues with the features of one step, of one or of several passes, in order.
 
         Over ranks every one calls it, however many passes each made.
+
+        Raises:
+            RuntimeError: the model was made without pretraining.
         """
+        if self.queue is None:
+            raise RuntimeError("enqueue: expected a model made with pretraining=True")
         image, text, ids = zip(*features, strict=True)
         self.queue.enqueue(
             torch.cat(image), torch.cat(text), None if ids[0] is None else torch.cat(ids)

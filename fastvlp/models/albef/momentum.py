@@ -25,7 +25,7 @@ class WithMomentum(base.Model):
     def __init__(self, config: AlbefConfig, student: nn.Module, *, with_momentum: bool) -> None:
         super().__init__(config)
         self.student = student
-        self.momentum = None
+        self.momentum: EmaModel | None = None
         if with_momentum:
             self._add_momentum()
 
@@ -34,7 +34,7 @@ class WithMomentum(base.Model):
         self.momentum = EmaModel(
             self.student, self.config.momentum, copy_dtype=copy and getattr(torch, copy)
         )
-        self._set_teacher_mode()
+        self._set_teacher_mode(self.momentum)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """`loss`, so that a wrapper such as DistributedDataParallel can call it."""
@@ -43,18 +43,28 @@ class WithMomentum(base.Model):
     @property
     def teacher(self) -> nn.Module:
         """The module that computes for the momentum encoder: its low-precision copy if it has
-        one."""
-        return self.momentum.module if self.momentum.copy is None else self.momentum.copy
+        one.
+
+        Raises:
+            RuntimeError: the model was made without a momentum encoder.
+        """
+        momentum = self._made_with_momentum("teacher")
+        return momentum.module if momentum.copy is None else momentum.copy
+
+    def _made_with_momentum(self, what: str) -> EmaModel:
+        if self.momentum is None:
+            raise RuntimeError(f"{what}: this model was made without a momentum encoder")
+        return self.momentum
 
     def train(self, mode: bool = True) -> WithMomentum:
         super().train(mode)
         if self.momentum is not None:
-            self._set_teacher_mode()
+            self._set_teacher_mode(self.momentum)
         return self
 
-    def _set_teacher_mode(self) -> None:
+    def _set_teacher_mode(self, momentum: EmaModel) -> None:
         """Dropout for the momentum encoder where the model has it, as in the authors' code."""
-        for module in self.momentum.children():
+        for module in momentum.children():
             module.train(self.training and self.config.teacher_dropout)
 
     @torch.no_grad()
@@ -68,12 +78,16 @@ class WithMomentum(base.Model):
             strict=True,
         ):
             ours.copy_(theirs)
-        self.refresh_copy()
+        self.momentum.refresh_copy()
 
     def refresh_copy(self) -> None:
         """The momentum encoder's low-precision copy takes the momentum encoder's values, after they
-        were set by hand."""
-        self.momentum.refresh_copy()
+        were set by hand.
+
+        Raises:
+            RuntimeError: the model was made without a momentum encoder.
+        """
+        self._made_with_momentum("refresh_copy").refresh_copy()
 
     def update_momentum(self, wanted: bool) -> None:
         """Moves the momentum encoder towards the present weights, as before every use as a

@@ -265,6 +265,13 @@ def test_without_pretraining_there_is_no_momentum_encoder():
     for compute in (model.pretraining_loss, model.pretraining_step):
         with pytest.raises(RuntimeError, match="pretraining=True"):
             compute(*batch(model.config))
+    with pytest.raises(RuntimeError, match="enqueue: .*pretraining=True"):
+        model.enqueue([])
+    with pytest.raises(RuntimeError, match="teacher: .*without a momentum encoder"):
+        model.teacher  # noqa: B018
+    with pytest.raises(RuntimeError, match="refresh_copy: .*without a momentum encoder"):
+        model.refresh_copy()
+    model.reset_momentum()
 
 
 def test_sizes_by_name_and_their_faults():
