@@ -65,15 +65,23 @@ class Best:
         self.found: Judged | None = parallel.from_first(lambda: self._read(begun), ranks)
 
     def offer(self, judged: Judged | None) -> bool:
-        """Keeps the present model if it is better than those before; whether it is."""
-        if judged is None or judged.value != judged.value:
+        """Keeps the present model if it is better than those before; whether it is.
+
+        The first rank decides: saving takes all of them together, and their losses may differ in
+        the last bit.
+        """
+        better = parallel.from_first(lambda: self._is_better(judged), self.ranks)
+        if better is None:
             return False
-        if self.found is not None and judged.value >= self.found.value:
-            return False
-        self.found = judged
+        self.found = better
         self._save(self.folder)
         parallel.from_first(self._write, self.ranks)
         return True
+
+    def _is_better(self, judged: Judged | None) -> Judged | None:
+        """What is judged, if it is a number and less than the least so far."""
+        least = float("inf") if self.found is None else self.found.value
+        return judged if judged is not None and judged.value < least else None
 
     def _read(self, begun: bool) -> Judged | None:
         file = self.folder / _FILE

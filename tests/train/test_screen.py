@@ -13,9 +13,10 @@ from fastvlp_tests import photo_shards, tiny_run
 from fastvlp import cli
 from fastvlp.evaluate.features import Features
 from fastvlp.models import base
-from fastvlp.train import screen
-from fastvlp.train.evaluation import judge
+from fastvlp.train import evaluation, screen
+from fastvlp.train.evaluation import Best, Judged, judge
 from fastvlp.train.logging import read_log
+from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.clip import held_out_loss, plain_loss
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -88,6 +89,25 @@ def test_losses_are_judged_before_recalls():
     assert judge(3, {"a/loss": 2.0, "b/loss": 4.0, "a/x/R@1": 1.0}).value == 3.0
     assert judge(3, {"a/x/R@1": 0.25, "a/y/R@1": 0.75, "a/x/R@5": 1.0}).value == 0.5
     assert judge(3, {"matching/accuracy": 1.0}) is None
+
+
+def test_only_a_lower_number_is_better(tmp_path):
+    saved = []
+    best = Best(tmp_path, lambda folder: (folder.mkdir(exist_ok=True), saved.append(folder)),
+                Ranks(0, 1, torch.device("cpu"), None), begun=False)  # fmt: skip
+    offers = [None, Judged(1, "loss", float("nan")), Judged(2, "loss", 3.0)]
+    offers += [Judged(3, "loss", 3.0), Judged(4, "loss", 2.5), Judged(5, "loss", float("nan"))]
+    assert [best.offer(each) for each in offers] == [False, False, True, False, True, False]
+    assert saved == [tmp_path / "best"] * 2 and best.found.step == 4
+
+
+def test_the_first_rank_decides_for_all(tmp_path, monkeypatch):
+    told = Judged(7, "loss", 1.0)
+    monkeypatch.setattr(evaluation.parallel, "from_first", lambda function, ranks: told)
+    saved = []
+    best = Best(tmp_path, saved.append, Ranks(1, 2, torch.device("cpu"), None), begun=True)
+    # This rank's own number is no better, by a bit.
+    assert best.offer(Judged(7, "loss", 1.0 + 1e-7)) and saved == [tmp_path / "best"]
 
 
 def test_the_held_out_loss_is_that_of_whole_batches():

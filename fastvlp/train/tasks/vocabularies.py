@@ -92,5 +92,8 @@ def _captions(loader: Any, progress: bool) -> list[str]:
 @contextmanager
 def _progress(shown: bool) -> Iterator[Callable[[Iterator[str], int], Iterator[str]]]:
     rich = require("rich.progress")
-    with rich.Progress(disable=not shown, transient=True) as bar:
+    bar = rich.Progress(transient=True)
+    # Without a terminal even a bar that is gone leaves an empty line.
+    bar.disable = not (shown and bar.console.is_terminal)
+    with bar:
         yield lambda captions, total: bar.track(captions, total, description="captions")
