@@ -7,8 +7,7 @@ import sys
 import torch
 
 import fastvlp
-from fastvlp import _native
-from fastvlp.ops import explain, operators
+from fastvlp.ops import compiled, explain, operators
 
 
 def report() -> str:
@@ -33,24 +32,24 @@ def _versions() -> list[str]:
 
 
 def _build() -> list[str]:
-    facts = _native.build_info()
+    facts = compiled.build_info()
     if "compiler" not in facts:
-        return list(_native.load())
+        return list(compiled.load())
     lines = [f"built with {facts['compiler']} against torch {facts['torch']}"]
-    lines += [f"native library does not load: {reason}" for reason in _native.load()]
+    lines += [f"native library does not load: {reason}" for reason in compiled.load()]
     lines.append(f"CPU kernels compiled for: {facts['cpu'].replace(';', ', ')}")
     if watched := facts.get("sanitizer"):
         lines.append(f"CPU kernels instrumented by the sanitizer of: {watched}; they are slow")
-    if not _native.load():
-        usable = _native.instruction_sets()
-        fault = _native.instruction_set_fault()
+    if not compiled.load():
+        usable = compiled.instruction_sets()
+        fault = compiled.instruction_set_fault()
         forced = os.environ.get("FASTVLP_CPU_ISA")
         used = "none, see below" if fault else forced or usable[0]
         lines.append(f"this CPU runs: {', '.join(usable)}; in use: {used}")
         lines += [fault] if fault else []
     lines.append(f"CUDA kernels: {facts['cuda']}")
     if "not built" not in facts["cuda"]:
-        why = _native.load_cuda()
+        why = compiled.load_cuda()
         lines.append(f"CUDA library: {'; '.join(why) if why else 'loaded'}")
     return lines
 

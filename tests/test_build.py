@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvlp import _native, info, ops
+from fastvlp import info, ops
+from fastvlp.ops import compiled
 
 CSRC = Path(__file__).parents[1] / "csrc"
 CONTRASTIVE_PASSES = ("statistics", "gradient", "sigmoid")
@@ -111,9 +112,9 @@ def test_kernels_that_are_not_wanted_are_not_built(tmp_path):
 
 
 def test_a_package_without_kernels_says_so_once(monkeypatch):
-    monkeypatch.setattr(_native, "_library", lambda name: None)
-    monkeypatch.setattr(_native, "build_info", lambda: {"unbuilt": "no C++ compiler was found"})
-    monkeypatch.setattr(_native, "_load", _native._load.__wrapped__)
+    monkeypatch.setattr(compiled, "_library", lambda name: None)
+    monkeypatch.setattr(compiled, "build_info", lambda: {"unbuilt": "no C++ compiler was found"})
+    monkeypatch.setattr(compiled, "_load", compiled._load.__wrapped__)
     reason = "the kernels were not compiled: no C++ compiler was found; install a C++20 compiler"
     assert info._build() == [f"{reason} and run `pip install -e .` again"]
     x = torch.randn(4, 8)
@@ -212,7 +213,7 @@ def test_with_nvcc(tmp_path):
 
 
 def library(name):
-    found = _native._library(name)
+    found = compiled._library(name)
     assert found is not None, f"fastvlp/{name} is missing: install with `pip install -e .`"
     return found
 
@@ -224,8 +225,8 @@ def symbols(path, *flags):
 
 def cuda_library():
     """The CUDA library, or None where the build says that there is none."""
-    if "not built" in _native.build_info()["cuda"]:
-        assert _native._library("_C_cuda") is None
+    if "not built" in compiled.build_info()["cuda"]:
+        assert compiled._library("_C_cuda") is None
         return None
     return library("_C_cuda")
 
@@ -249,7 +250,7 @@ def test_the_cuda_library_registers_its_operators():
                for name in CONTRASTIVE_PASSES}  # fmt: skip
     assert all(schema.is_mutable and not schema.returns for schema in schemas.values())
     built = cuda_library() is not None and torch.version.cuda is not None
-    assert (_native.load_cuda() == ()) == built
+    assert (compiled.load_cuda() == ()) == built
     for name in CONTRASTIVE_PASSES:
         assert has(f"fastvlp::contrastive_cuda_{name}", "CUDA") == built
     if built:
@@ -265,7 +266,7 @@ def test_the_kernels_refuse_tensors_of_the_cpu():
 
 
 def test_a_device_without_kernels_is_explained():
-    if _native.load_cuda():
+    if compiled.load_cuda():
         return
     reason = torch.ops.fastvlp.cuda_kernels_unavailable(torch.cuda.device_count())
     assert re.search("driver|device", reason), reason
@@ -285,7 +286,7 @@ def _packaged(package, path):
 
 
 def test_machine_code_without_spills():
-    architectures = _native.build_info()["cuda_architectures"]
+    architectures = compiled.build_info()["cuda_architectures"]
     dump, path = cuobjdump(), cuda_library()
     if path is None or dump is None:
         assert path is None or architectures
@@ -311,32 +312,32 @@ def test_machine_code_without_spills():
 
 
 def test_the_report(monkeypatch):
-    facts = _native.build_info()
+    facts = compiled.build_info()
     text = info.report()
     assert f"torch {torch.__version__}" in text
     assert f"built with {facts['compiler']} against torch {facts['torch']}" in text
     assert f"CUDA kernels: {facts['cuda']}" in text
     assert "contrastive: runs native" in text
     assert "  not triton: " in text and "  not reference: native is preferred" in text
-    monkeypatch.setattr(_native, "load_cuda", lambda: ("this torch is a CPU build",))
+    monkeypatch.setattr(compiled, "load_cuda", lambda: ("this torch is a CPU build",))
     monkeypatch.setattr(
-        _native, "build_info", lambda: facts | {"cuda": "built by nvcc 13.0 for 90"}
+        compiled, "build_info", lambda: facts | {"cuda": "built by nvcc 13.0 for 90"}
     )
     assert "CUDA library: this torch is a CPU build" in info.report()
     absent = "not built: nvcc was not found on PATH"
-    monkeypatch.setattr(_native, "build_info", lambda: facts | {"cuda": absent})
+    monkeypatch.setattr(compiled, "build_info", lambda: facts | {"cuda": absent})
     assert f"CUDA kernels: {absent}" in info.report()
     assert "CUDA library:" not in info.report()
-    monkeypatch.setattr(_native, "build_info", dict)
-    monkeypatch.setattr(_native, "_load", lambda: ("the kernels were not compiled",))
+    monkeypatch.setattr(compiled, "build_info", dict)
+    monkeypatch.setattr(compiled, "_load", lambda: ("the kernels were not compiled",))
     assert "\nthe kernels were not compiled\n" in info.report()
 
 
 def test_an_instrumented_library_is_told(monkeypatch):
-    facts = _native.build_info()
-    monkeypatch.setattr(_native, "build_info", lambda: facts | {"sanitizer": "address"})
+    facts = compiled.build_info()
+    monkeypatch.setattr(compiled, "build_info", lambda: facts | {"sanitizer": "address"})
     assert "CPU kernels instrumented by the sanitizer of: address" in info.report()
-    monkeypatch.setattr(_native, "build_info", lambda: facts | {"sanitizer": ""})
+    monkeypatch.setattr(compiled, "build_info", lambda: facts | {"sanitizer": ""})
     assert "sanitizer" not in info.report()
 
 
@@ -344,18 +345,18 @@ def test_the_module_prints_the_report():
     done = subprocess.run(
         [sys.executable, "-m", "fastvlp.info"], capture_output=True, text=True, check=True
     )
-    assert f"CUDA kernels: {_native.build_info()['cuda']}" in done.stdout
+    assert f"CUDA kernels: {compiled.build_info()['cuda']}" in done.stdout
 
 
 def test_a_library_built_from_older_sources_is_explained(monkeypatch):
-    monkeypatch.setattr(_native, "OPERATORS", ("matmul", "of_tomorrow"))
-    (reason,) = _native._load.__wrapped__()
+    monkeypatch.setattr(compiled, "OPERATORS", ("matmul", "of_tomorrow"))
+    (reason,) = compiled._load.__wrapped__()
     assert "older than its Python code and lacks of_tomorrow" in reason
     assert "pip install -e ." in reason
-    assert not _native.load()
+    assert not compiled.load()
 
 
 def test_every_operator_of_the_schema_is_looked_for():
     """What a library lacks is named, before anything registers more for it."""
     schema = (CSRC / "schema.cpp").read_text()
-    assert sorted(_native.OPERATORS) == sorted(re.findall(r'm\.def\(\s*"(\w+)\(', schema))
+    assert sorted(compiled.OPERATORS) == sorted(re.findall(r'm\.def\(\s*"(\w+)\(', schema))

@@ -49,6 +49,14 @@ def test_dynamic_imports_are_known():
     assert found == set(layers.DYNAMIC)
 
 
+def test_compiled_operators_are_named_in_ops():
+    found = {m: layers.native_operators(path.read_text()) for m, path in MODULES.items()}
+    elsewhere = {m: lines for m, lines in found.items() if lines and layers.layer(m) != "ops"}
+    assert {m: len(lines) for m, lines in elsewhere.items()} == dict.fromkeys(
+        layers.NATIVE_OPERATORS, 1
+    )
+
+
 def test_nothing_is_imported_in_a_circle():
     graph = {}
     for module in BOUND:
@@ -83,6 +91,12 @@ def test_a_violation_is_found(rule, module, name):
 def test_a_dynamic_import_is_found():
     assert layers.dynamic_imports("import importlib\nx = importlib.import_module(name)") == [2]
     assert layers.dynamic_imports("import importlib.util") == []
+
+
+def test_a_compiled_operator_is_found():
+    assert layers.native_operators("import torch\ntorch.ops.fastvlp.matmul(a, b)") == [2]
+    assert layers.native_operators("from torch import ops\nx = 1\nops.fastvlp.matmul") == [3]
+    assert layers.native_operators("import fastvlp\nfastvlp.ops.matmul(a, b)") == []
 
 
 def test_a_circle_is_found():

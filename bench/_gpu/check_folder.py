@@ -88,9 +88,9 @@ def copy_sources(root: Path, folder: Path) -> None:
 
 def built_libraries() -> list[Path]:
     """The compiled libraries of the installed fastvlp and what its build recorded."""
-    from fastvlp import _native
+    from fastvlp.ops import compiled
 
-    reasons = _native.load() or _native.load_cuda()
+    reasons = compiled.load() or compiled.load_cuda()
     if reasons:
         raise SystemExit("--prepare needs both built libraries: " + "; ".join(reasons))
     home = Path(importlib.util.find_spec("fastvlp._C").origin).parent
@@ -216,7 +216,7 @@ def report_size(folder: Path) -> int:
 
 def build_if_needed(root: Path, seconds: float) -> str:
     """Build csrc where the libraries that came along do not load; what was done, in words."""
-    test = "from fastvlp import _native; print('; '.join(_native.load() or _native.load_cuda()))"
+    test = "from fastvlp.ops import compiled as c; print('; '.join(c.load() or c.load_cuda()))"
     environment = os.environ | {"PYTHONPATH": str(root)}
 
     def fault() -> str:

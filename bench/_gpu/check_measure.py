@@ -45,13 +45,12 @@ def describe(settings: Any, dry: bool) -> dict[str, Any]:
     """The circumstances: `report.meta`, what fastvlp can run here, and the GPU's clocks."""
     from _harness import report
 
-    from fastvlp import _native
-    from fastvlp.ops import explain
+    from fastvlp.ops import compiled, explain
 
     packages = ("triton", "transformers", "timm", "numpy", "pytest", "hypothesis")
     facts = report.meta(settings, packages)
-    facts["native"] = _native.load() or "loaded"
-    facts["native_cuda"] = _native.load_cuda() or "loaded"
+    facts["native"] = compiled.load() or "loaded"
+    facts["native_cuda"] = compiled.load_cuda() or "loaded"
     facts["runs"] = {op: explain(op).chosen for op in ("contrastive", "ema")} if not dry else {}
     facts["clocks"] = "none, a dry run" if dry else clocks()
     return facts

@@ -7,7 +7,7 @@ import pytest
 from fastvlp_tests import promised_names as names
 from fastvlp_tests import test_files
 
-from fastvlp import _native
+from fastvlp.ops import compiled
 
 check_versions = test_files.load("compatibility/check_versions.py")
 CSRC = [p for p in (names.ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu"}]
@@ -40,7 +40,7 @@ def test_the_shim_defines_only_what_the_oldest_torch_lacks():
 @pytest.mark.parametrize("name", ["_C", "_C_cuda"])
 def test_the_libraries_need_only_what_the_oldest_torch_exports(name):
     """What headers newer than 2.10 call must not depend on the version they belong to."""
-    library = _native._library(name)
+    library = compiled._library(name)
     if name == "_C_cuda" and library is None:
         pytest.skip("_C_cuda is not built")
     of_torch = names.needed_of_torch(library, "-D")

@@ -10,9 +10,10 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
 )
 
-from fastvlp import FeatureQueue, _native, losses, nn
+from fastvlp import FeatureQueue, losses, nn
 from fastvlp.masking import MaskingVocabulary, mask_tokens, sample_keys
 from fastvlp.nn.feed_forward import Norm, feed_forward
+from fastvlp.ops import compiled
 
 # Compiled: elementwise passes of our own, without a product that autocast could change.
 COMPILED = {
@@ -55,7 +56,7 @@ def test_autocast_is_off_inside_of_every_implementation(
 
 
 def test_these_are_all_the_implementations(monkeypatch):
-    reasons = _native.load_cuda()
+    reasons = compiled.load_cuda()
     ran = {operator for name, backend in CALLS
            for operator in run(monkeypatch, name, backend, torch.bfloat16).ran}  # fmt: skip
     registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from fastvlp import _native
 from fastvlp.data.images.base import Backend, Planner, Threaded
 from fastvlp.data.images.conversion import RgbConversion
 from fastvlp.data.images.integrity import open_rgb
 from fastvlp.data.images.recipes import Recipe
 from fastvlp.data.images.transforms import into_batch_by_pillow
 from fastvlp.data.optional import require
+from fastvlp.ops import compiled
 
 
 def choose(
@@ -48,7 +48,7 @@ def choose(
 
 
 def _missing() -> Exception | None:
-    if reasons := _native.load():
+    if reasons := compiled.load():
         return RuntimeError(f"backend 'dali': {'; '.join(reasons)}")
     try:
         require("nvidia.dali", extra="dali")

@@ -8,10 +8,10 @@ from functools import cache
 import numpy as np
 import torch
 
-from fastvlp import _native
 from fastvlp.data.images.randaugment import apply
 from fastvlp.data.images.recipes import Plan, Recipe
 from fastvlp.data.optional import require
+from fastvlp.ops import compiled
 
 
 def value_table(recipe: Recipe) -> torch.Tensor:
@@ -74,7 +74,7 @@ def into_batch_by_pillow(images: Sequence, plans: Sequence[Plan], table, out) ->
 
 def into_batch(images: Sequence[np.ndarray], plans: Sequence[Plan], table, out) -> None:
     """The same by the compiled kernel, from arrays uint8 ``[h, w, 3]``."""
-    if reasons := _native.load():
+    if reasons := compiled.load():
         raise RuntimeError(f"images: {'; '.join(reasons)}")
     rows, operations = _tables(plans)
     tensors = [torch.from_numpy(image) for image in images]

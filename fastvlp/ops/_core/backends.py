@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ... import _native, kernels
+from ... import kernels
+from .. import compiled
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +25,7 @@ def native_or_cuda_reasons(
 
 
 def _compiled_reasons(tensor: torch.Tensor, devices: str) -> list[str]:
-    reasons = list(_native.load())
+    reasons = list(compiled.load())
     if tensor.device.type != "cpu":
         reasons.append(f"the native kernels run on {devices}, the tensors are on {tensor.device}")
     return reasons + dtype_reasons(tensor)
@@ -43,7 +44,7 @@ def triton_reasons(supported: Callable[..., list[str]], *tensors: torch.Tensor) 
     `supported` says so of tensors on a CUDA device whose last axis is contiguous, as it is made
     before any kernel runs.
     """
-    reasons = list(_native.load())
+    reasons = list(compiled.load())
     device = tensors[0].device
     if device.type != "cuda":
         return [*reasons, f"the Triton kernels run on CUDA devices, the tensors are on {device}"]

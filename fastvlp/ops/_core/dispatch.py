@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ... import _native
 from ..._tracing import constant_result
+from .. import compiled
 
 BACKENDS = ("native", "triton", "reference")
 
@@ -111,7 +111,7 @@ def choose(op: str, *args: Any, **kwargs: Any) -> str:
     if explanation.chosen is None:
         raise RuntimeError(f"no implementation can run; {explanation}")
     if explanation.chosen == "reference" and forced_backend(op) is None:
-        unbuilt = _native.load()
+        unbuilt = compiled.load()
         if unbuilt and explanation.reasons.get("native") == list(unbuilt):
             _warn_of_unbuilt_kernels(op, *unbuilt)
     return explanation.chosen
@@ -135,7 +135,7 @@ def _explain(op: str, *args, **kwargs) -> Explanation:
         candidates = {name: candidates[name], **candidates}
     forced = forced_backend(op)
     chosen, reasons = None, {}
-    fault = _native.instruction_set_fault()
+    fault = compiled.instruction_set_fault()
     if fault is not None and _device((*args, *kwargs.values())) == "cpu":
         # What was asked for cannot be had: nothing runs in its place, as with a forced backend.
         return Explanation(op, None, {name: [fault] for name in candidates})

@@ -14,9 +14,9 @@ from functools import cache
 
 import torch
 
-from ... import _native
 from ..._tracing import constant_result
 from ...kernels import align, storage_factor
+from .. import compiled
 from .._core.gpu_plan import TILE
 
 # Bytes of products that the statistics make at once: the pass over them finds them in the L2
@@ -32,7 +32,7 @@ def unavailable(device: int) -> tuple[str, ...]:
 
 @cache
 def _unavailable(device: int) -> tuple[str, ...]:
-    if reasons := _native.load_cuda():
+    if reasons := compiled.load_cuda():
         return reasons
     reason = torch.ops.fastvlp.cuda_kernels_unavailable(device)
     return (f"the compiled kernels do not run on cuda:{device}: {reason}",) if reason else ()

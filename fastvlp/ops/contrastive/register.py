@@ -6,8 +6,8 @@ Triton runs or the compiled passes, whichever `fastvlp.ops.explain` names.
 
 import torch
 
-from ... import _native
 from ...kernels import align
+from .. import compiled
 from .._core.dispatch import choose
 from .._core.implement import implement
 from .._core.saved_gradients import SECOND_DERIVATIVE
@@ -112,7 +112,7 @@ def _no_second_derivative(ctx, *grads):
 
 def register_operators() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
-    if _native.load():
+    if compiled.load():
         return
     for name, op, fake, triton, native in (
         (

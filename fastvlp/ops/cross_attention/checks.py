@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ... import _native
 from ...kernels import attention_supported
+from .. import compiled
 from .._core import backends
 from .._core.checks import check_count, dtensor_classes
 from .._core.dispatch import forced_backend
@@ -64,7 +64,7 @@ def operator_takes(
         and _are_starts(cu_seqlens_q, rows, segments)
         and (key_mask is None or _is_mask(key_mask, keys[:-2]))
         and forced_backend("cross_attention") in (None, "native")
-        and not _native.load()
+        and not compiled.load()
     )
 
 

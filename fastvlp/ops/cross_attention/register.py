@@ -5,7 +5,7 @@ The schemas and the CPU kernels come with the compiled library (csrc/schema.cpp)
 
 import torch
 
-from ... import _native
+from .. import compiled
 from .._core.implement import implement
 
 _SECOND_DERIVATIVE = (
@@ -56,7 +56,7 @@ def _no_second_derivative(ctx, *grads):
 
 def register_operators() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
-    if _native.load():
+    if compiled.load():
         return
     for name, fake, triton in (
         ("cross_attention_forward", _forward_fake, _forward_triton),

@@ -12,7 +12,7 @@ from numbers import Real
 import torch
 import torch.distributed as dist
 
-from ... import _native
+from .. import compiled
 from .._core.checks import dtensor_classes
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -153,7 +153,7 @@ def native_reasons(*lists: Sequence[torch.Tensor] | None) -> list[str]:
     device = tensors[0].device.type if tensors else "cpu"
     if device not in ("cpu", "cuda"):
         return [f"the native kernels run on CPU and CUDA devices, the tensors are on {device}"]
-    reasons = list(_native.load_cuda() if device == "cuda" else _native.load())
+    reasons = list(compiled.load_cuda() if device == "cuda" else compiled.load())
     for dtype in sorted({t.dtype for t in tensors} - set(NATIVE_DTYPES), key=str):
         reasons.append(f"dtype {dtype} has no kernel; float32, bfloat16, float16 have")
     return reasons
@@ -199,7 +199,7 @@ def bump_versions(*lists: Sequence[torch.Tensor]) -> None:
 
 def register_operators() -> None:
     """Shapes for tracing; called once when `fastvlp.ops` is imported."""
-    if _native.load():
+    if compiled.load():
         return
     for name in ("ema_update", "adamw_ema"):
         torch.library.register_fake(f"fastvlp::{name}", lambda *_: None)

@@ -18,8 +18,8 @@ Parts below 2^-126 count as zero: values below 2^-110 lose their last bits.
 
 import torch
 
-from ... import _native
 from ..._tracing import constant_result
+from .. import compiled
 from .._core.backends import reference_reasons
 from .._core.checks import check_same_kind
 from .._core.dispatch import choose, forced_backend, register_backends
@@ -94,7 +94,7 @@ def _uses_amx() -> bool:
 
 @constant_result
 def _cpu_reasons() -> list[str]:
-    reasons = list(_native.load())
+    reasons = list(compiled.load())
     if not reasons and not torch.ops.fastvlp.matmul_available():
         reasons.append(
             "the CPU or FASTVLP_CPU_ISA has no AMX tiles of bfloat16; torch.mm is as fast"
@@ -179,7 +179,7 @@ def _backward(ctx, gradient):
 
 def _register_operators() -> None:
     """Called once when this module is imported; does nothing where the library is missing."""
-    if _native.load():
+    if compiled.load():
         return
     torch.library.register_fake("fastvlp::matmul", _fake)
     torch.library.register_autograd("fastvlp::matmul", _backward, setup_context=_setup)

@@ -6,7 +6,7 @@ the Triton kernels run.
 
 import torch
 
-from ... import _native
+from .. import compiled
 from .._core.implement import implement
 from .._core.saved_gradients import SECOND_DERIVATIVE
 
@@ -67,7 +67,7 @@ def _no_second_derivative(ctx, *grads):
 
 def register_operators() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
-    if _native.load():
+    if compiled.load():
         return
     torch.library.register_fake("fastvlp::momentum_contrastive", _fake)
     implement("momentum_contrastive", _triton, "CUDA")

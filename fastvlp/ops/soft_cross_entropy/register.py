@@ -14,8 +14,8 @@ from functools import cached_property
 
 import torch
 
-from ... import _native
 from ...kernels import storage_factor
+from .. import compiled
 from .._core.gpu_plan import TILE, even_chunks, l2_bytes, rows_within
 from .._core.implement import implement
 from .._core.workspace import Workspace
@@ -360,7 +360,7 @@ def _losses_and_gradients_fake(hidden, weight, *arguments):
 
 def register_operators() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
-    if _native.load():
+    if compiled.load():
         return
     for name, implementation, fake in (
         ("soft_cross_entropy_losses", _losses, _losses_fake),

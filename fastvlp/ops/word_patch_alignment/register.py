@@ -5,7 +5,7 @@ The schemas and the CPU kernels come with the compiled library (csrc/schema.cpp)
 
 import torch
 
-from ... import _native
+from .. import compiled
 from .._core.implement import implement
 
 SECOND_DERIVATIVE = (
@@ -49,7 +49,7 @@ def _no_second_derivative(ctx, *grads):
 
 def register_operators() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
-    if _native.load():
+    if compiled.load():
         return
     name = "word_patch_alignment"
     torch.library.register_fake(f"fastvlp::{name}", _fake)

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastvlp import _native
 from fastvlp.data.images.randaugment import AlbefRandAugment, ViltRandAugment
 from fastvlp.data.images.recipes import CLIP_MEAN, CLIP_STD, RECIPES, KeepAspect, Plan, recipe
 from fastvlp.data.images.transforms import (
@@ -20,8 +19,9 @@ from fastvlp.data.images.transforms import (
     transformed,
     value_table,
 )
+from fastvlp.ops import compiled
 
-assert not _native.load(), _native.load()
+assert not compiled.load(), compiled.load()
 # All that this CPU has.
 ISAS = torch.ops.fastvlp.cpu_instruction_sets().split(",")
 SIZES = [(96, 72), (72, 96), (33, 200), (250, 190), (17, 19)]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastvlp import _native, info, ops
-from fastvlp.ops import explain
+from fastvlp import info, ops
+from fastvlp.ops import compiled, explain
 from fastvlp.ops._core.dispatch import _OPERATORS, choose, operators
 
 X = torch.zeros(4, 8)
@@ -62,7 +62,7 @@ def test_nothing_runs_in_place_of_an_impossible_instruction_set(monkeypatch):
     usable = torch.ops.fastvlp.cpu_instruction_sets().split(",")
     for name in usable:
         monkeypatch.setenv("FASTVLP_CPU_ISA", name)
-        assert _native.instruction_set_fault() is None
+        assert compiled.instruction_set_fault() is None
     # As on a CPU without AMX.
     monkeypatch.setenv("FASTVLP_CPU_ISA", "amx2")
     found = explain("contrastive", X, X)

@@ -113,7 +113,7 @@ def test_the_operator_runs_what_explain_names(gpu, monkeypatch, op):
 
 
 def test_a_device_that_cannot_run_the_kernels_is_named(monkeypatch):
-    monkeypatch.setattr(cuda._native, "load_cuda", lambda: ("it was not built",))
+    monkeypatch.setattr(cuda.compiled, "load_cuda", lambda: ("it was not built",))
     cuda._unavailable.cache_clear()
     assert cuda.unavailable(0) == ("it was not built",)
     cuda._unavailable.cache_clear()

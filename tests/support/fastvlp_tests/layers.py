@@ -12,20 +12,19 @@ from pathlib import Path
 # What each layer may import besides itself.
 LAYERS = {
     "_tracing": set(),
-    "_native": {"_tracing"},
     "kernels": {"_tracing"},
     "distributed": set(),
-    "ops": {"kernels", "_native", "_tracing", "distributed"},
+    "ops": {"kernels", "_tracing", "distributed"},
     "losses": {"distributed", "ops"},
     "integrations": {"losses", "nn"},
     "nn": {"ops", "_tracing", "distributed"},
     "splitmix": set(),
     "masking": {"splitmix"},
     "models": {"losses", "nn", "ops", "distributed", "masking"},
-    "data": {"_native", "ops", "masking", "splitmix"},
+    "data": {"ops", "masking", "splitmix"},
     "evaluate": {"ops", "distributed"},
     "grad_cache": {"distributed"},
-    "info": {"ops", "_native"},
+    "info": {"ops"},
     "optim": {"nn", "ops"},
     "train": {
         "data", "distributed", "evaluate", "grad_cache", "losses", "masking", "models", "nn", "ops",
@@ -39,7 +38,11 @@ LAYERS = {
 # Packages of which the parts are siblings: they import no other part but these, and why.
 SIBLINGS = {
     "fastvlp.kernels": {"_core": "what all share"},
-    "fastvlp.ops": {"_core": "what all share", "autocast": "so is autocast"},
+    "fastvlp.ops": {
+        "_core": "what all share",
+        "autocast": "so is autocast",
+        "compiled": "so are the libraries",
+    },
     "fastvlp.models": {
         "layers": "the encoders that models are built of",
         "base": "saving and loading",
@@ -53,6 +56,8 @@ SIBLINGS_ALLOWED = {
     ("fastvlp.models.checkpoints", "fastvlp.models.clip"): "it loads into them",
     ("fastvlp.models.checkpoints", "fastvlp.models.vilt"): "it loads into them",
 }
+# Files outside of fastvlp.ops that name torch.ops.fastvlp, and why.
+NATIVE_OPERATORS = {"fastvlp.data.images.transforms": "one function writes images into a batch"}
 FORBIDDEN_IN_KERNELS = ("torch.autograd", "torch.distributed", "torch.nn")
 # Files that import by a name known only when they run, and why.
 DYNAMIC = {
@@ -151,6 +156,12 @@ def is_beyond_a_kernel(each: Import) -> str | None:
     if layer(each.module) == "kernels" and each.name.startswith(FORBIDDEN_IN_KERNELS):
         return "kernels know neither autograd nor process groups nor modules"
     return None
+
+
+def native_operators(text: str) -> list[int]:
+    """The lines that name the compiled operators, where torch has them."""
+    names = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute)]
+    return [n.lineno for n in names if ast.unparse(n) in ("torch.ops.fastvlp", "ops.fastvlp")]
 
 
 RULES = (goes_upward, is_private_elsewhere, is_a_siblings, is_beyond_a_kernel)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ._tracing import constant_result
+from .._tracing import constant_result
 
 REMEDY = "install a C++20 compiler and run `pip install -e .` again"
 # Those of csrc/schema.cpp: a library without one of them was built from older sources.
