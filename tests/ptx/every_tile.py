@@ -12,15 +12,15 @@ from functools import partial
 
 import pytest
 import torch
+from fastvlp_tests import alignment_kernels as alignment
+from fastvlp_tests import attention_kernels as attention
 from fastvlp_tests import contrastive_formulas as contrastive
-from fastvlp_tests import momentum_cases, test_files
+from fastvlp_tests import momentum_cases
+from fastvlp_tests import momentum_kernels as momentum
+from fastvlp_tests import soft_cross_entropy_kernels as soft_cross_entropy
+from fastvlp_tests.alignment_cases import pairs
 from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 from ptx_machine import virtual_process
-
-attention = test_files.load("kernels/cross_attention/test_interpreter.py")
-momentum = test_files.load("kernels/momentum_contrastive/test_interpreter.py")
-soft_cross_entropy = test_files.load("kernels/soft_cross_entropy/test_interpreter.py")
-alignment = test_files.load("kernels/word_patch_alignment/test_interpreter.py")
 
 CPU = torch.device("cpu")
 SINGLE = epsilon(torch.float32)
@@ -148,7 +148,7 @@ def test_soft_cross_entropy(run, dtype, cols, teacher, bias):
 @every_target
 @pytest.mark.parametrize("words, patches", [(9, 13), (21, 70), (60, 200), (12, 600)])
 def test_word_patch_alignment(run, dtype, words, patches):
-    case = alignment.pairs(2, words, patches, 72, dtype, CPU, masks="holes")
+    case = pairs(2, words, patches, 72, dtype, CPU, masks="holes")
     alignment.check(run, case, iterations=10)
 
 

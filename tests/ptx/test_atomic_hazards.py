@@ -1,11 +1,8 @@
 """Atomic accesses that meet plain ones."""
 
 import pytest
-from fastvlp_tests import test_files
+from fastvlp_tests.planted_hazards import EVERY_SCHEDULE, kinds
 from ptx_machine.schedule import Schedule
-
-hazards = test_files.load("ptx/test_hazards.py")
-EVERY_SCHEDULE, kinds = hazards.EVERY_SCHEDULE, hazards.kinds
 
 ADD = "red.global.add.u32 [%rd2], 1;"
 ONE_BLOCK = "setp.eq.u32 %p1, %r1, {block}; @%p1 {access}"

@@ -1,11 +1,8 @@
 """Accesses that barriers at which only a part of the threads waits do, or do not, order."""
 
 import pytest
-from fastvlp_tests import test_files
+from fastvlp_tests.planted_hazards import EVERY_SCHEDULE, kinds
 from ptx_machine.errors import ProgramError
-
-hazards = test_files.load("ptx/test_hazards.py")
-EVERY_SCHEDULE, kinds = hazards.EVERY_SCHEDULE, hazards.kinds
 
 # Warp 0 runs the first part, warp 1 the second.
 TWO_WARPS = """

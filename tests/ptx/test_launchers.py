@@ -5,15 +5,14 @@ The checks are those of the interpreted kernels. Sizes cross a tile in every dir
 
 import pytest
 import torch
+from fastvlp_tests import alignment_kernels as alignment
+from fastvlp_tests import attention_kernels as attention
 from fastvlp_tests import contrastive_formulas as contrastive
-from fastvlp_tests import test_files
+from fastvlp_tests import momentum_kernels as momentum
+from fastvlp_tests import soft_cross_entropy_kernels as soft_cross_entropy
+from fastvlp_tests.alignment_cases import pairs
 from fastvlp_tests.momentum_cases import draw as draw_step
 from ptx_machine.schedule import Schedule
-
-attention = test_files.load("kernels/cross_attention/test_interpreter.py")
-momentum = test_files.load("kernels/momentum_contrastive/test_interpreter.py")
-soft_cross_entropy = test_files.load("kernels/soft_cross_entropy/test_interpreter.py")
-alignment = test_files.load("kernels/word_patch_alignment/test_interpreter.py")
 
 CPU = torch.device("cpu")
 # Each GPU and each dtype once; every_tile.py has all of both.
@@ -85,12 +84,12 @@ def test_soft_cross_entropy(run_on_ptx, capability, dtype):
 
 
 def test_word_patch_alignment(run_on_ptx, capability, dtype):
-    case = alignment.pairs(3, 21, 70, 64, dtype, CPU, masks="holes")
+    case = pairs(3, 21, 70, 64, dtype, CPU, masks="holes")
     alignment.check(run_on_ptx(capability), case, iterations=10)
 
 
 def test_tiles_are_kept_until_products_have_read_them(run_on_ptx, capability, dtype):
     # Several steps along the width, and asynchronous work as late as it may come.
-    case = alignment.pairs(2, 21, 40, 256, dtype, CPU)
+    case = pairs(2, 21, 40, 256, dtype, CPU)
     run = run_on_ptx(capability, schedules=(Schedule(late=True),))
     alignment.check(run, case, iterations=3)

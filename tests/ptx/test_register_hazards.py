@@ -1,9 +1,6 @@
 """Registers that a part of the lanes has written."""
 
-from fastvlp_tests import test_files
-
-hazards = test_files.load("ptx/test_hazards.py")
-EVERY_SCHEDULE, kinds = hazards.EVERY_SCHEDULE, hazards.kinds
+from fastvlp_tests.planted_hazards import EVERY_SCHEDULE, kinds
 
 BODY = """
     setp.lt.u32 %p1, %r0, 40;

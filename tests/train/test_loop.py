@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-from fastvlp_tests.tiny_run import PlainTask, build, settings
+from fastvlp_tests.tiny_run import PlainTask, Regression, build, settings
 
 from fastvlp.nn.ema_model import EmaModel
 from fastvlp.optim import AdamWEma
 from fastvlp.train import parallel
 from fastvlp.train.loop import Loop, LossScale
-from fastvlp.train.tasks.base import Task
 
 
 @pytest.fixture
@@ -50,22 +49,6 @@ def test_chunks_have_the_gradients_of_the_whole_batch(make, chunk):
     torch.testing.assert_close(loss, wanted_loss)
     for name, gradient in wanted.items():
         torch.testing.assert_close(ours[name], gradient, msg=name)
-
-
-class Regression(Task):
-    """A mean over rows, of which plain accumulation is exact."""
-
-    def __init__(self, chunk_size=None):
-        torch.manual_seed(0)
-        self.model, self.chunk_size = torch.nn.Linear(3, 1).double(), chunk_size
-
-    def losses(self, model, batch):
-        error, rows = model(batch).squeeze(1), max(len(batch), 1)
-        return {"loss": error.square().sum() / rows, "size": error.abs().sum() / rows}
-
-    def split(self, batch, rows, least=1):
-        parts = [*batch.split(rows), *[batch[:0]] * least][: max(least, -(-len(batch) // rows))]
-        return [(part, len(part) / max(len(batch), 1)) for part in parts]
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 10])

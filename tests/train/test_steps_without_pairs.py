@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from fastvlp_tests import gloo_ranks, photo_shards, test_files, tiny_pretraining, tiny_run
+from fastvlp_tests import gloo_ranks, photo_shards, tiny_pretraining, tiny_run
+from fastvlp_tests.tiny_run import Regression
 from fastvlp_tests.tiny_vocabularies import bert_vocabulary
 
 from fastvlp.commands import train as command
@@ -13,9 +14,6 @@ from fastvlp.train.logging import read_log
 from fastvlp.train.loop import Loop
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks.data import split_pairs
-
-loop = test_files.load("train/test_loop.py")
-Regression = loop.Regression
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 PAIRS = 5

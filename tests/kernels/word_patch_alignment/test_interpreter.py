@@ -6,47 +6,13 @@ import pytest
 import torch
 from fastvlp_tests.alignment_cases import (
     KINDS,
-    distance_rounding,
-    exact,
-    gradient_terms,
     pairs,
-    run,
-    sharpness,
 )
-from fastvlp_tests.tolerance import assert_as_accurate, epsilon
+from fastvlp_tests.alignment_kernels import MODULE, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvlp.ops import word_patch_alignment_reference
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-MODULE = "word_patch_alignment.transport"
-
-
-def check(run_kernel, case, beta=0.5, iterations=50, inner=1):
-    names = {"beta": beta, "iterations": iterations, "inner_iterations": inner}
-    distance, plan, x_rows, y_rows = run_kernel(
-        MODULE, "word_patch_alignment", case.text, case.image, *case.masks(), beta=beta,
-        iterations=iterations, inner=inner,
-    )  # fmt: skip
-    gradients = run_kernel(
-        MODULE, "word_patch_alignment_gradients", case.upstream, case.text, case.image, plan,
-        x_rows, y_rows,
-    )  # fmt: skip
-    eager = run(word_patch_alignment_reference, case, **names)
-    true = exact(case, **names)
-    growth = sharpness(beta, iterations)
-    assert_as_accurate("distance", distance, eager.distance, true.distance, distance_rounding(true))
-    assert_as_accurate("plan", plan, eager.plan, true.plan, growth * true.plan.norm().item())
-    for name, got, terms in zip(
-        ("text", "image"), gradients, gradient_terms(case, true.plan), strict=True
-    ):
-        assert got.dtype == case.text.dtype
-        wanted = getattr(true, name)
-        floor = growth * terms + epsilon(got.dtype) * wanted.norm().item()
-        assert_as_accurate(name, got, getattr(eager, name), wanted, floor)
-        assert (got[getattr(case, f"{name}_padding")] == 0).all()
-    return distance, plan, *gradients
 
 
 @settings(max_examples=12)

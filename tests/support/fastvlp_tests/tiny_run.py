@@ -9,6 +9,7 @@ from fastvlp.data.openmoji.loader import OpenMojiLoader
 from fastvlp.models import clip
 from fastvlp.train import parallel, run
 from fastvlp.train.config import TrainClip
+from fastvlp.train.tasks.base import Task
 from fastvlp.train.tasks.clip import ClipTask
 
 MODEL = clip.ClipConfig(8, 8, 4, 8, 2, 2, 8, 2, 2, context_length=6, vocab_size=32)
@@ -95,3 +96,19 @@ def weights(folder):
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+class Regression(Task):
+    """A mean over rows, of which plain accumulation is exact."""
+
+    def __init__(self, chunk_size=None):
+        torch.manual_seed(0)
+        self.model, self.chunk_size = torch.nn.Linear(3, 1).double(), chunk_size
+
+    def losses(self, model, batch):
+        error, rows = model(batch).squeeze(1), max(len(batch), 1)
+        return {"loss": error.square().sum() / rows, "size": error.abs().sum() / rows}
+
+    def split(self, batch, rows, least=1):
+        parts = [*batch.split(rows), *[batch[:0]] * least][: max(least, -(-len(batch) // rows))]
+        return [(part, len(part) / max(len(batch), 1)) for part in parts]
