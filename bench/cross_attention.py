@@ -132,7 +132,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
                 parts.append(f"{peer['ms'] / ours['ms']:.2f}x as fast as {peer['impl']}")
             for bound in bounds:
                 share = bound["ms"] / ours["ms"]
-                parts.append(f"{share:.0%} of the floor of {bound['products']} matmuls")
+                parts.append(f"{share:.0%} of the floor of {bound['matmuls']} matmuls")
             lines.append(
                 f"{ours['op']} {ours['phase']} {ours['dtype']}, {shape}: " + ", ".join(parts) + "."
             )

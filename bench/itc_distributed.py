@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "bytes_sent": RULE,
         "projection": {"note": TITLE, **vars(rates), "rows": []},
     }
-    columns = ("softmax", "products", "MB sent", "of its bytes")
+    columns = ("softmax", "matmuls", "MB sent", "of its bytes")
     with Ranks(
         args,
         PACKAGES,
@@ -306,7 +306,7 @@ def _shown(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[st
     share = row["bytes_sent"] / peer["bytes_sent"] if peer and peer["bytes_sent"] else None
     return {
         **row,
-        "products": f"{row['flops'] / one:.2f}",
+        "matmuls": f"{row['flops'] / one:.2f}",
         "MB sent": f"{row['bytes_sent'] / 1e6:.2f}",
         "of its bytes": "" if share is None else f"{share:.2f}",
     }

@@ -59,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     flags.add_argument(
         "--features",
-        choices=("auto", "drawn"),
+        choices=("auto", "random"),
         default="auto",
         help="auto: of real pairs where what that takes is installed",
     )
@@ -76,7 +76,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.memory_n is None:
         args.memory_n = list(MEMORY_N[size])
     args.memory_n = [n for n in args.memory_n if n not in args.n]
-    args.features = "drawn" if args.features == "drawn" else PAIRS[size]
+    args.features = "random" if args.features == "random" else PAIRS[size]
     if args.compile is None:
         args.compile = args.full
     if args.dim < 1 or not 0 < args.scale < float("inf"):
@@ -186,7 +186,7 @@ def summary(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], n: int) -> 
         for bound in (row for row in group if row["impl"].startswith(BOUND) and row["ms"]):
             parts.append(
                 f"{bound['ms'] / ours['ms']:.0%} of the torch.mm floor of "
-                f"{bound['products']} matmuls"
+                f"{bound['matmuls']} matmuls"
             )
         if ours["peak_mb"] is not None:
             parts.append(f"{ours['peak_mb']:.0f} MB extra")

@@ -224,7 +224,7 @@ def implementations(
             functools.partial(matmuls, teacher),
             bound=True,
             note="torch.mm for logits" + ", the teacher's" * teacher + " and two gradients alone",
-            extra={"products": 3 + teacher},
+            extra={"matmuls": 3 + teacher},
         ),
         _implementation(name, make_eager, teacher),
     ]

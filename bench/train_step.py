@@ -194,7 +194,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = measure.parser(__doc__)
     flags.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     flags.add_argument("--batch", type=int, help="pairs of a step (16; 4 if quick)")
-    flags.add_argument("--lengths", choices=("drawn", "full"), nargs="+", default=["drawn", "full"])
+    flags.add_argument(
+        "--lengths", choices=("random", "full"), nargs="+", default=["random", "full"]
+    )
     flags.add_argument("--way", choices=list(FORMS), nargs="+", default=list(FORMS))
     flags.add_argument("--parts", type=int, default=3, help="rounds of the table of parts; 0: none")
     measure.add_omissions(flags, compiled=False, memory=True)

@@ -258,10 +258,10 @@ def test_the_cuda_library_registers_its_operators():
 
 
 def test_the_kernels_refuse_tensors_of_the_cpu():
-    products, scale = torch.zeros(2, 3), torch.ones(())
+    similarities, scale = torch.zeros(2, 3), torch.ones(())
     with pytest.raises(NotImplementedError, match="contrastive_cuda_statistics"):
         torch.ops.fastvlp.contrastive_cuda_statistics(
-            products, scale, 0, torch.zeros(2), torch.zeros(2), torch.zeros(2, 3)
+            similarities, scale, 0, torch.zeros(2), torch.zeros(2), torch.zeros(2, 3)
         )
 
 

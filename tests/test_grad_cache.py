@@ -50,7 +50,7 @@ class Recorder(nn.Module):
     seed=st.integers(0, 99),
 )
 def test_gradients_are_those_of_the_whole_batch(rows, chunk_size, width, seed):
-    # In float32 against float64, because rounding grows where a drawn feature is nearly zero.
+    # In float32 against float64, because rounding grows where a random feature is nearly zero.
     model = towers(seed, width=width, dtype=torch.float32)
     inputs = batch(rows, seed, torch.float32, width)
     plain = plain_step(model, contrastive, *inputs)

@@ -147,8 +147,8 @@ def test_fates_are_80_10_10_and_random_tokens_cover_the_vocabulary():
     other = total - as_mask - kept
     hoped = [0.8 + 0.1 / SIZE, 0.1 + 0.1 / SIZE, 0.1 - 0.2 / SIZE]
     assert p_value([as_mask, kept, other], [total * p for p in hoped]) > 1e-3
-    drawn = became[(became != MASK) & (became != was)]
-    counts = torch.bincount(drawn, minlength=SIZE).double()
+    random_ids = became[(became != MASK) & (became != was)]
+    counts = torch.bincount(random_ids, minlength=SIZE).double()
     # Every token but [MASK] is equally likely, less the chance of being the one that was there.
     share = 1 - torch.bincount(was, minlength=SIZE).double() / total
     share[MASK] = 0

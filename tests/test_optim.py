@@ -26,7 +26,7 @@ def groups(model):
 
 
 def backward(model, step):
-    """Drawn gradients: those of a network would differ by rounding, which AdamW normalises."""
+    """Random gradients: those of a network would differ by rounding, which AdamW normalises."""
     g = torch.Generator().manual_seed(step)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype)

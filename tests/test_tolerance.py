@@ -80,30 +80,30 @@ def test_an_offset_shifts_every_seed():
     assert all(map(torch.equal, draws(7), before))
 
 
-def drawn():
+def sample():
     return torch.rand(3, generator=torch.Generator().manual_seed(1)).tolist()
 
 
-DRAWN_AT_IMPORT = drawn()
+SAMPLED_AT_IMPORT = sample()
 
 
 def drawn_on_a_rank(rank):
-    return DRAWN_AT_IMPORT, drawn(), os.environ.get(seeds.VARIABLE)
+    return SAMPLED_AT_IMPORT, sample(), os.environ.get(seeds.VARIABLE)
 
 
 def test_ranks_draw_what_the_test_draws():
     with seeds.shifted(2), seeds.shifted(3):
-        wanted, total = drawn(), os.environ[seeds.VARIABLE]
+        wanted, total = sample(), os.environ[seeds.VARIABLE]
         found = gloo_ranks.run(2, drawn_on_a_rank)
     assert found == [(wanted, wanted, total)] * 2
-    assert drawn() != wanted
+    assert sample() != wanted
 
 
 def test_a_process_without_an_offset_inherits_none(monkeypatch):
     monkeypatch.delenv(seeds.VARIABLE, raising=False)
-    before = drawn()
+    before = sample()
     seeds.inherit()
-    assert drawn() == before
+    assert sample() == before
     with seeds.shifted(4):
         assert os.environ[seeds.VARIABLE] == "4"
     assert seeds.VARIABLE not in os.environ

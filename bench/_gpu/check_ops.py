@@ -201,7 +201,7 @@ def cross_attention(dtype: str, quick: bool) -> Iterator[Comparison]:
             functools.partial(attention_inputs.draw, each),
             functools.partial(attention_inputs.draw, each.tiny()),
             reference if small else None,
-            flops=(6 if backward else 2) * 1e9 * work["gflop_per_product"],
+            flops=(6 if backward else 2) * 1e9 * work["gflop_per_matmul"],
             bytes=1e6 * work["mb_forward_backward" if backward else "mb_forward"],
             missing=absent,
         )  # fmt: skip

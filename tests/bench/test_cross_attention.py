@@ -79,12 +79,12 @@ def test_padding_and_packing_are_inverse():
 
 
 @pytest.mark.parametrize("names", [("S", "O"), ("S", "O", "dV", "dP", "dQ", "dK", "S")])
-def test_the_floor_does_exactly_the_products_it_names(names):
+def test_the_floor_does_exactly_the_matmuls_it_names(names):
     inputs = attention_inputs.draw(SMALL)
     call = attention.matmuls(names, inputs)
     with FlopCounterMode(display=False) as counter:
         call()
-    expected = len(names) * 1e9 * attention_inputs.work(inputs)["gflop_per_product"]
+    expected = len(names) * 1e9 * attention_inputs.work(inputs)["gflop_per_matmul"]
     assert counter.get_total_flops() == pytest.approx(expected)
 
 
@@ -112,7 +112,7 @@ def test_the_summary_names_the_best_peers_and_the_bounds():
     text = cross_attention.summary(
         [
             row("fastvlp", 10.0),
-            row("floor", 8.0, products=6),
+            row("floor", 8.0, matmuls=6),
             row("fastvlp, heads first", 5.0),
             row("sdpa, heads first", 20.0),
             row("sdpa, tokens first", 40.0),

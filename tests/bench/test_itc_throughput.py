@@ -184,7 +184,7 @@ def test_the_summary_names_the_best_of_each_kind():
     text = itc_throughput.summary(
         [
             row("fastvlp", 100.0, logits="fp32", softmax="fp32"),
-            row("floor", 80.0, products=4),
+            row("floor", 80.0, matmuls=4),
             row("open_clip autocast", 300.0, logits="bf16", softmax="fp32"),
             row("open_clip autocast compiled", 250.0, logits="bf16", softmax="fp32"),
             row("linear_cross_entropy", 500.0, logits="fp32", softmax="fp32"),

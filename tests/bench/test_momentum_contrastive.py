@@ -52,7 +52,7 @@ def test_inputs_are_the_same_each_time_and_of_unit_length():
     assert all(map(torch.equal, (t.T for t in one.columns), one.queues))
 
 
-def test_the_floor_does_exactly_the_products_it_names():
+def test_the_floor_does_exactly_the_matmuls_it_names():
     inputs = momentum_contrastive.inputs(**SIZES, dtype="fp32", device="cpu")
     call = momentum_contrastive.matmuls(inputs)
     with FlopCounterMode(display=False) as counter:

@@ -157,7 +157,7 @@ COMPARING = {
     "cross_attention": ["--queries", "3,4", "--part", "cross", *TINY_ATTENTION],
     "cross_attention --layer": ["--layer", *TINY_ATTENTION],
     "ema": ["--phase", "step+copy", "adamw", "--blocks", "0"],
-    "itc_throughput": ["--features", "drawn", "--n", "8,16", "--memory-n", ""],
+    "itc_throughput": ["--features", "random", "--n", "8,16", "--memory-n", ""],
     "matmul": ["--layers", "8x8"],
     "momentum_contrastive": [],
     "soft_cross_entropy": [],

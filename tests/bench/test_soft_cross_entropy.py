@@ -48,7 +48,7 @@ def test_the_teacher_changes_the_loss():
 
 
 @pytest.mark.parametrize("teacher", [True, False])
-def test_the_floor_does_exactly_the_products_it_names(teacher):
+def test_the_floor_does_exactly_the_matmuls_it_names(teacher):
     call = soft_cross_entropy.matmuls(teacher, soft_cross_entropy.draw(12, 24, 50, "fp32", "cpu"))
     with FlopCounterMode(display=False) as counter:
         call()

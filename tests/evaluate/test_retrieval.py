@@ -97,9 +97,9 @@ def test_chance_is_the_mean_over_all_orders():
     result = retrieval(torch.eye(2), torch.ones(3, 2), torch.tensor(owner), ks=(1, 2))
     for k in (1, 2):
         hits = [
-            any(owner[t] == image for t in drawn)
+            any(owner[t] == image for t in chosen)
             for image in (0, 1)
-            for drawn in combinations(range(3), k)
+            for chosen in combinations(range(3), k)
         ]
         assert result["image_to_text"][f"chance_R@{k}"] == pytest.approx(mean(hits))
 

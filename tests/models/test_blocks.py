@@ -1,4 +1,4 @@
-"""The models' blocks look where they may; the activation of CLIP; weights drawn by width."""
+"""The models' blocks look where they may; the activation of CLIP; weights initialised by width."""
 
 import pytest
 import torch

@@ -135,7 +135,7 @@ def kept_bytes(run, leaves):
     return sum(total)
 
 
-def test_only_the_inner_product_is_kept():
+def test_only_the_inner_activation_is_kept():
     rows, width, hidden = 50, 32, 128
     statistics = 2 * rows * 4
     leaves, _ = random_inputs((rows,), width, hidden, "gelu", True, torch.float32)

@@ -15,7 +15,7 @@ from fastvlp.masking import MaskingVocabulary, mask_tokens, sample_keys
 from fastvlp.nn.feed_forward import Norm, feed_forward
 from fastvlp.ops import compiled
 
-# Compiled: elementwise passes of our own, without a product that autocast could change.
+# Compiled: elementwise passes of our own, without a matmul that autocast could change.
 COMPILED = {
     "contrastive_cuda_statistics", "contrastive_cuda_gradient", "contrastive_cuda_sigmoid",
     "ema_update", "adamw_ema", "last_exceeding",

@@ -102,7 +102,7 @@ def test_infinities_nan_and_large_logits(passes):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_whole_losses(passes, dtype):
-    """The composition of the passes with products, in several chunks of rows and columns."""
+    """The composition of the passes with matmuls, in several chunks of rows and columns."""
     sizes = dict(m=64, n=90, dim=33, dtype=dtype, scale=14.3, offset=2, chunk=(1, 2))
     with cuda_passes.installed(passes):
         check(contrastive.test_softmax_composition)(
@@ -226,12 +226,12 @@ def test_planted_hazards_are_found(gpu, change, wanted, kind):
 def test_every_schedule_gives_the_same_bits(gpu):
     """The kernels with barriers, and those that several blocks of work share out."""
     gpu.schedules = SCHEDULES[::4]  # all warps in step, and one after another in a random order
-    products, scale = torch.randn(40, 30), torch.tensor(2.0)
+    similarities, scale = torch.randn(40, 30), torch.tensor(2.0)
     pairs = torch.stack((torch.full((30,), -torch.inf), torch.zeros(30)))
     rows = torch.empty(40, dtype=torch.float64), torch.empty(40)
-    gpu.call("contrastive_cuda_statistics", products, scale, 0, *rows, pairs)
+    gpu.call("contrastive_cuda_statistics", similarities, scale, 0, *rows, pairs)
     sums = torch.zeros(2, dtype=torch.float64)
-    gpu.call("contrastive_cuda_sigmoid", products, scale, scale, 0.5, 0, sums, torch.empty(0))
+    gpu.call("contrastive_cuda_sigmoid", similarities, scale, scale, 0.5, 0, sums, torch.empty(0))
     lists = [torch.ones(100), torch.ones(5), torch.full((90,), 3.0)]
     assert gpu.call("last_exceeding", lists, 2.0).item() == 2
     assert sums.isfinite().all() and pairs.isfinite().all()

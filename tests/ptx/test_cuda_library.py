@@ -52,30 +52,30 @@ def test_neighbours_are_stored_in_one_access(library, kernel):
 
 
 def test_statistics_of_tiles_then_of_rows_and_columns(launches):
-    products, scale = torch.randn(130, 300), torch.tensor(2.0)
+    similarities, scale = torch.randn(130, 300), torch.tensor(2.0)
     rows, positive = torch.empty(130, dtype=torch.float64), torch.empty(130)
     pairs = torch.zeros(2, 300)
     name = "contrastive_cuda_statistics"
-    assert launches(name, products, scale, 0, rows, positive, pairs) == [
+    assert launches(name, similarities, scale, 0, rows, positive, pairs) == [
         ("tile_statistics", (4, 1, 1), BLOCK, 0),
         ("finish_rows", (17, 1, 1), BLOCK, 0),
         ("finish_cols", (2, 1, 1), BLOCK, 0),
     ]
     none = torch.empty(2, 0)
-    assert [k for k, *_ in launches(name, products, scale, 0, rows, positive, none)] == [
+    assert [k for k, *_ in launches(name, similarities, scale, 0, rows, positive, none)] == [
         "tile_statistics", "finish_rows",
     ]  # fmt: skip
 
 
 def test_gradients_of_tiles(launches):
-    products, scale = torch.randn(33, 257), torch.tensor(2.0)
-    rows, cols = (torch.zeros(n, dtype=torch.float64) for n in products.shape)
-    arguments = products, scale, rows, cols, torch.zeros(33), torch.ones(2), 0, products
+    similarities, scale = torch.randn(33, 257), torch.tensor(2.0)
+    rows, cols = (torch.zeros(n, dtype=torch.float64) for n in similarities.shape)
+    arguments = similarities, scale, rows, cols, torch.zeros(33), torch.ones(2), 0, similarities
     assert launches("contrastive_cuda_gradient", *arguments) == [
         ("write_softmax_gradient", (4, 1, 1), BLOCK, 0)
     ]
     sums, out = torch.zeros(2, dtype=torch.float64), torch.empty(33, 257, dtype=torch.bfloat16)
-    arguments = products, scale, scale, 0.5, 0, sums, out
+    arguments = similarities, scale, scale, 0.5, 0, sums, out
     assert launches("contrastive_cuda_sigmoid", *arguments) == [
         ("sigmoid_tile", (4, 1, 1), BLOCK, 0),
         ("add_partials", (1, 1, 1), BLOCK, 0),
@@ -97,7 +97,7 @@ def test_the_multi_tensor_operators_launch_a_kernel_for_flat_and_one_for_strided
 
 
 def test_arguments_arrive_as_the_wrapper_passes_them(library):
-    products, scale, bias = torch.randn(3, 8), torch.tensor(2.0), torch.tensor(-1.0)
+    similarities, scale, bias = torch.randn(3, 8), torch.tensor(2.0), torch.tensor(-1.0)
     sums, found = torch.zeros(2, dtype=torch.float64), []
 
     def launch(given):
@@ -107,9 +107,9 @@ def test_arguments_arrive_as_the_wrapper_passes_them(library):
             found.extend(ctypes.c_void_p.from_address(at[i]).value for i in (1, 2))
             found.append(ctypes.c_float.from_address(at[3]).value)
 
-    arguments = products, scale, bias, 0.25, 0, sums, torch.empty(0)
+    arguments = similarities, scale, bias, 0.25, 0, sums, torch.empty(0)
     library.call("contrastive_cuda_sigmoid", arguments, launch)
-    assert found == [products.data_ptr(), scale.data_ptr(), bias.data_ptr(), 0.25]
+    assert found == [similarities.data_ptr(), scale.data_ptr(), bias.data_ptr(), 0.25]
 
 
 def test_host_code_tells_of_its_memory(library):

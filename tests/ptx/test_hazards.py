@@ -1,4 +1,4 @@
-"""Each hazard that the machine finds: a kernel that has it, and a twin that does not."""
+"""Each hazard that the machine finds: a kernel that has it, and one that does not."""
 
 import numpy as np
 import pytest

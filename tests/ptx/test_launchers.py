@@ -88,7 +88,7 @@ def test_word_patch_alignment(run_on_ptx, capability, dtype):
     alignment.check(run_on_ptx(capability), case, iterations=10)
 
 
-def test_tiles_are_kept_until_products_have_read_them(run_on_ptx, capability, dtype):
+def test_tiles_are_kept_until_matmuls_have_read_them(run_on_ptx, capability, dtype):
     # Several steps along the width, and asynchronous work as late as it may come.
     case = pairs(2, 21, 40, 256, dtype, CPU)
     run = run_on_ptx(capability, schedules=(Schedule(late=True),))

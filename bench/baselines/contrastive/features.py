@@ -23,7 +23,7 @@ from torch import Tensor
 NOISE = 0.1
 # Images' noise against captions of norm 1. Nearer pairs would be told apart with certainty
 # at s = 100, and gradients that vanish measure nothing.
-DRAWN_NOISE = 5.0
+RANDOM_NOISE = 5.0
 BATCH = 128
 # Pairs of each split that a run takes which is to print its first table soon.
 LIMIT = 256
@@ -43,12 +43,12 @@ RANDOM = Source(None, "random: captions are unit Gaussian vectors, images the sa
 def prepare(pairs: str) -> tuple[Source, list[Missing]]:
     """The source of features, encoding and caching real pairs where that is possible.
 
-    pairs: "drawn" makes random ones. "all" takes every real pair; where they are not yet in the
+    pairs: "random" makes random ones. "all" takes every real pair; where they are not yet in the
     cache that takes about 20 s. "some" takes LIMIT of each split at most, in a third of that time,
     unless all of them are there. "cached" takes either, and random ones where neither is there.
     What is missing is said.
     """
-    if pairs == "drawn":
+    if pairs == "random":
         return RANDOM, []
     try:
         every, model = _cache_file()
@@ -146,7 +146,7 @@ def _load(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def count(source: Source) -> int | None:
-    """How many real pairs there are; None: as many as asked for are drawn."""
+    """How many real pairs there are; None: as many as asked for are made."""
     return None if source.path is None else len(_load(source.path)[0])
 
 
@@ -155,7 +155,7 @@ def pairs(source: Source, n: int, dim: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(n)
     if source.path is None:
         text = F.normalize(torch.randn(n, dim, generator=generator), dim=1)
-        noise = torch.randn(n, dim, generator=generator) * (DRAWN_NOISE / dim**0.5)
+        noise = torch.randn(n, dim, generator=generator) * (RANDOM_NOISE / dim**0.5)
         return F.normalize(text + noise, dim=1), text
     image, text = _load(source.path)
     order = torch.randperm(len(image), generator=generator).repeat(-(-n // len(image)))[:n]

@@ -112,13 +112,13 @@ def float64_reference(backward: bool, inputs: Inputs, rows: int = 512) -> Mappin
     d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
     for start in range(0, n, rows):
         block = slice(start, min(start + rows, n))
-        products_ = image[block] @ text.T
-        logits = scale * products_ + bias
+        similarities = image[block] @ text.T
+        logits = scale * similarities + bias
         # -log sigmoid(-z) for all, then a positive's -log sigmoid(z) is that less z.
         loss += F.softplus(logits).sum() - logits.diagonal(start).sum()
         slope = torch.sigmoid(logits)
         slope.diagonal(start).sub_(1)
-        d_scale += (slope * products_).sum()
+        d_scale += (slope * similarities).sum()
         d_bias += slope.sum()
         d_image[block] = slope @ text
         d_text += slope.T @ image[block]

@@ -202,7 +202,7 @@ def implementations(
             bound=True,
             note="torch.mm for 4 matmuls alone: logits, logits again for the backward pass, and "
             "the two gradients",
-            extra={"products": 4},
+            extra={"matmuls": 4},
         ),
         Implementation(
             BOUND + "3",
@@ -210,7 +210,7 @@ def implementations(
             bound=True,
             note="torch.mm for 3 matmuls alone: the logits, kept for the backward pass, and the "
             "two gradients",
-            extra={"products": 3},
+            extra={"matmuls": 3},
         ),
     ]
     precise = functools.partial(autocast, DTYPES[dtype], device) if low else eager
@@ -290,7 +290,7 @@ def matmuls(logit_matmuls: int, inputs: Inputs) -> Callable[[], None]:
     best = fastest_blocks(
         len(inputs.image), inputs.image.shape[1], inputs.image.dtype, inputs.image.device.type
     )
-    logits, d_image, d_text = (_product(kind, inputs, rows) for kind, rows in best.items())
+    logits, d_image, d_text = (_matmul(kind, inputs, rows) for kind, rows in best.items())
 
     def call() -> None:
         for _ in range(logit_matmuls):
@@ -311,13 +311,13 @@ def fastest_blocks(n: int, d: int, dtype: torch.dtype, device: str) -> dict[str,
     clock = CudaClock() if device == "cuda" else CpuClock()
     best = {}
     for kind in ("logits", "d_image", "d_text"):
-        calls = {rows: _product(kind, inputs, rows) for rows in heights}
+        calls = {rows: _matmul(kind, inputs, rows) for rows in heights}
         times = {rows: min(clock(calls[rows]) for _ in range(3)) for rows in heights}
         best[kind] = min(times, key=times.get)
     return best
 
 
-def _product(kind: str, inputs: Inputs, rows: int) -> Callable[[], None]:
+def _matmul(kind: str, inputs: Inputs, rows: int) -> Callable[[], None]:
     image, text = inputs.image, inputs.text
     n = len(image)
     blocks = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]

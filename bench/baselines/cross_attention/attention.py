@@ -191,7 +191,7 @@ def implementations(case: Case, backward: bool) -> tuple[list[Implementation], l
             functools.partial(matmuls, stored),
             bound=True,
             note=f"torch.bmm for the {len(stored)} matmuls alone, with weights that are kept",
-            extra={"products": len(stored)},
+            extra={"matmuls": len(stored)},
         ),
     ]
     if backward:
@@ -202,7 +202,7 @@ def implementations(case: Case, backward: bool) -> tuple[list[Implementation], l
                 functools.partial(matmuls, again),
                 bound=True,
                 note="the same, with QKᵀ computed again for the backward pass",
-                extra={"products": len(again)},
+                extra={"matmuls": len(again)},
             )  # fmt: skip
         )
     if case.part != "self":  # packed keys have no heads-first layout of their own
@@ -289,13 +289,13 @@ def matmuls(names: Sequence[str], inputs: Inputs) -> Call:
     as in a fused kernel, as are fastest here.
     """
     sizes = sorted({1, min(4, len(inputs.q_lengths)), len(inputs.q_lengths)})
-    calls = [_grouped_products(names, inputs, size) for size in sizes]
+    calls = [_grouped_matmuls(names, inputs, size) for size in sizes]
     clock = CudaClock() if inputs.q.is_cuda else CpuClock()
     times = [min(clock(call) for _ in range(3)) for call in calls]
     return calls[times.index(min(times))]
 
 
-def _grouped_products(names: Sequence[str], inputs: Inputs, size: int) -> Call:
+def _grouped_matmuls(names: Sequence[str], inputs: Inputs, size: int) -> Call:
     groups = []
     (k, v), cu_k = packed_keys(inputs)
     for first in range(0, len(inputs.q_lengths), size):

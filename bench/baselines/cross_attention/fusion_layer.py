@@ -221,7 +221,7 @@ def implementations() -> list[Implementation]:
             matmuls,
             bound=True,
             note="torch.mm for the linear layers alone, without attention",
-            extra={"products": "linear"},
+            extra={"matmuls": "linear"},
         ),
     ]
     for attention in ("sdpa", "eager"):

@@ -218,7 +218,7 @@ def work_of(
     pairs = sum(q * k for q, k in zip(q_lengths, k_lengths, strict=True))
     queries, keys = (sum(lengths) * heads * dim * element for lengths in (q_lengths, k_lengths))
     return {
-        "gflop_per_product": 2e-9 * pairs * heads * dim,
+        "gflop_per_matmul": 2e-9 * pairs * heads * dim,
         "mb_forward": 1e-6 * (2 * queries + 2 * keys),
         # Once more q, k, v, the output and its gradient; then the three gradients.
         "mb_forward_backward": 1e-6 * (6 * queries + 6 * keys),

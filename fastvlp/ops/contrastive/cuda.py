@@ -1,6 +1,6 @@
 """The contrastive losses on CUDA tensors by the compiled passes (csrc/cuda) and torch.mm.
 
-The logits are walked in chunks: torch.mm makes the fp32 products x y^T of a chunk, one pass of
+The logits are walked in chunks: torch.mm makes the fp32 similarities x y^T of a chunk, one pass of
 ours reads them, and for gradients two more GEMMs follow, summed in fp32 over the chunks. Nothing is
 read back to the host. float32 GEMMs honour torch.backends.cuda.matmul.allow_tf32.
 
@@ -19,7 +19,7 @@ from ...kernels import align, storage_factor
 from .. import compiled
 from .._core.gpu_plan import TILE
 
-# Bytes of products that the statistics make at once: the pass over them finds them in the L2
+# Bytes of similarities that the statistics make at once: the pass over them finds them in the L2
 # cache, 40 MB on the smallest GPU the default build is for.
 _STATISTICS_BYTES = 32 << 20
 
@@ -50,10 +50,11 @@ def statistics(x, y, scale, kept, offset, rows, cols, *_):
         row_negatives.fill_(-torch.inf)
         positive.zero_()
     height = max(1, _STATISTICS_BYTES // (4 * max(n, 1)))
-    for chunk, _, products in _products(x, y, height, n):
+    for chunk, _, similarities in _similarities(x, y, height, n):
         torch.ops.fastvlp.contrastive_cuda_statistics(
-            products, scale, offset + chunk.start, row_negatives[chunk], positive[chunk], col_pairs
-        )
+            similarities, scale, offset + chunk.start, row_negatives[chunk], positive[chunk],
+            col_pairs,
+        )  # fmt: skip
     reference, total = col_pairs.double()
     return row_negatives, reference + total.log(), positive
 
@@ -69,9 +70,9 @@ def gradients(
     unit = torch.where(largest == 0, 1, largest) / stored
     relative, positives = weights / unit, positive_gradient / unit
 
-    def logit_gradient(products, rows, cols, out):
+    def logit_gradient(similarities, rows, cols, out):
         torch.ops.fastvlp.contrastive_cuda_gradient(
-            products, scale, row_lse[rows], col_lse[cols], positives[rows], relative,
+            similarities, scale, row_lse[rows], col_lse[cols], positives[rows], relative,
             offset + rows.start - cols.start, out,
         )  # fmt: skip
 
@@ -86,9 +87,9 @@ def sigmoid(
     sums = torch.zeros(2, dtype=torch.float64, device=x.device)
     stored = storage_factor(x.dtype)
 
-    def logit_gradient(products, rows, cols, out):
+    def logit_gradient(similarities, rows, cols, out):
         torch.ops.fastvlp.contrastive_cuda_sigmoid(
-            products, scale, bias, stored, offset + rows.start - cols.start, sums, out
+            similarities, scale, bias, stored, offset + rows.start - cols.start, sums, out
         )
 
     size = _chunk(x, block_rows * chunk_rows, block_cols * chunk_cols)
@@ -96,8 +97,8 @@ def sigmoid(
         factor = _floats(x).fill_(weight / stored)
         dx, dy, dscale = _feature_gradients(x, y, scale, factor, size, logit_gradient)
     else:
-        for rows, cols, products in _products(x, y, *size):
-            logit_gradient(products, rows, cols, _floats(x, 0))
+        for rows, cols, similarities in _similarities(x, y, *size):
+            logit_gradient(similarities, rows, cols, _floats(x, 0))
         dx, dy = x.new_empty(0, x.shape[1]), y.new_empty(0, y.shape[1])
         dscale = _floats(x).zero_()
     loss, dbias = (sums * weight).float().unbind()
@@ -114,22 +115,22 @@ def _feature_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients w.r.t. x, y and the scale; logit gradients are `factor` times what is written.
 
-    `products` are the logits of a chunk without their scale; `logit_gradient(products, rows, cols,
-    out)` writes its logit gradients to `out`, in x's dtype.
+    `similarities` are the logits of a chunk without their scale; `logit_gradient(similarities,
+    rows, cols, out)` writes its logit gradients to `out`, in x's dtype.
     """
     (m, dim), n = x.shape, y.shape[0]
     dx, y_sums = x.new_empty(m, dim), _floats(y, n, dim)
     if m == 0:
         y_sums.zero_()
     scale_sum = torch.zeros((), dtype=torch.float64, device=x.device)
-    # float32 logit gradients take the place of the products, float32 sums that of dx.
+    # float32 logit gradients take the place of the similarities, float32 sums that of dx.
     in_place = x.dtype == torch.float32
     own = None if in_place else _workspace(x, min(size[0], m), min(size[1], n), x.dtype)
     x_sums = _floats(x, 0 if in_place else min(size[0], m), dim)
-    for rows, cols, products in _products(x, y, *size):
-        g = products if in_place else own[: products.shape[0], : products.shape[1]]
-        logit_gradient(products, rows, cols, g)
-        x_part = dx[rows] if in_place else x_sums[: products.shape[0]]
+    for rows, cols, similarities in _similarities(x, y, *size):
+        g = similarities if in_place else own[: similarities.shape[0], : similarities.shape[1]]
+        logit_gradient(similarities, rows, cols, g)
+        x_part = dx[rows] if in_place else x_sums[: similarities.shape[0]]
         _multiply(g, y[cols], x_part, add=cols.start > 0)
         _multiply(g.T, x[rows], y_sums[cols], add=rows.start > 0)
         if cols.stop == n:
@@ -142,7 +143,7 @@ def _feature_gradients(
     return dx, dy, (scale_sum * factor).float()
 
 
-def _products(
+def _similarities(
     x: torch.Tensor, y: torch.Tensor, height: int, width: int
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """x y^T in fp32 by chunks, row chunks outside: its rows, its columns, and the values, which the
@@ -169,7 +170,7 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool)
 
 
 def _chunk(x: torch.Tensor, rows: int, cols: int) -> tuple[int, int]:
-    # The plan counts a logit's gradient; half-precision ones come on top of fp32 products here.
+    # The plan counts a logit's gradient; half-precision ones come on top of fp32 similarities here.
     if x.dtype == torch.float32:
         return rows, cols
     fitting = rows * x.element_size() // (4 + x.element_size())

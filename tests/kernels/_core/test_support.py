@@ -47,7 +47,7 @@ def test_old_gpus_are_refused(monkeypatch, capability, reasons):
         ("3.6.0", (12, 0), False),
     ],
 )  # fmt: skip
-def test_float32_products_need_a_triton_that_keeps_them(monkeypatch, version, capability, refused):
+def test_float32_matmuls_need_a_triton_that_keeps_them(monkeypatch, version, capability, refused):
     monkeypatch.setattr("triton.__version__", version)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -98,7 +98,7 @@ def test_fitted_pairs_are_relatively_exact(run_kernel, device):
         *formulas.gradient_inputs(problem, weights), weights, workspace_bytes=1 << 14,
     )  # fmt: skip
     g = formulas.softmax_gradient(problem, weights, torch.float64)
-    for got, true in zip(ours[:2], formulas.through_product(problem, g), strict=True):
+    for got, true in zip(ours[:2], formulas.through_matmul(problem, g), strict=True):
         assert (got - true).norm() <= 2e-5 * true.norm()
 
 
@@ -225,7 +225,7 @@ def test_tiny_sigmoid_gradients_survive_half_precision(run_kernel, device):
     problem = draw(64, 64, 32, torch.float16, device, offset=100, scale=1.0, bias=-16.0)
     ours = check_sigmoid(run_kernel, problem, 1 << 14, weight=1e4)
     _, g = formulas.sigmoid_terms(problem, torch.float64)
-    for our, true in zip((ours.dx, ours.dy), formulas.through_product(problem, g), strict=True):
+    for our, true in zip((ours.dx, ours.dy), formulas.through_matmul(problem, g), strict=True):
         true = 1e4 * true
         assert (our.double() - true).norm() <= epsilon(torch.float16) * true.norm()
 

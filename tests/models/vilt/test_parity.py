@@ -39,7 +39,7 @@ def theirs(batch):
     )  # fmt: skip
 
 
-def agree(got, expected):
+def assert_equal(got, expected):
     assert got.shape == expected.shape
     assert (got - expected).norm() <= 1e-5 * expected.norm()
 
@@ -54,14 +54,14 @@ def test_features(reference):
     words, patches, pooled = ours(tokens(), batch, text_mask())
     size = words.shape[1]
     real = text_mask().bool()
-    agree(words[real], out.last_hidden_state[:, :size][real])
+    assert_equal(words[real], out.last_hidden_state[:, :size][real])
     for i, (height, width) in enumerate(batch.sizes):
         # Theirs come in a random order where an image has no padding.
         got, expected = patches[i, : 1 + height * width], out.last_hidden_state[i, size:]
         order = torch.cdist(got, expected).argmin(1)
         assert order[0] == 0 and len(order.unique()) == len(got)
-        agree(got, expected[order])
-    agree(pooled, out.pooler_output)
+        assert_equal(got, expected[order])
+    assert_equal(pooled, out.pooler_output)
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def test_features_of_images_that_lose_patches_to_zero_detection():
     out = peer(**theirs(batch) | {"pixel_mask": mask.long()})
     tokens_of = ours.embed_images(ImageBatch(batch.images, mask))
     assert tokens_of.lengths == (15, 16, 3, 11)
-    agree(ours(tokens(), ImageBatch(batch.images, mask), LENGTHS)[2], out.pooler_output)
+    assert_equal(ours(tokens(), ImageBatch(batch.images, mask), LENGTHS)[2], out.pooler_output)
 
 
 @torch.no_grad()
@@ -88,12 +88,12 @@ def test_random_subsets_hold_the_same_kind_of_patches():
         batch.images, mask_of(batch).long(), max_image_length=6
     )
     everything = ours.embed_images(batch)
-    drawn = ours.train().embed_images(batch, seed=4)
-    assert drawn.lengths == (7, 7, 3, 7)
-    assert mask.sum(1).tolist() == list(drawn.lengths)
+    sampled = ours.train().embed_images(batch, seed=4)
+    assert sampled.lengths == (7, 7, 3, 7)
+    assert mask.sum(1).tolist() == list(sampled.lengths)
     for whole, some, their in zip(
         everything.rows.split(everything.lengths),
-        drawn.rows.split(drawn.lengths),
+        sampled.rows.split(sampled.lengths),
         (rows[real.bool()] for rows, real in zip(theirs_rows, mask, strict=True)),
         strict=True,
     ):
@@ -111,11 +111,11 @@ def test_masked_language_modelling(reference):
     batch = images()
     out = peer(**theirs(batch), labels=labels())
     sequences = ours.encode(tokens(), ours.embed_images(batch), LENGTHS)
-    agree(ours.mlm_loss(sequences, labels()), out.loss)
-    agree(ours.mlm_loss(sequences, labels(), max_masked=20), out.loss)
+    assert_equal(ours.mlm_loss(sequences, labels()), out.loss)
+    assert_equal(ours.mlm_loss(sequences, labels(), max_masked=20), out.loss)
     real = text_mask().bool()
     logits = ours.mlm_score.logits(sequences.map(ours.transformer.norm).text())
-    agree(logits[real], out.logits[real])
+    assert_equal(logits[real], out.logits[real])
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -126,7 +126,7 @@ def test_retrieval(reference):
     batch = images()
     embedded = ours.embed_images(batch)
     scores = ours.rank_scores(ours.encode(tokens(), embedded, LENGTHS))
-    agree(scores, peer(**theirs(batch)).logits[:, 0])
+    assert_equal(scores, peer(**theirs(batch)).logits[:, 0])
     # Each image with all four texts, the first one its own.
     order = torch.stack([torch.arange(4).roll(-i) for i in range(4)])
     all_pairs = theirs(batch._replace(sizes=[s for s in batch.sizes for _ in range(4)],
@@ -135,8 +135,8 @@ def test_retrieval(reference):
     all_pairs["attention_mask"] = text_mask()[order.flatten()]
     expected = peer(**all_pairs).logits.view(4, 4)
     loss = torch.nn.functional.cross_entropy(expected, torch.zeros(4, dtype=torch.int64))
-    agree(ours.retrieval_loss(tokens()[order], torch.tensor(LENGTHS)[order], embedded), loss)
-    agree(ours.retrieval_loss(tokens()[order], text_mask()[order], embedded), loss)
+    assert_equal(ours.retrieval_loss(tokens()[order], torch.tensor(LENGTHS)[order], embedded), loss)
+    assert_equal(ours.retrieval_loss(tokens()[order], text_mask()[order], embedded), loss)
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -149,8 +149,8 @@ def test_visual_question_answering(reference):
     targets = torch.rand(4, 9, generator=torch.Generator().manual_seed(0))
     out = peer(**theirs(batch), labels=targets)
     logits = ours.vqa_logits(ours.encode(tokens(), ours.embed_images(batch), LENGTHS))
-    agree(logits, out.logits)
-    agree(ours.vqa_loss(logits, targets), out.loss)
+    assert_equal(logits, out.logits)
+    assert_equal(ours.vqa_loss(logits, targets), out.loss)
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -171,8 +171,8 @@ def test_nlvr2(reference):
         labels=answers,
     )  # fmt: skip
     logits = ours.nlvr2_logits(tokens(), LENGTHS, *(ours.embed_images(batch) for batch in both))
-    agree(logits, out.logits)
-    agree(ours.nlvr2_loss(logits, answers), out.loss)
+    assert_equal(logits, out.logits)
+    assert_equal(ours.nlvr2_loss(logits, answers), out.loss)
 
 
 @torch.no_grad()
@@ -184,4 +184,4 @@ def test_token_classification():
     batch = images()
     real = text_mask().bool()
     logits = ours.token_logits(ours.encode(tokens(), ours.embed_images(batch), LENGTHS))
-    agree(logits[real], peer(**theirs(batch)).logits[real])
+    assert_equal(logits[real], peer(**theirs(batch)).logits[real])

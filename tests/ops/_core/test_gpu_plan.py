@@ -130,7 +130,7 @@ def test_every_part_of_a_group_has_the_whole_workspace(h200):
 
 
 class Launches(TorchDispatchMode):
-    """Counts products and launches of kernels; the kernels themselves do not run."""
+    """Counts matmuls and launches of kernels; the kernels themselves do not run."""
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,5 @@
 """The CUDA passes without a GPU: the kernels compiled for the CPU, and their composition with
-products, against float64."""
+similarities, against float64."""
 
 import math
 from unittest import mock
@@ -53,7 +53,7 @@ SIZES = {
 @given(**SIZES, wanted=st.sampled_from(["both", "rows", "cols"]), carried=st.booleans())
 @settings(max_examples=60)
 def test_statistics_kernel(kernels, rows, cols, gap, offset, deviation, wanted, carried):
-    products = matrix(rows, cols, gap, deviation=deviation)
+    similarities = matrix(rows, cols, gap, deviation=deviation)
     before = matrix(4, cols, 0, seed=1) if carried else torch.empty(0, cols)
     scale = floats(2.5)
     row_negatives = torch.empty(rows if wanted != "cols" else 0, dtype=torch.float64)
@@ -64,9 +64,9 @@ def test_statistics_kernel(kernels, rows, cols, gap, offset, deviation, wanted, 
             before, scale, 0, torch.empty(0), torch.empty(4),
             col_pairs if wanted != "rows" else torch.empty(2, 0),
         )  # fmt: skip
-    kernels.statistics(products, scale, offset, row_negatives, positive, col_pairs)
-    z, exact = scale * products, 2.5 * products.double()
-    pairs = cuda_passes.is_positive(products, offset)
+    kernels.statistics(similarities, scale, offset, row_negatives, positive, col_pairs)
+    z, exact = scale * similarities, 2.5 * similarities.double()
+    pairs = cuda_passes.is_positive(similarities, offset)
     assert torch.equal(positive, torch.where(pairs, z, 0).sum(1))
     size = exact.abs().max().item() + math.log(rows + cols)
     exact = without_positives(exact, offset)
@@ -82,24 +82,24 @@ def test_statistics_kernel(kernels, rows, cols, gap, offset, deviation, wanted, 
         assert_log_sum_exp("cols", ours, seen.float().logsumexp(0), seen.logsumexp(0), floor)
 
 
-def statistics_of(kernels, products):
-    rows, cols = products.shape
+def statistics_of(kernels, similarities):
+    rows, cols = similarities.shape
     row_negatives, pairs = torch.empty(rows, dtype=torch.float64), empty_pairs(cols)
-    kernels.statistics(products, floats(1.0), 0, row_negatives, torch.empty(rows), pairs)
+    kernels.statistics(similarities, floats(1.0), 0, row_negatives, torch.empty(rows), pairs)
     return row_negatives, pairs[0] + pairs[1].log()
 
 
 def test_statistics_kernel_keeps_infinities_and_nan(kernels):
-    products = matrix(40, 300, 0)
-    products[3] = -INF
-    products[:, 7] = -INF
-    rows, cols = statistics_of(kernels, products)
+    similarities = matrix(40, 300, 0)
+    similarities[3] = -INF
+    similarities[:, 7] = -INF
+    rows, cols = statistics_of(kernels, similarities)
     assert rows[3] == -INF and cols[7] == -INF
     assert rows.isfinite().sum() == 39 and cols.isfinite().sum() == 299
-    products[5, 280] = NAN
-    products[9, 20] = INF
-    products[11, 11] = NAN  # a positive
-    rows, cols = statistics_of(kernels, products)
+    similarities[5, 280] = NAN
+    similarities[9, 20] = INF
+    similarities[11, 11] = NAN  # a positive
+    rows, cols = statistics_of(kernels, similarities)
     assert rows[5].isnan() and cols[280].isnan()
     assert not rows[9].isfinite() and not cols[20].isfinite()
     assert rows.isfinite().sum() == 37 and cols.isfinite().sum() == 297
@@ -113,27 +113,27 @@ def test_statistics_kernel_keeps_infinities_and_nan(kernels):
 )
 @settings(max_examples=60)
 def test_gradient_kernel(kernels, rows, cols, gap, offset, deviation, dtype, out_gap, terms):
-    products = matrix(rows, cols, gap, deviation=deviation)
+    similarities = matrix(rows, cols, gap, deviation=deviation)
     scale, weights = floats(2.5), floats(0.5, 0.25)
     positives = -0.75 * torch.rand(rows, generator=torch.Generator().manual_seed(1))
-    z = scale * products
+    z = scale * similarities
     row_lse = z.double().logsumexp(1) if terms != "cols" else torch.empty(0)
     col_lse = z.double().logsumexp(0) if terms != "rows" else torch.empty(0)
     wide = torch.full((rows, cols + out_gap), NAN, dtype=dtype)
     out = wide[:, :cols]
-    kernels.gradient(products, scale, row_lse, col_lse, positives, weights, offset, out)
+    kernels.gradient(similarities, scale, row_lse, col_lse, positives, weights, offset, out)
     assert wide[:, cols:].isnan().all()
     eager, exact = torch.empty_like(out), torch.empty(rows, cols, dtype=torch.float64)
     others = row_lse, col_lse, positives, weights
-    cuda_passes.PLAIN.gradient(products, scale, *others, offset, eager)
+    cuda_passes.PLAIN.gradient(similarities, scale, *others, offset, eager)
     cuda_passes.PLAIN.gradient(
-        products.double(), scale, *(t.double() for t in others), offset, exact
+        similarities.double(), scale, *(t.double() for t in others), offset, exact
     )
     floor = (epsilon(dtype) + SINGLE * z.abs().max().item()) * exact.norm().item()
     assert_as_accurate("gradient", out, eager, exact, floor)
     if dtype == torch.float32:
-        kernels.gradient(products, scale, *others, offset, products)
-        assert torch.equal(products, out)
+        kernels.gradient(similarities, scale, *others, offset, similarities)
+        assert torch.equal(similarities, out)
 
 
 @given(
@@ -144,22 +144,22 @@ def test_gradient_kernel(kernels, rows, cols, gap, offset, deviation, dtype, out
 )
 @settings(max_examples=60)
 def test_sigmoid_kernel(kernels, rows, cols, gap, offset, deviation, dtype, out_gap, wanted):
-    products = matrix(rows, cols, gap, deviation=deviation)
+    similarities = matrix(rows, cols, gap, deviation=deviation)
     scale, bias = floats(2.5), floats(-3.0)
     wide = torch.full((rows, cols + out_gap), NAN, dtype=dtype)
     out = wide[:, :cols] if wanted else torch.empty(0)
     sums = torch.tensor([7.0, -2.0], dtype=torch.float64)
-    kernels.sigmoid(products, scale, bias, 8.0, offset, sums, out)
+    kernels.sigmoid(similarities, scale, bias, 8.0, offset, sums, out)
     assert wide[:, cols:].isnan().all()
     results = {}
-    for name, t in (("eager", products), ("exact", products.double())):
+    for name, t in (("eager", similarities), ("exact", similarities.double())):
         g = torch.empty(rows, cols, dtype=dtype if name == "eager" else torch.float64)
         totals = torch.zeros(2, dtype=torch.float64)
         cuda_passes.PLAIN.sigmoid(t, scale, bias, 8.0, offset, totals, g)
         results[name] = totals, g
     eager, exact = results["eager"], results["exact"]
     # torch's softplus is a straight line beyond 20: exp(-20) of each term is the slack of the sums.
-    slack = (math.exp(-20) + SINGLE) * rows * cols * (1 + 3 + 2.5 * products.abs().max().item())
+    slack = (math.exp(-20) + SINGLE) * rows * cols * (1 + 3 + 2.5 * similarities.abs().max().item())
     assert_as_accurate("sums", sums - floats(7.0, -2.0), eager[0], exact[0], slack)
     if wanted:
         floor = (epsilon(dtype) + SINGLE * (3 + 10 * deviation)) * exact[1].norm().item()
@@ -169,12 +169,12 @@ def test_sigmoid_kernel(kernels, rows, cols, gap, offset, deviation, dtype, out_
 def test_a_positive_past_the_last_column_is_none(kernels):
     # Columns 5 to 7 of the vector exist in the kernel's registers alone.
     sums = torch.zeros(2, dtype=torch.float64)
-    products = torch.zeros(3, 5)
-    kernels.sigmoid(products, floats(1.0), floats(-200.0), 1.0, 5, sums, torch.empty(0))
+    similarities = torch.zeros(3, 5)
+    kernels.sigmoid(similarities, floats(1.0), floats(-200.0), 1.0, 5, sums, torch.empty(0))
     assert sums[0] == 0 and sums[1].abs() < 1e-80
 
 
-# --- composition with products -------------------------------------------------------------------
+# --- composition with matmuls ---------------------------------------------------------------
 
 
 NOTHING = torch.empty(0)  # logits kept between the passes: none on a GPU

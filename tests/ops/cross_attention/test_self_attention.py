@@ -20,7 +20,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 
 def check(qkv, upstream, **kwargs):
-    """Output and gradients against float64, at most twice the error of plain products."""
+    """Output and gradients against float64, at most twice the error of plain matmuls."""
     dtype, head_dim = qkv[0].dtype, qkv[0].shape[-1]
     ours = with_gradients(lambda *a: attention(*a, **kwargs), qkv, upstream)
     eager = with_gradients(lambda *a: attention_reference(*a, **kwargs), qkv, upstream)

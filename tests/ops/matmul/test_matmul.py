@@ -49,7 +49,7 @@ def check(a, b, bias=None):
     exact = matmul_reference(a.double(), b.double(), wide)
     # What rounding the largest sums once costs, for products that eager has exact by luck.
     terms = a.double().abs() @ b.double().abs()
-    assert_as_accurate("product", ours, eager, exact, SINGLE * terms.norm().item())
+    assert_as_accurate("matmul", ours, eager, exact, SINGLE * terms.norm().item())
     return ours
 
 
@@ -122,7 +122,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column(device, value):
 
 
 def test_parts_add_up_exactly(device):
-    """A product by the identity gives each float back, bit for bit."""
+    """A matmul with the identity gives each float back, bit for bit."""
     x = draw(64, 96, "rows", device=device) * 10.0 ** draw(64, 96, "rows", 5, 3, device).round()
     assert torch.equal(matmul(x, torch.eye(96, device=device)), x)
     assert torch.equal(matmul(torch.eye(64, device=device), x), x)

@@ -20,7 +20,7 @@ ISAS = torch.ops.fastvlp.cpu_instruction_sets().split(",")
 
 def reference(*args, ids, queue_ids, queue_length, seed):
     """The reference under the operator's own signature."""
-    # torch's bfloat16 products read what pads the rows: 0 * NaN.
+    # torch's bfloat16 matmuls read what pads the rows: 0 * NaN.
     args = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in args]
     inputs = prepare(*args, ids, queue_ids, queue_length, seed)
     return momentum_contrastive_reference(*inputs.tensors())

@@ -163,12 +163,12 @@ def test_fake_tensors_on_a_device_that_is_not_here():
         common = (hidden, weight, None, labels, None, None, None, scalar, -100)
         losses = torch.ops.fastvlp.soft_cross_entropy_losses(*common, kept, 9, 9, True, True)
         assert losses.shape == (9,) and losses.device.type == "cuda"
-        by_hidden, by_weight, by_bias = torch.ops.fastvlp.soft_cross_entropy_gradients(
+        d_hidden, d_weight, d_bias = torch.ops.fastvlp.soft_cross_entropy_gradients(
             *common, losses, kept, False, 9, 9, [True, True, False]
         )
-        assert by_hidden.dtype == torch.bfloat16 and by_hidden.shape == (9, 8)
-        assert by_weight.dtype == torch.float32 and by_weight.shape == (70, 8)
-        assert by_bias.shape == (0,)
+        assert d_hidden.dtype == torch.bfloat16 and d_hidden.shape == (9, 8)
+        assert d_weight.dtype == torch.float32 and d_weight.shape == (70, 8)
+        assert d_bias.shape == (0,)
         early = torch.ops.fastvlp.soft_cross_entropy_losses_and_gradients(
             *common, 9, 9, [True, True, False]
         )
@@ -177,7 +177,7 @@ def test_fake_tensors_on_a_device_that_is_not_here():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_products_on_a_gpu_fit_together(monkeypatch, dtype):
+def test_the_matmuls_on_a_gpu_fit_together(monkeypatch, dtype):
     # Their shapes and dtypes, without the GPU: the pass between them has tests of its own.
     passes = []
 

@@ -1,4 +1,4 @@
-"""The products of soft cross entropy as a GPU makes them, on the CPU, against float64."""
+"""The matmuls of soft cross entropy as a GPU makes them, on the CPU, against float64."""
 
 import pytest
 import torch
@@ -19,12 +19,12 @@ def rows_pass(logits, *inputs, gradient):
 
 
 @pytest.fixture
-def gpu_products(monkeypatch):
+def gpu_matmuls(monkeypatch):
     monkeypatch.setattr(matmuls, "on_gpu", lambda _: True)
     monkeypatch.setattr(
         register, "_pass", lambda _: lambda *inputs: rows_pass(*inputs[:-1], gradient=inputs[-1])
     )
-    with cuda_passes.wide_products():
+    with cuda_passes.wide_matmuls():
         yield
 
 
@@ -39,7 +39,7 @@ def gpu_products(monkeypatch):
         (1000, {"reduction": "none", "workspace_bytes": 1 << 16}),
     ],
 )
-def test_gradients(gpu_products, dtype, rows, options):
+def test_gradients(gpu_matmuls, dtype, rows, options):
     case = draw(rows, 16, 40, dtype, "cpu")
     upstream = None
     if options.get("reduction") == "none":

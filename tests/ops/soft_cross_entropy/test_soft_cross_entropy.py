@@ -46,7 +46,7 @@ def check(case, seed=0, reduction="none", **options):
     exact = run(soft_cross_entropy_reference, double, upstream, reduction=reduction)
     deltas, largest = row_gradients(case, upstream)
     dtype = case.hidden.dtype
-    # Logits are rounded to the products' dtype, and so are their derivatives: what that does to a
+    # Logits are rounded to the matmuls' dtype, and so are their derivatives: what that does to a
     # loss, and to the sums of a gradient, whose terms are rounded with random signs.
     rounding = (SINGLE + (epsilon(dtype) if dtype != torch.float32 else 0)) * (largest + 1)
     rounding += SINGLE * math.log(len(case.weight))
@@ -95,7 +95,7 @@ def test_matches_float64(
 @pytest.mark.parametrize("workspace", [3 << 20, 1 << 28])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_a_real_vocabulary(device, dtype, workspace, reduction):
-    # Several blocks of the vocabulary in every product, several groups of rows in the small one.
+    # Several blocks of the vocabulary in every matmul, several groups of rows in the small one.
     case = draw(70, 24, 9001, dtype, device)
     check(case, reduction=reduction, workspace_bytes=workspace)
 
@@ -225,9 +225,9 @@ def test_impossible_tokens(device):
 def test_nan_stays_in_its_row(device):
     case = draw(6, 8, 1500, torch.float32, device, ignored=False)
     case.hidden[2, 3] = math.nan
-    losses, by_hidden, *_ = run(soft_cross_entropy, case, reduction="none")
+    losses, d_hidden, *_ = run(soft_cross_entropy, case, reduction="none")
     bad = torch.arange(6, device=device) == 2
-    assert torch.equal(losses.isnan(), bad) and torch.equal(by_hidden.isnan().any(1), bad)
+    assert torch.equal(losses.isnan(), bad) and torch.equal(d_hidden.isnan().any(1), bad)
 
 
 def test_nan_in_an_ignored_row_goes_nowhere(device):

@@ -99,7 +99,7 @@ def sigmoid_terms(problem: Problem, dtype: torch.dtype):
     return loss, torch.where(pair, -torch.sigmoid(-z), torch.sigmoid(z))
 
 
-def through_product(problem: Problem, g: torch.Tensor):
+def through_matmul(problem: Problem, g: torch.Tensor):
     """dX and dY from the gradient of the logits, at its dtype."""
     scale, x, y = (t.to(g.dtype).contiguous() for t in (problem.scale, problem.x, problem.y))
     return scale * (g @ y), scale * (g.T @ x)
@@ -138,10 +138,10 @@ def check_statistics(run_kernel, problem, **wanted):
     return ours
 
 
-def check_product(names, ours, eager, exact, problem, g):
+def check_feature_gradients(names, ours, eager, exact, problem, g):
     """dX and dY, `g` being the exact gradient of the logits."""
     dtype = problem.x.dtype
-    sides = through_product(
+    sides = through_matmul(
         Problem(problem.x.abs(), problem.y.abs(), problem.scale, problem.bias, 0), g.abs()
     )
     for name, our, near, true, terms in zip(names, ours, eager, exact, sides, strict=True):
@@ -175,9 +175,9 @@ def check_gradients(run_kernel, problem, weights, workspace_bytes, *, rows=True,
     )  # fmt: skip
     g = softmax_gradient(problem, used, torch.float64)
     eager = softmax_gradient(problem, used, problem.x.dtype)
-    check_product(
-        ("dx", "dy"), ours[:2], through_product(problem, eager),
-        through_product(problem, g), problem, g,
+    check_feature_gradients(
+        ("dx", "dy"), ours[:2], through_matmul(problem, eager),
+        through_matmul(problem, g), problem, g,
     )  # fmt: skip
     check_scale_gradient(ours[2], problem, eager, g)
     return ours[:2]
@@ -194,9 +194,9 @@ def check_sigmoid(run_kernel, problem, workspace_bytes, weight=1.0):
     assert_as_accurate("loss", ours.loss_sum, near_loss.sum(), loss.sum(), SINGLE * size)
     floor = sharpness(problem) * g.abs().sum().item()
     assert_as_accurate("g", ours.g_sum, near_g.sum(), g.sum(), floor)
-    check_product(
-        ("dx", "dy"), (ours.dx, ours.dy), through_product(problem, weight * near_g),
-        through_product(problem, weight * g), problem, weight * g,
+    check_feature_gradients(
+        ("dx", "dy"), (ours.dx, ours.dy), through_matmul(problem, weight * near_g),
+        through_matmul(problem, weight * g), problem, weight * g,
     )  # fmt: skip
     check_scale_gradient(ours.dscale, problem, weight * near_g, weight * g)
     return ours

@@ -64,19 +64,19 @@ def compiled(folder: Path) -> SimpleNamespace:
         stride = t.stride(0) if t.dim() == 2 else 0
         return pointer(t), ctypes.c_int64(stride), ELEMENTS[t.dtype]
 
-    def statistics(products, scale, offset, row_negatives, positive, col_pairs):
+    def statistics(similarities, scale, offset, row_negatives, positive, col_pairs):
         assert col_pairs.is_contiguous()
         vectors = map(pointer, (scale, row_negatives, positive, col_pairs))
-        assert library.run_statistics(*matrix(products, offset), *vectors) is None
+        assert library.run_statistics(*matrix(similarities, offset), *vectors) is None
 
-    def gradient(products, scale, row_lse, col_lse, positive_gradient, weights, offset, out):
+    def gradient(similarities, scale, row_lse, col_lse, positive_gradient, weights, offset, out):
         vectors = map(pointer, (scale, row_lse, col_lse, positive_gradient, weights))
-        assert library.run_gradient(*matrix(products, offset), *vectors, *output(out)) is None
+        assert library.run_gradient(*matrix(similarities, offset), *vectors, *output(out)) is None
 
-    def sigmoid(products, scale, bias, factor, offset, sums, out):
+    def sigmoid(similarities, scale, bias, factor, offset, sums, out):
         assert sums.dtype == torch.float64
         error = library.run_sigmoid(
-            *matrix(products, offset), pointer(scale), pointer(bias), ctypes.c_float(factor),
+            *matrix(similarities, offset), pointer(scale), pointer(bias), ctypes.c_float(factor),
             pointer(sums), *output(out),
         )  # fmt: skip
         assert error is None
@@ -96,9 +96,9 @@ def matrix(rows, cols, gap, *, deviation=1.0, dtype=torch.float32, seed=0):
     return wide[:, :cols]
 
 
-def is_positive(products: torch.Tensor, offset: int) -> torch.Tensor:
+def is_positive(similarities: torch.Tensor, offset: int) -> torch.Tensor:
     """[M, N]: whether the element is its row's positive."""
-    rows, cols = (torch.arange(size) for size in products.shape)
+    rows, cols = (torch.arange(size) for size in similarities.shape)
     return cols[None, :] == rows[:, None] + offset
 
 
@@ -113,8 +113,8 @@ def assert_log_sum_exp(name, ours, eager, exact, floor):
     assert_as_accurate(name, ours[some], eager[some], exact[some], floor)
 
 
-def _statistics(products, scale, offset, row_negatives, positive, col_pairs):
-    z = scale * products
+def _statistics(similarities, scale, offset, row_negatives, positive, col_pairs):
+    z = scale * similarities
     pairs = is_positive(z, offset)
     positive.copy_(torch.where(pairs, z, 0).sum(1))
     z = torch.where(pairs, -torch.inf, z)
@@ -127,8 +127,8 @@ def _statistics(products, scale, offset, row_negatives, positive, col_pairs):
         col_pairs.copy_(torch.stack((largest, carried + (z - reference).exp().sum(0))))
 
 
-def _gradient(products, scale, row_lse, col_lse, positive_gradient, weights, offset, out):
-    z = scale * products
+def _gradient(similarities, scale, row_lse, col_lse, positive_gradient, weights, offset, out):
+    z = scale * similarities
     g = torch.zeros_like(z)
     if row_lse.numel():
         g = g + weights[0] * (z - row_lse[:, None]).exp()
@@ -137,9 +137,9 @@ def _gradient(products, scale, row_lse, col_lse, positive_gradient, weights, off
     out.copy_(torch.where(is_positive(z, offset), positive_gradient[:, None], g))
 
 
-def _sigmoid(products, scale, bias, factor, offset, sums, out):
-    sign = torch.where(is_positive(products, offset), -1.0, 1.0)
-    u = sign * (scale * products + bias)
+def _sigmoid(similarities, scale, bias, factor, offset, sums, out):
+    sign = torch.where(is_positive(similarities, offset), -1.0, 1.0)
+    u = sign * (scale * similarities + bias)
     g = sign * u.sigmoid()
     sums += torch.stack([t.sum(dtype=torch.float64) for t in (torch.nn.functional.softplus(u), g)])
     if out.numel():
@@ -151,30 +151,30 @@ PLAIN = SimpleNamespace(statistics=_statistics, gradient=_gradient, sigmoid=_sig
 
 @contextmanager
 def installed(passes: SimpleNamespace):
-    """`passes` as the CPU kernels of the fastvlp::contrastive_cuda_* operators, and the products
-    of `wide_products`."""
-    with torch.library._scoped_library("fastvlp", "IMPL") as ours, wide_products():
+    """`passes` as the CPU kernels of the fastvlp::contrastive_cuda_* operators, and the matmuls
+    of `wide_matmuls`."""
+    with torch.library._scoped_library("fastvlp", "IMPL") as ours, wide_matmuls():
         for name, function in vars(passes).items():
             ours.impl(f"contrastive_cuda_{name}", function, "CPU")
         yield
 
 
 @contextmanager
-def wide_products():
-    """fp32 results of half-precision products, which torch has for CUDA alone."""
+def wide_matmuls():
+    """fp32 results of half-precision matmuls, which torch has for CUDA alone."""
 
-    def product(a, b, out_dtype):
+    def matmul(a, b, out_dtype):
         return a.to(out_dtype) @ b.to(out_dtype)
 
     def mm(a, b, out_dtype, *, out):
-        return out.copy_(product(a, b, out_dtype))
+        return out.copy_(matmul(a, b, out_dtype))
 
     def addmm(total, a, b, out_dtype, *, beta=1, alpha=1, out):
         assert beta == alpha == 1 and total.data_ptr() == out.data_ptr()
-        return out.add_(product(a, b, out_dtype))
+        return out.add_(matmul(a, b, out_dtype))
 
     with torch.library._scoped_library("aten", "IMPL") as aten:
-        aten.impl("mm.dtype", product, "CPU")
+        aten.impl("mm.dtype", matmul, "CPU")
         aten.impl("mm.dtype_out", mm, "CPU")
         aten.impl("addmm.dtype_out", addmm, "CPU")
         yield

@@ -209,7 +209,7 @@ def floor_matmuls():
         "contrastive": next(check_ops.contrastive("bf16", True)).flops / small,
         "sigmoid": next(check_ops.sigmoid("bf16", True)).flops / small,
         "cross_attention": next(check_ops.cross_attention("bf16", True)).flops
-        / (1e9 * work["gflop_per_product"]),
+        / (1e9 * work["gflop_per_matmul"]),
     }
     return ours, checked
 

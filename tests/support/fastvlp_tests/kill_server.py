@@ -4,7 +4,7 @@
 
 A first run imports everything, and each other run is a fork; an empty file stands for the image of
 the curve, which takes long to draw. FOLDER/whole is the run that nobody kills. Run
-`time-i` is killed after a share of its time, drawn at random; run `event-i` kills itself at one of
+`time-i` is killed after a share of its time, chosen at random; run `event-i` kills itself at one of
 the moments when it opens, renames, makes or removes something in its folder, among which are all
 those inside of writing a checkpoint. fastvlp_tests.MODULE.train(folder) is what runs.
 """

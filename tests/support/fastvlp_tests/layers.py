@@ -51,7 +51,7 @@ SIBLINGS = {
 }
 SIBLINGS_ALLOWED = {
     ("fastvlp.kernels.momentum_contrastive", "fastvlp.kernels.contrastive"): "one softplus",
-    ("fastvlp.ops.soft_cross_entropy", "fastvlp.ops.matmul"): "the head's products",
+    ("fastvlp.ops.soft_cross_entropy", "fastvlp.ops.matmul"): "the head's matmuls",
     ("fastvlp.models.checkpoints", "fastvlp.models.albef"): "it loads into them",
     ("fastvlp.models.checkpoints", "fastvlp.models.clip"): "it loads into them",
     ("fastvlp.models.checkpoints", "fastvlp.models.vilt"): "it loads into them",

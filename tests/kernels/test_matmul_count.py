@@ -1,4 +1,4 @@
-"""The compiled contrastive kernels make the product of a tile once, whatever the features."""
+"""The compiled contrastive kernels compute the matmul of a tile once, whatever the features."""
 
 import math
 import re
@@ -36,7 +36,7 @@ def compiled():
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("kernel", ["statistics", "gradient", "sigmoid"])
-def test_a_tile_of_logits_takes_one_product(cases, compiled, kernel, capability):
+def test_a_tile_of_logits_takes_one_matmul(cases, compiled, kernel, capability):
     (name,) = (
         n for n, c in cases if c == capability and re.match(rf"{kernel} bf16 \d+x\d+x\d+$", n)
     )

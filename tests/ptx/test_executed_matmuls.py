@@ -1,4 +1,4 @@
-"""How many matrix instructions the contrastive kernels execute: those of one product, whatever the
+"""How many matrix instructions the contrastive kernels execute: those of one matmul, whatever the
 features are."""
 
 import math
@@ -33,7 +33,7 @@ def features(kind, rows):
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kind", ["random", "in classes", "equal"])
-def test_statistics_make_one_product(count_on_ptx, capability, kind):
+def test_statistics_make_one_matmul(count_on_ptx, capability, kind):
     x, y = features(kind, 150), features(kind, 150).roll(4, 0)
     _, launches = count_on_ptx(capability)(
         "contrastive.forward", "contrastive_statistics", x, y, torch.tensor([100.0])
