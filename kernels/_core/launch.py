@@ -13,9 +13,6 @@ from .support import ALIGNMENT, align, interpreting, supported
 
 INTERPRETED = interpreting()
 CAPABILITIES = (80, 90, 100, 120)
-# Small enough that a test with a few dozen rows crosses several tiles in each direction.
-TILE_INTERPRETED = (32, 16, 32, 2, 4, 1)
-
 # For kernels that sum products between lanes. Fused into the first exchange of such a sum, a
 # product is rounded by one of two lanes only: their sums differ, and which is stored is undefined.
 UNFUSED = {"enable_fp_fusion": False}
@@ -33,6 +30,10 @@ class Tile:
     stages: int
 
 
+# Small enough that a test with a few dozen rows crosses several tiles in each direction.
+TILE_INTERPRETED = Tile(32, 16, 32, 2, 4, 1)
+
+
 def capability_key(major: int, minor: int) -> int:
     """The entry of `CAPABILITIES` whose tiles fit a GPU of this compute capability.
 
@@ -44,10 +45,12 @@ def capability_key(major: int, minor: int) -> int:
     return {9: 90, 10: 100, 11: 100}.get(major, 120)
 
 
-def tile_for(tiles: dict[tuple[int, int], Tile], x: torch.Tensor) -> Tile:
+def tile_for(
+    tiles: dict[tuple[int, int], Tile], x: torch.Tensor, interpreted: Tile = TILE_INTERPRETED
+) -> Tile:
     """The tile of a table keyed by (capability, bytes per element) for inputs like `x`."""
     if INTERPRETED:
-        return Tile(*TILE_INTERPRETED)
+        return interpreted
     return tiles[capability_key(*torch.cuda.get_device_capability(x.device)), x.element_size()]
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .._core import aot
-from .._core.launch import INTERPRETED, Tile, capability_key
+from .._core.launch import INTERPRETED, Tile, tile_for
 
 # Eight warps hold the sums of 64 rows x 256 columns in 64 registers a thread; four would spill.
 TILES = {
@@ -57,9 +57,7 @@ def load_rows(
 
 
 def tile_of(x: torch.Tensor) -> Tile:
-    if INTERPRETED:
-        return TILE_INTERPRETED
-    return TILES[capability_key(*torch.cuda.get_device_capability(x.device)), x.element_size()]
+    return tile_for(TILES, x, TILE_INTERPRETED)
 
 
 def tile_constants(tile: Tile, width: int, dtype: torch.dtype, precision: str) -> dict:

@@ -4,7 +4,7 @@ import momentum_contrastive
 import pytest
 import torch
 from _harness import measure
-from fastvlp_tests.bench_runs import missing_names, quick_rows
+from fastvlp_tests.bench_runs import assert_all_compute, missing_names, quick_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 SIZES = {"batch": 6, "queue": 40, "dim": 24}
@@ -18,17 +18,7 @@ def test_every_implementation_computes_the_same(dtype, tolerance):
     implementations = momentum_contrastive.implementations(dtype, compiled=False)
     names = [each.name for each in implementations]
     assert names[:2] == [measure.OURS, measure.BOUND] and len(set(names)) == len(names)
-    for implementation in implementations:
-        found = implementation.make(inputs)()
-        if implementation.bound:
-            assert found is None
-            continue
-        assert set(found) == set(truth)
-        for name, value in truth.items():
-            assert measure.relative_error(found[name], value) < tolerance, (
-                implementation.name,
-                name,
-            )
+    assert_all_compute(implementations, inputs, truth, tolerance)
 
 
 def test_compiled_peers_stand_beside_the_eager_ones():

@@ -6,7 +6,7 @@ import pytest
 import soft_cross_entropy
 import torch
 from _harness import measure
-from fastvlp_tests.bench_runs import missing_names, quick_rows
+from fastvlp_tests.bench_runs import assert_all_compute, missing_names, quick_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -26,17 +26,7 @@ def test_every_implementation_computes_the_same(dtype, tolerance, teacher):
     implementations = compared(dtype, teacher)
     names = [each.name for each in implementations]
     assert names[0] == measure.OURS and measure.BOUND in names and len(set(names)) == len(names)
-    for implementation in implementations:
-        found = implementation.make(inputs)()
-        if implementation.bound:
-            assert found is None
-            continue
-        assert set(found) == set(truth)
-        for name, value in truth.items():
-            assert measure.relative_error(found[name], value) < tolerance, (
-                implementation.name,
-                name,
-            )
+    assert_all_compute(implementations, inputs, truth, tolerance)
 
 
 def test_the_teacher_changes_the_loss():

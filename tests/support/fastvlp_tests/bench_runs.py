@@ -27,3 +27,16 @@ def quick_rows(main, target, *flags):
 
 def missing_names(meta):
     return {each["name"] for each in meta["missing"]}
+
+
+def assert_all_compute(implementations, inputs, truth, tolerance):
+    """The results `truth` by name, within `tolerance`, by each implementation but the bound."""
+    for implementation in implementations:
+        found = implementation.make(inputs)()
+        if implementation.bound:
+            assert found is None
+            continue
+        assert set(found) == set(truth)
+        for name, value in truth.items():
+            error = measure.relative_error(found[name], value)
+            assert error < tolerance, (implementation.name, name)
