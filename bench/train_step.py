@@ -197,7 +197,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument(
         "--lengths", choices=("random", "full"), nargs="+", default=["random", "full"]
     )
-    flags.add_argument("--way", choices=list(FORMS), nargs="+", default=list(FORMS))
+    flags.add_argument("--form", choices=list(FORMS), nargs="+", default=list(FORMS))
     flags.add_argument("--parts", type=int, default=3, help="rounds of the table of parts; 0: none")
     measure.add_omissions(flags, compiled=False, memory=True)
     args = flags.parse_args(argv)
@@ -207,14 +207,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         flags.error("--batch must be positive, --parts not negative")
     if args.device != "cpu":
         flags.error("--device: the table of parts and the reference are for the CPU")
-    if OURS not in args.way:
-        flags.error(f"--way: expected {OURS} among them")
+    if OURS not in args.form:
+        flags.error(f"--form: expected {OURS} among them")
     return args
 
 
 def measure_case(case: Case, args: argparse.Namespace, run: Run) -> None:
     """The rows of every form, and its parts."""
-    chosen = [each for each in implementations(case.adapter) if each.name in args.way]
+    chosen = [each for each in implementations(case.adapter) if each.name in args.form]
     inputs = build(case)
     run.compare(
         case.op(),

@@ -74,7 +74,7 @@ def test_a_quick_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--batch", "0"], ["--parts", "-1"], ["--way", "reference, SDPA"]]
+    "flags", [["--batch", "0"], ["--parts", "-1"], ["--form", "reference, SDPA"]]
 )
 def test_bad_flags(flags):
     with pytest.raises(SystemExit):

@@ -18,8 +18,8 @@ def test_attention_never_looks_ahead(causal):
     out = model(x, causal=causal)
     for i in range(6):
         (gradient,) = torch.autograd.grad(out[0, i].sum(), x, retain_graph=True)
-        seen = gradient[0].abs().amax(dim=1) > 0
-        assert seen.tolist() == [j <= i or not causal for j in range(6)]
+        attended = gradient[0].abs().amax(dim=1) > 0
+        assert attended.tolist() == [j <= i or not causal for j in range(6)]
 
 
 def test_quick_gelu():
