@@ -72,18 +72,7 @@ def _fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str
     changes = run_folder.compare(config, ranks)
     kind = type(task.model)  # FSDP2 changes the class of what it shards
     model, average = _prepare(config, task, ranks)
-    loop = Loop(
-        task,
-        model,
-        loader,
-        _optimizer(config, task, model, average),
-        _schedule(config, loader),
-        steps=_steps(config, loader),
-        precision=_DTYPES[config.precision if config.precision != "auto" else _best(ranks)],
-        clip_norm=config.clip_norm,
-        group=ranks.group,
-        max_skipped=config.max_skipped,
-    )
+    loop = _loop(config, task, loader, model, average, ranks)
     checkpoints = Checkpoints(
         config.folder / "checkpoints",
         ranks,
@@ -92,12 +81,7 @@ def _fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str
         keep=config.keep,
         seed=config.seed,
     )
-    name = _name(config, task)
-    opening = screen.opening(
-        model=task.model, name=name, data={"data": loader, **getattr(task, "held_out", {})},
-        config=config, ranks=ranks, steps=loop.steps, precision=loop.precision,
-        epochs=loop.steps / _epoch_steps(loader),
-    )  # fmt: skip
+    opening = _opening(config, loop, ranks)
     _resume(config, loop, checkpoints, ranks)
     evaluated = unwrap(model) if average is None else average.module
 
@@ -129,9 +113,41 @@ def _fit(config: TrainConfig, task: Task, loader: Any, ranks: Ranks) -> dict[str
         return scores
 
 
-def _name(config: TrainConfig, task: Task) -> str:
-    start = getattr(config, "init", None)
-    return f"from {start}" if start is not None else config.model or type(task.model).__name__
+def _loop(
+    config: TrainConfig,
+    task: Task,
+    loader: Any,
+    model: nn.Module,
+    average: EmaModel | None,
+    ranks: Ranks,
+) -> Loop:
+    return Loop(
+        task,
+        model,
+        loader,
+        _optimizer(config, task, model, average),
+        _schedule(config, loader),
+        steps=_steps(config, loader),
+        precision=_DTYPES[config.precision if config.precision != "auto" else _best(ranks)],
+        clip_norm=config.clip_norm,
+        group=ranks.group,
+        max_skipped=config.max_skipped,
+    )
+
+
+def _opening(config: TrainConfig, loop: Loop, ranks: Ranks) -> list[str]:
+    """What the run is about to do; called while its loader stands at the beginning of an epoch."""
+    start, model = getattr(config, "init", None), loop.task.model
+    return screen.opening(
+        model=model,
+        name=f"from {start}" if start is not None else config.model or type(model).__name__,
+        data={"data": loop.loader, **getattr(loop.task, "held_out", {})},
+        config=config,
+        ranks=ranks,
+        steps=loop.steps,
+        precision=loop.precision,
+        epochs=loop.steps / _epoch_steps(loop.loader),
+    )
 
 
 def _ending(config: TrainConfig, evaluation: Evaluation) -> list[str]:
