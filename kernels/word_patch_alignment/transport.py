@@ -20,6 +20,7 @@ from .._core import aot
 from .._core.launch import CAPABILITIES, INTERPRETED, UNFUSED, on_device
 from .._core.support import alignment_block, alignment_supported, triton_before
 
+LOG2E = 1.4426950408889634
 SMALLEST_NORM = tl.constexpr(1e-5)
 
 
@@ -37,7 +38,7 @@ BLOCK_ROWS, BLOCK_COLS = 64, 32  # of every GEMM's tile
 # tile that registers are loaded from while wgmma may still read it.
 COSINE = {2: Launch(64, 4, 1), 4: Launch(32, 4, 2)}
 GRADIENT = Launch(16, 4, 2)
-# Of a pair's matrix that a thread keeps: the largest that no GPU's kernel spills at.
+# Of a pair's matrix that a thread keeps: where a Triton spills the least, docs/compatibility.md.
 THREAD_ELEMENTS = 16 if triton_before(3, 8) else 32
 
 
@@ -123,22 +124,28 @@ def transport_kernel(
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     i, j = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_Y)
     at = plan_ptr + pair * (BLOCK_X * BLOCK_Y) + (i.to(tl.int64)[:, None] * BLOCK_Y + j[None, :])
-    # A common factor of the plan cancels in delta, so that it may start from ones.
-    valid_x = is_valid(x_padding_ptr + pair * X, i[:, None], X).to(tl.float32)
-    valid_y = is_valid(y_padding_ptr + pair * Y, j[None, :], Y).to(tl.float32)
-    words, patches = tl.sum(valid_x), tl.sum(valid_y)
-    # Padding's cosines are 0, so that its zeros in q stay zeros.
-    q = valid_x * valid_y
+    valid_x = is_valid(x_padding_ptr + pair * X, i, X)
+    valid_y = is_valid(y_padding_ptr + pair * Y, j, Y)
+    words, patches = tl.sum(valid_x.to(tl.float32)), tl.sum(valid_y.to(tl.float32))
+    # The plan's entries are 2 ** (x_log + y_log - cost * step): one that is too small for float32
+    # at some step is back when the logarithms have grown, as a product of steps would not be. At
+    # padding they are -inf, and the scalings 0. The plan may start from ones: a common factor
+    # cancels in delta.
+    x_log, y_log = tl.where(valid_x, 0.0, -float("inf")), tl.where(valid_y, 0.0, -float("inf"))
     sigma = tl.zeros((BLOCK_X,), tl.float32) + 1.0 / tl.maximum(words, 1.0)
     delta = tl.full((BLOCK_Y,), 1.0, tl.float32)
-    for _ in range(iterations):
-        # Read and exponentiated anew each time (volatile, or the compiler would do it once): with
-        # this matrix in registers as well, the program would spill.
-        a = tl.exp((tl.load(at, volatile=True) - 1.0) * inverse_beta)
-        q = q * delta[None, :] * sigma[:, None] * a
+    q = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+    for step in range(1, iterations + 1):
+        # Read anew each time (volatile, or the compiler would do it once): with this matrix in
+        # registers as well, the program would spill.
+        strength = step * inverse_beta
+        grown = tl.load(at, volatile=True) * strength + y_log[None, :]
+        q = tl.exp2(grown + (x_log - strength)[:, None])
         for _ in range(inner):
             delta = balance(tl.sum(q * sigma[:, None], 0), patches)
             sigma = balance(tl.sum(q * delta[None, :], 1), words)
+        x_log += tl.log2(sigma)
+        y_log += tl.log2(delta)
     q = q * delta[None, :] * sigma[:, None]
 
     cosine = tl.load(at)
@@ -233,7 +240,7 @@ def word_patch_alignment(
                 UPCAST=INTERPRETED and x.dtype is torch.bfloat16, **(_options(launch) | UNFUSED),
             )  # fmt: skip
             transport_kernel[(pairs,)](
-                *masks, distance, plan, x_rows, y_rows, words, patches, 1.0 / beta, iterations,
+                *masks, distance, plan, x_rows, y_rows, words, patches, LOG2E / beta, iterations,
                 inner, BLOCK_X=block_x, BLOCK_Y=block_y,
                 num_warps=_transport_warps(block_x * block_y), **UNFUSED,
             )  # fmt: skip

@@ -88,6 +88,10 @@ def test_word_patch_alignment(run_on_ptx, capability, dtype):
     alignment.check(run_on_ptx(capability), case, iterations=10)
 
 
+def test_word_patch_alignment_of_lost_entries(run_on_ptx, capability, dtype):
+    alignment.check_lost_entries(run_on_ptx(capability), CPU, 0.1, 300, dtype)
+
+
 def test_tiles_are_kept_until_matmuls_have_read_them(run_on_ptx, capability, dtype):
     # Several steps along the width, and asynchronous work as late as it may come.
     case = pairs(2, 21, 40, 256, dtype, CPU)

@@ -16,7 +16,8 @@ as ViLT trains it (at the optimum that is the derivative of the whole); the plan
 gradient. Costs and plans are float32 whatever the features are. Entries of a plan may leave the
 range of float32, or of float64, and come back (many iterations, small beta, words and patches of
 few directions): on a CPU and in the reference such a pair is solved again with logarithms in place
-of entries, or is NaN where the reference is compiled. The GPU kernel keeps float32 and loses them.
+of entries, or is NaN where the reference is compiled. The GPU kernel always keeps logarithms, of
+the scalings, in float32: its plans are right to float32 eps * (1 + iterations / beta).
 
 Cost of a pair with n words, m patches, width D: 2 n m D FLOP forward, 4 n m D backward and about
 5 n m a iteration, on the valid rows only. Memory beyond results and gradients: the plans,

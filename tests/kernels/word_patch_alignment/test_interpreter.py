@@ -8,11 +8,16 @@ from fastvlp_tests.alignment_cases import (
     KINDS,
     pairs,
 )
-from fastvlp_tests.alignment_kernels import MODULE, check
+from fastvlp_tests.alignment_kernels import MODULE, check, check_lost_entries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("beta, iterations", [(0.1, 50), (0.1, 300), (0.04, 300)])
+def test_entries_that_leave_the_range_of_float32_come_back(run_kernel, device, beta, iterations):
+    check_lost_entries(run_kernel, device, beta, iterations)
 
 
 @settings(max_examples=12)

@@ -12,6 +12,7 @@ from fastvlp_tests.alignment_cases import (
     entry_by_entry,
     exact,
     gradient_terms,
+    opposite,
     pairs,
     run,
     sharpness,
@@ -132,19 +133,6 @@ def test_entries_that_leave_the_range_of_float32_come_back(monkeypatch, isa, cou
     share = words / (words + opposite_words) - patches / (patches + opposite_patches)
     assert true.distance.item() == pytest.approx(2 * abs(share), abs=1e-6)
     assert ours.distance.item() == pytest.approx(2 * abs(share), abs=1e-6)
-
-
-def opposite(dtype=torch.float32):
-    """Pairs of words and patches in two opposite directions, and the first also in a third one:
-    at cost 2 some mass has to go through entries that die out in float64, too. One pair of five
-    has a word and two patches more, which are padding."""
-    text, image = torch.zeros(3, 5, 8, dtype=dtype), torch.zeros(3, 5, 8, dtype=dtype)
-    text[:, :3, 0] = torch.tensor([1.0, -1.0, -1.0])
-    image[:, :3, 0] = torch.tensor([1.0, 1.0, -1.0])
-    text[0, 3, 1] = 1
-    text[2, :3, 0], image[2, :3, 0] = image[2, :3, 0].clone(), text[2, :3, 0].clone()
-    masks = ((t == 0).all(-1) for t in (text, image))
-    return Pairs(text, image, *masks, torch.ones(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

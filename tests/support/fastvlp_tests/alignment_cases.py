@@ -95,6 +95,19 @@ def gradient_terms(case, plan):
     )
 
 
+def opposite(dtype=torch.float32, device="cpu"):
+    """Pairs of words and patches in two opposite directions, and the first also in a third one:
+    at cost 2 some mass has to go through entries that die out in float64, too. One pair of five
+    has a word and two patches more, which are padding."""
+    text, image = torch.zeros(3, 5, 8, dtype=dtype), torch.zeros(3, 5, 8, dtype=dtype)
+    text[:, :3, 0] = torch.tensor([1.0, -1.0, -1.0])
+    image[:, :3, 0] = torch.tensor([1.0, 1.0, -1.0])
+    text[0, 3, 1] = 1
+    text[2, :3, 0], image[2, :3, 0] = image[2, :3, 0].clone(), text[2, :3, 0].clone()
+    masks = ((t == 0).all(-1) for t in (text, image))
+    return Pairs(*(t.to(device) for t in (text, image, *masks, torch.ones(3))))
+
+
 def sharpness(beta=0.5, iterations=50, **_):
     """Relative rounding of a plan whose costs, of order 1, are right to a float32 rounding.
 

@@ -1,7 +1,17 @@
-"""The check of the word-patch alignment kernels against the float64 reference."""
+"""The checks of the word-patch alignment kernels against the float64 reference."""
+
+import pytest
+import torch
 
 from fastvlp.ops import word_patch_alignment_reference
-from fastvlp_tests.alignment_cases import distance_rounding, exact, gradient_terms, run, sharpness
+from fastvlp_tests.alignment_cases import (
+    distance_rounding,
+    exact,
+    gradient_terms,
+    opposite,
+    run,
+    sharpness,
+)
 from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 
 MODULE = "word_patch_alignment.transport"
@@ -31,3 +41,17 @@ def check(run_kernel, case, beta=0.5, iterations=50, inner=1):
         assert_as_accurate(name, got, getattr(eager, name), wanted, floor)
         assert (got[getattr(case, f"{name}_padding")] == 0).all()
     return distance, plan, *gradients
+
+
+def check_lost_entries(run_kernel, device, beta, iterations, dtype=torch.float32):
+    """A plan of which entries die out in float32, and some of them in float64."""
+    case = opposite(dtype, device)
+    distance, plan, *_ = run_kernel(
+        MODULE, "word_patch_alignment", case.text, case.image, *case.masks(), beta=beta,
+        iterations=iterations,
+    )  # fmt: skip
+    true = exact(case, beta=beta, iterations=iterations)
+    rounding = sharpness(beta, iterations)
+    assert true.distance[1:].cpu().tolist() == pytest.approx([2 / 3] * 2, abs=1e-6)
+    assert (distance - true.distance).abs().max() <= rounding
+    assert (plan - true.plan).norm() <= rounding * true.plan.norm()
