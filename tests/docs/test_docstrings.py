@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastvlp
+from fastvlp import nn, ops
 
 MODULES = (
     "fastvlp", "fastvlp.evaluate.retrieval", "fastvlp.evaluate.zero_shot", "fastvlp.losses",
@@ -74,6 +75,14 @@ def test_what_users_call_has_an_example(module):
     found = dict(public(module))
     for name in WITH_EXAMPLE[module]:
         assert ">>>" in inspect.getdoc(found[name]), name
+
+
+def test_an_operators_contract_stands_on_its_function():
+    functions = [nn.attention if op == "attention" else getattr(ops, op) for op in ops.operators()]
+    for function in functions:
+        contract = inspect.getdoc(function)
+        for part in ("Source: ", "Cost", "Args:", "Raises:", "Examples:"):
+            assert part in contract, (function.__name__, part)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,27 +1,4 @@
-"""The symmetric contrastive loss of CLIP (InfoNCE) without the N x N matrix.
-
-    z_ij = s <x_i, y_j> + b
-    loss = 1/2 mean_i [lse_j z_ij - z_ii] + 1/2 mean_j [lse_i z_ij - z_jj]
-
-The log-sum-exps are taken over the negatives, j != i, and the positive enters a pair's loss as
-log(1 + exp(lse - z_ii)): a loss of 1e-8 is as exact as its logits.
-
-Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
-arXiv 2103.00020, section 2.3 and figure 3; van den Oord et al., arXiv 1807.03748, equation 4.
-
-Cost: one GEMM of 2 N^2 D FLOP forward. A tile of logits serves both directions: its row
-statistics finish image-to-text, its column statistics text-to-image. Backward takes two GEMMs,
-and a third one for those logits that did not fit into `workspace_bytes`. Memory beyond the
-gradients: at most about `workspace_bytes` plus a few MB for each thread. On a GPU no logits are
-kept: backward takes three GEMMs, and forward 64 MB for its statistics.
-
-The gradient with respect to s costs N D operations, that with respect to b is exactly zero: the
-softmax is invariant to a constant. GEMMs of float32 features have float32 accuracy: where the CPU
-has AMX tiles of bfloat16, each float is split into three of these (bf16x3); on a GPU they are
-cuBLAS's, which follows torch.backends.cuda.matmul.allow_tf32. GEMMs of bfloat16 features use
-bfloat16 multiplications with float32 sums where the CPU has them, else float32; softmax and sums
-are always float32.
-"""
+"""The symmetric contrastive loss of CLIP (InfoNCE) without the N x N matrix."""
 
 import torch
 import torch.distributed as dist
@@ -55,6 +32,28 @@ def contrastive(
     global_value: bool = False,
 ) -> torch.Tensor:
     """Contrastive loss over the pairs (image_features[i], text_features[i]).
+
+        z_ij = s <x_i, y_j> + b
+        loss = 1/2 mean_i [lse_j z_ij - z_ii] + 1/2 mean_j [lse_i z_ij - z_jj]
+
+    The log-sum-exps are taken over the negatives, j != i, and the positive enters a pair's loss as
+    log(1 + exp(lse - z_ii)): a loss of 1e-8 is as exact as its logits.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
+    arXiv 2103.00020, section 2.3 and figure 3; van den Oord et al., arXiv 1807.03748, equation 4.
+
+    Cost: one GEMM of 2 N^2 D FLOP forward. A tile of logits serves both directions: its row
+    statistics finish image-to-text, its column statistics text-to-image. Backward takes two GEMMs,
+    and a third one for those logits that did not fit into `workspace_bytes`. Memory beyond the
+    gradients: at most about `workspace_bytes` plus a few MB for each thread. On a GPU no logits are
+    kept: backward takes three GEMMs, and forward 64 MB for its statistics.
+
+    The gradient with respect to s costs N D operations, that with respect to b is exactly zero: the
+    softmax is invariant to a constant. GEMMs of float32 features have float32 accuracy: where the
+    CPU has AMX tiles of bfloat16, each float is split into three of these (bf16x3); on a GPU they
+    are cuBLAS's, which follows torch.backends.cuda.matmul.allow_tf32. GEMMs of bfloat16 features
+    use bfloat16 multiplications with float32 sums where the CPU has them, else float32; softmax and
+    sums are always float32.
 
     Args:
         image_features: [N, D], float32, bfloat16 or float16 (float64 through the reference);

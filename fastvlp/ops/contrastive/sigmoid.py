@@ -1,14 +1,4 @@
-"""The pairwise sigmoid loss of SigLIP in one pass without the N x N matrix.
-
-    z_ij = s <x_i, y_j> + b,  t_ij = 1 where i = j, else -1
-    loss = -1/N sum_ij log sigmoid(t_ij z_ij)
-
-Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, section 3.2.
-
-Cost: the loss is a sum over elements, so the forward pass computes the gradients as well: three
-GEMMs of 2 N^2 D FLOP in all, one where no gradient is wanted. Memory beyond the gradients: at
-most about `workspace_bytes` plus a few MB for each thread. Precision is as for `contrastive`.
-"""
+"""The pairwise sigmoid loss of SigLIP in one pass without the N x N matrix."""
 
 import torch
 import torch.distributed as dist
@@ -37,6 +27,16 @@ def sigmoid_contrastive(
     comm_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Sigmoid loss over all N^2 pairs, (image_features[i], text_features[i]) the positive ones.
+
+        z_ij = s <x_i, y_j> + b,  t_ij = 1 where i = j, else -1
+        loss = -1/N sum_ij log sigmoid(t_ij z_ij)
+
+    Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, section
+    3.2.
+
+    Cost: the loss is a sum over elements, so the forward pass computes the gradients as well: three
+    GEMMs of 2 N^2 D FLOP in all, one where no gradient is wanted. Memory beyond the gradients: at
+    most about `workspace_bytes` plus a few MB for each thread. Precision is as for `contrastive`.
 
     Arguments, result and errors are as for `fastvlp.ops.contrastive`, with a bias that matters:
     the loss is differentiable once with respect to the features, the scale and the bias. With

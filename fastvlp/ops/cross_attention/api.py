@@ -1,24 +1,4 @@
-"""Attention of packed queries to the keys of their own segment: fusion encoders and packed text.
-
-    s_ij = scale <q_i, k_j>,  p_i = softmax of s_i over the keys that row i attends,
-    out_i = sum_j dropout(p_ij) v_j
-
-Source: Vaswani et al., "Attention is all you need", arXiv 1706.03762, section 3.2; the fusion
-encoder of Li et al., "Align before fuse" (ALBEF), arXiv 2107.07651, section 3.1; recomputation in
-the backward pass after Dao et al., "FlashAttention", arXiv 2205.14135, section 3.
-
-A segment is one image with all the query rows that attend to it (`cu_seqlens_q`): the tokens of its
-positive text, of its hard negatives and of the masked pass lie one after another, without padding,
-and its keys and values are read once for all of them. With `cu_seqlens_k` the keys are packed as
-well: the self-attention of packed text is q, k, v with the same cumulative lengths.
-
-Cost for a segment of M query and L key rows and each head: 4 M L d FLOP forward, 10 M L d backward,
-which computes the weights again. Memory: output, gradients and one log-sum-exp per query row and
-head; the M x L weights are never stored, except for `return_probs`.
-
-Matmuls of float32 inputs are float32; those of bfloat16 use bfloat16 multiplications with float32
-sums; softmax and sums are float32 always.
-"""
+"""Attention of packed queries to the keys of their own segment: fusion encoders and packed text."""
 
 import torch
 
@@ -56,6 +36,25 @@ def cross_attention(
     return_probs: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of each segment's query rows to the segment's keys.
+
+        s_ij = scale <q_i, k_j>,  p_i = softmax of s_i over the keys that row i attends,
+        out_i = sum_j dropout(p_ij) v_j
+
+    Source: Vaswani et al., "Attention is all you need", arXiv 1706.03762, section 3.2; the fusion
+    encoder of Li et al., "Align before fuse" (ALBEF), arXiv 2107.07651, section 3.1; recomputation
+    in the backward pass after Dao et al., "FlashAttention", arXiv 2205.14135, section 3.
+
+    A segment is one image with all the query rows that attend to it (`cu_seqlens_q`): the tokens of
+    its positive text, of its hard negatives and of the masked pass lie one after another, without
+    padding, and its keys and values are read once for all of them. With `cu_seqlens_k` the keys are
+    packed as well: the self-attention of packed text is q, k, v with the same cumulative lengths.
+
+    Cost for a segment of M query and L key rows and each head: 4 M L d FLOP forward, 10 M L d
+    backward, which computes the weights again. Memory: output, gradients and one log-sum-exp per
+    query row and head; the M x L weights are never stored, except for `return_probs`.
+
+    Matmuls of float32 inputs are float32; those of bfloat16 use bfloat16 multiplications with
+    float32 sums; softmax and sums are float32 always.
 
     Args:
         q: [total_q, H, d] query rows, those of segment i at cu_seqlens_q[i] to cu_seqlens_q[i+1];

@@ -1,24 +1,4 @@
-"""Self-attention of the towers: softmax(scale q kᵀ) v by the fastest kernel at hand.
-
-    p_ij = softmax of scale <q_i, k_j> over the keys j that row i attends,  out_i = sum_j p_ij v_j
-
-Source: Vaswani et al., "Attention is all you need", arXiv 1706.03762, section 3.2.
-
-Cost for B sequences of L tokens: 4 B H L^2 d FLOP forward and 10 B H L^2 d backward; memory beyond
-the results is linear in L. Whether the backward pass repeats bit for bit is the kernels' affair: on
-a GPU it does under `torch.use_deterministic_algorithms(True)`.
-
-The backends, in order of preference; `fastvlp.ops.explain("attention", q, k, v, ...)` says which
-one runs and why not the others, and FASTVLP_ATTENTION names one to be used wherever it can:
-
-- `flash_attn`: flash-attn 2 (`pip install -e '.[gpu]'`): half precision without a mask on GPUs of
-  compute capability 8.x;
-- `xformers`: the same tensors on capability 9.0, where it brings the FlashAttention-3 kernels;
-- `native`: `fastvlp.ops.cross_attention` on the CPU, each sequence a segment of its own. With 50 to
-  577 tokens it takes 0.4 to 0.75 of the time of torch's kernel, forward and backward;
-- `sdpa`: torch's scaled_dot_product_attention, everywhere else. On capability 10 and above it has
-  kernels that the two packages lack.
-"""
+"""Self-attention of the towers: softmax(scale q kᵀ) v by the fastest kernel at hand."""
 
 import importlib
 from functools import cache
@@ -49,6 +29,27 @@ def attention(
     scale: float | None = None,
 ) -> Tensor:
     """Attention of each query row to the keys of its own sequence.
+
+        p_ij = softmax of scale <q_i, k_j> over the keys j that row i attends
+        out_i = sum_j p_ij v_j
+
+    Source: Vaswani et al., "Attention is all you need", arXiv 1706.03762, section 3.2.
+
+    Cost for B sequences of L tokens: 4 B H L^2 d FLOP forward and 10 B H L^2 d backward; memory
+    beyond the results is linear in L. Whether the backward pass repeats bit for bit is the kernels'
+    affair: on a GPU it does under `torch.use_deterministic_algorithms(True)`.
+
+    The backends, in order of preference; `fastvlp.ops.explain("attention", q, k, v, ...)` says
+    which one runs and why not the others, and FASTVLP_ATTENTION names one to be used wherever it
+    can:
+
+    - `flash_attn`: flash-attn 2 (`pip install -e '.[gpu]'`): half precision without a mask on GPUs
+      of compute capability 8.x;
+    - `xformers`: the same tensors on capability 9.0, where it brings the FlashAttention-3 kernels;
+    - `native`: `fastvlp.ops.cross_attention` on the CPU, each sequence a segment of its own. With
+      50 to 577 tokens it takes 0.4 to 0.75 of the time of torch's kernel, forward and backward;
+    - `sdpa`: torch's scaled_dot_product_attention, everywhere else. On capability 10 and above it
+      has kernels that the two packages lack.
 
     Args:
         q: [batch, queries, heads, head_dim], float32, float64, bfloat16 or float16; any strides,

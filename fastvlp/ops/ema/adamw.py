@@ -1,16 +1,4 @@
-"""A step of AdamW, the momentum update by its result and low-precision copies of both, in one pass.
-
-    p <- (1 - lr wd) p;  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
-    p <- p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
-    e <- d e + (1 - d) p
-
-Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101,
-algorithm 2, as torch.optim.AdamW computes it; the momentum update as in `fastvlp.ops.ema`.
-
-Cost: 40 bytes of memory traffic for a float32 parameter with a float32 gradient and two bfloat16
-copies (g 4, p m v e 8 each, copies 2 each), against 52 to 56 for the same work by separate passes.
-Arithmetic is float32 whatever the dtypes. Nothing is differentiable.
-"""
+"""A step of AdamW, the momentum update by its result and copies of both, in one pass."""
 
 from collections.abc import Sequence
 
@@ -44,6 +32,17 @@ def adamw_ema(
     nonfinite: torch.Tensor | None = None,
 ) -> None:
     """Updates weights, moments and momentum in place and writes the copies.
+
+        p <- (1 - lr wd) p;  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+        p <- p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
+        e <- d e + (1 - d) p
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101,
+    algorithm 2, as torch.optim.AdamW computes it; the momentum update as in `fastvlp.ops.ema`.
+
+    Cost: 40 bytes of memory traffic for a float32 parameter with a float32 gradient and two
+    bfloat16 copies (g 4, p m v e 8 each, copies 2 each), against 52 to 56 for the same work by
+    separate passes. Arithmetic is float32 whatever the dtypes. Nothing is differentiable.
 
     Args:
         weights, gradients, first_moments, second_moments: lists of equal length, float32,

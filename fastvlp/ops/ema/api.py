@@ -1,18 +1,4 @@
-"""The momentum update of a whole model in one pass: exponential moving averages in place.
-
-    m_i <- d m_i + (1 - d) s_i        and, where wanted, copy_i <- m_i in a lower precision
-
-Source: He et al., "Momentum Contrast", arXiv 1911.05722, equation 2; Li et al., "Align before
-Fuse", arXiv 2107.07651, section 3.2 (momentum distillation, d = 0.995).
-
-Cost: 12 bytes of memory traffic for each float32 parameter, 2 more for a bfloat16 copy (a copy
-made afterwards costs 6 to 8), and 4 more to look for values that are not finite first. The
-addresses, shapes and strides of all tensors are validated once and kept; every later call with the
-same tensors is one parallel region on a CPU and one launch on a GPU. Storage never moves.
-
-Arithmetic is float32 whatever the dtypes, in the form m + (1 - d)(s - m) (mirrored below d = 1/2),
-so that an average that equals its source stays equal to it. Nothing is differentiable.
-"""
+"""The momentum update of a whole model in one pass: exponential moving averages in place."""
 
 from collections.abc import Sequence
 
@@ -33,6 +19,19 @@ def ema(
     check_finite: bool = False,
 ) -> torch.Tensor | None:
     """Moves every momentum tensor towards its source, in place.
+
+        m_i <- d m_i + (1 - d) s_i        and, where wanted, copy_i <- m_i in a lower precision
+
+    Source: He et al., "Momentum Contrast", arXiv 1911.05722, equation 2; Li et al., "Align before
+    Fuse", arXiv 2107.07651, section 3.2 (momentum distillation, d = 0.995).
+
+    Cost: 12 bytes of memory traffic for each float32 parameter, 2 more for a bfloat16 copy (a copy
+    made afterwards costs 6 to 8), and 4 more to look for values that are not finite first. The
+    addresses, shapes and strides of all tensors are validated once and kept; every later call with
+    the same tensors is one parallel region on a CPU and one launch on a GPU. Storage never moves.
+
+    Arithmetic is float32 whatever the dtypes, in the form m + (1 - d)(s - m) (mirrored below d =
+    1/2), so that an average that equals its source stays equal to it. Nothing is differentiable.
 
     Args:
         momentum: float32, bfloat16 or float16 tensors (float64 through the reference), any

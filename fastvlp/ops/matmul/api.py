@@ -1,20 +1,4 @@
-"""Float32 matmuls on bfloat16 AMX tiles, as exact as a float32 matmul (bf16x3 emulation).
-
-    C = A B + bias
-
-On a CPU with AMX tiles of bfloat16 a float32 is split into three bf16 parts whose sum it is (split
-fp32, bf16x3), and the six largest of the nine products of such parts are added up in float32;
-what is left out is below 2^-25 of each product, half of the rounding of a float32. Sums run over at
-most 768 of K before they are added to C. The error is about that of `torch.mm` or less, the rate
-1.2 to 1.5 times its. Elsewhere, for other dtypes, for small matrices and where
-``torch.set_float32_matmul_precision("medium")`` asks for less, this is `torch.mm`.
-
-Source: Henry, Tang, Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For
-Higher-Precision Computations", arXiv 1904.06376, section III.
-
-Cost for A [m, k] and B [k, n]: 12 m n k bfloat16 FLOP; beyond the result a few MB for each thread.
-Parts below 2^-126 count as zero: values below 2^-110 lose their last bits.
-"""
+"""Float32 matmuls on bfloat16 AMX tiles, as exact as a float32 matmul (bf16x3 emulation)."""
 
 import torch
 
@@ -33,6 +17,21 @@ LEAST_SIDE = 96
 
 def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """a @ b + bias.
+
+        C = A B + bias
+
+    On a CPU with AMX tiles of bfloat16 a float32 is split into three bf16 parts whose sum it is
+    (split fp32, bf16x3), and the six largest of the nine products of such parts are added up in
+    float32; what is left out is below 2^-25 of each product, half of the rounding of a float32.
+    Sums run over at most 768 of K before they are added to C. The error is about that of `torch.mm`
+    or less, the rate 1.2 to 1.5 times its. Elsewhere, for other dtypes, for small matrices and
+    where ``torch.set_float32_matmul_precision("medium")`` asks for less, this is `torch.mm`.
+
+    Source: Henry, Tang, Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For
+    Higher-Precision Computations", arXiv 1904.06376, section III.
+
+    Cost for A [m, k] and B [k, n]: 12 m n k bfloat16 FLOP; beyond the result a few MB for each
+    thread. Parts below 2^-126 count as zero: values below 2^-110 lose their last bits.
 
     Args:
         a: [m, k], any floating dtype and strides.

@@ -1,30 +1,4 @@
-"""ALBEF's contrastive loss against momentum keys and a queue, with distillation and hard negatives.
-
-For image -> text, with f the student's image rows, f' the teacher's, and keys K = [the teacher's
-text rows of this batch ; the valid rows of the text queue]:
-
-    s_ij = <f_i, K_j> / t,   s'_ij = <f'_i, K_j> / t
-    y_i  = alpha softmax(s'_i) + (1 - alpha) P_i
-    loss = mean_i [lse_j s_ij - sum_j y_ij s_ij]
-
-P_i is one-hot at the row's own pair or, with ids, uniform over all keys of the same id. Text ->
-image is the same with the modalities exchanged; the loss is the mean of the two directions.
-
-In the same pass each row samples its hard negative: column j of the batch, its own pair and equal
-ids excluded, with the probability softmax_j(s_ij), as the largest s_ij + Gumbel noise.
-
-Source: Li et al., "Align before Fuse", arXiv 2107.07651, sections 3.2 and 3.4 (equations 1, 2 and
-6); the queue after He et al., MoCo, arXiv 1911.05722, section 3.2; uniform targets over equal ids
-as in ALBEF's retrieval fine-tuning; the sampling after Gumbel, see Maddison et al., "A* Sampling",
-arXiv 1411.0030, section 2.
-
-Cost: 4 B (B + Q) D FLOP a direction forward, twice that with gradients, which come out of the same
-pass; without a teacher (alpha = 0) half of it. The keys are read once. Memory beyond the gradients:
-tiles and row sums that stay in a core's cache, a few MB; nothing of size B x Q exists.
-
-GEMMs of float32 features are float32; those of bfloat16 use bfloat16 multiplications with
-float32 sums where the CPU has them, else float32; softmax and sums are always float32.
-"""
+"""ALBEF's loss against momentum keys and a queue, with distillation and hard negatives."""
 
 from typing import NamedTuple
 
@@ -67,6 +41,32 @@ def momentum_contrastive(
     seed: torch.Tensor | int | None = None,
 ) -> MomentumContrastive:
     """Contrastive loss of student features against momentum keys, and hard negatives.
+
+    For image -> text, with f the student's image rows, f' the teacher's, and keys K = [the
+    teacher's text rows of this batch ; the valid rows of the text queue]:
+
+        s_ij = <f_i, K_j> / t,   s'_ij = <f'_i, K_j> / t
+        y_i  = alpha softmax(s'_i) + (1 - alpha) P_i
+        loss = mean_i [lse_j s_ij - sum_j y_ij s_ij]
+
+    P_i is one-hot at the row's own pair or, with ids, uniform over all keys of the same id. Text ->
+    image is the same with the modalities exchanged; the loss is the mean of the two directions.
+
+    In the same pass each row samples its hard negative: column j of the batch, its own pair and
+    equal ids excluded, with the probability softmax_j(s_ij), as the largest s_ij + Gumbel noise.
+
+    Source: Li et al., "Align before Fuse", arXiv 2107.07651, sections 3.2 and 3.4 (equations 1, 2
+    and 6); the queue after He et al., MoCo, arXiv 1911.05722, section 3.2; uniform targets over
+    equal ids as in ALBEF's retrieval fine-tuning; the sampling after Gumbel, see Maddison et al.,
+    "A* Sampling", arXiv 1411.0030, section 2.
+
+    Cost: 4 B (B + Q) D FLOP a direction forward, twice that with gradients, which come out of the
+    same pass; without a teacher (alpha = 0) half of it. The keys are read once. Memory beyond the
+    gradients: tiles and row sums that stay in a core's cache, a few MB; nothing of size B x Q
+    exists.
+
+    GEMMs of float32 features are float32; those of bfloat16 use bfloat16 multiplications with
+    float32 sums where the CPU has them, else float32; softmax and sums are always float32.
 
     Args:
         image_features, text_features: [B, D], the student's, normalised by the caller; float32,

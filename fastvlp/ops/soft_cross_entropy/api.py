@@ -1,32 +1,4 @@
-"""A vocabulary head and its cross entropy, with an optional teacher, without all the logits.
-
-    z = h E^T + b,  p = softmax(z),  p' = softmax(h' E'^T + b')
-    loss_i = (1 - a) (-log p_i[y_i]) + a (-sum_j p'_ij log p_ij)
-
-Rows whose label is `ignore_index` are left out before anything is computed; `reduction="mean"` is
-the mean over the others, and 0 where there are none. Differentiable once w.r.t. h, E and b; the
-teacher, its weights and `a` get no gradient. A token that the teacher rules out (p' = 0) adds
-nothing, even where the student's logit is -infinity.
-
-Source: the masked language modelling head of Devlin et al., "BERT", arXiv 1810.04805, section 3.1,
-and its distillation from a momentum model in Li et al., "Align before Fuse", arXiv 2107.07651,
-section 3.3, equation 7.
-
-Cost, for M rows, width D and vocabulary V: matmuls of 2 M D V FLOP, one each forward (two with a
-teacher) and two backward. The derivatives of all M V logits are kept between the two in the dtype
-of the matmuls, where they fit into `workspace_bytes`; besides these at most 64 MB of the teacher's
-logits exist at a time (on a GPU of all logits about as many as its L2 cache holds). For a
-larger M, logits and derivatives of a group of rows share the workspace, and "mean" and "sum"
-compute the gradients in the forward pass, as float32, so that the backward pass has but a
-multiplication left. "none" cannot, not knowing the weight of each row: it makes the logits of all
-groups but the first again, one or two matmuls more for them. Without gradients the logits of a
-group take the same room, and the losses are the same bits.
-
-Precision: softmax, sums and losses are float32 or better. float32 inputs have float32 matmuls.
-On a CPU bfloat16 inputs have bfloat16 matmuls with float32 sums where the CPU has them, and
-logits rounded to bfloat16 as `F.linear` rounds them; else, and for float16, matmuls are float32.
-On a GPU half precision matmuls give float32 logits.
-"""
+"""A vocabulary head and its cross entropy, with an optional teacher, without all the logits."""
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +30,33 @@ def soft_cross_entropy(
     workspace_bytes: int | None = None,
 ) -> torch.Tensor:
     """Cross entropy of hidden @ weight.T + bias against labels and against a teacher's softmax.
+
+        z = h E^T + b,  p = softmax(z),  p' = softmax(h' E'^T + b')
+        loss_i = (1 - a) (-log p_i[y_i]) + a (-sum_j p'_ij log p_ij)
+
+    Rows whose label is `ignore_index` are left out before anything is computed; `reduction="mean"`
+    is the mean over the others, and 0 where there are none. Differentiable once w.r.t. h, E and b;
+    the teacher, its weights and `a` get no gradient. A token that the teacher rules out (p' = 0)
+    adds nothing, even where the student's logit is -infinity.
+
+    Source: the masked language modelling head of Devlin et al., "BERT", arXiv 1810.04805, section
+    3.1, and its distillation from a momentum model in Li et al., "Align before Fuse", arXiv
+    2107.07651, section 3.3, equation 7.
+
+    Cost, for M rows, width D and vocabulary V: matmuls of 2 M D V FLOP, one each forward (two with
+    a teacher) and two backward. The derivatives of all M V logits are kept between the two in the
+    dtype of the matmuls, where they fit into `workspace_bytes`; besides these at most 64 MB of the
+    teacher's logits exist at a time (on a GPU of all logits about as many as its L2 cache holds).
+    For a larger M, logits and derivatives of a group of rows share the workspace, and "mean" and
+    "sum" compute the gradients in the forward pass, as float32, so that the backward pass has but a
+    multiplication left. "none" cannot, not knowing the weight of each row: it makes the logits of
+    all groups but the first again, one or two matmuls more for them. Without gradients the logits
+    of a group take the same room, and the losses are the same bits.
+
+    Precision: softmax, sums and losses are float32 or better. float32 inputs have float32 matmuls.
+    On a CPU bfloat16 inputs have bfloat16 matmuls with float32 sums where the CPU has them, and
+    logits rounded to bfloat16 as `F.linear` rounds them; else, and for float16, matmuls are
+    float32. On a GPU half precision matmuls give float32 logits.
 
     Args:
         hidden: [.., D], float32, bfloat16 or float16 (float64 through the reference). Under

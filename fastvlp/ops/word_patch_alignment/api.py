@@ -1,28 +1,4 @@
-"""Word-patch alignment: the optimal-transport distance between the words and patches of a pair.
-
-    C_ij = 1 - cos(x_i, y_j)                      words i, patches j, padding left out
-    T    = 50 proximal point iterations (IPOT) for the cheapest plan between uniform margins:
-           Q = exp(-C / beta) * T;  delta_j = 1 / (m sum_i Q_ij sigma_i);
-           sigma_i = 1 / (n sum_j Q_ij delta_j);  T = diag(sigma) Q diag(delta)
-    distance = sum_ij C_ij T_ij
-
-with n words and m patches, T = 1 and sigma = 1/n at the start. Source: Kim, Son, Kim, "ViLT:
-Vision-and-Language Transformer Without Convolution or Region Supervision", arXiv 2102.03334,
-section 3.2 and appendix; Xie et al., "A Fast Proximal Point Method for Computing Exact Wasserstein
-Distance", arXiv 1802.04307, algorithm 1.
-
-The distance is differentiable once w.r.t. the features, through the costs with the plan held fixed,
-as ViLT trains it (at the optimum that is the derivative of the whole); the plan itself carries no
-gradient. Costs and plans are float32 whatever the features are. Entries of a plan may leave the
-range of float32, or of float64, and come back (many iterations, small beta, words and patches of
-few directions): on a CPU and in the reference such a pair is solved again with logarithms in place
-of entries, or is NaN where the reference is compiled. The GPU kernel always keeps logarithms, of
-the scalings, in float32: its plans are right to float32 eps * (1 + iterations / beta).
-
-Cost of a pair with n words, m patches, width D: 2 n m D FLOP forward, 4 n m D backward and about
-5 n m a iteration, on the valid rows only. Memory beyond results and gradients: the plans,
-4 B Lx Ly bytes, and a few MB for each thread.
-"""
+"""Word-patch alignment: the optimal-transport distance between the words and patches of a pair."""
 
 import math
 
@@ -53,6 +29,30 @@ def word_patch_alignment(
     return_plan: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Transport distance between text_features[b] and image_features[b], for every pair b.
+
+        C_ij = 1 - cos(x_i, y_j)                      words i, patches j, padding left out
+        T    = 50 proximal point iterations (IPOT) for the cheapest plan between uniform margins:
+               Q = exp(-C / beta) * T;  delta_j = 1 / (m sum_i Q_ij sigma_i);
+               sigma_i = 1 / (n sum_j Q_ij delta_j);  T = diag(sigma) Q diag(delta)
+        distance = sum_ij C_ij T_ij
+
+    with n words and m patches, T = 1 and sigma = 1/n at the start. Source: Kim, Son, Kim, "ViLT:
+    Vision-and-Language Transformer Without Convolution or Region Supervision", arXiv 2102.03334,
+    section 3.2 and appendix; Xie et al., "A Fast Proximal Point Method for Computing Exact
+    Wasserstein Distance", arXiv 1802.04307, algorithm 1.
+
+    The distance is differentiable once w.r.t. the features, through the costs with the plan held
+    fixed, as ViLT trains it (at the optimum that is the derivative of the whole); the plan itself
+    carries no gradient. Costs and plans are float32 whatever the features are. Entries of a plan
+    may leave the range of float32, or of float64, and come back (many iterations, small beta, words
+    and patches of few directions): on a CPU and in the reference such a pair is solved again with
+    logarithms in place of entries, or is NaN where the reference is compiled. The GPU kernel always
+    keeps logarithms, of the scalings, in float32: its plans are right to float32 eps * (1 +
+    iterations / beta).
+
+    Cost of a pair with n words, m patches, width D: 2 n m D FLOP forward, 4 n m D backward and
+    about 5 n m a iteration, on the valid rows only. Memory beyond results and gradients: the plans,
+    4 B Lx Ly bytes, and a few MB for each thread.
 
     Args:
         text_features: [B, Lx, D], float32, bfloat16 or float16 (float64 through the reference);
