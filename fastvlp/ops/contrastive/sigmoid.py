@@ -38,9 +38,24 @@ def sigmoid_contrastive(
     GEMMs of 2 N^2 D FLOP in all, one where no gradient is wanted. Memory beyond the gradients: at
     most about `workspace_bytes` plus a few MB for each thread. Precision is as for `contrastive`.
 
-    Arguments, result and errors are as for `fastvlp.ops.contrastive`, with a bias that matters:
-    the loss is differentiable once with respect to the features, the scale and the bias. With
-    `group` the text features pass round a ring.
+    Args:
+        image_features, text_features: [N, D], float32, bfloat16 or float16 (float64 through the
+            reference), normalised by the caller if the loss is to be over cosines. The loss of no
+            pairs is 0, with zero gradients.
+        logit_scale: s, already exponentiated: a number or a tensor of one element.
+        logit_bias: b, a number or a tensor of one element.
+        workspace_bytes: bound on the extra memory; None as for `fastvlp.ops.contrastive`.
+        group: a process group whose ranks each hold a part of the global batch, as for
+            `fastvlp.ops.contrastive`. The text features pass round a ring.
+        comm_dtype: with `group`, the dtype in which features and their gradients are sent.
+
+    Returns:
+        The loss, a zero-dimensional float32 tensor (float64 for float64 features), differentiable
+        once with respect to the features, the scale and the bias. With `group` W/N times this
+        rank's share, as for `fastvlp.ops.contrastive`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `fastvlp.ops.contrastive`.
 
     Examples:
         >>> import torch

@@ -50,11 +50,13 @@ def adamw_ema(
             updated where they lie.
         momentum, weight_copies, momentum_copies: the same or empty; momentum_copies need momentum.
         step: t, the number of this step, from 1.
+        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
         decay: d of the momentum update, as in `ema`.
         nonfinite: None, or an int64 tensor of one value on the tensors' device, as
             `fastvlp.ops.last_exceeding` gives it: nothing is written unless it is -1.
 
-    Raises TypeError, ValueError or RuntimeError as `ema` does, before anything is written.
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ema` does, before anything is written.
 
     Examples:
         >>> import torch
