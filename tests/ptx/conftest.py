@@ -21,25 +21,30 @@ def virtual_gpus():
 
 
 @pytest.fixture
-def run_on_ptx(virtual_gpus):
+def run_on_ptx(virtual_gpus, kernel_counts):
     """run_on_ptx(capability, **options)(module, function, *args, **kwargs).
 
     Calls fastvlp.kernels.<module>.<function> with its launches on the PTX machine; the options are
     those of `ptx_machine.virtual_gpu.VirtualGPU`. Fails where the machine finds a hazard.
     """
-    return _caller(virtual_gpus, virtual_process.run)
+    return _caller(virtual_gpus, virtual_process.run, kernel_counts)
 
 
 @pytest.fixture
-def count_on_ptx(virtual_gpus):
+def count_on_ptx(virtual_gpus, kernel_counts):
     """The same, giving the results and the counts of the launches (see `virtual_process.count`)."""
-    return _caller(virtual_gpus, virtual_process.count)
+    return _caller(virtual_gpus, virtual_process.count, kernel_counts)
 
 
-def _caller(pools, function):
+def _caller(pools, function, kernel_counts):
     def on(capability: int, **options):
-        def call(*args, **kwargs):
-            return pools(capability).submit(function, capability, options, *args, **kwargs).result()
+        def call(module, *args, **kwargs):
+            task = pools(capability).submit(function, capability, options, module, *args, **kwargs)
+            result = task.result()
+            # The kernels of the package, not those that are planted for the machine's own tests.
+            if not module.startswith("ptx_machine.") and options.get("execute", True):
+                kernel_counts.executed(capability)
+            return result
 
         return call
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fastvlp_tests.alignment_cases import pairs
 from ptx_machine.errors import HazardError, ProgramError
 from ptx_machine.schedule import SCHEDULES
 
@@ -56,3 +57,14 @@ def test_results_that_depend_on_the_order_of_blocks(run_on_ptx):
 def test_unknown_devices_are_refused(run_on_ptx):
     with pytest.raises(ValueError, match="capability must be one of"):
         run_on_ptx(70)(PLANTED, "add_one", X)
+
+
+def test_kernels_of_the_package_that_ran_are_counted(run_on_ptx, request):
+    run_on_ptx(90)(PLANTED, "add_one", X)
+    assert not request.node.user_properties
+    case = pairs(1, 3, 4, 16, torch.float32, "cpu")
+    run_on_ptx(90)(
+        "word_patch_alignment.transport", "word_patch_alignment", case.text, case.image,
+        *case.masks(), iterations=1,
+    )  # fmt: skip
+    assert [value for _, value in request.node.user_properties] == ["executed|sm_90|"]
