@@ -12,7 +12,7 @@ def case(request):
     return train_step.Case(request.param, "tiny", 3, False)
 
 
-def test_every_way_starts_from_the_same_losses(case):
+def test_every_form_starts_from_the_same_losses(case):
     inputs = train_step.build(case)
     exact = train_step.reference_losses(inputs)
     for implementation in train_step.implementations(case.adapter):

@@ -98,8 +98,8 @@ class AttentionPool(ReferenceMixin):
         towards = torch.einsum("nhd,hdw->nhw", q, key)
         shift = (q * self.k_proj.bias.unflatten(0, (heads, -1))).sum(-1, keepdim=True)
         weights = (towards @ x.transpose(1, 2) + shift).softmax(-1)
-        seen = torch.einsum("nhw,hdw->nhd", weights.to(x.dtype) @ x, value)
-        return seen.flatten(1) + self.v_proj.bias
+        pooled = torch.einsum("nhw,hdw->nhd", weights.to(x.dtype) @ x, value)
+        return pooled.flatten(1) + self.v_proj.bias
 
 
 class ModifiedResNet(ReferenceMixin):

@@ -221,16 +221,16 @@ class Vilt(vilt_heads.Objectives, base.Model):
                 f"image_type: expected 1 to {self.config.modalities - 1}, got {image_type}"
             )
         kinds = self.token_type_embeddings.weight
-        seen = ImageTokens(images.rows + kinds[image_type].to(images.rows.dtype), images.lengths)
+        patches = ImageTokens(images.rows + kinds[image_type].to(images.rows.dtype), images.lengths)
         if self.reference:
-            words = (self.text_embeddings(tokens) + kinds[0]).to(seen.rows.dtype)
-            sequences = join_padded(words, lengths, seen, index)
+            words = (self.text_embeddings(tokens) + kinds[0]).to(patches.rows.dtype)
+            sequences = join_padded(words, lengths, patches, index)
         else:
             layout = TextLayout.from_lengths(lengths, tokens.shape[1], tokens.device)
             at = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             words = self.text_embeddings(layout.pack(tokens), layout.pack(at)) + kinds[0]
-            words = words.to(seen.rows.dtype)
-            sequences = join_packed(words, lengths, tokens.shape[1], seen, index)
+            words = words.to(patches.rows.dtype)
+            sequences = join_packed(words, lengths, tokens.shape[1], patches, index)
         return sequences.map(lambda x: self._blocks(x, sequences))
 
     def pool(self, sequences: Sequences) -> Tensor:
