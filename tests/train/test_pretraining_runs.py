@@ -43,7 +43,8 @@ def test_a_run_leaves_a_model_that_loads(tmp_path, system):
         assert row["loss"] == pytest.approx(sum(row[name] for name in parts), rel=1e-5)
     assert all(0 <= value <= 1 for value in scores.values())
     if system == "vilt":
-        assert len(scores) == 3
+        names = ("accuracy", "accuracy_matched", "accuracy_mismatched", "loss")
+        assert set(scores) == {f"held_out/matching/{name}" for name in names}
     else:
         assert len(scores) == 12
         assert model.momentum is None
