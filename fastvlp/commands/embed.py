@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import tyro
 
 from fastvlp.commands.progress import progress
-from fastvlp.commands.search import clip_of
-from fastvlp.data.image_folder import encode_images, find_images
+from fastvlp.commands.search import clip_of, encode_showing_progress
+from fastvlp.data.image_folder import find_images
 from fastvlp.data.optional import require
 from fastvlp.data.shards.write import atomic_file
 from fastvlp.factory import Created
@@ -96,15 +96,9 @@ class Embed:
     def _images(self, made: Created, paths: list[Path], device: torch.device):
         if not paths:
             return [], np.empty((0, made.model.config.embed_dim), np.float32)
-        with progress("images", len(paths), "images", self.progress) as done:
-            features, kept, faults = encode_images(
-                paths,
-                made.preprocess,
-                made.model.encode_image,
-                batch_size=self.batch_size,
-                device=device,
-                advance=lambda count, bad: done(count, f"{bad} unreadable" if bad else ""),
-            )
+        features, kept, faults = encode_showing_progress(
+            "images", paths, made, self.batch_size, device, show=self.progress
+        )
         for fault in faults[:_NAMED]:
             print(f"left out: {fault}")
         if len(faults) > _NAMED:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
 from tyro import MISSING
 
 from fastvlp.commands.evaluation_options import Common
@@ -13,6 +16,21 @@ from fastvlp.train import parallel, trained
 from fastvlp.train.parallel import Ranks
 from fastvlp.train.tasks import clip_setup
 from fastvlp.train.trained import BUILT_IN
+
+
+def encode_labelled(
+    command: Common, model: Any, labelled: list[tuple[Path, int]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Features and labels of labelled images, prepared as the command's model wants them."""
+    return class_folders.encode(
+        labelled,
+        model.encode_image,
+        model.config.image_size,
+        command.batch_size,
+        device,
+        *trained.image_values(command.model),
+        command.conversion(),
+    )
 
 
 @dataclass
@@ -66,15 +84,7 @@ class ZeroShot(Common):
             batch_size=self.batch_size,
         )
         labelled = class_folders.share(folders, ranks.rank, ranks.world_size)
-        features, labels = class_folders.encode(
-            labelled,
-            model.encode_image,
-            model.config.image_size,
-            self.batch_size,
-            ranks.device,
-            *trained.image_values(self.model),
-            self.conversion(),
-        )
+        features, labels = encode_labelled(self, model, labelled, ranks.device)
         encoded = sum(parallel.sizes(len(labels), ranks.group))
         self._about |= {"images": encoded, "left_out": count - encoded}
         return zero_shot.accuracy(features, weights, labels, group=ranks.group)
@@ -122,12 +132,4 @@ class LinearProbe(Common):
 
     def _features(self, model, folders, names: dict[str, int], ranks: Ranks):
         labelled = [(path, names[name]) for name, paths in folders.items() for path in paths]
-        return class_folders.encode(
-            labelled,
-            model.encode_image,
-            model.config.image_size,
-            self.batch_size,
-            ranks.device,
-            *trained.image_values(self.model),
-            self.conversion(),
-        )
+        return encode_labelled(self, model, labelled, ranks.device)

@@ -121,15 +121,9 @@ class Search:
         return F.normalize(found[0].float(), dim=-1).cpu()
 
     def _encode(self, paths: list[Path], made: Created, device: torch.device) -> Any:
-        with progress("encoding", len(paths), "images", self.progress) as done:
-            return encode_images(
-                paths,
-                made.preprocess,
-                made.model.encode_image,
-                batch_size=self.batch_size,
-                device=device,
-                advance=lambda count, bad: done(count, f"{bad} unreadable" if bad else ""),
-            )
+        return encode_showing_progress(
+            "encoding", paths, made, self.batch_size, device, show=self.progress
+        )
 
     def _say(
         self, hits: list[Hit], searched: int, faults: list[ImageFault], captions: dict[str, str]
@@ -162,6 +156,27 @@ class Search:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.images).as_posix()
+
+
+def encode_showing_progress(
+    label: str,
+    paths: list[Path],
+    made: Created,
+    batch_size: int,
+    device: torch.device,
+    *,
+    show: bool,
+) -> tuple[Tensor, list[Path], list[ImageFault]]:
+    """`encode_images` by a model of `create`, with how far it is."""
+    with progress(label, len(paths), "images", show) as done:
+        return encode_images(
+            paths,
+            made.preprocess,
+            made.model.encode_image,
+            batch_size=batch_size,
+            device=device,
+            advance=lambda count, bad: done(count, f"{bad} unreadable" if bad else ""),
+        )
 
 
 def clip_of(
