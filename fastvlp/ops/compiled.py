@@ -44,10 +44,8 @@ def _load() -> tuple[str, ...]:
     if library is None:
         why = build_info().get("unbuilt", "the compiled library fastvlp/_C is missing")
         return (f"the kernels were not compiled: {why}; {REMEDY}",)
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        return (f"the compiled library {library.name} does not load: {error}",)
+    if fault := _registering_fault(library, "compiled"):
+        return (fault,)
     if missing := [name for name in OPERATORS if not hasattr(torch.ops.fastvlp, name)]:
         return (
             f"the compiled library {library.name} is older than its Python code and lacks "
@@ -66,11 +64,17 @@ def _load_cuda() -> tuple[str, ...]:
     if library is None:
         built = build_info().get("cuda", "not built")
         return (f"the CUDA library was {built}; fix that and run `pip install -e .` again",)
+    fault = _registering_fault(library, "CUDA")
+    return (fault,) if fault else ()
+
+
+def _registering_fault(library: Path, kind: str) -> str | None:
+    """Registers a library's operators with torch; what is wrong where that fails."""
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        return (f"the CUDA library {library.name} does not load: {error}",)
-    return ()
+        return f"the {kind} library {library.name} does not load: {error}"
+    return None
 
 
 @constant_result
