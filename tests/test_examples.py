@@ -22,16 +22,32 @@ def few_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_clip_of_one_file(monkeypatch, capsys, tmp_path):
-    spec = importlib.util.spec_from_file_location("example", EXAMPLES / "train_clip_openmoji.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location("example", EXAMPLES / name)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example
+
+
+def test_the_clip_of_one_file(monkeypatch, capsys, tmp_path):
+    example = load("train_clip_openmoji.py")
     monkeypatch.setattr(example, "STEPS", 3)
     monkeypatch.setattr(example, "BATCH", 8)
     example.main()
     said = capsys.readouterr().out
     assert "composition" in said and "concept" in said and "R@10" in said
     assert list((tmp_path / "cache").rglob("tiny_clip.safetensors"))
+
+
+def test_the_fusion_encoder_learns_where_each_colour_is(capsys):
+    example = load("fusion_encoder.py")
+    scores = example.main()
+    # The same words in swapped places: only the image tells that they do not match.
+    assert set(scores) == {"own caption", "wrong colour", "swapped colours"}
+    assert min(scores.values()) > 0.95
+    said = capsys.readouterr().out
+    assert f"step {example.STEPS} of {example.STEPS}  loss 0.0" in said
+    assert "swapped colours" in said and "s in all" in said
 
 
 def cells(notebook):
