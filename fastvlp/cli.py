@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train a model, or go on training one",
     "evaluate": "retrieval, matching, zero-shot and linear-probe scores of a model",
     "search": "find the images of a folder that are nearest to a text or an image",
+    "ground": "show where in an image a text lies, by an ALBEF",
     "embed": "write features of images and texts to a file",
     "export": "write a trained CLIP for open_clip or transformers",
 }

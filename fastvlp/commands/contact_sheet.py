@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvlp.data.optional import require
+from fastvlp.data.shards.write import atomic_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,11 +28,16 @@ class Cell:
 
 
 def contact_sheet(
-    heading: str, cells: Sequence[Cell], example: Image | None = None, columns: int = _COLUMNS
+    heading: str,
+    cells: Sequence[Cell],
+    example: Image | None = None,
+    columns: int = _COLUMNS,
+    side: int = _SIDE,
 ) -> Image:
     """The images in a grid below a heading, beside which an example may stand.
 
-    Texts are cut to the width of their image, the heading to that of the sheet.
+    Texts are cut to the width of their image, the heading to that of the sheet. `side` is the
+    longest that an image is shown with, in pixels.
 
     Examples:
         >>> from PIL import Image
@@ -42,28 +49,35 @@ def contact_sheet(
     font, large = _fonts()
     columns = max(1, min(columns, len(cells)))
     text = _LINE * (1 + max((len(cell.lines) for cell in cells), default=0))
-    top = _GAP + (_SIDE if example is not None else _LINE + 6) + _GAP
+    top = _GAP + (side if example is not None else _LINE + 6) + _GAP
     rows = -(-len(cells) // columns)
-    width = _GAP + columns * (_SIDE + _GAP)
-    sheet = pil.new("RGB", (width, top + rows * (_SIDE + text + 2 * _GAP)), "white")
+    width = _GAP + columns * (side + _GAP)
+    sheet = pil.new("RGB", (width, top + rows * (side + text + 2 * _GAP)), "white")
     draw = drawing.Draw(sheet)
     left = _GAP
     if example is not None:
-        _paste(sheet, example, _GAP, _GAP)
-        left += _SIDE + _GAP
+        _paste(sheet, example, _GAP, _GAP, side)
+        left += side + _GAP
     room = width - left - _GAP
     if room > 0:
         draw.text((left, _GAP), _cut(draw, heading, room, large), _INK, large)
     for number, cell in enumerate(cells):
         row, column = divmod(number, columns)
-        x = _GAP + column * (_SIDE + _GAP)
-        y = top + row * (_SIDE + text + 2 * _GAP)
-        _paste(sheet, cell.image, x, y)
+        x = _GAP + column * (side + _GAP)
+        y = top + row * (side + text + 2 * _GAP)
+        _paste(sheet, cell.image, x, y, side)
         for place, line in enumerate((cell.title, *cell.lines)):
             ink = _FAINT if place else _INK
-            shown = _cut(draw, line, _SIDE, font)
-            draw.text((x, y + _SIDE + 4 + place * _LINE), shown, ink, font)
+            shown = _cut(draw, line, side, font)
+            draw.text((x, y + side + 4 + place * _LINE), shown, ink, font)
     return sheet
+
+
+def save_png(image: Image, path: Path) -> None:
+    """Write an image whole or not at all; its folder is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        image.save(file, format="PNG")
 
 
 def _fonts():
@@ -71,11 +85,11 @@ def _fonts():
     return fonts.load_default(_SIZE), fonts.load_default(_SIZE + 4)
 
 
-def _paste(sheet: Image, image: Image, x: int, y: int) -> None:
+def _paste(sheet: Image, image: Image, x: int, y: int, side: int) -> None:
     """An image in the middle of its square, smaller where it is larger than that."""
     small = image.copy()
-    small.thumbnail((_SIDE, _SIDE))
-    sheet.paste(small, (x + (_SIDE - small.width) // 2, y + (_SIDE - small.height) // 2))
+    small.thumbnail((side, side))
+    sheet.paste(small, (x + (side - small.width) // 2, y + (side - small.height) // 2))
 
 
 def _cut(draw, text: str, room: int, font) -> str:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from fastvlp.commands.contact_sheet import Cell, contact_sheet
+from fastvlp.commands.contact_sheet import Cell, contact_sheet, save_png
 from fastvlp.commands.progress import progress
 from fastvlp.data.image_folder import encode_images, find_images
 from fastvlp.data.images.conversion import RgbConversion
@@ -20,7 +20,6 @@ from fastvlp.data.images.integrity import ImageFault, open_rgb
 from fastvlp.data.optional import require
 from fastvlp.data.shards.pairs import IMAGE_SUFFIXES
 from fastvlp.data.shards.sources import read_pairs
-from fastvlp.data.shards.write import atomic_file
 from fastvlp.factory import Created, create
 from fastvlp.train import parallel, ranges
 from fastvlp.train.config import Device
@@ -148,10 +147,7 @@ class Search:
             lines += [captions[lines[0]]] if lines[0] in captions else []
             cells.append(Cell(_upright(hit.path), f"{place}   {hit.score:.3f}", lines))
         shown = None if example is None else _upright(example)
-        sheet = contact_sheet(self.query, cells, shown)
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.output) as file:
-            sheet.save(file, format="PNG")
+        save_png(contact_sheet(self.query, cells, shown), self.output)
         print(f"the images found are in {self.output}", flush=True)
 
     def _name(self, path: Path) -> str:
@@ -187,17 +183,28 @@ def clip_of(
     Raises:
         FileNotFoundError, ValueError: there is none at this path.
     """
-    path = Path(model)
-    if not path.exists() and not Path(f"{path}.safetensors").exists():
-        raise FileNotFoundError(
-            f"model: expected the folder of a run or a checkpoint, there is no {model}"
-        )
-    made = create(path, device=device, tokenizer=tokenizer, activation=activation)
+    made = trained_model(model, device, tokenizer, activation)
     if made.model.kind != "clip":
         raise ValueError(
             f"model: expected a CLIP, whose features can be compared, got one of {made.model.kind}"
         )
     return made
+
+
+def trained_model(
+    model: str, device: torch.device, tokenizer: Path | None, activation: str | None = None
+) -> Created:
+    """A trained model of any kind with its transforms and its tokenizer.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none at this path.
+    """
+    path = Path(model)
+    if not path.exists() and not Path(f"{path}.safetensors").exists():
+        raise FileNotFoundError(
+            f"model: expected the folder of a run or a checkpoint, there is no {model}"
+        )
+    return create(path, device=device, tokenizer=tokenizer, activation=activation)
 
 
 def nearest(

@@ -68,6 +68,7 @@ RANGES = {
     "candidates": POSITIVE,
     "end_token": NOT_NEGATIVE,
     "top": POSITIVE,
+    "layer": NOT_NEGATIVE,
     "confidence": Range(0, 1, with_low=False, with_high=False),
     "penalty": NOT_NEGATIVE,
 }

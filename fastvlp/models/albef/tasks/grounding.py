@@ -36,7 +36,8 @@ def grounding_maps(
     image_of_text: Tensor | Sequence[int] | None = None,
     *,
     layer: int = LAYER,
-) -> Tensor:
+    return_match: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Maps [texts, grid, grid] on the patches of each text's image, at least float32, from 0 on.
 
     The gradients of the model's parameters stay as they are.
@@ -47,6 +48,7 @@ def grounding_maps(
         text_ids, text_mask: int [texts, length], and bool [texts, length] or the lengths.
         image_of_text: whole numbers [texts]; None: text i belongs to image i.
         layer: which one, counted over text and fusion layers.
+        return_match: also the probability that text and image match, [texts], of the matching head.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -72,13 +74,14 @@ def grounding_maps(
     with torch.no_grad():
         tokens = model.student.encode_image(images)
     # [texts, length, heads, keys], zeros where there is no word
-    weights, gradients = (_plain if model.reference else _packed)(
+    weights, gradients, logits = (_plain if model.reference else _packed)(
         model, tokens, texts, owner, layer - config.text_layers
     )
     side = config.image_size // config.patch_size
     cam = (weights * gradients.clamp(min=0))[..., 1:].mean(2).sum(1)
     lengths = torch.tensor(texts.layout.lengths, device=cam.device)
-    return (cam / lengths[:, None]).unflatten(1, (side, side))
+    maps = (cam / lengths[:, None]).unflatten(1, (side, side))
+    return (maps, _wide(logits).softmax(1)[:, 1]) if return_match else maps
 
 
 def _packed(model: Albef, tokens: Tensor, texts: Texts, owner: Tensor, at: int):
@@ -100,9 +103,11 @@ def _packed(model: Albef, tokens: Tensor, texts: Texts, owner: Tensor, at: int):
         )
         for each in layers[at + 1 :]:
             x = each(x, pairs.cu_seqlens_pairs, tokens, **where)
-        (gradient,) = torch.autograd.grad(_match(model, pairs.first(x)), probs)
+        logits = model.itm_head(pairs.first(x))
+        (gradient,) = torch.autograd.grad(logits[:, 1].sum(), probs)
     rows = pairs.select(range(len(owner)))
-    return (texts.layout.unpack(rows(_wide(t.detach()))) for t in (probs, gradient))
+    maps = (texts.layout.unpack(rows(_wide(t.detach()))) for t in (probs, gradient))
+    return *maps, logits.detach()
 
 
 def _plain(model: Albef, tokens: Tensor, texts: Texts, owner: Tensor, at: int):
@@ -115,13 +120,11 @@ def _plain(model: Albef, tokens: Tensor, texts: Texts, owner: Tensor, at: int):
         x, probs = layers[at].padded(x.requires_grad_(), texts.mask, tokens, return_probs=True)
         for each in layers[at + 1 :]:
             x = each.padded(x, texts.mask, tokens)
-        (gradient,) = torch.autograd.grad(_match(model, x[:, 0]), probs)
+        logits = model.itm_head(x[:, 0])
+        (gradient,) = torch.autograd.grad(logits[:, 1].sum(), probs)
     words = texts.mask[:, :, None, None]
-    return (_wide(t.detach()).transpose(1, 2) * words for t in (probs, gradient))
-
-
-def _match(model: Albef, first: Tensor) -> Tensor:
-    return model.itm_head(first)[:, 1].sum()
+    maps = (_wide(t.detach()).transpose(1, 2) * words for t in (probs, gradient))
+    return *maps, logits.detach()
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ def make():
 
 
 def plain_maps(model, images, layer):
-    """Attention written out for each text alone, its weights a leaf of the graph."""
-    student, maps = model.student, []
+    """Maps and matching probabilities: attention written out for each text alone, its weights a
+    leaf of the graph."""
+    student, maps, matches = model.student, [], []
     ids, (at, fusion) = sentences(4, 9), (layer - 2, student.text_encoder.fusion)
     for text, length, image in zip(ids, LENGTHS, OWNER, strict=True):
         mask = torch.ones(1, length, dtype=torch.bool)
@@ -41,10 +42,12 @@ def plain_maps(model, images, layer):
         y = chosen.output(F.gelu(chosen.intermediate["dense"](y)), y)
         for each in fusion[at + 1 :]:
             y = each.padded(y, mask, tokens)
-        (gradient,) = torch.autograd.grad(model.itm_head(y[:, 0])[0, 1], probs)
+        logits = model.itm_head(y[:, 0])[0]
+        (gradient,) = torch.autograd.grad(logits[1], probs)
+        matches.append(logits.detach().softmax(0)[1])
         cam = (probs.detach() * gradient.clamp(min=0))[0, :, :, 1:]
         maps.append(cam.mean((0, 1)).view(4, 4))
-    return torch.stack(maps)
+    return torch.stack(maps), torch.stack(matches)
 
 
 @pytest.mark.parametrize("layer", [2, 3, 4])
@@ -53,13 +56,17 @@ def test_maps_agree_with_autograd_on_plain_attention(layer):
     eager = plain_maps(model, images, layer)
     arguments = sentences(4, 9), LENGTHS, OWNER
     ours = [
-        grounding_maps(model.use_reference(plain), images, *arguments, layer=layer)
+        grounding_maps(
+            model.use_reference(plain), images, *arguments, layer=layer, return_match=True
+        )
         for plain in (False, True)
     ]
     exact = plain_maps(model.double(), images.double(), layer)
-    assert (exact.flatten(1).sum(1) > 0).all()
+    assert (exact[0].flatten(1).sum(1) > 0).all()
     for found in ours:
-        assert_as_accurate("maps", found, eager, exact, epsilon(torch.float32) * exact.norm())
+        for name, *results in zip(("maps", "matches"), found, eager, exact, strict=True):
+            floor = epsilon(torch.float32) * results[-1].norm()
+            assert_as_accurate(name, *results, floor)
 
 
 def test_gradients_and_frozen_parameters_are_left_alone():
