@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--dropout", type=float, default=0.0, help="of the attention weights")
     flags.add_argument("--layer", action="store_true", help="a whole fusion layer instead")
     flags.add_argument("--batch", type=int, default=16, help="images of --layer (2 if quick)")
-    measure.add_omissions(flags, compiled=True, memory=True)
+    measure.add_omissions(flags, compiled=True)
     args = flags.parse_args(argv)
     for name in ("images", "heads", "dim", "keys", "batch"):
         if getattr(args, name) < 1:

@@ -317,7 +317,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = measure.parser(__doc__)
     flags.add_argument("--phase", choices=PHASES, nargs="+", default=list(PHASES))
     flags.add_argument("--blocks", type=int, help="of 12, of the image's model (2 if quick)")
-    measure.add_omissions(flags, compiled=False, memory=True)
+    measure.add_omissions(flags, compiled=False)
     args = flags.parse_args(argv)
     if args.blocks is None:
         args.blocks = 2 if args.quick else 12

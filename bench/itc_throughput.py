@@ -68,6 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="with torch.compile, which takes about 10 s for each of its rows (default: if full)",
     )
+    measure.add_omissions(flags, compiled=False)
     args = flags.parse_args(argv)
     if args.quick and args.full:
         flags.error("--quick and --full: choose one of them")

@@ -49,6 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--layers", type=sizes, default="384x1152,384x1536,1536x384,768x3072",
         help="widths before and after, each layer's",
     )  # fmt: skip
+    measure.add_omissions(flags, compiled=False)
     args = flags.parse_args(argv)
     args.rows = args.rows or (788 if args.quick else 3152)
     return args

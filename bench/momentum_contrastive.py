@@ -212,7 +212,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--queue", type=int, default=0, help="default 65536; 8192 if quick")
     flags.add_argument("--dim", type=int, default=256)
     flags.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    measure.add_omissions(flags, compiled=True, memory=False)
+    measure.add_omissions(flags, compiled=True)
     args = flags.parse_args(argv)
     args.queue = args.queue or (8192 if args.quick else 65536)
     if min(args.batch, args.dim, args.queue) < 1:

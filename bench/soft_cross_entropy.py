@@ -285,7 +285,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--width", type=int, default=768)
     flags.add_argument("--vocabulary", type=int, default=30522)
     measure.add_dtypes(flags)
-    measure.add_omissions(flags, compiled=True, memory=False)
+    measure.add_omissions(flags, compiled=True)
     args = flags.parse_args(argv)
     args.rows = args.rows or (240 if args.quick else 1000)
     if min(args.rows, args.width, args.vocabulary) < 1:

@@ -199,7 +199,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     flags.add_argument("--form", choices=list(FORMS), nargs="+", default=list(FORMS))
     flags.add_argument("--parts", type=int, default=3, help="rounds of the table of parts; 0: none")
-    measure.add_omissions(flags, compiled=False, memory=True)
+    measure.add_omissions(flags, compiled=False)
     args = flags.parse_args(argv)
     if args.batch is None:
         args.batch = 4 if args.quick else 16

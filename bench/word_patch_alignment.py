@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="every word valid, or 6 to 20 tokens as captions have",
     )  # fmt: skip
     flags.add_argument("--layers", type=int, default=12, help="of the transformer; 0: no estimate")
-    measure.add_omissions(flags, compiled=True, memory=False)
+    measure.add_omissions(flags, compiled=True)
     args = flags.parse_args(argv)
     args.pairs = args.pairs or (16 if args.quick else 64)
     if min(args.pairs, args.words, args.patches, args.dim) < 1 or args.layers < 0:

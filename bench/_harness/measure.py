@@ -131,6 +131,10 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
         "--warm-cache", action="store_true", help="leave a GPU's L2 cache as calls leave it"
     )
     flags.add_argument("--rounds", type=int, default=0, help="least rounds; 0: 7, or 3 if quick")
+    flags.add_argument(
+        "--seconds", type=float, default=0.0, metavar="S",
+        help="of each comparison, after the least rounds; 0: 20, or 2 if quick",
+    )  # fmt: skip
     return flags
 
 
@@ -139,30 +143,30 @@ def add_dtypes(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--dtype", type=dtypes, default=["fp32", "bf16"], help="fp32, bf16, fp16")
 
 
-def add_omissions(flags: argparse.ArgumentParser, *, compiled: bool, memory: bool) -> None:
+def add_omissions(flags: argparse.ArgumentParser, *, compiled: bool) -> None:
     """The flags that leave out what takes long: `run.Run` reads them."""
     if compiled:
         flags.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    if memory:
-        flags.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    flags.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
     """Settings from parsed flags; also sets the number of threads of this process."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: this torch sees no CUDA device; use --device cpu")
-    if args.threads < 0 or args.rounds < 0:
-        raise SystemExit("--threads and --rounds must be positive, or 0 for the default")
+    if min(args.threads, args.rounds, args.seconds) < 0:
+        raise SystemExit("--threads, --rounds and --seconds must be positive, or 0 for the default")
     if args.threads:
         torch.set_num_threads(args.threads)
     threads = torch.get_num_threads()
     on_gpu = args.device == "cuda"
     rounds = args.rounds or (3 if args.quick else 7)
+    seconds = args.seconds or (2.0 if args.quick else 20.0)
     cold = not args.warm_cache
     if args.quick:
-        return Settings(args.device, threads, True, 2, rounds, max(rounds, 5), 2.0, cold)
+        return Settings(args.device, threads, True, 2, rounds, max(rounds, 5), seconds, cold)
     warmups, most = (5, 100) if on_gpu else (2, 30)
-    return Settings(args.device, threads, False, warmups, rounds, max(rounds, most), cold=cold)
+    return Settings(args.device, threads, False, warmups, rounds, max(rounds, most), seconds, cold)
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -38,6 +38,8 @@ class Run:
         facts: further entries of `meta`, which may be added to later.
     """
 
+    draws_as_it_goes = True  # False: a plot that takes long is drawn once, at the end
+
     def __init__(
         self,
         args: argparse.Namespace,
@@ -119,7 +121,7 @@ class Run:
         self.missing += [each for each in dict.fromkeys(missing) if each not in self.missing]
         self.show(rows)
         print(flush=True)
-        self._keep(complete=False)
+        self._keep(complete=False, draw=self.draws_as_it_goes)
 
     def print(self, text: str) -> None:
         """Print a text at once, whatever standard output is."""
@@ -145,12 +147,12 @@ class Run:
         """The circumstances of the run."""
         return report.meta(self.settings, self._packages)
 
-    def _keep(self, complete: bool) -> None:
+    def _keep(self, complete: bool, draw: bool = True) -> None:
         if self._json:
             missing = [vars(each) for each in self.missing]
             state = {"complete": complete, "missing": missing}
             report.write_json(self._json, self.meta | state | self.facts, self.rows)
-        if self._plot:
+        if self._plot and draw:
             self.draw(self._plot)
 
     def _end(self) -> None:

@@ -129,7 +129,7 @@ def test_flags_leave_out_compiled_implementations_and_memory(monkeypatch, flags,
 
     monkeypatch.setattr(measure, "compare", compare)
     parser = measure.parser("a benchmark")
-    measure.add_omissions(parser, compiled=True, memory=True)
+    measure.add_omissions(parser, compiled=True)
     both = [measure.Implementation(measure.OURS, None),
             measure.Implementation("peer compiled", None, compiled=True)]  # fmt: skip
     absent = [measure.Missing("other", "not installed")]

@@ -1,0 +1,93 @@
+"""bench/sweep.py: cells are those of the other benchmarks, ratios those of the best peer."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import sweep
+from _sweep import child, heat_map
+from _sweep.cells import cells
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+
+
+def row(impl, ms, error=1e-6, isa="avx2", n=8, **extra):
+    shape = {"n": n, "d": 4}
+    return {
+        "op": "contrastive", "impl": impl, "dtype": "fp32", "shape": shape, "phase": "fwd+bwd",
+        "ms": ms, "peak_mb": None, "error": error, "isa": isa, **extra,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_benchmarks_take_the_flags_of_their_cells(quick):
+    for cell in cells(quick):
+        script = importlib.import_module(cell.script)
+        script.parse([*cell.flags, "--no-memory", "--rounds", str(cell.rounds)])
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_op_has_cells(quick):
+    folders = {path.parent.name for path in RESULTS.glob("*/*.json")}
+    assert len(folders) > 6 and {cell.op for cell in cells(quick)} == folders | {"self_attention"}
+
+
+def test_a_ratio_is_that_of_the_fastest_peer_of_our_accuracy():
+    group = [
+        row("fastvlp", 2.0), row("floor", 0.5, None), row("eager", 5.0), row("sdpa", 3.0),
+        row("low", 1.0, 5e-6), row("rounded", 1.0, softmax="bf16"), row("absent", None),
+    ]  # fmt: skip
+    found = sweep.summarised(group)
+    assert (found["peer"], found["peer_ms"], found["ratio"]) == ("sdpa", 3.0, 1.5)
+    assert "1.50x as fast as sdpa" in sweep.line(group) and "<--" not in sweep.line(group)
+    assert "<--" in sweep.line([row("fastvlp", 2.0), row("eager", 1.8)])
+    assert sweep.summarised(group[:2]) is None and "no peer" in sweep.line(group[:2])
+
+
+def test_cells_of_instruction_sets_are_apart():
+    rows = [row(impl, ms, isa=isa) for isa, ms in (("amx", 1.0), ("avx2", 2.0)) for impl in
+            ("fastvlp", "eager")]  # fmt: skip
+    found = [sweep.summarised(group) for group in sweep.groups(rows)]
+    assert [(cell["isa"], cell["ms"], cell["ratio"]) for cell in found] == [
+        ("amx", 1.0, 1.0), ("avx2", 2.0, 1.0),
+    ]  # fmt: skip
+    assert sweep.summary(rows).splitlines()[1] == "2 cells, 0 below 0.95x of the best peer."
+
+
+def test_columns_are_the_sizes_that_differ():
+    found = [
+        sweep.summarised([row("fastvlp", 1.0, n=n), row("eager", float(n), n=n)]) for n in (2, 4)
+    ]
+    names, columns, ratios = heat_map.table(found)
+    assert (names, columns) == (["fp32 fwd+bwd, avx2"], ["n 2", "n 4"])
+    assert ratios == {(names[0], "n 2"): 2.0, (names[0], "n 4"): 4.0}
+    assert heat_map.table(found[:1])[1] == ["n 2, d 4"]
+
+
+def test_a_cell_that_fails_says_why(tmp_path):
+    cell = {"script": "matmul", "flags": ["--rows", "1"], "rounds": -1}
+    found = child.measured(cell, tmp_path / "found.json")
+    assert "--rounds" in found["error"] and "rows" not in found
+
+
+def test_a_quick_run_is_under_the_set_that_is_asked_for(tmp_path, capsys):
+    isa = sweep.instruction_sets()[-1]
+    target, picture = tmp_path / "found.json", tmp_path / "found.png"
+    sweep.main(
+        ["--quick", "--op", "contrastive", "--isa", isa, "--rounds", "1", "--threads", "1",
+         "--seconds", "0.01", "--json", str(target), "--plot", str(picture)]
+    )  # fmt: skip
+    found = json.loads(target.read_text())
+    assert found["meta"]["complete"] and found["meta"]["instruction_sets"] == [isa]
+    assert {each["isa"] for each in found["rows"]} == {isa}
+    assert {each["dtype"] for each in found["rows"]} == {"fp32", "bf16"}
+    assert all(each["ms"] > 0 for each in found["rows"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("x as fast as") == 2
+
+
+def test_an_instruction_set_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit):
+        sweep.parse(["--isa", "avx9"])
+    assert "avx9" in capsys.readouterr().err
