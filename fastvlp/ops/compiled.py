@@ -32,6 +32,15 @@ def load() -> tuple[str, ...]:
     return _load()
 
 
+def missing_schemas() -> tuple[str, ...]:
+    """Reasons why the operators have no schemas, which all implementations are registered under.
+
+    Here they come with the compiled operators. A build without those can define them alone: Triton
+    kernels need no more.
+    """
+    return load()
+
+
 @constant_result
 def load_cuda() -> tuple[str, ...]:
     """The same for the CUDA library, which needs a CUDA build of torch besides."""

@@ -149,7 +149,8 @@ def _cuda_tool(name: str, *arguments: Any) -> str:
 def all_cases() -> list[Case]:
     """The cases of every kernel module: of every one in an operator's folder with `aot_cases`."""
     paths = sorted(Path(__file__).parents[1].glob("[!_]*/[!_]*.py"))
-    names = (f"fastvlp.kernels.{path.parent.name}.{path.stem}" for path in paths)
+    package = __package__.rpartition(".")[0]
+    names = (f"{package}.{path.parent.name}.{path.stem}" for path in paths)
     modules = [importlib.import_module(name) for name in names]
     described = [module for module in modules if hasattr(module, "aot_cases")]
     return [case for module in described for case in module.aot_cases()]

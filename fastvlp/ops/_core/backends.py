@@ -44,7 +44,7 @@ def triton_reasons(supported: Callable[..., list[str]], *tensors: torch.Tensor) 
     `supported` says so of tensors on a CUDA device whose last axis is contiguous, as it is made
     before any kernel runs.
     """
-    reasons = list(compiled.load())
+    reasons = list(compiled.missing_schemas())
     device = tensors[0].device
     if device.type != "cuda":
         return [*reasons, f"the Triton kernels run on CUDA devices, the tensors are on {device}"]

@@ -9,6 +9,8 @@ from collections import deque
 
 import torch
 
+from .. import compiled
+
 # At most one, the largest. There is no lock: garbage collection and signal handlers call
 # `release` at any point of any thread, also inside of these functions. Each step on the deque is
 # atomic, and two at the same time lose a buffer at worst, which is then freed.
@@ -41,7 +43,7 @@ class Workspace:
 def release_workspace() -> None:
     """Frees the memory that operators keep between calls (up to their `workspace_bytes`)."""
     _free.clear()
-    if hasattr(torch.ops.fastvlp, "release_cpu_buffers"):
+    if not compiled.load():
         torch.ops.fastvlp.release_cpu_buffers()
 
 

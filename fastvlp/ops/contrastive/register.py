@@ -111,8 +111,8 @@ def _no_second_derivative(ctx, *grads):
 
 
 def register_operators() -> None:
-    """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
-    if compiled.load():
+    """Called once when `fastvlp.ops` is imported; does nothing where there are no schemas."""
+    if compiled.missing_schemas():
         return
     for name, op, fake, triton, native in (
         (

@@ -199,7 +199,7 @@ def bump_versions(*lists: Sequence[torch.Tensor]) -> None:
 
 def register_operators() -> None:
     """Shapes for tracing; called once when `fastvlp.ops` is imported."""
-    if compiled.load():
+    if compiled.missing_schemas():
         return
     for name in ("ema_update", "adamw_ema"):
         torch.library.register_fake(f"fastvlp::{name}", lambda *_: None)

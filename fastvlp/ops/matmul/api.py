@@ -177,8 +177,8 @@ def _backward(ctx, gradient):
 
 
 def _register_operators() -> None:
-    """Called once when this module is imported; does nothing where the library is missing."""
-    if compiled.load():
+    """Called once when this module is imported; does nothing where there are no schemas."""
+    if compiled.missing_schemas():
         return
     torch.library.register_fake("fastvlp::matmul", _fake)
     torch.library.register_autograd("fastvlp::matmul", _backward, setup_context=_setup)

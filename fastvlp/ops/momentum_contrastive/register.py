@@ -66,8 +66,8 @@ def _no_second_derivative(ctx, *grads):
 
 
 def register_operators() -> None:
-    """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
-    if compiled.load():
+    """Called once when `fastvlp.ops` is imported; does nothing where there are no schemas."""
+    if compiled.missing_schemas():
         return
     torch.library.register_fake("fastvlp::momentum_contrastive", _fake)
     implement("momentum_contrastive", _triton, "CUDA")

@@ -359,8 +359,8 @@ def _losses_and_gradients_fake(hidden, weight, *arguments):
 
 
 def register_operators() -> None:
-    """Called once when `fastvlp.ops` is imported; does nothing where the library is missing."""
-    if compiled.load():
+    """Called once when `fastvlp.ops` is imported; does nothing where there are no schemas."""
+    if compiled.missing_schemas():
         return
     for name, implementation, fake in (
         ("soft_cross_entropy_losses", _losses, _losses_fake),
