@@ -15,6 +15,8 @@ from typing import TypeGuard
 import torch
 import torch.distributed as dist
 
+from ._autograd import Function
+
 # What `validate_across_ranks` has room for.
 _MESSAGE_BYTES, _MOST_FACTS, _MOST_VALUES = 512, 12, 4
 _ROUNDING = 1e-5  # relative, between equal values of two ranks
@@ -305,7 +307,7 @@ def gather_rows(shard: torch.Tensor, shards: Shards) -> torch.Tensor:
     return _GatherRows.apply(shard, shards)
 
 
-class _GatherRows(torch.autograd.Function):
+class _GatherRows(Function):
     @staticmethod
     def forward(shard, shards):
         return Gather(shard, shards).rows(slice(None))

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp._autograd import Function
+
 STEPS = 1 << 16
 
 
@@ -58,7 +60,7 @@ def _words(x: Tensor, p: float) -> tuple[Tensor, float]:
     return keep.view(x.shape), STEPS / (STEPS - dropped)
 
 
-class _Masked(torch.autograd.Function):
+class _Masked(Function):
     @staticmethod
     def forward(ctx, x, keep, factor):
         ctx.save_for_backward(keep)

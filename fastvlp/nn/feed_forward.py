@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp._autograd import Function
 from fastvlp.nn.dropout import apply_mask, draw_dropout
 from fastvlp.ops.autocast import as_autocast, autocasts
 from fastvlp.ops.checks import check_tensor
@@ -198,7 +199,7 @@ def _plain(x):
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
-class _Once(torch.autograd.Function):
+class _Once(Function):
     """compute(*tensors) inside of a backward pass, whose own derivative is refused."""
 
     @staticmethod
@@ -220,7 +221,7 @@ def _once(compute, *tensors):
     return _Once.apply(compute, *tensors)
 
 
-class _NormLinear(torch.autograd.Function):
+class _NormLinear(Function):
     @staticmethod
     def forward(ctx, x, gain, shift, weight, bias, eps):
         with _plain(x):
@@ -242,7 +243,7 @@ class _NormLinear(torch.autograd.Function):
         return *_once(compute, gradient, *ctx.saved_tensors), None
 
 
-class _FeedForward(torch.autograd.Function):
+class _FeedForward(Function):
     @staticmethod
     def forward(ctx, x, gain, shift, weight1, bias1, weight2, bias2, eps, activation, dropout_p):
         with _plain(x):

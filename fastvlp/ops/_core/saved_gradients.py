@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..._autograd import Function
+
 SECOND_DERIVATIVE = (
     "the contrastive losses have no second derivative; for one, call contrastive_reference, "
     "sigmoid_contrastive_reference or momentum_contrastive_reference, which plain autograd "
@@ -21,7 +23,9 @@ def once_differentiable(function: Callable, *args):
 
     It also makes operators without a rule of their own known to torch.func's transforms.
     """
-    if torch.compiler.is_compiling():  # which takes no Function inside the backward of another
+    # Without gradients of it nobody can ask for its derivative; and the compiler takes no Function
+    # inside the backward pass of another.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*args)
     return _OnceDifferentiable.apply(function, *args)
 
@@ -34,7 +38,7 @@ def scaled_gradients(upstream: torch.Tensor, *inputs_and_gradients) -> tuple[tor
     return once_differentiable(_scale, upstream, *inputs_and_gradients)
 
 
-class _OnceDifferentiable(torch.autograd.Function):
+class _OnceDifferentiable(Function):
     @staticmethod
     def forward(function, *args):
         return function(*args)

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from ..._autograd import Function
 from ...distributed import reporting, spans_ranks
 from .._core.backends import unit_stride
 from .._core.checks import as_scalar, check_features, check_workspace, local
@@ -173,7 +174,7 @@ def _contrastive(x, y, scale, direction, workspace_bytes) -> torch.Tensor:
     return _Contrastive.apply(x, y, scale, direction, plan, workspace)[0]
 
 
-class _Contrastive(torch.autograd.Function):
+class _Contrastive(Function):
     """The loss, and what backward needs besides the inputs and the workspace."""
 
     @staticmethod

@@ -7,6 +7,7 @@ every rank raise instead of leaving the others waiting.
 import torch
 import torch.distributed as dist
 
+from ..._autograd import Function
 from ...distributed import Shards, group_device, resolve, validate_across_ranks
 from .._core.implement import without_autocast
 from .._core.saved_gradients import scaled_gradients
@@ -103,7 +104,7 @@ def _gradients_like(x, y, gradients):
     return tuple(t.new_empty((t.shape[0] if gradients else 0, t.shape[1])) for t in (x, y))
 
 
-class Distributed(torch.autograd.Function):
+class Distributed(Function):
     """apply(operator, count, *inputs, *options): an operator that returns (loss, *gradients).
 
     `count` inputs are differentiable. The loss is the first output; the others are for backward.

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from ..._autograd import Function
 from ...distributed import reporting, spans_ranks
 from .._core.backends import unit_stride
 from .._core.checks import as_scalar, check_features, check_workspace, local
@@ -110,7 +111,7 @@ def sigmoid_contrastive_reference(
     return -F.logsigmoid(signs * logits).sum() / max(len(logits), 1)
 
 
-class _SigmoidContrastive(torch.autograd.Function):
+class _SigmoidContrastive(Function):
     """The loss and its gradients, for backward."""
 
     @staticmethod

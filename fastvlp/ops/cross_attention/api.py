@@ -2,6 +2,7 @@
 
 import torch
 
+from ..._autograd import Function
 from .._core.backends import unit_stride
 from .._core.dispatch import choose, register_backends
 from .._core.implement import without_autocast
@@ -173,7 +174,7 @@ def cross_attention_reference(
     return out
 
 
-class _CrossAttention(torch.autograd.Function):
+class _CrossAttention(Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_q, cu_k, key_mask, seed, *options):
         out, statistics = torch.ops.fastvlp.cross_attention_forward(

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..._autograd import Function
 from .._core.dispatch import choose, register_backends
 from .._core.implement import without_autocast
 from .._core.philox import gumbel, philox
@@ -184,7 +185,7 @@ def momentum_contrastive_reference(
     return MomentumContrastive((forth + back) / 2, texts, images)
 
 
-class _Momentum(torch.autograd.Function):
+class _Momentum(Function):
     """The loss, the hard negatives of both directions, and the gradients for backward."""
 
     @staticmethod

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..._autograd import Function
 from .._core.checks import check_tensor
 
 
@@ -95,7 +96,7 @@ def row_map(source: torch.Tensor, inputs: int, device: torch.device) -> RowMap:
     )
 
 
-class _Take(torch.autograd.Function):
+class _Take(Function):
     @staticmethod
     def forward(ctx, rows, source, absent, back, unused, *rounds):
         ctx.save_for_backward(source, absent, back, unused, *rounds)
@@ -109,7 +110,7 @@ class _Take(torch.autograd.Function):
         return add(grad, *layout), *(None,) * len(layout)
 
 
-class _Add(torch.autograd.Function):
+class _Add(Function):
     """The transpose of `_Take`."""
 
     @staticmethod

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from ..._autograd import Function
 from .._core.checks import check_tensor, check_workspace
 from .._core.dispatch import choose, register_backends
 from .._core.implement import without_autocast
@@ -261,7 +262,7 @@ def soft_cross_entropy_reference(
     return losses.sum() if reduction == "sum" else losses.sum() / max(len(targets), 1)
 
 
-class _SoftCrossEntropy(torch.autograd.Function):
+class _SoftCrossEntropy(Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, *arguments):
         *teacher, alpha, ignore_index, workspace_bytes, has_backward, is_uniform = arguments
@@ -322,7 +323,7 @@ _NO_SECOND_DERIVATIVE = (
 )
 
 
-class _ScaledGradients(torch.autograd.Function):
+class _ScaledGradients(Function):
     """The backward pass where the forward pass has made the gradients of the losses' sum."""
 
     @staticmethod
@@ -340,7 +341,7 @@ class _ScaledGradients(torch.autograd.Function):
         raise RuntimeError(_NO_SECOND_DERIVATIVE)
 
 
-class _Gradients(torch.autograd.Function):
+class _Gradients(Function):
     """The backward pass, a function of its own so that a second derivative is refused."""
 
     @staticmethod

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..._autograd import Function
 from .._core.backends import unit_stride
 from .._core.checks import check_count, check_tensor, readable
 from .._core.dispatch import choose, register_backends
@@ -227,7 +228,7 @@ def alignment_padding(
     return ~inner, ~((patches >= 1) & (patches < image_lengths[:, None]))
 
 
-class _WordPatchAlignment(torch.autograd.Function):
+class _WordPatchAlignment(Function):
     @staticmethod
     def forward(ctx, x, y, x_padding, y_padding, beta, iterations, inner):
         distance, plan, x_rows, y_rows = torch.ops.fastvlp.word_patch_alignment(

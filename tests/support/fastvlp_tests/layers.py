@@ -11,13 +11,14 @@ from pathlib import Path
 
 # What each layer may import besides itself.
 LAYERS = {
+    "_autograd": set(),
     "_tracing": set(),
     "kernels": {"_tracing"},
-    "distributed": set(),
-    "ops": {"kernels", "_tracing", "distributed"},
+    "distributed": {"_autograd"},
+    "ops": {"kernels", "_autograd", "_tracing", "distributed"},
     "losses": {"distributed", "ops"},
     "integrations": {"losses", "nn"},
-    "nn": {"ops", "_tracing", "distributed"},
+    "nn": {"ops", "_autograd", "_tracing", "distributed"},
     "splitmix": set(),
     "masking": {"splitmix"},
     "models": {"losses", "nn", "ops", "distributed", "masking"},
