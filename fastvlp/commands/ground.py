@@ -135,7 +135,7 @@ class Ground:
 
     def _sheet(self, image: Image, found: list[Grounded]) -> Image:
         """The image, and beside it each text's map over it, on a contact sheet."""
-        shown = require("PIL.ImageOps").contain(image, (_SIDE, _SIDE))
+        shown = image.resize([max(1, round(_SIDE * side / max(image.size))) for side in image.size])
         cells = [Cell(shown, "the image")]
         for each in found:
             heat = enlarge(each.heat[None], shown.size)[0]

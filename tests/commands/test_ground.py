@@ -70,6 +70,14 @@ def test_what_is_said_and_drawn(albef_run, photos, tmp_path, capsys):
     assert all(np.abs(images[0] - each).mean() > 5 for each in images[1:])
 
 
+def test_an_image_much_wider_than_high_is_drawn(albef_run, tmp_path):
+    Image.new("RGB", (3000, 3), "red").save(tmp_path / "thin.png")
+    (found,) = ground(albef_run, tmp_path / "thin.png", tmp_path, "red")
+    assert found.heat.shape == (3, 3000)
+    with Image.open(tmp_path / "map.png") as sheet:
+        assert sheet.width == 12 + 2 * 396
+
+
 def test_an_overlay_hides_the_image_where_the_map_is_high():
     image = Image.new("RGB", (2, 1), (200, 100, 50))
     left, right = np.asarray(overlay(image, torch.tensor([[0.0, 1.0]])))[0].tolist()
