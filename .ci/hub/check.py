@@ -30,7 +30,7 @@ for path in variants:
     metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, path))
     print(f"{path.name}: {metadata.id}, {len(metadata.digest.files)} files")
 
-# Loads the variant of this torch; no network is needed.
+# The variant of this torch; nothing is fetched.
 best, _ = resolve_variant(get_variants_local(folder / "build"))
 kernel = get_local_kernel(folder)
 (loaded,) = get_loaded_kernels()

@@ -239,5 +239,7 @@ def schemas() -> str:
 
 
 if __name__ == "__main__":
-    for variant in write(Path(sys.argv[1] if len(sys.argv) > 1 else "build/hub")):
-        print(variant)
+    try:
+        print(*write(Path(sys.argv[1] if len(sys.argv) > 1 else "build/hub")), sep="\n")
+    except ValueError as error:
+        sys.exit(str(error))
