@@ -1,5 +1,6 @@
 """`fastvlp.create`: model, preprocess and tokenizer of a name, a run, a file or a folder."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -17,7 +18,11 @@ from fastvlp.data.images.integrity import ImageFault
 from fastvlp.data.images.preprocess import Preprocess
 from fastvlp.data.images.recipes import recipe
 from fastvlp.data.text import train_tokenizer
-from fastvlp.models import base, clip, vilt
+from fastvlp.models import albef, base, clip, vilt
+from fastvlp.models.albef.tasks.classification import AlbefClassifier, ClassifierConfig
+from fastvlp.models.albef.tasks.common import FinetuningConfig
+from fastvlp.models.albef.tasks.retrieval import AlbefRetrieval
+from fastvlp.models.albef.tasks.vqa import AlbefVqa
 
 SMALL = dict(vision_width=16, vision_layers=1, vision_heads=1, text_width=16, text_layers=1,
              text_heads=1, embed_dim=8)  # fmt: skip
@@ -155,3 +160,21 @@ def test_what_is_no_image_is_named(tmp_path):
         preprocess(np.zeros((3, 8, 8)))
     with pytest.raises(ValueError, match="recipe: expected one for evaluation"):
         Preprocess(recipe("clip_train"))
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (AlbefRetrieval, dataclasses.replace(albef.CONFIGS["tiny"], queue_ids=True)),
+        (AlbefClassifier, ClassifierConfig.named("tiny")),
+        (AlbefVqa, FinetuningConfig.named("tiny")),
+    ],
+)
+def test_fine_tuned_models_have_what_belongs_to_their_system(model, config, tmp_path):
+    base.save(model(dataclasses.replace(config, vocab_size=20)), tmp_path / "model")
+    bert_vocabulary(tmp_path, ["a", "bus"])
+    made = fastvlp.create(tmp_path)
+    assert type(made.model) is model
+    side = config.image_size
+    assert made.preprocess(photo_shards.photograph(0, 96, 72)).shape == (3, side, side)
+    assert made.tokenizer(["a bus"]).shape == (1, 3)

@@ -128,7 +128,7 @@ class Retrieval(_OfPairs):
     seed: int = 0
     """Of the bootstrap."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("clip", "albef")
+    kinds: ClassVar[tuple[str, ...]] = ("clip", "albef", "albef-retrieval")
 
     def execute(self) -> dict[str, float]:
         return self.run_sets(self._score)
@@ -137,7 +137,7 @@ class Retrieval(_OfPairs):
         from fastvlp.evaluate.retrieval import retrieval
 
         sure = {"confidence": self.confidence, "seed": self.seed}
-        if model.kind == "albef":
+        if model.system == "albef":
             found = albef_retrieval.retrieval_scores(
                 model, tokenizer, loader, self.candidates, ranks, **sure
             )

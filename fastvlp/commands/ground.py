@@ -14,11 +14,12 @@ import tyro
 from torch import Tensor
 
 from fastvlp.commands.contact_sheet import Cell, contact_sheet, save_png
-from fastvlp.commands.search import trained_model
+from fastvlp.commands.search import trained_model, turned
 from fastvlp.data.images.integrity import ImageFault, open_rgb
 from fastvlp.data.optional import require
 from fastvlp.data.text.base import PaddedText
 from fastvlp.factory import Created
+from fastvlp.models.albef import Albef
 from fastvlp.models.albef.tasks.grounding import grounding_maps
 from fastvlp.train import parallel, ranges
 from fastvlp.train.config import Device
@@ -87,7 +88,7 @@ class Ground:
         self._check()
         with parallel.ranks(self.device) as ranks:
             made = trained_model(self.model, ranks.device, self.tokenizer)
-            if made.model.kind != "albef":
+            if not isinstance(made.model, Albef):
                 raise ValueError(
                     "model: expected an ALBEF, whose words attend to places of the image, "
                     f"got one of {made.model.kind}"
@@ -149,9 +150,8 @@ def upright(path: Path, made: Created) -> Image:
     Raises:
         ValueError: it cannot be read; the message names the file.
     """
-    turn = require("PIL.ImageOps").exif_transpose
     try:
-        return open_rgb(path.read_bytes(), lambda image: made.preprocess.convert(turn(image)))
+        return open_rgb(path.read_bytes(), lambda image: turned(image, made.preprocess.convert))
     except ImageFault as fault:
         raise ValueError(f"image: {path}: {fault}") from fault
 

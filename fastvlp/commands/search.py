@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -237,11 +237,14 @@ def _captions(source: Path | None) -> dict[str, str]:
 
 def _upright(path: Path) -> Image:
     """An image as it is looked at: turned as its camera says, on white."""
-    return open_rgb(path.read_bytes(), _turned)
+    return open_rgb(path.read_bytes(), lambda image: turned(image, RgbConversion()))
 
 
-def _turned(image: Image) -> Image:
-    return RgbConversion()(require("PIL.ImageOps").exif_transpose(image))
+def turned(image: Image, convert: Callable[[Image], Image]) -> Image:
+    """A Pillow image turned as its camera says, and converted."""
+    # In place, because a copy has no format, which says how some 16-bit greys were widened.
+    require("PIL.ImageOps").exif_transpose(image, in_place=True)
+    return convert(image)
 
 
 def parse(options: Sequence[str], prog: str = "fastvlp search") -> Search:

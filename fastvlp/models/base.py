@@ -52,6 +52,11 @@ class Model(ReferenceMixin):
         super().__init__()
         self.config = config
 
+    @property
+    def system(self) -> str:
+        """The system that the kind belongs to: "albef" for "albef-retrieval"."""
+        return self.kind.partition("-")[0]
+
     def use_reference(self, reference: bool = True) -> Model:
         """Compute with plain PyTorch and padded tensors from now on, or with the kernels again.
 

@@ -28,13 +28,13 @@ from fastvlp.train.tasks.vocabularies import bert_vocabulary
 
 BUILT_IN = "openmoji"
 IMAGE_VALUES = "preprocessor_config.json"
-# Image transforms of evaluation, with their parameters of a model.
+# Image transforms of evaluation, with their parameters of a model, by its system.
 RECIPES = {
     "clip": ("clip_eval", lambda config: {"size": config.image_size}),
     "vilt": ("vilt_eval", lambda config: vilt_sizes(config)),
     "albef": ("albef_eval", lambda config: {"size": config.image_size}),
 }
-# Vocabularies that lie beside a model, by its kind.
+# Vocabularies that lie beside a model, by its system.
 _VOCABULARIES = {
     "clip": ("tokenizer.json", "vocab.json", MERGES_FILE),
     "vilt": ("vocab.txt",),
@@ -83,9 +83,9 @@ def tokenizer(path: Path, model: base.Model, given: Path | None = None) -> Any:
     Raises:
         ValueError: it is of another kind, or has more ids than the model.
     """
-    beside = [_folder(path) / name for name in _VOCABULARIES[model.kind]]
+    beside = [_folder(path) / name for name in _VOCABULARIES[model.system]]
     file = given or next((each for each in beside if each.is_file()), None)
-    made = _TOKENIZERS[model.kind](file, model.config)
+    made = _TOKENIZERS[model.system](file, model.config)
     if made.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"tokenizer: expected at most the model's {model.config.vocab_size} ids, got "
@@ -145,12 +145,12 @@ def keep_image_values(folder: Path, values: tuple[tuple[float, ...], ...]) -> No
 
 def recipe(path: Path, model: base.Model) -> recipes.Recipe:
     """The transforms of images that a model is evaluated with, normalised as in its training."""
-    name, sizes = RECIPES[model.kind]
-    mean, std = image_values(path, model.kind)
+    name, sizes = RECIPES[model.system]
+    mean, std = image_values(path, model.system)
     return recipes.recipe(name, **sizes(model.config), mean=mean, std=std)
 
 
-def image_values(path: Path, kind: str = "clip") -> tuple[tuple[float, ...], tuple[float, ...]]:
+def image_values(path: Path, system: str = "clip") -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation that the images of a model were normalised by in its training.
 
     Of a published model what stands beside it, in open_clip's or transformers' file; else those of
@@ -170,7 +170,7 @@ def image_values(path: Path, kind: str = "clip") -> tuple[tuple[float, ...], tup
         if all(isinstance(described.get(name), list) for name in names):
             mean, std = (tuple(map(float, described[name])) for name in names)
             return mean, std
-    usual = recipes.RECIPES[RECIPES[kind][0]]
+    usual = recipes.RECIPES[RECIPES[system][0]]
     return usual.mean, usual.std
 
 

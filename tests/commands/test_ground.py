@@ -1,5 +1,7 @@
 """Heat maps of texts over an image: what is computed, said and drawn."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,10 @@ from PIL import Image
 
 import fastvlp
 from fastvlp import cli
-from fastvlp.commands.ground import enlarge, overlay, parse
+from fastvlp.commands.ground import enlarge, overlay, parse, upright
 from fastvlp.models import albef, base
 from fastvlp.models.albef.tasks.grounding import grounding_maps
+from fastvlp.models.albef.tasks.retrieval import AlbefRetrieval
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a red bus on the left".split()
 
@@ -135,3 +138,24 @@ def test_other_models_are_refused(small_run, photos, tmp_path):
         ground(small_run, photos / "0.jpg", tmp_path, "a bus")
     with pytest.raises(FileNotFoundError, match="model: expected the folder of a run or a check"):
         ground(tmp_path / "nowhere", photos / "0.jpg", tmp_path, "a bus")
+
+
+def test_greys_of_16_bits_have_the_range_of_their_format(albef_run, tmp_path):
+    greys = np.arange(60 * 80, dtype=np.int32).reshape(60, 80)  # of 65,536, so nearly black
+    Image.fromarray(greys).save(tmp_path / "deep.pgm")
+    found = np.asarray(upright(tmp_path / "deep.pgm", fastvlp.create(albef_run)))
+    assert found.shape == (60, 80, 3) and found.max() == round(greys.max() * 255 / 65535)
+
+
+def test_a_model_fine_tuned_for_retrieval_is_one_too(albef_run, photos, tmp_path):
+    model = base.load(albef_run / "model")
+    tuned = AlbefRetrieval(dataclasses.replace(model.config, pretraining=False))
+    tuned.student.load_state_dict(model.student.state_dict())
+    tuned.itm_head.load_state_dict(model.itm_head.state_dict())
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    base.save(tuned, folder / "model")
+    for name in ("vocab.txt", "config.yaml"):
+        (folder / name).write_text((albef_run / name).read_text())
+    wanted, found = (ground(run, photos / "0.jpg", tmp_path, "left") for run in (albef_run, folder))
+    assert torch.equal(found[0].heat, wanted[0].heat)
