@@ -3,9 +3,10 @@
 With z_ij = scale * <x_i, y_j> and weights (w_row, w_col), the gradient of the logits is
     g_ij = w_row * exp(z_ij - row_lse_i) + w_col * exp(z_ij - col_lse_j)
 but for the positives, j = i + offset: theirs are small differences from 1 and are passed in. Then
-dX = scale * g @ Y, dY = scale * g.T @ X, dscale = <X, g @ Y>. For a chunk of rows one kernel
-recomputes z and writes g in the input's dtype to a workspace, then two vendor GEMMs follow: three
-in all, with no accumulator of width D in registers and no atomics.
+dX = scale * g @ Y, dY = scale * g.T @ X, dscale = sum_ij g_ij <x_i, y_j>. For a chunk of rows one
+kernel recomputes z, sums its tile's terms of dscale and writes g in the input's dtype to a
+workspace, then two vendor GEMMs follow: three in all, with no accumulator of width D in registers
+and no atomics.
 
 Range: g is stored divided by the largest |weight|, hence within [-2, 2] whatever the batch size
 and the upstream gradient, and in float16 times 2**14 besides, so that a probability of 4e-9 is
@@ -67,13 +68,13 @@ def load_log_sum_exps(lse_ptr, at, weight, EXACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def gradient_kernel(
-    x_ptr, y_ptr, scale_ptr, weights_ptr, row_lse_ptr, col_lse_ptr, positive_ptr, g_ptr,
+    x_ptr, y_ptr, scale_ptr, weights_ptr, row_lse_ptr, col_lse_ptr, positive_ptr, g_ptr, terms_ptr,
     M, N, D, stride_x, stride_y, stride_g, offset,
     ROWS: tl.constexpr, COLS: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of g * FACTOR / max|weights| -> g [M, N]."""
+    """One tile of g * FACTOR / max|weights| -> g [M, N]; its sum times similarities -> [program]."""
     _, _, row, col = own_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     w_row, w_col = tl.load(weights_ptr), tl.load(weights_ptr + 1)
     largest = tl.maximum(tl.abs(w_row), tl.abs(w_col))
@@ -81,10 +82,11 @@ def gradient_kernel(
     largest = tl.where(largest == 0, 1.0, largest)
     w_row, w_col = w_row / largest * FACTOR, w_col / largest * FACTOR
 
-    z = tl.load(scale_ptr) * dot_tile(
+    similarity = dot_tile(
         x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
     )  # fmt: skip
+    z = tl.load(scale_ptr) * similarity
     # An exponential for each direction, as in the statistics: no reference serves both wherever
     # the features lie, and the programs that share a multiprocessor hide them behind a GEMM.
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
@@ -106,6 +108,9 @@ def gradient_kernel(
     at = row.to(tl.int64)[:, None] * stride_g + col[None, :]
     inside = (row < M)[:, None] & (col < N)[None, :]
     tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=inside)
+    terms = tl.where(inside, g * similarity, 0.0)
+    program = tl.program_id(0) + tl.arange(0, 1)
+    tl.store(terms_ptr + program, tl.sum(tl.expand_dims(tl.sum(terms, 1), 1), 0))
 
 
 def contrastive_gradients(
@@ -163,22 +168,24 @@ def contrastive_gradients(
     with on_device(x):
         for first in range(0, m, height):
             g = workspace[: m - first]
-            gradient_kernel[grid_of(len(g), n, tile)](
+            grid = grid_of(len(g), n, tile)
+            terms = torch.empty(grid, dtype=torch.float32, device=x.device)
+            gradient_kernel[grid](
                 rows_x[first:], rows_y, scale, weights,
                 weights if row_lse is None else row_lse[first:],
-                weights if col_lse is None else col_lse, positive_gradient[first:], g,
+                weights if col_lse is None else col_lse, positive_gradient[first:], g, terms,
                 len(g), n, inner, rows_x.stride(0), rows_y.stride(0),
                 g.stride(0), offset + first,
                 ROWS=row_lse is not None, COLS=col_lse is not None, FACTOR=stored,
                 **constants, **launch_options(tile),
             )  # fmt: skip
-            sums.add(first, g)
+            sums.add(first, g, terms)
     return sums.results()
 
 
 def aot_cases() -> list[aot.Case]:
     """Every configuration of the gradient kernel, for ahead-of-time compilation."""
-    types = dict.fromkeys(["weights_ptr", "positive_ptr"], "*fp32")
+    types = dict.fromkeys(["weights_ptr", "positive_ptr", "terms_ptr"], "*fp32")
     types |= dict.fromkeys(["row_lse_ptr", "col_lse_ptr"], "*fp64")
     types |= {"g_ptr": "*T", "stride_g": "i32"}
     both = {"ROWS": True, "COLS": True, "FACTOR": 1.0}

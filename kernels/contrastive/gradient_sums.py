@@ -8,9 +8,11 @@ from .._core.launch import float32_matmul
 class GradientSums:
     """dX [M, D] and dY [N, D] in the input's dtype and dscale [] in fp32, of z = scale * X @ Y.T.
 
-    dX = scale * dz @ Y, dY = scale * dz.T @ X, dscale = <X, dz @ Y>: two vendor GEMMs for each
-    chunk. `unit` is what the chunks of dz were divided by, for the range of half precision; it
-    returns here, in fp32, after the GEMMs. dscale comes with dX.
+    dX = scale * dz @ Y, dY = scale * dz.T @ X: two vendor GEMMs for each chunk. dscale is the sum
+    of dz times the similarities, which the kernels take a tile at a time before they round dz:
+    rounded entries that are equal would all be off alike. `unit` is what the chunks of dz were
+    divided by, for the range of half precision; it returns here, in fp32, after the GEMMs. dscale
+    comes with dX.
     """
 
     def __init__(
@@ -29,14 +31,13 @@ class GradientSums:
             self._dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             self._dscale = torch.zeros((), dtype=torch.float64, device=x.device)
 
-    def add(self, first: int, dz: torch.Tensor) -> None:
-        """Take dz / unit [rows, N] of the rows from `first` on."""
+    def add(self, first: int, dz: torch.Tensor, scale_terms: torch.Tensor) -> None:
+        """Take dz / unit [rows, N] of the rows from `first` on, and the tiles' terms of dscale."""
         dz = dz.to(self._x.dtype)
         rows = slice(first, first + len(dz))
         if self._dx is not None:
             part = float32_matmul(dz, self._y)
-            # <x, dz y> = <dz, x y^T>. Not of dX, which is rounded to the input's dtype.
-            self._dscale += (self._x[rows] * part).sum(dtype=torch.float64)
+            self._dscale += scale_terms.sum(dtype=torch.float64)
             torch.mul(part, self._factor, out=self._dx[rows])
         if self._need_y:
             self._dy = float32_matmul(dz.T, self._x[rows], self._dy)

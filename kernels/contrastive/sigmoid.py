@@ -78,18 +78,20 @@ def log1p_unit(e):
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def sigmoid_kernel(
-    x_ptr, y_ptr, scale_ptr, bias_ptr, g_ptr, loss_ptr, g_sum_ptr,
+    x_ptr, y_ptr, scale_ptr, bias_ptr, g_ptr, loss_ptr, g_sum_ptr, terms_ptr,
     M, N, D, stride_x, stride_y, stride_g, offset,
     STORE: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile: its sums of losses and of g to [program], g * FACTOR to [M, N] if STORE."""
+    """One tile: its sums of losses and of g to [program]; if STORE, g * FACTOR to [M, N] and its sum
+    times the similarities to [program]."""
     _, _, row, col = own_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
-    z = tl.load(bias_ptr) + tl.load(scale_ptr) * dot_tile(
+    similarity = dot_tile(
         x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
     )  # fmt: skip
+    z = tl.load(bias_ptr) + tl.load(scale_ptr) * similarity
 
     # u = -t * z: loss = softplus(u), and g = -t * sigmoid(u), which keeps the small differences
     # from 1 that sigmoid(z) - 1 would cancel. Lanes past the end give exactly 0 to both sums.
@@ -107,6 +109,8 @@ def sigmoid_kernel(
     if STORE:
         at = row.to(tl.int64)[:, None] * stride_g + col[None, :]
         tl.store(g_ptr + at, (g * FACTOR).to(g_ptr.dtype.element_ty), mask=inside)
+        terms = tl.where(inside, g * FACTOR * similarity, 0.0)
+        tl.store(terms_ptr + program, tl.sum(tl.expand_dims(tl.sum(terms, 1), 1), 0))
 
 
 def sigmoid_contrastive(
@@ -156,27 +160,27 @@ def sigmoid_contrastive(
     inner = rows_x.shape[1]
     constants = tile_constants(tile, inner, x.dtype, input_precision)
     tiles = [grid_of(min(height, m - first), n, tile)[0] for first in range(0, m, height)]
-    sums = torch.empty(2, sum(tiles), dtype=torch.float32, device=x.device)
+    sums = torch.empty(3, sum(tiles), dtype=torch.float32, device=x.device)
     with on_device(x):
         for index, first in enumerate(range(0, m, height)):
             g = workspace[: m - first]
-            before = sum(tiles[:index])
+            at = slice(sum(tiles[:index]), sum(tiles[: index + 1]))
             sigmoid_kernel[(tiles[index],)](
-                rows_x[first:], rows_y, scale, bias, g, sums[0, before:], sums[1, before:],
+                rows_x[first:], rows_y, scale, bias, g, sums[0, at], sums[1, at], sums[2, at],
                 len(g), n, inner, rows_x.stride(0), rows_y.stride(0),
                 g.stride(0), offset + first,
                 STORE=need_gradients, FACTOR=stored,
                 **constants, **launch_options(tile),
             )  # fmt: skip
             if need_gradients:
-                gradients.add(first, g)
-    loss_sum, g_sum = sums.sum(1, dtype=torch.float64).float()
+                gradients.add(first, g, sums[2, at])
+    loss_sum, g_sum = sums[:2].sum(1, dtype=torch.float64).float()
     return SigmoidContrastive(loss_sum, g_sum, *gradients.results())
 
 
 def aot_cases() -> list[aot.Case]:
     """Every configuration of the sigmoid kernel, for ahead-of-time compilation."""
-    types = dict.fromkeys(["bias_ptr", "loss_ptr", "g_sum_ptr"], "*fp32")
+    types = dict.fromkeys(["bias_ptr", "loss_ptr", "g_sum_ptr", "terms_ptr"], "*fp32")
     types |= {"g_ptr": "*T", "stride_g": "i32"}
     gradients = {"STORE": True, "FACTOR": 1.0}
     tiles = {"kernel": sigmoid_kernel, "tiles": TILES, "signature": types}

@@ -195,6 +195,24 @@ def test_the_scale_gradient_is_as_exact_as_eager(run_kernel, device, target):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_scale_gradient_is_summed_before_rounding(run_kernel, device, dtype):
+    # Of a nearly uniform softmax: entries rounded to one half-precision number are off alike.
+    problem = draw(31, 17, 16, dtype, device, offset=-20, scale=1.0, norm=0.05, seed=1)
+    weights = torch.tensor([0.3, 0.2], device=device)
+    contrastive = run_kernel(
+        "contrastive.backward", "contrastive_gradients", problem.x, problem.y, problem.scale,
+        *formulas.gradient_inputs(problem, weights), weights, offset=-20, workspace_bytes=1 << 14,
+    )  # fmt: skip
+    sigmoid = check_sigmoid(run_kernel, problem, 1 << 14)
+    for ours, g in (
+        (contrastive[2], formulas.softmax_gradient(problem, weights, torch.float64)),
+        (sigmoid.dscale, formulas.sigmoid_terms(problem, torch.float64)[1]),
+    ):
+        true, size = formulas.scale_gradient(problem, g)
+        assert abs(ours.double() - true) <= formulas.sharpness(problem) * size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_scale_of_zero_has_a_gradient(run_kernel, device, dtype):
     problem = draw(40, 40, 16, dtype, device, scale=0.0)
     dx, dy = check_gradients(run_kernel, problem, [0.5, 0.5], 1 << 14)
