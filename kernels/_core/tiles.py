@@ -3,7 +3,10 @@
 import triton
 import triton.language as tl
 
+from .support import ALIGNMENT
+
 LOG2E = tl.constexpr(1.4426950408889634)
+_ALIGNMENT = tl.constexpr(ALIGNMENT)
 
 
 @triton.jit
@@ -72,3 +75,43 @@ def dot_tile(
             y = y.to(tl.float32)
         z = tl.dot(x, tl.trans(y), z, input_precision=PRECISION)
     return z
+
+
+@triton.jit
+def store_gradients(g_ptr, g, row, col, M, N, stride_g):
+    """g -> [M, N], rows `stride_g` apart, a multiple of ALIGNMENT of at least N.
+
+    It writes between a row's end and that multiple too: a mask that ended at N, which may lie
+    anywhere, would have every element stored by itself.
+    """
+    at = row.to(tl.int64)[:, None] * stride_g + col[None, :]
+    held = (row < M)[:, None] & (col < tl.cdiv(N, _ALIGNMENT) * _ALIGNMENT)[None, :]
+    tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def column_halves(z):
+    """The left and the right half of z [M, N], each [M, N / 2]."""
+    M: tl.constexpr = z.shape[0]
+    N: tl.constexpr = z.shape[1]
+    return tl.split(tl.permute(tl.reshape(z, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def has_pairs(row, col, first_col, offset):
+    """Whether the pairs (row, row + offset) of consecutive rows reach columns from first_col on."""
+    partner = tl.min(row, 0) + offset
+    return (partner < first_col + col.shape[0]) & (partner + row.shape[0] > first_col)
+
+
+@triton.jit
+def row_products(a, b, first_col, col, N):
+    """Each row's sum of a * b over the columns before N, `col` from first_col on.
+
+    The branch also keeps the products apart from the sum: fused into the first exchange between
+    lanes, a product would be rounded by one of two lanes only.
+    """
+    products = a * b
+    if first_col + col.shape[0] > N:
+        products = tl.where((col < N)[None, :], products, 0.0)
+    return tl.sum(products, 1)

@@ -32,38 +32,78 @@ from .._core.launch import (
     tile_for,
 )
 from .._core.support import storage_factor
-from .._core.tiles import dot_tile, exp_difference, own_tile
+from .._core.tiles import (
+    column_halves,
+    dot_tile,
+    exp_difference,
+    has_pairs,
+    own_tile,
+    row_products,
+    store_gradients,
+)
 from .gradient_sums import GradientSums
 
-# The largest tiles of which two fit a multiprocessor, one in its GEMM while the other writes.
+# The largest tiles of which two fit a multiprocessor, one in its GEMM while the other writes: they
+# wait for L2, from which a tile reads its rows of X and Y once. On Blackwell four warps would
+# spill.
 TILES = {
     (80, 2): Tile(128, 64, 64, 8, 4, 3),
-    (90, 2): Tile(128, 128, 64, 8, 8, 3),
+    (90, 2): Tile(128, 128, 64, 8, 4, 3),
     (100, 2): Tile(128, 128, 64, 8, 8, 3),
     (120, 2): Tile(128, 64, 64, 8, 4, 3),
     (80, 4): Tile(64, 64, 32, 8, 4, 3),
     (90, 4): Tile(64, 64, 32, 8, 4, 3),
-    (100, 4): Tile(64, 64, 32, 8, 4, 3),
+    (100, 4): Tile(64, 64, 32, 8, 8, 3),
     (120, 4): Tile(64, 64, 32, 8, 4, 3),
 }
 
 
 @triton.jit
-def load_log_sum_exps(lse_ptr, at, weight, EXACT: tl.constexpr):
+def load_log_sum_exps(lse_ptr, at, weight):
     """Log-sum-exps rounded to float32, and `weight` times exp(-what the rounding left out).
 
     Left in, the rounding would scale the softmax of a whole row or column: at 100 by 4e-6, all
-    terms alike. It is so small that 1 - x does for exp(-x). In half precision (not EXACT) each
-    term is rounded a thousand times more coarsely, and the weight stays one number.
+    terms alike. It is so small that 1 - x does for exp(-x). For half precision, where each term is
+    rounded a thousand times more coarsely, they come in float32, and the weight stays one number.
     """
     lse = tl.load(lse_ptr + at)
     near = lse.to(tl.float32)
-    if EXACT:
+    if lse_ptr.dtype.element_ty == tl.float64:
         rest = (lse - near.to(tl.float64)).to(tl.float32)
         weight = weight * (1.0 - tl.where(rest == rest, rest, 0.0))  # infinity minus itself
     else:
         weight = tl.broadcast_to(weight, at.shape)
     return near, weight
+
+
+@triton.jit
+def logit_gradients(
+    similarity, scale, w_row, w_col, row_lse_ptr, col_lse_ptr, positive, g_ptr, row, col,
+    first_col, M, N, stride_g, offset, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Stores g of a part of a tile, from column `first_col` on; each row's sum of g times
+    similarities."""
+    z = scale * similarity
+    # An exponential for each direction, as in the statistics: no reference serves both wherever
+    # the features lie.
+    row_at, col_at = tl.minimum(row, M - 1), tl.minimum(col, N - 1)
+    if ROWS and COLS:
+        row_lse, w_row = load_log_sum_exps(row_lse_ptr, row_at, w_row)
+        col_lse, w_col = load_log_sum_exps(col_lse_ptr, col_at, w_col)
+        g = w_row[:, None] * exp_difference(z, row_lse[:, None])
+        g += w_col[None, :] * exp_difference(z, col_lse[None, :])
+    elif ROWS:
+        row_lse, w_row = load_log_sum_exps(row_lse_ptr, row_at, w_row)
+        g = w_row[:, None] * exp_difference(z, row_lse[:, None])
+    else:
+        col_lse, w_col = load_log_sum_exps(col_lse_ptr, col_at, w_col)
+        g = w_col[None, :] * exp_difference(z, col_lse[None, :])
+    if has_pairs(row, col, first_col, offset):
+        g = tl.where(col[None, :] == (row + offset)[:, None], positive[:, None], g)
+
+    terms = row_products(g, similarity, first_col, col, N)
+    store_gradients(g_ptr, g, row, col, M, N, stride_g)
+    return tl.where(row < M, terms, 0.0)
 
 
 @triton.jit(do_not_specialize=["M", "N", "offset"])
@@ -74,8 +114,8 @@ def gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of g * FACTOR / max|weights| -> g [M, N]; its sum times similarities -> [program]."""
-    _, _, row, col = own_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
+    """One tile of g * FACTOR / max|weights| to [M, N]; its sum times similarities to [program]."""
+    _, block_n, row, col = own_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     w_row, w_col = tl.load(weights_ptr), tl.load(weights_ptr + 1)
     largest = tl.maximum(tl.abs(w_row), tl.abs(w_col))
     # All weights 0 means g = 0, not 0 / 0.
@@ -86,31 +126,20 @@ def gradient_kernel(
         x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
     )  # fmt: skip
-    z = tl.load(scale_ptr) * similarity
-    # An exponential for each direction, as in the statistics: no reference serves both wherever
-    # the features lie, and the programs that share a multiprocessor hide them behind a GEMM.
-    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
-    row_at, col_at = tl.minimum(row, M - 1), tl.minimum(col, N - 1)
-    if ROWS and COLS:
-        row_lse, w_row = load_log_sum_exps(row_lse_ptr, row_at, w_row, EXACT)
-        col_lse, w_col = load_log_sum_exps(col_lse_ptr, col_at, w_col, EXACT)
-        g = w_row[:, None] * exp_difference(z, row_lse[:, None])
-        g += w_col[None, :] * exp_difference(z, col_lse[None, :])
-    elif ROWS:
-        row_lse, w_row = load_log_sum_exps(row_lse_ptr, row_at, w_row, EXACT)
-        g = w_row[:, None] * exp_difference(z, row_lse[:, None])
-    else:
-        col_lse, w_col = load_log_sum_exps(col_lse_ptr, col_at, w_col, EXACT)
-        g = w_col[None, :] * exp_difference(z, col_lse[None, :])
-    positive = tl.load(positive_ptr + row_at) / largest * FACTOR
-    g = tl.where(col[None, :] == (row + offset)[:, None], positive[:, None], g)
-
-    at = row.to(tl.int64)[:, None] * stride_g + col[None, :]
-    inside = (row < M)[:, None] & (col < N)[None, :]
-    tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=inside)
-    terms = tl.where(inside, g * similarity, 0.0)
+    scale = tl.load(scale_ptr)
+    positive = tl.load(positive_ptr + tl.minimum(row, M - 1)) / largest * FACTOR
+    # One quarter after the other: what is made of all at once would not fit the registers.
+    terms = tl.zeros((BLOCK_M,), tl.float32)
+    halves = column_halves(similarity)
+    for part in tl.static_range(4):
+        quarter = column_halves(halves[part // 2])[part % 2]
+        first_col = block_n * BLOCK_N + part * (BLOCK_N // 4)
+        terms += logit_gradients(
+            quarter, scale, w_row, w_col, row_lse_ptr, col_lse_ptr, positive, g_ptr, row,
+            first_col + tl.arange(0, BLOCK_N // 4), first_col, M, N, stride_g, offset, ROWS, COLS,
+        )  # fmt: skip
     program = tl.program_id(0) + tl.arange(0, 1)
-    tl.store(terms_ptr + program, tl.sum(tl.expand_dims(tl.sum(terms, 1), 1), 0))
+    tl.store(terms_ptr + program, tl.sum(tl.expand_dims(terms, 1), 0))
 
 
 def contrastive_gradients(
@@ -163,6 +192,8 @@ def contrastive_gradients(
     stored = storage_factor(x.dtype)
     sums = GradientSums(x, y, scale, weights.abs().amax() / stored, need_x, need_y)
     rows_x, rows_y = aligned_rows(x), aligned_rows(y)
+    if x.dtype != torch.float32:
+        row_lse, col_lse = (None if lse is None else lse.float() for lse in (row_lse, col_lse))
     inner = rows_x.shape[1]
     constants = tile_constants(tile, inner, x.dtype, input_precision)
     with on_device(x):
@@ -186,13 +217,20 @@ def contrastive_gradients(
 def aot_cases() -> list[aot.Case]:
     """Every configuration of the gradient kernel, for ahead-of-time compilation."""
     types = dict.fromkeys(["weights_ptr", "positive_ptr", "terms_ptr"], "*fp32")
-    types |= dict.fromkeys(["row_lse_ptr", "col_lse_ptr"], "*fp64")
     types |= {"g_ptr": "*T", "stride_g": "i32"}
+    half, single = (
+        {
+            "kernel": gradient_kernel,
+            "tiles": TILES,
+            "signature": types | dict.fromkeys(["row_lse_ptr", "col_lse_ptr"], kind),
+        }
+        for kind in ("*fp32", "*fp64")
+    )
     both = {"ROWS": True, "COLS": True, "FACTOR": 1.0}
     only_rows, only_cols = both | {"COLS": False}, both | {"ROWS": False}
-    tiles = {"kernel": gradient_kernel, "tiles": TILES, "signature": types}
-    cases = tile_cases(**tiles, constants=both)
-    cases += tile_cases(**tiles, constants=both, types=["bf16"], ragged=True)
-    cases += tile_cases(**tiles, constants=only_rows, types=["bf16"], label="-rows")
-    cases += tile_cases(**tiles, constants=only_cols, types=["bf16"], label="-cols")
+    cases = tile_cases(**half, constants=both, types=["bf16", "fp16"])
+    cases += tile_cases(**single, constants=both, types=["fp32"])
+    cases += tile_cases(**half, constants=both, types=["bf16"], ragged=True)
+    cases += tile_cases(**half, constants=only_rows, types=["bf16"], label="-rows")
+    cases += tile_cases(**half, constants=only_cols, types=["bf16"], label="-cols")
     return cases

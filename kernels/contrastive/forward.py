@@ -27,7 +27,7 @@ from .._core.launch import (
     tile_constants,
     tile_for,
 )
-from .._core.tiles import dot_tile, exp_difference, own_tile
+from .._core.tiles import dot_tile, exp_difference, has_pairs, own_tile
 from .backward import contrastive_gradients
 from .sigmoid import SigmoidContrastive, sigmoid_contrastive
 
@@ -43,13 +43,14 @@ MERGE_LENGTH, MERGE_PARTS, MERGE_WARPS = 64, 32, 4
 # The reference where there is nothing to sum: -inf is infinitely far below it, not NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
-# Narrow tiles for half precision: two or three programs then fit a multiprocessor, one in its
-# GEMM while another reduces, and four warps on 128 rows own 32 rows each, which halves the
-# shuffles of the column sums against eight.
+# The largest tiles of which two or three fit a multiprocessor, one in its GEMM while another
+# reduces: they wait for L2, from which a tile reads its rows of X and Y once. Four warps on 128
+# rows own 32 rows each, which halves the shuffles of the column sums against eight; on Blackwell
+# they would spill.
 TILES = {
     (80, 2): Tile(128, 64, 64, 8, 4, 3),
-    (90, 2): Tile(128, 64, 64, 8, 4, 3),
-    (100, 2): Tile(128, 64, 64, 8, 4, 3),
+    (90, 2): Tile(128, 128, 64, 8, 4, 3),
+    (100, 2): Tile(128, 128, 64, 8, 8, 3),
     (120, 2): Tile(128, 64, 64, 8, 4, 3),
     (80, 4): Tile(64, 64, 32, 8, 8, 3),
     (90, 4): Tile(64, 64, 32, 8, 8, 3),
@@ -69,7 +70,9 @@ def logits_tile(
         x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
     )  # fmt: skip
-    return tl.where((row < M)[:, None] & (col < N)[None, :], z, -float("inf"))
+    if (tl.min(row, 0) + BLOCK_M > M) | (tl.min(col, 0) + BLOCK_N > N):
+        z = tl.where((row < M)[:, None] & (col < N)[None, :], z, -float("inf"))
+    return z
 
 
 @triton.jit
@@ -123,7 +126,8 @@ def statistics_kernel(
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
     )  # fmt: skip
     store_positives(positive_ptr, z, row, col, block_n * BLOCK_N, M, N, offset, BLOCK_N)
-    z = negatives_only(z, row, col, offset)
+    if has_pairs(row, col, block_n * BLOCK_N, offset):
+        z = negatives_only(z, row, col, offset)
 
     row_in, col_in = row < M, col < N
     row_at = block_n.to(tl.int64) * M + row

@@ -31,14 +31,24 @@ from .._core.launch import (
     tile_for,
 )
 from .._core.support import storage_factor
-from .._core.tiles import LOG2E, dot_tile, own_tile
+from .._core.tiles import (
+    LOG2E,
+    column_halves,
+    dot_tile,
+    has_pairs,
+    own_tile,
+    row_products,
+    store_gradients,
+)
 from .gradient_sums import GradientSums
 
-# The largest tiles of which two fit a multiprocessor, one in its GEMM while the other writes.
+# The largest tiles of which two fit a multiprocessor, one in its GEMM while the other writes: they
+# wait for L2, from which a tile reads its rows of X and Y once. On Blackwell four warps would
+# spill.
 TILES = {
     (80, 2): Tile(128, 64, 64, 8, 4, 3),
-    (90, 2): Tile(128, 64, 64, 8, 4, 3),
-    (100, 2): Tile(128, 64, 64, 8, 4, 3),
+    (90, 2): Tile(128, 128, 64, 8, 4, 3),
+    (100, 2): Tile(128, 128, 64, 8, 8, 3),
     (120, 2): Tile(128, 64, 64, 8, 4, 3),
     (80, 4): Tile(64, 64, 32, 8, 4, 3),
     (90, 4): Tile(64, 64, 32, 8, 4, 3),
@@ -76,6 +86,26 @@ def log1p_unit(e):
     return (p * e + 1.0) * e
 
 
+@triton.jit
+def losses_and_gradients(z, row, col, first_col, M, N, offset):
+    """Losses and gradients of a part of a tile of logits, 0 in the lanes past the end."""
+    # u = -t * z: loss = softplus(u), and g = -t * sigmoid(u), which keeps the small differences
+    # from 1 that sigmoid(z) - 1 would cancel.
+    u = z
+    here = has_pairs(row, col, first_col, offset)
+    if here:
+        u = tl.where(col[None, :] == (row + offset)[:, None], -u, u)
+    if (first_col + col.shape[0] > N) | (tl.max(row, 0) >= M):
+        u = tl.where((row < M)[:, None] & (col < N)[None, :], u, -float("inf"))
+    e = tl.exp2(-tl.abs(u) * LOG2E)
+    # A comparison and a selection, where a maximum could drop a NaN.
+    loss = tl.where(u < 0, 0.0, u) + log1p_unit(e)
+    g = tl.where(u < 0, e, 1.0) / (1.0 + e)
+    if here:
+        g = tl.where(col[None, :] == (row + offset)[:, None], -g, g)
+    return loss, g
+
+
 @triton.jit(do_not_specialize=["M", "N", "offset"])
 def sigmoid_kernel(
     x_ptr, y_ptr, scale_ptr, bias_ptr, g_ptr, loss_ptr, g_sum_ptr, terms_ptr,
@@ -84,33 +114,34 @@ def sigmoid_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile: its sums of losses and of g to [program]; if STORE, g * FACTOR to [M, N] and its sum
-    times the similarities to [program]."""
-    _, _, row, col = own_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
+    """One tile: its sums of losses and of g to [program]; if STORE, g * FACTOR to [M, N], and its
+    sum times the similarities to [program]."""
+    _, block_n, row, col = own_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     similarity = dot_tile(
         x_ptr, y_ptr, row, col, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST, PRECISION,
     )  # fmt: skip
-    z = tl.load(bias_ptr) + tl.load(scale_ptr) * similarity
-
-    # u = -t * z: loss = softplus(u), and g = -t * sigmoid(u), which keeps the small differences
-    # from 1 that sigmoid(z) - 1 would cancel. Lanes past the end give exactly 0 to both sums.
-    pair = col[None, :] == (row + offset)[:, None]
-    inside = (row < M)[:, None] & (col < N)[None, :]
-    u = tl.where(inside, tl.where(pair, -z, z), -float("inf"))
-    e = tl.exp2(-tl.abs(u) * LOG2E)
-    # A comparison and a selection, where a maximum could drop a NaN.
-    loss = tl.where(u < 0, 0.0, u) + log1p_unit(e)
-    g = tl.where(u < 0, e, 1.0) / (1.0 + e)
-    g = tl.where(pair, -g, g)
+    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
+    losses = tl.zeros((BLOCK_M,), tl.float32)
+    gradients, terms = losses, losses
+    # One quarter after the other: what is made of all at once would not fit the registers.
+    halves = column_halves(similarity)
+    for part in tl.static_range(4):
+        quarter = column_halves(halves[part // 2])[part % 2]
+        first_col = block_n * BLOCK_N + part * (BLOCK_N // 4)
+        col = first_col + tl.arange(0, BLOCK_N // 4)
+        loss, g = losses_and_gradients(bias + scale * quarter, row, col, first_col, M, N, offset)
+        losses += tl.sum(loss, 1)
+        gradients += tl.sum(g, 1)
+        if STORE:
+            g *= FACTOR
+            terms += row_products(g, quarter, first_col, col, N)
+            store_gradients(g_ptr, g, row, col, M, N, stride_g)
     program = tl.program_id(0) + tl.arange(0, 1)
-    tl.store(loss_ptr + program, tl.sum(tl.expand_dims(tl.sum(loss, 1), 1), 0))
-    tl.store(g_sum_ptr + program, tl.sum(tl.expand_dims(tl.sum(g, 1), 1), 0))
+    tl.store(loss_ptr + program, tl.sum(tl.expand_dims(losses, 1), 0))
+    tl.store(g_sum_ptr + program, tl.sum(tl.expand_dims(gradients, 1), 0))
     if STORE:
-        at = row.to(tl.int64)[:, None] * stride_g + col[None, :]
-        tl.store(g_ptr + at, (g * FACTOR).to(g_ptr.dtype.element_ty), mask=inside)
-        terms = tl.where(inside, g * FACTOR * similarity, 0.0)
-        tl.store(terms_ptr + program, tl.sum(tl.expand_dims(tl.sum(terms, 1), 1), 0))
+        tl.store(terms_ptr + program, tl.sum(tl.expand_dims(terms, 1), 0))
 
 
 def sigmoid_contrastive(
