@@ -170,7 +170,12 @@ class Executed:
         launches = [kernels(events).get(launch.kernel, []) for events in self.events]
         if not all(launches):
             raise ValueError(f"{launch.kernel} runs at {size} and not at sizes {self.sizes}")
-        launches = [each[index % len(each)] for each in launches]
+        # Of launches of several kinds, such as the last merge of all and those before, its own.
+        alike = [[e for e in each if e.constants == launch.constants] for each in launches]
+        launches = [
+            (own or each)[index % len(own or each)]
+            for own, each in zip(alike, launches, strict=True)
+        ]
         tiles = [_tile(each) for each in (*launches, launch)]
         others = differences(tiles, (*self.sizes, size))
         if others:
