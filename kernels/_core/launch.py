@@ -73,12 +73,73 @@ def launch_options(tile: Tile) -> dict[str, int | bool]:
 
 
 def grid_of(rows: int, cols: int, tile: Tile) -> tuple[int]:
-    return (triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n),)
+    return (-(-rows // tile.block_m) * -(-cols // tile.block_n),)
 
 
 def on_device(x: torch.Tensor):
     """Triton launches on the current device, which need not be the one that holds `x`."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+# Compiled kernels, by all that Triton would compile them anew for.
+_COMPILED: dict[tuple, Any] = {}
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    tensors: dict[str, torch.Tensor],
+    numbers: dict[str, int | float],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """kernel[(programs,)](...) with all of these by name, in less of the host's time.
+
+    Triton looks at each argument of each launch, to find what it has compiled for arguments of the
+    kind. Here only what may change the kind is looked at: dtypes, alignment and constants.
+
+    Args:
+        tensors, numbers, constants: the kernel's arguments, together in the order of its
+            parameters. No number may be one that the kernel is specialised for.
+        options: of the compiler.
+
+    Raises:
+        ValueError: on the first launch of its kind, for other arguments than the kernel's.
+    """
+    arguments, grid = tensors | numbers | constants, (programs, 1, 1)
+    # Wider integers are arguments of another type.
+    narrow = -(2**31) <= min(numbers.values()) and max(numbers.values()) < 2**31
+    if INTERPRETED or not narrow:
+        kernel[grid](**arguments, **options)
+        return
+    kinds = [(t.dtype, t.data_ptr() % 16) for t in tensors.values()]
+    key = (id(kernel), current_device(), *kinds, *constants.values(), *options.values())
+    compiled = _COMPILED.get(key)
+    if compiled is not None:
+        compiled[grid](*arguments.values())
+        return
+    _check_arguments(kernel, arguments, numbers)
+    _COMPILED[key] = kernel[grid](**arguments, **options)
+
+
+def current_device() -> int:
+    """The device on which Triton launches."""
+    return triton.runtime.driver.active.get_current_device()
+
+
+def _check_arguments(kernel: Any, arguments: dict, numbers: dict) -> None:
+    if [*arguments] != [*kernel.arg_names]:
+        raise ValueError(
+            f"{kernel.__name__}: expected the arguments {[*kernel.arg_names]} in this order, got "
+            f"{[*arguments]}"
+        )
+    integers = {name for name, value in numbers.items() if isinstance(value, int)}
+    special = integers - {p.name for p in kernel.params if p.do_not_specialize}
+    if special:
+        raise ValueError(
+            f"{kernel.__name__}: expected integers of which it is not specialised for any, got "
+            f"{sorted(special)}; name them in do_not_specialize"
+        )
 
 
 def require_supported(

@@ -29,6 +29,7 @@ def gpu() -> Iterator[FakeTensorMode]:
     with (
         mock.patch("torch.cuda.get_device_capability", lambda *_: CAPABILITY),
         mock.patch("fastvlp.kernels.cross_attention.host._multiprocessors", lambda _: 132),
+        mock.patch("fastvlp.kernels._core.launch.current_device", lambda: 0),
         mock.patch("torch.cuda.device", lambda *_: nullcontext()),
         mock.patch("triton.runtime.jit.JITFunction.run", lambda *_, **__: None),
         mock.patch.object(torch.version, "cuda", torch.version.cuda or "13.0"),
@@ -96,7 +97,7 @@ class _AutocastSeen(TorchFunctionMode):
 # a GPU has come out of torch.tensor, which copies it from memory that is not pinned.)
 WAITS = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique2",
-    "aten::is_nonzero", "aten::equal",
+    "aten::is_nonzero", "aten::equal", "aten::_pin_memory", "aten::pin_memory",
 }  # fmt: skip
 COPIES = {"aten::_to_copy", "aten::copy_"}
 

@@ -11,6 +11,12 @@ def add_one_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < count) + 1.0, mask=at < count)
 
 
+@triton.jit(do_not_specialize=("count",))
+def scale_kernel(x_ptr, out_ptr, count, factor, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < count) * factor, mask=at < count)
+
+
 @triton.jit
 def take_tickets_kernel(counter_ptr, out_ptr):
     ticket = tl.atomic_add(counter_ptr, 1)
