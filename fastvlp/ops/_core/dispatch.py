@@ -107,6 +107,8 @@ def choose(op: str, *args: Any, **kwargs: Any) -> str:
 
     Warns once in a process where plain PyTorch runs for want of compiled kernels.
     """
+    if (name := _undisputed(op, args, kwargs)) is not None:
+        return name
     explanation = _explain(op, *args, **kwargs)
     if explanation.chosen is None:
         raise RuntimeError(f"no implementation can run; {explanation}")
@@ -115,6 +117,31 @@ def choose(op: str, *args: Any, **kwargs: Any) -> str:
         if unbuilt and explanation.reasons.get("native") == list(unbuilt):
             _warn_of_unbuilt_kernels(op, *unbuilt)
     return explanation.chosen
+
+
+def _undisputed(op: str, args: tuple, kwargs: dict) -> str | None:
+    """The backend to run where nothing is to be said about it: the first that can, if it is not
+    the reference and none is forced. Asks no other for its reasons."""
+    if forced_backend(op) is not None or _instruction_set_fault(args, kwargs) is not None:
+        return None
+    for name, why_not in _candidates(op, args, kwargs).items():
+        if not why_not(*args, **kwargs):
+            return None if name == "reference" else name
+    return None
+
+
+def _candidates(op: str, args: tuple, kwargs: dict) -> dict[str, Callable[..., list[str]]]:
+    """The operator's backends in order of preference for these arguments."""
+    known = _OPERATORS[op]
+    if known.first is not None and (name := known.first(*args, **kwargs)):
+        return {name: known.candidates[name], **known.candidates}
+    return known.candidates
+
+
+def _instruction_set_fault(args: tuple, kwargs: dict) -> str | None:
+    """Why nothing runs on the CPU: what was asked for cannot be had."""
+    fault = compiled.instruction_set_fault()
+    return fault if fault and _device((*args, *kwargs.values())) == "cpu" else None
 
 
 @constant_result
@@ -129,15 +156,11 @@ def _warn_of_unbuilt_kernels(op: str, reason: str) -> None:
 
 
 def _explain(op: str, *args, **kwargs) -> Explanation:
-    variable, candidates = _OPERATORS[op].variable, _OPERATORS[op].candidates
-    first = _OPERATORS[op].first
-    if first is not None and (name := first(*args, **kwargs)):
-        candidates = {name: candidates[name], **candidates}
+    variable, candidates = _OPERATORS[op].variable, _candidates(op, args, kwargs)
     forced = forced_backend(op)
     chosen, reasons = None, {}
-    fault = compiled.instruction_set_fault()
-    if fault is not None and _device((*args, *kwargs.values())) == "cpu":
-        # What was asked for cannot be had: nothing runs in its place, as with a forced backend.
+    if (fault := _instruction_set_fault(args, kwargs)) is not None:
+        # Nothing runs in the place of what was asked for, as with a forced backend.
         return Explanation(op, None, {name: [fault] for name in candidates})
     for name, why_not in candidates.items():
         why = why_not(*args, **kwargs)

@@ -192,7 +192,8 @@ def _check_mask(key_mask: torch.Tensor, k: torch.Tensor) -> None:
 
 
 def seed_tensor(seed, dropout_p: float, device: torch.device) -> torch.Tensor:
-    """The seed as an int64 tensor [] on the device; a random one where dropout needs it."""
+    """The seed as an int64 tensor [] on the device, random where none is given; without dropout
+    anything."""
     if isinstance(seed, torch.Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device:
             raise ValueError(
@@ -204,6 +205,9 @@ def seed_tensor(seed, dropout_p: float, device: torch.device) -> torch.Tensor:
         return torch.randint(2**62, (), dtype=torch.int64, device=device)
     if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
         raise ValueError(f"dropout_seed: expected a 64-bit integer, got {seed!r}")
+    if not dropout_p and not torch.compiler.is_compiling():
+        # Nobody reads it: a number on the device would take a launch to write.
+        return torch.zeros((), dtype=torch.int64, device="cpu")
     return torch.full((), seed or 0, dtype=torch.int64, device=device)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from fastvlp import info, ops
 from fastvlp.ops import compiled, explain
-from fastvlp.ops._core.dispatch import _OPERATORS, choose, operators
+from fastvlp.ops._core.dispatch import _OPERATORS, choose, operators, register_backends
 
 X = torch.zeros(4, 8)
 
@@ -75,3 +75,23 @@ def test_nothing_runs_in_place_of_an_impossible_instruction_set(monkeypatch):
         ops.contrastive(X, X, 1.0)
     other = torch.zeros(4, 8, device="meta")
     assert "FASTVLP_CPU_ISA" not in str(explain("contrastive", other, other))
+
+
+def test_no_reasons_are_asked_of_backends_behind_the_first_that_can_run(monkeypatch):
+    monkeypatch.delenv("FASTVLP_BACKEND", raising=False)
+    asked = []
+
+    def candidate(name, reasons):
+        return lambda *_: asked.append(name) or reasons
+
+    register_backends(
+        "planted", example={"x": (2,)}, triton=candidate("triton", ["no"]),
+        native=candidate("native", []), reference=candidate("reference", []),
+    )  # fmt: skip
+    try:
+        assert choose("planted", X) == "native" and asked == ["triton", "native"]
+        assert explain("planted", X).reasons["reference"] == ["native is preferred"]
+        monkeypatch.setenv("FASTVLP_BACKEND", "reference")
+        assert choose("planted", X) == "reference"
+    finally:
+        del _OPERATORS["planted"]
