@@ -51,6 +51,7 @@ class Case:
     aligned: tuple[str, ...] = ()
     tensor_cores: bool = False
     fusion: bool = True
+    most_registers: int | None = None
 
     def error_row(self, error: BaseException) -> str:
         """The table's row for a case that does not compile: the end of a long message tells."""
@@ -114,6 +115,7 @@ def binary_of(case: Case) -> Any:
             "num_warps": case.warps,
             "num_stages": case.stages,
             "enable_fp_fusion": case.fusion,
+            "maxnreg": case.most_registers,
         },
     )
 

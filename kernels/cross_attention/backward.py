@@ -7,13 +7,10 @@ With P the softmax, K the dropout factors (0 or 1 / (1 - p)), delta = rowsum(dO 
 P comes again from the products and the statistics of the forward pass. Every element of a gradient
 is summed by one program in a fixed order: no atomics, the same bits on every run.
 
-Short queries, all rows of a segment in one tile: one program per segment and head walks the keys
-once, writes their dK and dV and keeps dQ: five GEMMs. Longer queries, or too few segments and
-heads to employ every multiprocessor: a kernel over tiles of queries makes dQ and delta, one over
-blocks of keys dK and dV: seven GEMMs, but programs in plenty.
-
-Tiles are keys x queries, dQ is kept transposed: keys and the head width, 32 and more, take the side
-of the tensor-core instructions that wants 64 rows, queries, perhaps 32, the side that takes 8.
+Short queries, up to 128 rows in a segment: one program per segment and head walks the keys once,
+writes their dK and dV and keeps dQ: five GEMMs. Longer queries, or too few segments and heads to
+employ every multiprocessor: a kernel over tiles of queries makes dQ and delta, one over blocks of
+keys dK and dV: seven GEMMs, but programs in plenty.
 """
 
 import torch
@@ -22,12 +19,21 @@ import triton.language as tl
 
 from .._core import aot
 from .._core.launch import on_device
-from .._core.support import triton_before
 from . import host
-from .host import INTEGERS, Table, Tile
+from .backward_tiles import FUSED_TILES, KEY_TILES, QUERY_TILES
+from .gradients import (
+    add_to_keys,
+    add_to_queries,
+    add_to_values,
+    load_queries,
+    load_statistics,
+    logit_gradient,
+    weights_tile,
+    zeros_of,
+)
+from .host import INTEGERS, Tile
 from .tiles import (
     input_bases,
-    keep_tile,
     load_rows,
     own_segment,
     query_base,
@@ -35,141 +41,51 @@ from .tiles import (
     visible_keys,
 )
 
-# The largest tiles that spill with no Triton from 3.6 on (3.8 alone would take 64 x 64 and 128 x 32
-# at 64 wide on sm_80 and sm_90). Without wgmma the queries of a tile are an operand that every warp
-# holds in registers: at 128 wide that leaves room for 16 rows, and more take the general path.
-FUSED_TILES: Table = {
-    (80, 2, 64): (Tile(32, 32, 4, 2), Tile(128, 32, 8, 2)),
-    (80, 2, 128): (Tile(16, 32, 4, 2),),
-    (80, 4, 64): (Tile(32, 32, 4, 1),),
-    (80, 4, 128): (Tile(32, 16, 8, 1),),
-    (90, 2, 64): (Tile(32, 64, 4, 2), Tile(64, 32, 8, 2), Tile(128, 16, 8, 2)),
-    (90, 2, 128): (Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
-    (90, 4, 64): (Tile(32, 32, 8, 1),),
-    (90, 4, 128): (Tile(32, 16, 16, 1),),
-    (100, 2, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),
-    (100, 2, 128): (Tile(32, 32, 4, 2), Tile(64, 32, 8, 2), Tile(128, 16, 8, 2)),
-    (100, 4, 64): (Tile(32, 32, 8, 1),),
-    (100, 4, 128): (Tile(32, 16, 8, 1),),
-    (120, 2, 64): (Tile(32, 64, 4, 1), Tile(128, 16, 8, 2)),
-    (120, 2, 128): (Tile(16, 32, 4, 2),),
-    (120, 4, 64): (Tile(32, 32, 8, 1),),
-    (120, 4, 128): (Tile(32, 16, 16 if triton_before(3, 8) else 8, 1),),
-}
-QUERY_TILES: Table = {
-    (80, 2, 64): (Tile(32, 64, 4, 2),),
-    (80, 2, 128): (Tile(32, 64, 8, 2),),
-    (80, 4, 64): (Tile(32, 32, 8, 1),),
-    (80, 4, 128): (Tile(32, 32, 8, 1),),
-    (90, 2, 64): (Tile(64, 64, 8, 2),),
-    (90, 2, 128): (Tile(64, 32, 8, 2),),
-    (90, 4, 64): (Tile(32, 32, 8, 1),),
-    (90, 4, 128): (Tile(32, 32, 8, 1),),
-    (100, 2, 64): (Tile(64, 64, 8, 2),),
-    (100, 2, 128): (Tile(64, 64, 8, 2),),
-    (100, 4, 64): (Tile(32, 32, 8, 1),),
-    (100, 4, 128): (Tile(32, 32, 8, 1),),
-    (120, 2, 64): (Tile(32, 64, 4, 2),),
-    (120, 2, 128): (Tile(32, 64, 8, 2),),
-    (120, 4, 64): (Tile(32, 32, 8, 1),),
-    (120, 4, 128): (Tile(32, 32, 8, 1),),
-}
-KEY_TILES: Table = {
-    (80, 2, 64): (Tile(32, 64, 8, 2),),
-    (80, 2, 128): (Tile(32, 64, 8, 2),),
-    (80, 4, 64): (Tile(32, 32, 8, 1),),
-    (80, 4, 128): (Tile(32, 16, 8, 1),),
-    (90, 2, 64): (Tile(64, 64, 4, 2),),
-    (90, 2, 128): (Tile(64, 64, 8, 2),),
-    (90, 4, 64): (Tile(32, 32, 8, 1),),
-    (90, 4, 128): (Tile(32, 16, 8, 1),),
-    (100, 2, 64): (Tile(64, 64, 4, 2),),
-    (100, 2, 128): (Tile(64, 64, 8, 2),),
-    (100, 4, 64): (Tile(32, 32, 8, 1),),
-    (100, 4, 128): (Tile(32, 16, 8, 1),),
-    (120, 2, 64): (Tile(32, 64, 8, 2),),
-    (120, 2, 128): (Tile(32, 64, 8, 2),),
-    (120, 4, 64): (Tile(32, 32, 8, 1),),
-    (120, 4, 128): (Tile(32, 16, 8, 1),),
-}
-FUSED_INTERPRETED = (Tile(32, 32, 4, 1), Tile(128, 64, 4, 1))
+FUSED_INTERPRETED = (Tile(32, 32, 4, 1), Tile(128, 64, 4, 1, halves=2, keys_first=False))
 GENERAL_INTERPRETED = (Tile(32, 64, 4, 1),)
 
 
 @triton.jit
-def load_statistics(statistics_ptr, heads, total_q, at, inside):
-    """Of each row the largest product and the logarithm of the sum of exponentials, to the base 2:
-    +inf, which makes every weight 0, where a row attends no key or is not there."""
-    top = tl.load(statistics_ptr + at, mask=inside, other=0.0)
-    logs = statistics_ptr + heads.to(tl.int64) * total_q
-    return top, tl.load(logs + at, mask=inside, other=float("inf"))
-
-
-@triton.jit
-def weights_tile(
-    q, k, top, log_total, row, key, visible, ahead, first_row, first_key, head,
-    seed_ptr, threshold, scale_log2,
-    DROPOUT: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def store_keys(
+    base, block, exists, used, stride, x, factor, BLOCK_N: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """P before dropout, keys x queries, [N, M]; the sign of weights that dropout takes is minus,
-    so that one register holds a weight and its fate until dS needs both.
-
-    The products were summed in another order in the forward pass: from about 1e8 on a product may
-    exceed the largest one of then by so much that its exponential would overflow.
-    """
-    s = tl.dot(k, tl.trans(q), input_precision="ieee")
-    z = tl.minimum(s - top[None, :], 0.0) * scale_log2 - log_total[None, :]
-    attended = visible[:, None]
-    if CAUSAL:
-        attended = attended & (key[:, None] <= row[None, :] + ahead)
-    p = tl.exp2(tl.where(attended, z, -float("inf")))
-    if DROPOUT:
-        keep = tl.trans(
-            keep_tile(tl.load(seed_ptr), first_row, first_key, head, threshold, BLOCK_M, BLOCK_N)
-        )
-        p = tl.where(keep, p, -p)
-    return p
+    """Store a block of dK or dV with the factor that it lacks; 0 for keys that are not used."""
+    x = x * factor
+    if not KEYS_FIRST:
+        x = tl.trans(x)
+    x = tl.where(used[:, None], x, 0.0)
+    store_rows(base, block, exists, stride, x, BLOCK_N, D, WIDTH)
 
 
 @triton.jit
-def value_gradient(p, do, start, DROPOUT: tl.constexpr):
-    """start + P K dO, without the factor of K."""
-    if DROPOUT:
-        p = tl.where(p < 0, 0.0, p)
-    return tl.dot(p.to(do.dtype), do, start, input_precision="ieee")
-
-
-@triton.jit
-def logit_gradient(p, v, do, delta, inverse_keep, DROPOUT: tl.constexpr):
-    """dS, keys x queries, [N, M]."""
-    g = tl.dot(v, tl.trans(do), input_precision="ieee")
-    if DROPOUT:
-        return p * tl.where(p < 0, delta[None, :], g * inverse_keep - delta[None, :])
-    else:
-        return p * (g - delta[None, :])
+def store_queries(
+    base, start, row, rows, stride, dq, scale, BLOCK_M: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, KEYS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of dQ with the factor that it lacks."""
+    dq = dq * scale
+    if KEYS_FIRST:
+        dq = tl.trans(dq)
+    store_rows(base, start, row < rows, stride, dq, BLOCK_M, D, WIDTH)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def query_gradient_kernel(
+def fused_gradient_kernel(
     q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr,
-    do_ptr, out_ptr, statistics_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
+    do_ptr, out_ptr, statistics_ptr, dq_ptr, dk_ptr, dv_ptr,
     heads, blocks, length, total_q, threshold,
     stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
     scale, scale_log2, inverse_keep,
     PACKED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
-    FUSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
+    UPCAST: tl.constexpr, KEYS_FIRST: tl.constexpr, HALVES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of query rows of one segment and head; FUSED, which needs all its rows in
-    the tile: dK and dV of the segment as well, else delta for the other kernel."""
-    start, head, segment, first_row, rows, first_key, keys = own_segment(
+    """dQ, dK and dV of one segment and head, whose rows are in one tile of BLOCK_M or HALVES 2."""
+    _, head, segment, first_row, rows, first_key, keys = own_segment(
         cu_q_ptr, cu_k_ptr, heads, blocks, length, PACKED, BLOCK_M
     )
-    if not FUSED:
-        if start >= rows:
-            return
-    row = start + tl.arange(0, BLOCK_M)
-    inside = row < rows
     q_base, k_base, v_base = input_bases(
         q_ptr, k_ptr, v_ptr, segment, head, first_row, first_key,
         stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
@@ -179,20 +95,103 @@ def query_gradient_kernel(
     out_base = query_base(out_ptr, first_row, head, heads * D, D, 1)
     dk_base = query_base(dk_ptr, first_key, head, heads * D, D, 1)
     dv_base = query_base(dv_ptr, first_key, head, heads * D, D, 1)
-    q = load_rows(q_base, start, inside, stride_qt * UNIT, BLOCK_M, D, WIDTH, UPCAST)
-    do = load_rows(do_base, start, inside, heads * D, BLOCK_M, D, WIDTH, UPCAST)
-    out = load_rows(out_base, start, inside, heads * D, BLOCK_M, D, WIDTH, UPCAST)
-    # The choice keeps the product out of the sum's first exchange between lanes, see UNFUSED.
-    terms = tl.where(inside[:, None], do.to(tl.float32) * out.to(tl.float32), 0.0)
-    delta = tl.sum(terms, 1)
-    at = head.to(tl.int64) * total_q + first_row + row
-    top, log_total = load_statistics(statistics_ptr, heads, total_q, at, inside)
-    if not FUSED:
-        tl.store(delta_ptr + at, delta, mask=inside)
+    q, do, delta, top, log_total, row = load_queries(
+        q_base, do_base, out_base, statistics_ptr, 0, rows, first_row, head, heads, total_q,
+        stride_qt * UNIT, BLOCK_M, D, WIDTH, UPCAST,
+    )  # fmt: skip
+    dq = zeros_of(BLOCK_M, WIDTH, KEYS_FIRST)
+    if HALVES == 2:
+        q2, do2, delta2, top2, log_total2, row2 = load_queries(
+            q_base, do_base, out_base, statistics_ptr, BLOCK_M, rows, first_row, head, heads,
+            total_q, stride_qt * UNIT, BLOCK_M, D, WIDTH, UPCAST,
+        )  # fmt: skip
+        dq2 = zeros_of(BLOCK_M, WIDTH, KEYS_FIRST)
+    for block in range(0, keys, BLOCK_N):
+        key = block + tl.arange(0, BLOCK_N)
+        visible = visible_keys(mask_ptr, first_key, key, keys, MASKED)
+        k = load_rows(k_base, block, visible, stride_kt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
+        v = load_rows(v_base, block, visible, stride_vt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
+        zeros = zeros_of(BLOCK_N, WIDTH, not KEYS_FIRST)
+        # A selection for masked keys: a NaN in a query must not reach them either.
+        used, exists = visible & (rows > 0), key < keys
+        p = weights_tile(
+            q, k, top, log_total, row, key, visible, keys - rows, first_row, block, head,
+            seed_ptr, threshold, scale_log2, DROPOUT, CAUSAL, KEYS_FIRST, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        dv = add_to_values(zeros, p, do, DROPOUT, KEYS_FIRST)
+        if HALVES == 1:
+            store_keys(
+                dv_base, block, exists, used, heads * D, dv, inverse_keep,
+                BLOCK_N, D, WIDTH, KEYS_FIRST,
+            )  # fmt: skip
+        ds = logit_gradient(p, v, do, delta, inverse_keep, DROPOUT, KEYS_FIRST)
+        dk = add_to_keys(zeros, ds, q, KEYS_FIRST)
+        if HALVES == 1:
+            store_keys(
+                dk_base, block, exists, used, heads * D, dk, scale,
+                BLOCK_N, D, WIDTH, KEYS_FIRST,
+            )  # fmt: skip
+        dq = add_to_queries(dq, ds, k, KEYS_FIRST)
+        if HALVES == 2:
+            p = weights_tile(
+                q2, k, top2, log_total2, row2, key, visible, keys - rows, first_row + BLOCK_M,
+                block, head, seed_ptr, threshold, scale_log2,
+                DROPOUT, CAUSAL, KEYS_FIRST, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            dv = add_to_values(dv, p, do2, DROPOUT, KEYS_FIRST)
+            store_keys(
+                dv_base, block, exists, used, heads * D, dv, inverse_keep,
+                BLOCK_N, D, WIDTH, KEYS_FIRST,
+            )  # fmt: skip
+            ds = logit_gradient(p, v, do2, delta2, inverse_keep, DROPOUT, KEYS_FIRST)
+            dk = add_to_keys(dk, ds, q2, KEYS_FIRST)
+            store_keys(
+                dk_base, block, exists, used, heads * D, dk, scale,
+                BLOCK_N, D, WIDTH, KEYS_FIRST,
+            )  # fmt: skip
+            dq2 = add_to_queries(dq2, ds, k, KEYS_FIRST)
+    dq_base = query_base(dq_ptr, first_row, head, heads * D, D, 1)
+    store_queries(dq_base, 0, row, rows, heads * D, dq, scale, BLOCK_M, D, WIDTH, KEYS_FIRST)
+    if HALVES == 2:
+        store_queries(
+            dq_base, BLOCK_M, row2, rows, heads * D, dq2, scale, BLOCK_M, D, WIDTH, KEYS_FIRST
+        )
 
-    dq = tl.zeros((WIDTH, BLOCK_M), tl.float32)
+
+@triton.jit(do_not_specialize=INTEGERS)
+def query_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr,
+    do_ptr, out_ptr, statistics_ptr, delta_ptr, dq_ptr,
+    heads, blocks, length, total_q, threshold,
+    stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
+    scale, scale_log2, inverse_keep,
+    PACKED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
+    UPCAST: tl.constexpr, KEYS_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of query rows of one segment and head, and delta for the other kernel."""
+    start, head, segment, first_row, rows, first_key, keys = own_segment(
+        cu_q_ptr, cu_k_ptr, heads, blocks, length, PACKED, BLOCK_M
+    )
+    if start >= rows:
+        return
+    q_base, k_base, v_base = input_bases(
+        q_ptr, k_ptr, v_ptr, segment, head, first_row, first_key,
+        stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
+        PACKED, UNIT,
+    )  # fmt: skip
+    do_base = query_base(do_ptr, first_row, head, heads * D, D, 1)
+    out_base = query_base(out_ptr, first_row, head, heads * D, D, 1)
+    q, do, delta, top, log_total, row = load_queries(
+        q_base, do_base, out_base, statistics_ptr, start, rows, first_row, head, heads, total_q,
+        stride_qt * UNIT, BLOCK_M, D, WIDTH, UPCAST,
+    )  # fmt: skip
+    at = head.to(tl.int64) * total_q + first_row + row
+    tl.store(delta_ptr + at, delta, mask=row < rows)
+
+    dq = zeros_of(BLOCK_M, WIDTH, KEYS_FIRST)
     end = keys
-    if CAUSAL and not FUSED:
+    if CAUSAL:
         end = tl.minimum(keys, start + BLOCK_M + keys - rows)
     for block in range(0, end, BLOCK_N):
         key = block + tl.arange(0, BLOCK_N)
@@ -201,21 +200,12 @@ def query_gradient_kernel(
         v = load_rows(v_base, block, visible, stride_vt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
         p = weights_tile(
             q, k, top, log_total, row, key, visible, keys - rows, first_row + start, block, head,
-            seed_ptr, threshold, scale_log2, DROPOUT, CAUSAL, BLOCK_M, BLOCK_N,
+            seed_ptr, threshold, scale_log2, DROPOUT, CAUSAL, KEYS_FIRST, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        if FUSED:
-            # A selection for masked keys: a NaN in a query must not reach them either.
-            used = visible[:, None] & (rows > 0)
-            zero = tl.zeros((BLOCK_N, WIDTH), tl.float32)
-            dv = tl.where(used, value_gradient(p, do, zero, DROPOUT) * inverse_keep, 0.0)
-            store_rows(dv_base, block, key < keys, heads * D, dv, BLOCK_N, D, WIDTH)
-        ds = logit_gradient(p, v, do, delta, inverse_keep, DROPOUT).to(q.dtype)
-        if FUSED:
-            dk = tl.where(used, tl.dot(ds, q, zero, input_precision="ieee") * scale, 0.0)
-            store_rows(dk_base, block, key < keys, heads * D, dk, BLOCK_N, D, WIDTH)
-        dq = tl.dot(tl.trans(k), ds, dq, input_precision="ieee")
+        ds = logit_gradient(p, v, do, delta, inverse_keep, DROPOUT, KEYS_FIRST)
+        dq = add_to_queries(dq, ds, k, KEYS_FIRST)
     dq_base = query_base(dq_ptr, first_row, head, heads * D, D, 1)
-    store_rows(dq_base, start, inside, heads * D, tl.trans(dq * scale), BLOCK_M, D, WIDTH)
+    store_queries(dq_base, start, row, rows, heads * D, dq, scale, BLOCK_M, D, WIDTH, KEYS_FIRST)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -226,8 +216,8 @@ def key_gradient_kernel(
     stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
     scale, scale_log2, inverse_keep,
     PACKED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
+    UPCAST: tl.constexpr, KEYS_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys of one segment and head."""
     block, head, segment, first_row, rows, first_key, keys = own_segment(
@@ -246,8 +236,8 @@ def key_gradient_kernel(
     k = load_rows(k_base, block, visible, stride_kt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
     v = load_rows(v_base, block, visible, stride_vt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
 
-    dk = tl.zeros((BLOCK_N, WIDTH), tl.float32)
-    dv = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+    dk = zeros_of(BLOCK_N, WIDTH, not KEYS_FIRST)
+    dv = zeros_of(BLOCK_N, WIDTH, not KEYS_FIRST)
     begin = 0
     if CAUSAL:  # the first row that attends a key of this block, down to a whole tile
         begin = tl.maximum(block + rows - keys, 0) // BLOCK_M * BLOCK_M
@@ -261,18 +251,21 @@ def key_gradient_kernel(
         delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
         p = weights_tile(
             q, k, top, log_total, row, key, visible, keys - rows, first_row + start, block, head,
-            seed_ptr, threshold, scale_log2, DROPOUT, CAUSAL, BLOCK_M, BLOCK_N,
+            seed_ptr, threshold, scale_log2, DROPOUT, CAUSAL, KEYS_FIRST, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        dv = value_gradient(p, do, dv, DROPOUT)
-        ds = logit_gradient(p, v, do, delta, inverse_keep, DROPOUT)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    used = visible[:, None]
-    dk = tl.where(used, dk * scale, 0.0)
-    dv = tl.where(used, dv * inverse_keep, 0.0)
+        dv = add_to_values(dv, p, do, DROPOUT, KEYS_FIRST)
+        ds = logit_gradient(p, v, do, delta, inverse_keep, DROPOUT, KEYS_FIRST)
+        dk = add_to_keys(dk, ds, q, KEYS_FIRST)
     dk_base = query_base(dk_ptr, first_key, head, heads * D, D, 1)
     dv_base = query_base(dv_ptr, first_key, head, heads * D, D, 1)
-    store_rows(dk_base, block, key < keys, heads * D, dk, BLOCK_N, D, WIDTH)
-    store_rows(dv_base, block, key < keys, heads * D, dv, BLOCK_N, D, WIDTH)
+    store_keys(
+        dv_base, block, key < keys, visible, heads * D, dv, inverse_keep,
+        BLOCK_N, D, WIDTH, KEYS_FIRST,
+    )  # fmt: skip
+    store_keys(
+        dk_base, block, key < keys, visible, heads * D, dk, scale,
+        BLOCK_N, D, WIDTH, KEYS_FIRST,
+    )  # fmt: skip
 
 
 def fused_tile(tiles: tuple[Tile, ...], sizes: host.Sizes, multiprocessors: int) -> Tile | None:
@@ -311,50 +304,39 @@ def cross_attention_backward(
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask)
     sizes = host.check(*inputs, max_seqlen_q, max_seqlen_k)
     dq, dk, dv = (host.empty_result(t) for t in (q, k, v))
-    shared = host.launch_arguments(sizes, *inputs, seed, abs(scale), dropout_p, causal)
-    shared |= {"do_ptr": grad.contiguous(), "dk_ptr": dk, "dv_ptr": dv}
-    shared["statistics_ptr"] = statistics
-    by_query = {"out_ptr": out.contiguous(), "dq_ptr": dq}
+    shared = host.shared_arguments(sizes, *inputs, seed, abs(scale), dropout_p, causal)
+    do, out = {"do_ptr": grad.contiguous()}, {"out_ptr": out.contiguous()}
+    kept, by_key = {"statistics_ptr": statistics}, {"dk_ptr": dk, "dv_ptr": dv}
     tile = fused_tile(
         host.tiles_of(FUSED_TILES, FUSED_INTERPRETED, q), sizes, host.multiprocessors(q.device)
     )
     with on_device(q):
         if tile is not None:
-            _launch(
-                query_gradient_kernel, sizes, 1, tile, shared | by_query,
-                delta_ptr=statistics, FUSED=True,
-            )  # fmt: skip
+            if tile.plain and key_mask is None and not dropout_p and not causal:
+                tile = tile.plain
+            own = do | out | kept | {"dq_ptr": dq} | by_key
+            host.launch_tile(fused_gradient_kernel, tile, 1, shared, own)
         else:
-            delta = torch.empty_like(statistics[0])
+            kept["delta_ptr"] = torch.empty_like(statistics[0])
             (tile,) = host.tiles_of(QUERY_TILES, GENERAL_INTERPRETED, q)
-            blocks = triton.cdiv(max_seqlen_q, tile.rows)
-            _launch(
-                query_gradient_kernel, sizes, blocks, tile, shared | by_query,
-                delta_ptr=delta, FUSED=False,
-            )  # fmt: skip
+            blocks = -(-max_seqlen_q // tile.rows)
+            own = do | out | kept | {"dq_ptr": dq}
+            host.launch_tile(query_gradient_kernel, tile, blocks, shared, own)
             (tile,) = host.tiles_of(KEY_TILES, GENERAL_INTERPRETED, q)
-            blocks = triton.cdiv(max_seqlen_k, tile.keys)
-            _launch(key_gradient_kernel, sizes, blocks, tile, shared, delta_ptr=delta)
+            blocks = -(-max_seqlen_k // tile.keys)
+            host.launch_tile(key_gradient_kernel, tile, blocks, shared, do | kept | by_key)
     dq = -dq if scale < 0 else dq
     return host.rounded(dq, q), host.rounded(dk, k), host.rounded(dv, v)
 
 
-def _launch(kernel, sizes: host.Sizes, blocks: int, tile: Tile, arguments: dict, **more) -> None:
-    programs = sizes.programs(blocks)
-    if programs and sizes.width:
-        kernel[(programs,)](blocks=blocks, **arguments, **more, **host.tile_arguments(tile))
-
-
 def aot_cases() -> list[aot.Case]:
     """Every configuration of the kernels above, for ahead-of-time compilation."""
-    by_key = {"do_ptr": "*T", "dk_ptr": "*T", "dv_ptr": "*T"} | {
-        "statistics_ptr": "*fp32", "delta_ptr": "*fp32"
-    }  # fmt: skip
-    by_query = by_key | {"out_ptr": "*T", "dq_ptr": "*T"}
-    fused, split = {"FUSED": True}, {"FUSED": False}
-    cases = host.tile_cases(
-        query_gradient_kernel, FUSED_TILES, by_query, constants=fused, label="-fused"
-    )
-    cases += host.tile_cases(query_gradient_kernel, QUERY_TILES, by_query, constants=split)
-    cases += host.tile_cases(key_gradient_kernel, KEY_TILES, by_key)
-    return cases
+    shared = {"do_ptr": "*T", "statistics_ptr": "*fp32"}
+    by_query = shared | {"out_ptr": "*T", "dq_ptr": "*T"}
+    by_key = shared | {"dk_ptr": "*T", "dv_ptr": "*T"}
+    delta = {"delta_ptr": "*fp32"}
+    return [
+        *host.tile_cases(fused_gradient_kernel, FUSED_TILES, by_query | by_key),
+        *host.tile_cases(query_gradient_kernel, QUERY_TILES, by_query | delta),
+        *host.tile_cases(key_gradient_kernel, KEY_TILES, by_key | delta),
+    ]

@@ -39,11 +39,13 @@ from .tiles import (
 __all__ = ["cross_attention_backward", "cross_attention_forward"]
 
 TILES: Table = {
-    (80, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 32, 4, 3), Tile(128, 64, 8, 3)),
+    (80, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 32, 4, 3)),
+    (80, 2, 80): (Tile(32, 32, 2, 2), Tile(64, 32, 4, 2)),
     (80, 2, 128): (Tile(32, 32, 4, 2), Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
     (80, 4, 64): (Tile(32, 32, 8, 1),),
     (80, 4, 128): (Tile(32, 16, 4, 2),),
-    (90, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (90, 2, 64): (Tile(32, 64, 2, 3), Tile(64, 64, 4, 3)),
+    (90, 2, 80): (Tile(32, 32, 2, 2), Tile(64, 64, 4, 2)),
     (90, 2, 128): (Tile(32, 32, 2, 2), Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
     (90, 4, 64): (Tile(32, 32, 8, 1),),
     (90, 4, 128): (Tile(32, 32, 8, 2),),
@@ -59,6 +61,57 @@ TILES: Table = {
 TILES_INTERPRETED = (Tile(32, 32, 4, 1), Tile(128, 64, 4, 1))
 
 
+# Rows of a head are a tuple of tiles: [ROWS, WIDTH], and where the next power of two would be far
+# beyond the head's width, as for 72 and 80, [ROWS, REST] beside it.
+@triton.jit
+def load_head(
+    base, start, inside, stride, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    REST: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    main = load_rows(base, start, inside, stride, ROWS, D, WIDTH, UPCAST)
+    if REST:
+        return main, load_rows(base, start, inside, stride, ROWS, D, REST, UPCAST, WIDTH)
+    else:
+        return (main,)
+
+
+@triton.jit
+def zero_head(ROWS: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr):
+    main = tl.zeros((ROWS, WIDTH), tl.float32)
+    if REST:
+        return main, tl.zeros((ROWS, REST), tl.float32)
+    else:
+        return (main,)
+
+
+@triton.jit
+def scale_head(x, factor, REST: tl.constexpr):
+    """Each row times its factor."""
+    if REST:
+        return x[0] * factor[:, None], x[1] * factor[:, None]
+    else:
+        return (x[0] * factor[:, None],)
+
+
+@triton.jit
+def multiply_heads(a, b, REST: tl.constexpr):
+    """a b^T, [rows of a, rows of b]."""
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    if REST:
+        s = tl.dot(a[1], tl.trans(b[1]), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def add_weighted(total, weights, x, REST: tl.constexpr):
+    """total + weights x."""
+    main = tl.dot(weights, x[0], total[0], input_precision="ieee")
+    if REST:
+        return main, tl.dot(weights, x[1], total[1], input_precision="ieee")
+    else:
+        return (main,)
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr, out_ptr, statistics_ptr,
@@ -66,8 +119,8 @@ def attention_kernel(
     stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
     scale, scale_log2, inverse_keep,
     PACKED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, CAUSAL: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, UNIT: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one segment and head -> out [total_q, H, D] and the statistics
     [2, H, total_q]."""
@@ -83,19 +136,19 @@ def attention_kernel(
         stride_qt, stride_qh, stride_kn, stride_kt, stride_kh, stride_vn, stride_vt, stride_vh,
         PACKED, UNIT,
     )  # fmt: skip
-    q = load_rows(q_base, start, inside, stride_qt * UNIT, BLOCK_M, D, WIDTH, UPCAST)
+    q = load_head(q_base, start, inside, stride_qt * UNIT, BLOCK_M, D, WIDTH, REST, UPCAST)
 
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    acc = zero_head(BLOCK_M, WIDTH, REST)
     end = keys
     if CAUSAL:
         end = tl.minimum(keys, start + BLOCK_M + keys - rows)
     for block in range(0, end, BLOCK_N):
         key = block + tl.arange(0, BLOCK_N)
         visible = visible_keys(mask_ptr, first_key, key, keys, MASKED)
-        k = load_rows(k_base, block, visible, stride_kt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        k = load_head(k_base, block, visible, stride_kt * UNIT, BLOCK_N, D, WIDTH, REST, UPCAST)
+        s = multiply_heads(q, k, REST)
         attended = visible[None, :]
         if CAUSAL:
             attended = attended & (key[None, :] <= row[:, None] + (keys - rows))
@@ -106,19 +159,21 @@ def attention_kernel(
         p = tl.exp2((s - shift[:, None]) * scale_log2)
         decay = tl.exp2((top - shift) * scale_log2)
         total = total * decay + tl.sum(p, 1)
-        acc *= decay[:, None]
+        acc = scale_head(acc, decay, REST)
         if DROPOUT:
             keep = keep_tile(
                 tl.load(seed_ptr), first_row + start, block, head, threshold, BLOCK_M, BLOCK_N
             )
             p = tl.where(keep, p, 0.0)
-        v = load_rows(v_base, block, visible, stride_vt * UNIT, BLOCK_N, D, WIDTH, UPCAST)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        v = load_head(v_base, block, visible, stride_vt * UNIT, BLOCK_N, D, WIDTH, REST, UPCAST)
+        acc = add_weighted(acc, p.to(v[0].dtype), v, REST)
         top = new
 
-    out = acc * (inverse_keep / tl.where(total == 0, 1.0, total))[:, None]
+    out = scale_head(acc, inverse_keep / tl.where(total == 0, 1.0, total), REST)
     out_base = query_base(out_ptr, first_row, head, heads * D, D, 1)
-    store_rows(out_base, start, inside, heads * D, out, BLOCK_M, D, WIDTH)
+    store_rows(out_base, start, inside, heads * D, out[0], BLOCK_M, D, WIDTH)
+    if REST:
+        store_rows(out_base, start, inside, heads * D, out[1], BLOCK_M, D, REST, WIDTH)
     at = head.to(tl.int64) * total_q + first_row + row
     tl.store(statistics_ptr + at, tl.where(total == 0, 0.0, top), mask=inside)
     log_total = tl.where(total == 0, float("inf"), tl.log2(total))
@@ -129,7 +184,7 @@ def choose_tile(tiles: tuple[Tile, ...], sizes: host.Sizes, multiprocessors: int
     """The lowest tile that holds a segment's rows, lower still to employ every multiprocessor."""
     best = tiles[0]
     for tile in tiles[1:]:
-        blocks = triton.cdiv(sizes.max_q, tile.rows)
+        blocks = -(-sizes.max_q // tile.rows)
         if best.rows >= sizes.max_q or sizes.programs(blocks) < multiprocessors:
             break
         best = tile
@@ -168,15 +223,14 @@ def cross_attention_forward(
     statistics = torch.empty(2, q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     tiles = host.tiles_of(TILES, TILES_INTERPRETED, q)
     tile = choose_tile(tiles, sizes, host.multiprocessors(q.device))
-    blocks = triton.cdiv(max_seqlen_q, tile.rows)
-    programs = sizes.programs(blocks)
-    if programs and q.numel():
+    if q.numel():
+        shared = host.shared_arguments(
+            sizes, *inputs, seed, abs(scale), dropout_p, causal, split=True
+        )
+        blocks = -(-max_seqlen_q // tile.rows)
         with on_device(q):
-            attention_kernel[(programs,)](
-                out_ptr=out, statistics_ptr=statistics, blocks=blocks,
-                **host.launch_arguments(sizes, *inputs, seed, abs(scale), dropout_p, causal),
-                **host.tile_arguments(tile),
-            )  # fmt: skip
+            own = {"out_ptr": out, "statistics_ptr": statistics}
+            host.launch_tile(attention_kernel, tile, blocks, shared, own)
     return host.rounded(out, q), statistics
 
 

@@ -78,26 +78,27 @@ def tile_pointers(base, start, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def inside_width(inside, D: tl.constexpr, WIDTH: tl.constexpr):
-    """The mask of rows [n] as one of elements [n, WIDTH], of which the first D exist."""
-    if D == WIDTH:
+def inside_width(inside, AT: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The mask of rows [n] as one of elements [n, WIDTH] from element AT of D on."""
+    if D >= AT + WIDTH:
         mask = inside[:, None]
     else:
-        mask = inside[:, None] & (tl.arange(0, WIDTH) < D)[None, :]
+        mask = inside[:, None] & (tl.arange(0, WIDTH) < D - AT)[None, :]
     return mask
 
 
 @triton.jit
 def load_rows(
-    base, start, inside, stride,
-    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
+    base, start, inside, stride, ROWS: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr, AT: tl.constexpr = 0,
 ):  # fmt: skip
-    """Rows [ROWS, WIDTH] from `start` on with zeros outside: what is masked is not even read.
+    """Rows [ROWS, WIDTH] from `start` on, from their element AT on, with zeros outside: what is
+    masked is not even read.
 
     UPCAST widens them (the interpreter multiplies bf16 bit patterns as integers).
     """
-    at = tile_pointers(base, start, stride, ROWS, WIDTH)
-    x = tl.load(at, mask=inside_width(inside, D, WIDTH), other=0.0)
+    at = tile_pointers(base + AT, start, stride, ROWS, WIDTH)
+    x = tl.load(at, mask=inside_width(inside, AT, D, WIDTH), other=0.0)
     if UPCAST:
         x = x.to(tl.float32)
     return x
@@ -105,10 +106,11 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    base, start, inside, stride, x, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
+    base, start, inside, stride, x, ROWS: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, AT: tl.constexpr = 0,
 ):  # fmt: skip
-    at = tile_pointers(base, start, stride, ROWS, WIDTH)
-    tl.store(at, x.to(base.dtype.element_ty), mask=inside_width(inside, D, WIDTH))
+    at = tile_pointers(base + AT, start, stride, ROWS, WIDTH)
+    tl.store(at, x.to(base.dtype.element_ty), mask=inside_width(inside, AT, D, WIDTH))
 
 
 @triton.jit

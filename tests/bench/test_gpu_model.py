@@ -172,8 +172,8 @@ def test_tiles_may_differ_in_the_size_itself(pool):
 def test_a_small_size_is_executed_with_the_tiles_of_the_true_one(pool):
     """Blocks of cross-attention, and warps of each, with as many multiprocessors as images."""
     true, small = pool.submit(child.attention_launches).result()
-    assert true == [("attention_kernel", 384, 8), ("query_gradient_kernel", 384, 8)]
-    assert small == [("attention_kernel", 12, 8), ("query_gradient_kernel", 12, 8)]
+    assert true == [("attention_kernel", 768, 4), ("fused_gradient_kernel", 384, 8)]
+    assert small == [("attention_kernel", 24, 4), ("fused_gradient_kernel", 12, 8)]
 
 
 def test_bounds_follow_waves_and_the_slowest_part(pool):

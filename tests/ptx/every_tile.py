@@ -110,9 +110,11 @@ def test_momentum(run, dtype, width, kinds):
     "dim, longest, plain",
     [
         *((dim, longest, False) for dim in (64, 128) for longest in (12, 20, 50, 100, 150)),
+        *((80, longest, False) for longest in (20, 50)),
         (40, 50, False),
         (40, 150, True),
         (64, 20, True),
+        (64, 100, True),
         (128, 150, True),
     ],
 )

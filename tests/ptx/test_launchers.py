@@ -66,6 +66,13 @@ def test_attention(run_on_ptx, capability, dtype, queries):
     attention.check(with_overrides(run_on_ptx(capability)), problem, {})
 
 
+@pytest.mark.parametrize("queries", [[20, 7], [100, 33]], ids=["one", "halves"])
+def test_attention_of_heads_in_two_tiles(run_on_ptx, capability, dtype, queries):
+    problem = attention.draw(queries, 70, CPU, heads=2, dim=72, dtype=dtype, masked=True)
+    run = run_on_ptx(capability, multiprocessors=1)
+    attention.check(with_overrides(run), problem, {})
+
+
 def test_attention_logits_that_floats_hold_coarsely(run_on_ptx, capability, dtype):
     run = with_overrides(run_on_ptx(capability))
     attention.check_coarse_logits(run, CPU, dtype, 1e9, -1.0, {})

@@ -11,7 +11,7 @@ KERNELS = {
     "sigmoid": {"sigmoid_kernel"},
     "momentum": {"keys_kernel", "finish_kernel", "negatives_kernel"},
     "attention": {"attention_kernel", "query_gradient_kernel", "key_gradient_kernel"},
-    "packed_attention": {"attention_kernel", "query_gradient_kernel"},
+    "packed_attention": {"attention_kernel", "fused_gradient_kernel"},
     "soft_cross_entropy": {"rows_kernel"},
     "word_patch_alignment": {"cosine_kernel", "transport_kernel", "gradient_kernel"},
 }

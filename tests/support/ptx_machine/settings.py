@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 _DTYPES = ("bf16", "fp16")
-_TILE = ("BLOCK", "WIDTH")
+_TILE = ("BLOCK", "WIDTH", "REST", "HALVES")
 
 
 @dataclass(frozen=True, order=True)
 class Setting:
     """A kernel's dtype (the narrowest of its pointers), tile, switches and warps.
 
-    The tile holds the constants named BLOCK... and WIDTH, the switches those that are booleans.
+    The tile holds the constants named BLOCK..., WIDTH, REST and HALVES, the switches those that are
+    booleans.
     """
 
     capability: int
