@@ -138,7 +138,7 @@ LARGEST_ALIGNMENT = 64 * 256
 
 def alignment_supported(x: torch.Tensor, y: torch.Tensor) -> list[str]:
     """Reasons why the alignment kernels cannot take `x` [B, Lx, D] and `y` [B, Ly, D]."""
-    reasons = [*matmul_reasons(x.device)]  # the gradients are matmuls in float32
+    reasons = _reasons(x.device, x.dtype)
     if x.dtype not in DTYPES or x.dtype != y.dtype:
         reasons.append(f"x is {x.dtype}, y {y.dtype}; one of float32, bfloat16, float16 is taken")
     if x.dim() == 3 and y.dim() == 3:

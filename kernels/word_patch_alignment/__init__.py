@@ -1,5 +1,6 @@
 """Triton kernels of word-patch alignment."""
 
-from .transport import word_patch_alignment, word_patch_alignment_gradients
+from .gradients import word_patch_alignment_gradients
+from .transport import word_patch_alignment
 
 __all__ = ["word_patch_alignment", "word_patch_alignment_gradients"]

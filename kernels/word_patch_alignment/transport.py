@@ -2,44 +2,33 @@
 
 The cosines of all pairs come from tiles of GEMMs; half-precision features go through tensor
 cores and are normalised afterwards, which is exact to fp32 rounding: the products themselves are.
-Then a program takes a pair through all its iterations with Q in registers. Gradients
-are matmuls with the plan, in fp32.
+Then a program takes a pair through all its iterations with Q and exp(-C / beta) in registers.
 
 The plan, [words, patches], and what the gradients need of each row leave the kernels: the factor
 that normalises it (0 at padding, negative where only the smallest norm divides it) and its share,
 the sum of plan times cosine.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from .._core import aot
-from .._core.launch import CAPABILITIES, INTERPRETED, UNFUSED, on_device
-from .._core.support import alignment_block, alignment_supported, triton_before
+from .._core.launch import CAPABILITIES, INTERPRETED, UNFUSED, Tile, launch_options, on_device
+from .._core.support import alignment_block, alignment_supported
 
 LOG2E = 1.4426950408889634
 SMALLEST_NORM = tl.constexpr(1e-5)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Depth of a GEMM step, warps, pipeline stages."""
-
-    block_k: int
-    warps: int
-    stages: int
-
-
-BLOCK_ROWS, BLOCK_COLS = 64, 32  # of every GEMM's tile
-# By bytes of a feature. Half precision is not pipelined: Triton's pipeline for sm_90 overwrites a
-# tile that registers are loaded from while wgmma may still read it.
-COSINE = {2: Launch(64, 4, 1), 4: Launch(32, 4, 2)}
-GRADIENT = Launch(16, 4, 2)
-# Of a pair's matrix that a thread keeps: where a Triton spills the least, docs/compatibility.md.
-THREAD_ELEMENTS = 16 if triton_before(3, 8) else 32
+# Tiles by bytes of a feature. Half precision is not pipelined: Triton's pipeline for sm_90
+# overwrites a tile that registers are loaded from while wgmma may still read it.
+COSINE = {2: Tile(64, 64, 128, 1, 8, 1), 4: Tile(64, 32, 32, 1, 4, 2)}
+# Steps between two exponentials of a plan's logarithms. Entries that float32 loses are below
+# 2 ** -126 then, and below 2 ** -46 of the plan after steps whose scalings grow to no more than
+# LARGEST; where they grow further, the steps are taken again, half as many at a time.
+MOST_STEPS = tl.constexpr(13)
+LARGEST = tl.constexpr(2.0**40)
 
 
 @triton.jit
@@ -47,12 +36,6 @@ def load_rows(ptr, row, stride, depth, D, valid):
     """Elements [row, depth], 0 past the width and in rows that are not valid."""
     at = ptr + row.to(tl.int64)[:, None] * stride + depth[None, :]
     return tl.load(at, mask=valid[:, None] & (depth < D)[None, :], other=0.0)
-
-
-@triton.jit
-def balance(total, count):
-    """1 / (count * total), and 0 for a sum of nothing."""
-    return tl.where(total == 0.0, 0.0, 1.0 / (total * count))
 
 
 @triton.jit
@@ -77,12 +60,12 @@ def store_factors(ptr, row, rows, square, valid):
 
 @triton.jit
 def cosine_kernel(
-    x_ptr, y_ptr, x_padding_ptr, y_padding_ptr, plan_ptr, x_rows_ptr, y_rows_ptr,
+    x_ptr, y_ptr, x_padding_ptr, y_padding_ptr, cosine_ptr, x_rows_ptr, y_rows_ptr,
     X, Y, D, stride_xb, stride_xr, stride_yb, stride_yr,
-    PLAN_X: tl.constexpr, PLAN_Y: tl.constexpr,
+    HEIGHT: tl.constexpr, LENGTH: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Cosines of pair program_id(0), 0 at padding, to where its plan will be; rows' factors."""
+    """Cosines of pair program_id(0), [HEIGHT, LENGTH] and 0 at padding; factors of its rows."""
     pair = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
     j = tl.program_id(2) * BLOCK_Y + tl.arange(0, BLOCK_Y)
@@ -104,103 +87,128 @@ def cosine_kernel(
     cosine = product * factor_of(x_square)[:, None] * factor_of(y_square)[None, :]
     # Where a row next to padding is not finite, too.
     cosine = tl.where(x_valid[:, None] & y_valid[None, :], cosine, 0.0)
-    at = plan_ptr + (pair * PLAN_X + i)[:, None] * PLAN_Y + j[None, :]
-    tl.store(at, cosine, mask=(i < PLAN_X)[:, None] & (j < PLAN_Y)[None, :])
+    at = cosine_ptr + (pair * HEIGHT + i)[:, None] * LENGTH + j[None, :]
+    tl.store(at, cosine, mask=(i < HEIGHT)[:, None] & (j < LENGTH)[None, :])
     if tl.program_id(2) == 0:
         store_factors(x_rows_ptr + pair * X, i, X, x_square, x_valid)
     if tl.program_id(1) == 0:
         store_factors(y_rows_ptr + pair * Y, j, Y, y_square, y_valid)
 
 
-@triton.jit(do_not_specialize=["iterations", "inner"])
-def transport_kernel(
-    x_padding_ptr, y_padding_ptr, distance_ptr, plan_ptr, x_rows_ptr, y_rows_ptr,
-    X, Y, inverse_beta, iterations, inner, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr,
-):  # fmt: skip
-    """Pair program_id(0) from its cosines to its plan, in place; its distance and shares.
-
-    The matrices lie as whole blocks: addresses are constants and take no registers.
-    """
-    pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    i, j = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_Y)
-    at = plan_ptr + pair * (BLOCK_X * BLOCK_Y) + (i.to(tl.int64)[:, None] * BLOCK_Y + j[None, :])
-    valid_x = is_valid(x_padding_ptr + pair * X, i, X)
-    valid_y = is_valid(y_padding_ptr + pair * Y, j, Y)
-    words, patches = tl.sum(valid_x.to(tl.float32)), tl.sum(valid_y.to(tl.float32))
-    # The plan's entries are 2 ** (x_log + y_log - cost * step): one that is too small for float32
-    # at some step is back when the logarithms have grown, as a product of steps would not be. At
-    # padding they are -inf, and the scalings 0. The plan may start from ones: a common factor
-    # cancels in delta.
-    x_log, y_log = tl.where(valid_x, 0.0, -float("inf")), tl.where(valid_y, 0.0, -float("inf"))
-    sigma = tl.zeros((BLOCK_X,), tl.float32) + 1.0 / tl.maximum(words, 1.0)
-    delta = tl.full((BLOCK_Y,), 1.0, tl.float32)
-    q = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
-    for step in range(1, iterations + 1):
-        # Read anew each time (volatile, or the compiler would do it once): with this matrix in
-        # registers as well, the program would spill.
-        strength = step * inverse_beta
-        grown = tl.load(at, volatile=True) * strength + y_log[None, :]
-        q = tl.exp2(grown + (x_log - strength)[:, None])
-        for _ in range(inner):
-            delta = balance(tl.sum(q * sigma[:, None], 0), patches)
-            sigma = balance(tl.sum(q * delta[None, :], 1), words)
-        x_log += tl.log2(sigma)
-        y_log += tl.log2(delta)
-    q = q * delta[None, :] * sigma[:, None]
-
-    cosine = tl.load(at)
-    tl.debug_barrier()  # every thread has read the cosines before a plan takes their place
-    tl.store(at, q)
-    tl.store(distance_ptr + pair, tl.sum(q * (1.0 - cosine)))
-    cosine *= q
-    tl.store(x_rows_ptr + (pairs + pair) * X + i, tl.sum(cosine, 1), mask=i < X)
-    tl.store(y_rows_ptr + (pairs + pair) * Y + j, tl.sum(cosine, 0), mask=j < Y)
+@triton.jit
+def fold(x):
+    """The largest of every eighth element, [8]: of those that one thread holds, at little cost."""
+    return tl.max(tl.reshape(x, (x.shape[0] // 8, 8)), 0)
 
 
 @triton.jit
-def gradient_kernel(
-    upstream_ptr, own_ptr, other_ptr, plan_ptr, own_rows_ptr, other_rows_ptr, out_ptr,
-    OWN, OTHER, D, stride_own_b, stride_own_r, stride_other_b, stride_other_r,
-    stride_plan_own, stride_plan_other,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def scaling(total, logarithm):
+    """1 / total, and 0 where the logarithm says that there is nothing; infinity for a lost sum."""
+    return tl.where(logarithm == -float("inf"), 0.0, 1.0 / total)
+
+
+@triton.jit
+def sum_patches(q, BITS: tl.constexpr):
+    """[C, X, W] -> [X]. Parts of a row first, which one thread holds; then pair by pair, all rows
+    at once, where a sum over a whole row would wait for one exchange after another."""
+    sums = tl.sum(q, 0)
+    for _ in tl.static_range(BITS):
+        sums = tl.sum(tl.reshape(sums, (sums.shape[0], sums.shape[1] // 2, 2)), 2)
+    return tl.reshape(sums, (sums.shape[0],))
+
+
+@triton.jit(do_not_specialize=["iterations", "inner"])
+def transport_kernel(
+    x_padding_ptr, y_padding_ptr, distance_ptr, plan_ptr, x_rows_ptr, y_rows_ptr,
+    X, Y, inverse_beta, iterations, inner,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one side: rows program_id(1), columns program_id(2) of pair program_id(0).
+    """Pair program_id(0) from its cosines to its plan, in place; its distance and shares.
 
-    own, other: the features of this side and of the other one. The plan's strides say which of its
-    axes is whose.
+    A row of a matrix is cut into BLOCK_Y // WIDTH parts, [C, X, W], so that few threads share a row
+    and few a column. The matrices lie as whole blocks: addresses are constants. KEEP: whether
+    exp(-C / beta) stays in registers; where they are too few it is computed for every step.
     """
+    BITS: tl.constexpr = tl.constexpr(WIDTH.bit_length() - 1)
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    plan_at = plan_ptr + pair * OWN * OTHER + row[:, None] * stride_plan_own
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, OTHER, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        plan_inside = (row < OWN)[:, None] & (k < OTHER)[None, :]
-        plan = tl.load(plan_at + k[None, :] * stride_plan_other, mask=plan_inside, other=0.0)
-        factor = tl.load(other_rows_ptr + pair * OTHER + k, mask=k < OTHER, other=0.0)
-        other = load_rows(other_ptr + pair * stride_other_b, k, stride_other_r, col, D, factor != 0)
-        unit = other.to(tl.float32) * tl.abs(factor)[:, None]
-        sums = tl.dot(plan, unit, sums, input_precision="ieee")
-    at = own_rows_ptr + pair * OWN + row
-    factor = tl.load(at, mask=row < OWN, other=0.0)
-    share = tl.load(at + pairs * OWN, mask=row < OWN, other=0.0)
-    share = tl.where(factor < 0, 0.0, share)
-    factor = tl.abs(factor)
-    own = load_rows(own_ptr + pair * stride_own_b, row, stride_own_r, col, D, factor != 0)
-    sums -= own.to(tl.float32) * (factor * share)[:, None]
-    scale = tl.where(factor == 0, 0.0, -tl.load(upstream_ptr + pair) * factor)
-    gradient = tl.where((factor == 0)[:, None], 0.0, sums * scale[:, None])
-    out_at = out_ptr + (pair * OWN + row)[:, None] * D + col[None, :]
-    tl.store(out_at, gradient, mask=(row < OWN)[:, None] & (col < D)[None, :])
+    i = tl.arange(0, BLOCK_X)
+    j = tl.arange(0, BLOCK_Y // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    # As [C X, W] in memory's eyes, or Triton 3.6 gives a row's parts to several warps.
+    PARTS: tl.constexpr = BLOCK_Y // WIDTH
+    line = tl.arange(0, PARTS * BLOCK_X)
+    at = (line % BLOCK_X) * BLOCK_Y + line // BLOCK_X * WIDTH
+    at = plan_ptr + pair * (BLOCK_X * BLOCK_Y) + at[:, None] + tl.arange(0, WIDTH)[None, :]
+    valid_x = is_valid(x_padding_ptr + pair * X, i, X)
+    valid_y = is_valid(y_padding_ptr + pair * Y, j, Y)
+    words, patches = tl.sum(valid_x.to(tl.float32)), tl.sum(valid_y.to(tl.float32))
+    # The plan's entries after a step are 2 ** (x_log + y_log - cost * step): one that is too small
+    # for float32 at some step is back when the logarithms have grown. The plan may start from ones,
+    # so may the scalings, and costs from the least of them: a common factor cancels. At padding
+    # the logarithms are -inf, and so are all of a pair that has nothing on the other side.
+    x_log = tl.where(valid_x, tl.where(patches == 0, -float("inf"), 0.0), -float("inf"))
+    y_log = tl.where(valid_y, tl.where(words == 0, -float("inf"), 0.0), -float("inf"))
+    sigma = tl.where(valid_x, 1.0, 0.0)
+    x, y = tl.zeros_like(x_log), tl.zeros_like(y_log)
+    q = tl.zeros((BLOCK_Y // WIDTH, BLOCK_X, WIDTH), tl.float32)
+    cosine = tl.reshape(tl.load(at), q.shape)
+    nearest = tl.max(cosine)
+    gibbs = tl.exp2((cosine - nearest) * inverse_beta)
+    done, most = 0, MOST_STEPS
+    while done < iterations:
+        # Read anew each time (volatile, or the compiler would do it once): with this matrix in
+        # registers as well, the program would spill.
+        strength = done * inverse_beta
+        grown = tl.reshape(tl.load(at, volatile=True), q.shape) * strength + y_log[:, None, :]
+        q = tl.exp2(grown + (x_log - nearest * strength)[None, :, None])
+        # From here on the plan is q * x * y, and q the plan before times gibbs ** steps.
+        steps = tl.minimum(most, iterations - done)
+        weight, inverse, growth = sigma, tl.full((BLOCK_X,), 1.0, tl.float32), sigma
+        x_high, y_high = fold(sigma), tl.zeros((WIDTH,), tl.float32)
+        for _ in range(steps):
+            if not KEEP:
+                cosine = tl.reshape(tl.load(at, volatile=True), q.shape)
+                gibbs = tl.exp2((cosine - nearest) * inverse_beta)
+            q *= gibbs
+            before = inverse
+            for _ in range(inner):
+                y = scaling(tl.sum(q * weight[None, :, None], 1) * patches, y_log)
+                inverse = sum_patches(q * y[:, None, :], BITS) * words
+                x = scaling(inverse, x_log)
+                weight = x
+            growth = x * before
+            weight = x * growth
+            # Of x, too: it is the root of its weight times the x of before.
+            x_high = tl.maximum(x_high, fold(weight))
+            y_high = tl.maximum(y_high, tl.max(y, 0))
+        if (steps == 1) | ((tl.max(x_high) <= LARGEST) & (tl.max(y_high) <= LARGEST)):
+            x_log += tl.log2(x)
+            y_log += tl.log2(y)
+            sigma = growth
+            done += steps
+        else:
+            most = steps // 2
+    q = q * y[:, None, :] * x[None, :, None]
+
+    cosine = tl.reshape(tl.load(at, volatile=True), q.shape)
+    tl.debug_barrier()  # every thread has read the cosines before a plan takes their place
+    tl.store(at, tl.reshape(q, at.shape))
+    tl.store(distance_ptr + pair, tl.sum(q * (1.0 - cosine)))
+    cosine *= q
+    tl.store(x_rows_ptr + (pairs + pair) * X + i, sum_patches(cosine, BITS), mask=i < X)
+    tl.store(y_rows_ptr + (pairs + pair) * Y + j, tl.sum(cosine, 1), mask=j < Y)
 
 
-def _transport_warps(elements: int) -> int:
-    return max(4, elements // (32 * THREAD_ELEMENTS))
+def _transport_options(block_x: int, block_y: int) -> dict[str, int | bool]:
+    # From 1,024 elements on a thread has two at least in every direction: a sum begins with them,
+    # and no product is fused into an exchange between lanes.
+    elements = block_x * block_y
+    return {"num_warps": max(1, elements // 2048), "enable_fp_fusion": elements >= 1024}
 
 
-def _options(launch: Launch) -> dict[str, int | bool]:
-    return {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+def _transport_constants(block_x: int, block_y: int) -> dict[str, int | bool]:
+    # The vectors of a row of 1,024 take the room of a matrix.
+    width, keep = min(block_y, 128), block_y < 1024
+    return {"BLOCK_X": block_x, "BLOCK_Y": block_y, "WIDTH": width, "KEEP": keep}
 
 
 def word_patch_alignment(
@@ -227,94 +235,61 @@ def word_patch_alignment(
     x_rows, y_rows = torch.empty(2, pairs, words, **like), torch.empty(2, pairs, patches, **like)
     block_x, block_y = alignment_block(words), alignment_block(patches)
     plan = torch.empty(pairs, block_x, block_y, **like)
-    launch = COSINE[x.element_size()]
-    grid = (pairs, triton.cdiv(block_x, BLOCK_ROWS), triton.cdiv(block_y, BLOCK_COLS))
+    tile = COSINE[x.element_size()]
+    grid = (pairs, triton.cdiv(block_x, tile.block_m), triton.cdiv(block_y, tile.block_n))
     masks = x_padding.view(torch.uint8), y_padding.view(torch.uint8)
     if pairs:
         with on_device(x):
             cosine_kernel[grid](
                 x, y, *masks, plan, x_rows, y_rows, words, patches, width,
                 x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-                PLAN_X=block_x, PLAN_Y=block_y,
-                BLOCK_X=BLOCK_ROWS, BLOCK_Y=BLOCK_COLS, BLOCK_K=launch.block_k,
-                UPCAST=INTERPRETED and x.dtype is torch.bfloat16, **(_options(launch) | UNFUSED),
+                HEIGHT=block_x, LENGTH=block_y,
+                BLOCK_X=tile.block_m, BLOCK_Y=tile.block_n, BLOCK_K=tile.block_k,
+                UPCAST=INTERPRETED and x.dtype is torch.bfloat16,
+                **(launch_options(tile) | UNFUSED),
             )  # fmt: skip
             transport_kernel[(pairs,)](
                 *masks, distance, plan, x_rows, y_rows, words, patches, LOG2E / beta, iterations,
-                inner, BLOCK_X=block_x, BLOCK_Y=block_y,
-                num_warps=_transport_warps(block_x * block_y), **UNFUSED,
+                inner, **_transport_constants(block_x, block_y),
+                **_transport_options(block_x, block_y),
             )  # fmt: skip
     return distance, plan[:, :words, :patches].contiguous(), x_rows, y_rows
 
 
-def word_patch_alignment_gradients(
-    upstream: torch.Tensor,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    plan: torch.Tensor,
-    x_rows: torch.Tensor,
-    y_rows: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients w.r.t. x and y in their dtype, from what `word_patch_alignment` returned."""
-    strides = plan.stride(1), plan.stride(2)
-    dx = _gradient(upstream, x, y, plan, x_rows, y_rows, strides)
-    return dx, _gradient(upstream, y, x, plan, y_rows, x_rows, strides[::-1])
-
-
-def _gradient(upstream, own, other, plan, own_rows, other_rows, strides) -> torch.Tensor:
-    pairs, rows, width = own.shape
-    # The interpreter truncates where it should round to bf16: there the result is rounded after.
-    wide = INTERPRETED and own.dtype is torch.bfloat16
-    out = torch.empty(own.shape, dtype=torch.float32 if wide else own.dtype, device=own.device)
-    grid = (pairs, triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(width, BLOCK_COLS))
-    if out.numel():
-        with on_device(own):
-            gradient_kernel[grid](
-                upstream, own, other, plan, own_rows, other_rows, out, rows, other.shape[1], width,
-                own.stride(0), own.stride(1), other.stride(0), other.stride(1), *strides,
-                BLOCK_M=BLOCK_ROWS, BLOCK_N=BLOCK_COLS, BLOCK_K=GRADIENT.block_k,
-                **_options(GRADIENT),
-            )  # fmt: skip
-    return out.to(own.dtype)
-
-
 def aot_cases() -> list[aot.Case]:
-    """Every configuration of the three kernels, for ahead-of-time compilation."""
+    """Every configuration of both kernels, for ahead-of-time compilation."""
     cases = []
     for capability in CAPABILITIES:
         for kind, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-            cases += [
-                _cosine_case(capability, kind, COSINE[size]),
-                _gradient_case(capability, kind),
-            ]
+            cases.append(_cosine_case(capability, kind, COSINE[size]))
         # The largest blocks, and the smallest.
         for block_x, block_y in ((64, 256), (16, 1024), (16, 16)):
             cases.append(_transport_case(capability, block_x, block_y))
     return cases
 
 
-def _cosine_case(capability: int, kind: str, launch: Launch) -> aot.Case:
+def _cosine_case(capability: int, kind: str, tile: Tile) -> aot.Case:
     strides = ("stride_xb", "stride_xr", "stride_yb", "stride_yr")
     return aot.Case(
-        name=f"alignment cosine {kind} {BLOCK_ROWS}x{BLOCK_COLS}x{launch.block_k}",
+        name=f"alignment cosine {kind} {tile.block_m}x{tile.block_n}x{tile.block_k}",
         kernel=cosine_kernel,
         signature={
             **dict.fromkeys(("x_ptr", "y_ptr"), f"*{kind}"),
             **dict.fromkeys(("x_padding_ptr", "y_padding_ptr"), "*u8"),
-            **dict.fromkeys(("plan_ptr", "x_rows_ptr", "y_rows_ptr"), "*fp32"),
+            **dict.fromkeys(("cosine_ptr", "x_rows_ptr", "y_rows_ptr"), "*fp32"),
             **dict.fromkeys(("X", "Y", "D", *strides), "i32"),
         },
         constants={
-            "PLAN_X": 64,
-            "PLAN_Y": 256,
-            "BLOCK_X": BLOCK_ROWS,
-            "BLOCK_Y": BLOCK_COLS,
-            "BLOCK_K": launch.block_k,
+            "HEIGHT": 64,
+            "LENGTH": 256,
+            "BLOCK_X": tile.block_m,
+            "BLOCK_Y": tile.block_n,
+            "BLOCK_K": tile.block_k,
             "UPCAST": False,
         },
         capability=capability,
-        warps=launch.warps,
-        stages=launch.stages,
+        warps=tile.warps,
+        stages=tile.stages,
         aligned=("D", *strides),
         tensor_cores=kind != "fp32",
         fusion=False,
@@ -322,6 +297,7 @@ def _cosine_case(capability: int, kind: str, launch: Launch) -> aot.Case:
 
 
 def _transport_case(capability: int, block_x: int, block_y: int) -> aot.Case:
+    options = _transport_options(block_x, block_y)
     pointers = ("distance_ptr", "plan_ptr", "x_rows_ptr", "y_rows_ptr")
     return aot.Case(
         name=f"alignment transport {block_x}x{block_y}",
@@ -332,29 +308,9 @@ def _transport_case(capability: int, block_x: int, block_y: int) -> aot.Case:
             **dict.fromkeys(("X", "Y", "iterations", "inner"), "i32"),
             "inverse_beta": "fp32",
         },
-        constants={"BLOCK_X": block_x, "BLOCK_Y": block_y},
+        constants=_transport_constants(block_x, block_y),
         capability=capability,
-        warps=_transport_warps(block_x * block_y),
+        warps=options["num_warps"],
         stages=3,
-        fusion=False,
-    )
-
-
-def _gradient_case(capability: int, kind: str) -> aot.Case:
-    strides = [f"stride_{side}_{axis}" for side in ("own", "other") for axis in "br"]
-    floats = ("upstream_ptr", "plan_ptr", "own_rows_ptr", "other_rows_ptr")
-    return aot.Case(
-        name=f"alignment gradient {kind} {BLOCK_ROWS}x{BLOCK_COLS}x{GRADIENT.block_k}",
-        kernel=gradient_kernel,
-        signature={
-            **dict.fromkeys(("own_ptr", "other_ptr", "out_ptr"), f"*{kind}"),
-            **dict.fromkeys(floats, "*fp32"),
-            **dict.fromkeys(("OWN", "OTHER", "D", *strides), "i32"),
-            **dict.fromkeys(("stride_plan_own", "stride_plan_other"), "i32"),
-        },
-        constants={"BLOCK_M": BLOCK_ROWS, "BLOCK_N": BLOCK_COLS, "BLOCK_K": GRADIENT.block_k},
-        capability=capability,
-        warps=GRADIENT.warps,
-        stages=GRADIENT.stages,
-        aligned=("D", *strides),
+        fusion=options["enable_fp_fusion"],
     )

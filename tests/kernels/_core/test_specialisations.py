@@ -13,7 +13,7 @@ KERNELS = {
     "attention": {"attention_kernel", "query_gradient_kernel", "key_gradient_kernel"},
     "packed_attention": {"attention_kernel", "fused_gradient_kernel"},
     "soft_cross_entropy": {"rows_kernel"},
-    "word_patch_alignment": {"cosine_kernel", "transport_kernel", "gradient_kernel"},
+    "word_patch_alignment": {"cosine_kernel", "transport_kernel", "gradients_kernel"},
 }
 # The attention kernels leave all their integers ordinary arguments.
 CASES = [

@@ -57,11 +57,12 @@ def test_float32_matmuls_need_a_triton_that_keeps_them(monkeypatch, version, cap
     answers = (
         supported(x, x),
         support.attention_supported(q, q, q),
-        support.alignment_supported(pairs.half(), pairs.half()),
+        support.alignment_supported(pairs, pairs),
     )
     assert all(("TF32" in " ".join(reasons)) == refused for reasons in answers)
     assert all(refused or not reasons for reasons in answers)
     assert supported(x.half(), x.half()) == []
+    assert support.alignment_supported(pairs.half(), pairs.half()) == []
 
 
 @pytest.mark.parametrize("dtype", support.DTYPES)

@@ -24,8 +24,8 @@ def check(run_kernel, case, beta=0.5, iterations=50, inner=1):
         iterations=iterations, inner=inner,
     )  # fmt: skip
     gradients = run_kernel(
-        MODULE, "word_patch_alignment_gradients", case.upstream, case.text, case.image, plan,
-        x_rows, y_rows,
+        "word_patch_alignment.gradients", "word_patch_alignment_gradients", case.upstream,
+        case.text, case.image, plan, x_rows, y_rows,
     )  # fmt: skip
     eager = run(word_patch_alignment_reference, case, **names)
     true = exact(case, **names)
