@@ -54,6 +54,25 @@ class Implementations(TorchDispatchMode):
         self.autocast: list[bool] = []
         self.waits: list[str] = []
         self._is_outside = torch.is_autocast_enabled("cuda")
+        self._depth = 0  # an operator's own functions are looked at by entering it once more
+        self._patches = [
+            mock.patch.object(owner, "synchronize", lambda *_, n=name: self.waits.append(n))
+            for name, owner in WAITING.items()
+        ]
+
+    def __enter__(self):
+        if not self._depth:
+            for patch in self._patches:
+                patch.start()
+        self._depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self._depth -= 1
+        if not self._depth:
+            for patch in self._patches:
+                patch.stop()
+        return super().__exit__(*exception)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().removeprefix("fastvlp::")
@@ -69,6 +88,8 @@ class Implementations(TorchDispatchMode):
 
     def _look_for_waits(self, name: str, args, kwargs) -> None:
         devices = [t.device.type for t in args if isinstance(t, torch.Tensor)]
+        if kwargs.get("pin_memory"):
+            self.waits.append(f"{name} in pinned memory")
         if name in WAITS or (name == "aten::lift_fresh" and "cuda" in devices):
             self.waits.append(name)
         elif name in COPIES:
@@ -100,6 +121,12 @@ WAITS = {
     "aten::is_nonzero", "aten::equal", "aten::_pin_memory", "aten::pin_memory",
 }  # fmt: skip
 COPIES = {"aten::_to_copy", "aten::copy_"}
+# What has a method `synchronize`, by which the host waits.
+WAITING = {
+    "synchronize": torch.cuda,
+    "Event.synchronize": torch.cuda.Event,
+    "Stream.synchronize": torch.cuda.Stream,
+}
 
 
 class _Context(SimpleNamespace):
