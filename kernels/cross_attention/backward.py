@@ -42,7 +42,8 @@ from .tiles import (
 )
 
 FUSED_INTERPRETED = (Tile(32, 32, 4, 1), Tile(128, 64, 4, 1, halves=2, keys_first=False))
-GENERAL_INTERPRETED = (Tile(32, 64, 4, 1),)
+QUERY_INTERPRETED = (Tile(32, 64, 4, 1, keys_first=False),)
+KEY_INTERPRETED = (Tile(32, 64, 4, 1),)
 
 
 @triton.jit
@@ -318,11 +319,11 @@ def cross_attention_backward(
             host.launch_tile(fused_gradient_kernel, tile, 1, shared, own)
         else:
             kept["delta_ptr"] = torch.empty_like(statistics[0])
-            (tile,) = host.tiles_of(QUERY_TILES, GENERAL_INTERPRETED, q)
+            (tile,) = host.tiles_of(QUERY_TILES, QUERY_INTERPRETED, q)
             blocks = -(-max_seqlen_q // tile.rows)
             own = do | out | kept | {"dq_ptr": dq}
             host.launch_tile(query_gradient_kernel, tile, blocks, shared, own)
-            (tile,) = host.tiles_of(KEY_TILES, GENERAL_INTERPRETED, q)
+            (tile,) = host.tiles_of(KEY_TILES, KEY_INTERPRETED, q)
             blocks = -(-max_seqlen_k // tile.keys)
             host.launch_tile(key_gradient_kernel, tile, blocks, shared, do | kept | by_key)
     dq = -dq if scale < 0 else dq

@@ -3,9 +3,9 @@
 from .._core.support import triton_before
 from .host import Table, Tile
 
-# The largest tiles that spill with no Triton from 3.6 on (3.8 alone would take 64 x 64 and 128 x 32
-# at 64 wide on sm_80 and sm_90). Without wgmma the queries of a tile are an operand that every warp
-# holds in registers: at 128 wide that leaves room for 16 rows, and more take the general path.
+# Tiles that spill with no Triton from 3.6 on. Keys come first where queries are too few for the
+# side of 64 rows, and in blocks of keys. At 128 wide the queries of a tile, which every warp holds
+# in registers without wgmma, leave room for 16 rows, and more take the general path.
 FUSED_TILES: Table = {
     (80, 2, 64): (
         Tile(32, 32, 4, 2),
@@ -53,12 +53,12 @@ FUSED_TILES: Table = {
     (120, 4, 128): (Tile(32, 16, 16 if triton_before(3, 8) else 8, 1),),
 }
 QUERY_TILES: Table = {
-    (80, 2, 64): (Tile(32, 64, 4, 2),),
-    (80, 2, 128): (Tile(32, 64, 8, 2),),
+    (80, 2, 64): (Tile(64, 32, 4, 2, keys_first=False),),
+    (80, 2, 128): (Tile(64, 32, 4, 2, keys_first=False),),
     (80, 4, 64): (Tile(32, 32, 8, 1),),
     (80, 4, 128): (Tile(32, 32, 8, 1),),
-    (90, 2, 64): (Tile(64, 64, 8, 2),),
-    (90, 2, 128): (Tile(64, 32, 8, 2),),
+    (90, 2, 64): (Tile(64, 32, 4, 2, keys_first=False),),
+    (90, 2, 128): (Tile(64, 32, 4, 2, keys_first=False),),
     (90, 4, 64): (Tile(32, 32, 8, 1),),
     (90, 4, 128): (Tile(32, 32, 8, 1),),
     (100, 2, 64): (Tile(64, 64, 8, 2),),
