@@ -135,6 +135,7 @@ def _value_names(tree: ast.AST) -> Iterator[str]:
 def triton_names_here() -> set[str]:
     """The names that the installed Triton has, as `triton_names_used` has them."""
     import triton.backends.compiler
+    import triton.backends.driver
     import triton.compiler
     import triton.language as tl
 
@@ -144,6 +145,11 @@ def triton_names_here() -> set[str]:
     names |= {f"triton.{name}" for name in _public(triton)}
     for module in (triton.compiler, triton.backends.compiler):
         names |= {f"{module.__name__}.{name}" for name in _public(module)}
+    names |= {f"triton.runtime.{name}" for name in _public(triton.runtime)}
+    names |= {f"triton.runtime.driver.{name}" for name in _public(type(triton.runtime.driver))}
+    of_gpus = triton.backends.driver.GPUDriver
+    names |= {f"triton.runtime.driver.active.{name}" for name in _public(of_gpus)}
+    names |= {f"triton.runtime.driver.active.{name}" for name in _written(of_gpus)}
     for name in _public(triton.knobs):
         names.add(f"triton.knobs.{name}")
         group = getattr(triton.knobs, name)
@@ -151,9 +157,14 @@ def triton_names_here() -> set[str]:
             names |= {f"triton.knobs.{name}.{knob}" for knob in _public(type(group))}
     for kind in (tl.tensor, tl.constexpr, tl.dtype, tl.pointer_type, tl.tensor_descriptor):
         names |= {f".{name}" for name in _public(kind)}
-        written = re.findall(r"self\.([a-z]\w*)", inspect.getsource(kind.__init__))
-        names |= {f".{name}" for name in written}
-    return names
+        names |= {f".{name}" for name in _written(kind)}
+    # A constexpr that is an int has what every int has.
+    return names | {f".{name}" for name in _public(int)}
+
+
+def _written(kind: type) -> list[str]:
+    """The attributes that instances have from their `__init__`."""
+    return re.findall(r"self\.([a-z]\w*)", inspect.getsource(kind.__init__))
 
 
 def _public(of: object) -> list[str]:
