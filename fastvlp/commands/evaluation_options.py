@@ -65,9 +65,9 @@ class Common:
         with parallel.ranks(self.device) as ranks, torch.inference_mode():
             model, report = self._load()
             if model.kind not in self.kinds:
-                raise ValueError(
-                    f"model: expected one of {' or '.join(self.kinds)}, got one of {model.kind}"
-                )
+                *others, last = self.kinds
+                wanted = f"{', '.join(others)} or {last}" if others else last
+                raise ValueError(f"model: expected one of {wanted}, got one of {model.kind}")
             if report is not None and ranks.is_first:
                 print(report)
             tokenizer = trained.tokenizer(self.model, model, self.tokenizer)

@@ -391,7 +391,8 @@ def test_commands_train_and_evaluate_on_openmoji(tmp_path, monkeypatch, system):
         found = evaluate.parse(["matching", str(tmp_path), "--batch-size", "8"]).run()
         assert found["matching/accuracy"] == scores["composition/matching/accuracy"]
         with pytest.raises(
-            ValueError, match="model: expected one of clip or albef, got one of vilt"
+            ValueError,
+            match="model: expected one of clip, albef or albef-retrieval, got one of vilt",
         ):
             evaluate.parse(["retrieval", str(tmp_path)]).run()
     else:
