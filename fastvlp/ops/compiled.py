@@ -103,7 +103,12 @@ def instruction_set_fault() -> str | None:
 
 def instruction_sets() -> list[str]:
     """Those that the compiled operators have and this CPU runs, the fastest first."""
-    return torch.ops.fastvlp.cpu_instruction_sets().split(",")
+    return list(_instruction_sets())
+
+
+@cache
+def _instruction_sets() -> tuple[str, ...]:
+    return tuple(torch.ops.fastvlp.cpu_instruction_sets().split(","))
 
 
 def build_info() -> dict[str, str]:

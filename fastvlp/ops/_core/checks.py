@@ -121,10 +121,7 @@ def as_scalar(name: str, value, like: torch.Tensor, finite: bool = True) -> torc
     if not isinstance(value, torch.Tensor):
         if not isinstance(value, Real):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-        # Filled on the device: a copy from the host would wait for it. Rounded there, too, which
-        # makes what float32 cannot hold infinite.
-        number = _as_float(name, value)
-        value = torch.full((), number, dtype=torch.float64, device=like.device).to(dtype)
+        value = _filled(_as_float(name, value), dtype, like.device)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one value, got shape {tuple(value.shape)}")
     if not value.is_floating_point():
@@ -133,13 +130,22 @@ def as_scalar(name: str, value, like: torch.Tensor, finite: bool = True) -> torc
         raise ValueError(
             f"{name}: expected the features' device, {like.device}, got {value.device}; move it"
         )
-    if finite and not torch.compiler.is_compiling() and value.device.type == "cpu":
-        if not math.isfinite(value.item()):
-            raise ValueError(
-                f"{name}: expected a finite value, got {value.item()}; the training has diverged "
-                "or the parameter was never clamped"
-            )
-    return value.reshape(()).to(dtype)
+    if finite and readable(value) and not math.isfinite(value.item()):
+        raise ValueError(
+            f"{name}: expected a finite value, got {value.item()}; the training has diverged "
+            "or the parameter was never clamped"
+        )
+    # Not even views of what is so already: for a few rows these calls are much of the time.
+    value = value if value.dim() == 0 else value.reshape(())
+    return value if value.dtype == dtype else value.to(dtype)
+
+
+def _filled(number: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # Filled on the device: a copy from the host would wait for it. Rounded there, too, which makes
+    # infinite what float32 cannot hold, and what torch.full would refuse.
+    if abs(number) <= torch.finfo(dtype).max:
+        return torch.full((), number, dtype=dtype, device=device)
+    return torch.full((), number, dtype=torch.float64, device=device).to(dtype)
 
 
 def readable(t: torch.Tensor) -> bool:

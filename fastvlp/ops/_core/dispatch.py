@@ -124,7 +124,11 @@ def _undisputed(op: str, args: tuple, kwargs: dict) -> str | None:
     the reference and none is forced. Asks no other for its reasons."""
     if forced_backend(op) is not None or _instruction_set_fault(args, kwargs) is not None:
         return None
-    for name, why_not in _candidates(op, args, kwargs).items():
+    known = _OPERATORS[op]
+    first = None if known.first is None else known.first(*args, **kwargs)
+    if first is not None and not known.candidates[first](*args, **kwargs):
+        return None if first == "reference" else first
+    for name, why_not in known.candidates.items():
         if not why_not(*args, **kwargs):
             return None if name == "reference" else name
     return None
@@ -172,6 +176,8 @@ def _explain(op: str, *args, **kwargs) -> Explanation:
             reasons[name] = why
         else:
             chosen = name
+    # In the order in which they were declared, whichever was asked first.
+    reasons = {name: reasons[name] for name in _OPERATORS[op].candidates if name in reasons}
     if forced is not None and forced not in candidates:
         reasons[forced] = [f"{op} has no such implementation"]
     return Explanation(op, chosen, reasons)

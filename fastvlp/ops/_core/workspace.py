@@ -28,7 +28,7 @@ class Workspace:
             _keep(found)
             found = None
         self._whole = torch.empty(n, dtype=torch.float32) if found is None else found
-        self.floats = self._whole[:n]
+        self.floats = self._whole if self._whole.numel() == n else self._whole[:n]
 
     def release(self) -> None:
         """Lets the next forward pass have the buffer; `floats` is None from now on."""

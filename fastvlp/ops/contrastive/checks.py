@@ -27,10 +27,12 @@ CANDIDATES: dict[str, Any] = {
 def preferred_backend(
     image_features: torch.Tensor, text_features: torch.Tensor, *_, **__
 ) -> str | None:
-    """The compiled passes for float32 features on a GPU, None for others.
+    """The compiled passes on a CPU, and for float32 features on a GPU; None for others.
 
-    There tensor cores have no part in the GEMM of a tile, and cuBLAS's GEMMs, whose results the
-    compiled passes read, come nearer to what the other units can do than those of Triton's tiles.
+    In float32 a GPU's tensor cores have no part in the GEMM of a tile, and cuBLAS's GEMMs, whose
+    results the compiled passes read, come nearer to what the other units can do than those of
+    Triton's tiles.
     """
-    is_float32 = image_features.dtype == torch.float32
-    return "native" if is_float32 and image_features.device.type == "cuda" else None
+    if image_features.dtype == torch.float32 and image_features.device.type == "cuda":
+        return "native"
+    return backends.native_on_cpu(image_features)

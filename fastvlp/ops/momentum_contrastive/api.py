@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ..._autograd import Function
+from .._core.backends import native_on_cpu
 from .._core.dispatch import choose, register_backends
 from .._core.implement import without_autocast
 from .._core.philox import gumbel, philox
@@ -215,5 +216,6 @@ register_operators()
 register_backends(
     "momentum_contrastive",
     example={"image_features": (2, 8), "text_features": (2, 8)},
+    first=native_on_cpu,
     **CANDIDATES,
 )

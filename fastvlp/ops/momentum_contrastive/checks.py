@@ -123,12 +123,13 @@ def _temperature(value, like: torch.Tensor) -> torch.Tensor:
     t = as_scalar("temperature", value, like)
     if not readable(t):
         return t
-    if t.item() <= 0:
-        raise ValueError(f"temperature: expected a value above 0, got {t.item()}; clamp it")
-    if t.dtype == torch.float32 and not LOWEST_TEMPERATURE <= t.item() <= HIGHEST_TEMPERATURE:
+    number = t.item()
+    if number <= 0:
+        raise ValueError(f"temperature: expected a value above 0, got {number}; clamp it")
+    if t.dtype == torch.float32 and not LOWEST_TEMPERATURE <= number <= HIGHEST_TEMPERATURE:
         raise ValueError(
             f"temperature: expected {LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE}, beyond which "
-            f"logits leave the range of float32, got {t.item()}; clamp it"
+            f"logits leave the range of float32, got {number}; clamp it"
         )
     return t
 

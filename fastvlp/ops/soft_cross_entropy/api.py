@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from ..._autograd import Function
-from .._core.checks import check_tensor, check_workspace
+from .._core.backends import native_on_cpu
+from .._core.checks import check_tensor, check_workspace, readable
 from .._core.dispatch import choose, register_backends
 from .._core.implement import without_autocast
 from .._core.workspace import Workspace
@@ -358,4 +359,9 @@ class _Gradients(Function):
 
 
 register_operators()
-register_backends("soft_cross_entropy", example={"hidden": (2, 8), "weight": (4, 8)}, **CANDIDATES)
+register_backends(
+    "soft_cross_entropy",
+    example={"hidden": (2, 8), "weight": (4, 8)},
+    first=native_on_cpu,
+    **CANDIDATES,
+)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..._autograd import Function
-from .._core.backends import unit_stride
+from .._core.backends import native_on_cpu, unit_stride
 from .._core.checks import check_count, check_tensor, readable
 from .._core.dispatch import choose, register_backends
 from .._core.implement import without_autocast
@@ -253,5 +253,6 @@ register_operators()
 register_backends(
     "word_patch_alignment",
     example={"text_features": (2, 3, 8), "image_features": (2, 4, 8)},
+    first=native_on_cpu,
     **CANDIDATES,
 )
