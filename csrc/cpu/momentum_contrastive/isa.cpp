@@ -13,7 +13,7 @@ using fastvlp::MomentumKernels;
 using fastvlp::MomentumPartial;
 using fastvlp::MomentumProblem;
 
-constexpr int64_t kGrain = 32;  // group rows and key blocks are multiples of it
+constexpr int64_t kGrain = 32;  // key blocks are multiples of it
 
 int64_t padded_dim(const MomentumProblem& p) { return round_up(p.dim, kPanel); }
 // Longer than needed, to spread the rows over the cache sets.
@@ -25,6 +25,24 @@ inline bool is_bfloat16(const MomentumProblem& p) {
   return p.student.element == Element::kBFloat16;
 }
 
+// Whether float32 keys are split for matrix tiles. That takes the same time for any number of rows:
+// for one panel of these it is more than the multiplications of floats take.
+#if defined(__AMX_BF16__)
+bool splits(const MomentumProblem& p, int64_t stacked) {
+  return !is_bfloat16(p) && stacked > kPanel;
+}
+#else
+bool splits(const MomentumProblem&, int64_t) { return false; }
+#endif
+bool splits(const MomentumProblem& p) { return splits(p, p.stacked_rows()); }
+
+// As few as fill panels together with their teachers' rows.
+int64_t group_rows(const MomentumProblem& p) {
+  const int64_t kinds = p.use_teacher ? 2 : 1;
+  const int64_t rows = std::min(p.group_rows, round_up(p.batch, kPanel / kinds));
+  return splits(p, rows * kinds) ? p.group_rows : rows;
+}
+
 // The scratch buffers of one call, in words.
 struct Scratch : ScratchLayout {
   explicit Scratch(const MomentumProblem& p) {
@@ -32,7 +50,7 @@ struct Scratch : ScratchLayout {
     row = take(2 * round_up(p.dim, kGrain));
     tile = take(p.block_keys * tile_stride(p));
 #if defined(__AMX_BF16__)
-    if (!is_bfloat16(p)) {
+    if (splits(p)) {
       const int64_t logits = split_words(p.block_keys, p.dim);
       panels = take(split_words(p.stacked_rows(), p.dim));
       keys = take(std::max(logits, split_words(p.stacked_rows(), p.block_keys)));
@@ -76,15 +94,28 @@ Keys keys_of(const MomentumProblem& p, int64_t block, uint32_t* copy) {
   k.source = k.batch ? p.batch_keys : p.queue;
   k.first = (k.batch ? block : block - p.batch_blocks()) * p.block_keys;
   k.count = k.source.rows - k.first < p.block_keys ? k.source.rows - k.first : p.block_keys;
-  k.padded = round_up(k.count, kGrain);
+  k.padded = round_up(k.count, Gemm::kRows);
   if constexpr (Gemm::kSplit) return k;  // the matmuls split its source
   if (k.count == k.padded) k.words = unpacked_rows<Dot>(k.source, k.first, k.count, p.dim);
   k.stride = k.source.stride / Dot::kPerWord;
   if (k.words != nullptr) return k;
   k.words = copy;
   k.stride = key_words(p);
-  copy_rows<Dot>(k.source, k.first, k.count, p.dim, copy, k.stride, kGrain);
+  copy_rows<Dot>(k.source, k.first, k.count, p.dim, copy, k.stride, Gemm::kRows);
   return k;
+}
+
+// Rows [begin, begin + count) as the columns from `at` on of the B operand of a matmul along dim:
+// panels of [words of dim][kPanel rows]. `row` is scratch for one word row.
+template <class Dot>
+void pack_columns(const Features& m, int64_t begin, int64_t count, int64_t dim, int64_t at,
+                  float* out, uint32_t* row) {
+  const int64_t words = depth_words<Dot>(dim);
+  for (int64_t r = 0; r < count; ++r) {
+    float* column = out + (at + r) / kPanel * words * kPanel + (at + r) % kPanel;
+    word_row<Dot>(m, begin + r, dim, row);
+    for (int64_t k = 0; k < words; ++k) std::memcpy(column + k * kPanel, row + k, 4);
+  }
 }
 
 // The rows of student and teacher as the right operand of the matmul with keys; returns what they
@@ -108,12 +139,11 @@ float pack_rows(const MomentumProblem& p, int64_t first_row, int64_t rows, float
     return factor;
   }
 #endif
-  const int64_t half = p.group_rows * depth_words<Dot>(p.dim);
   uint32_t* row = reinterpret_cast<uint32_t*>(base + s.row);
-  std::memset(base + s.panels, 0, (p.use_teacher ? 2 : 1) * half * 4);
-  pack_transposed<Dot>(p.student, first_row, rows, p.dim, base + s.panels, row);
+  std::memset(base + s.panels, 0, p.stacked_rows() * depth_words<Dot>(p.dim) * 4);
+  pack_columns<Dot>(p.student, first_row, rows, p.dim, 0, base + s.panels, row);
   if (p.use_teacher)
-    pack_transposed<Dot>(p.teacher, first_row, rows, p.dim, base + s.panels + half, row);
+    pack_columns<Dot>(p.teacher, first_row, rows, p.dim, p.group_rows, base + s.panels, row);
   return 1.0f;
 }
 
@@ -172,13 +202,15 @@ void add_split_keys(const MomentumProblem& p, const Keys& k, float* base, const 
 }
 #endif
 
-// sums [stacked rows][padded dim] += the weights that add_tile left times the packed keys.
+// sums [stacked rows][padded dim] += the weights that add_tile left times the packed keys, at least
+// in the first `rows` of students and of teachers.
 template <class Gemm>
 void add_keys(const MomentumProblem& p, const Keys& k, float* base, const Scratch& s, int64_t rows,
               float* sums) {
   using Dot = typename Gemm::Dot;
+  [[maybe_unused]] const int64_t stacked = p.stacked_rows();
 #if defined(__AMX_BF16__)
-  if constexpr (Gemm::kSplit) return add_split_keys(p, k, base, s, rows, sums);
+  if constexpr (Gemm::kSplit) return add_split_keys(p, k, base, s, stacked, sums);
 #endif
   if constexpr (!Gemm::kSplit) {
     const int64_t depth = k.padded / Dot::kPerWord, panels = padded_dim(p) / kPanel;
@@ -187,13 +219,16 @@ void add_keys(const MomentumProblem& p, const Keys& k, float* base, const Scratc
 #if defined(__AMX_BF16__)
     if constexpr (Gemm::kTransposed) {
       uint32_t* weights = reinterpret_cast<uint32_t*>(base + s.weights);
-      transpose_words(found, tile_stride(p), depth, rows, weights, weight_words(p));
-      return Gemm::multiply(weights, weight_words(p), base + s.packed, sums, padded_dim(p), rows,
+      transpose_words(found, tile_stride(p), depth, stacked, weights, weight_words(p));
+      return Gemm::multiply(weights, weight_words(p), base + s.packed, sums, padded_dim(p), stacked,
                             panels, depth, 1.0f, true);
     }
 #endif
-    multiply<Dot, Order::kRowContiguous>(found, tile_stride(p), base + s.packed, sums,
-                                         padded_dim(p), rows, panels, depth, 1.0f, true);
+    for (int64_t at = 0; at < stacked; at += p.group_rows)
+      multiply<Dot, Order::kRowContiguous>(found + at, tile_stride(p), base + s.packed,
+                                           sums + at * padded_dim(p), padded_dim(p),
+                                           round_up(rows, kRegisterRows), panels, depth, 1.0f,
+                                           true);
   }
 }
 
@@ -296,12 +331,14 @@ void accumulate_with(const MomentumProblem& p, int64_t group_index, int64_t begi
     if (p.negatives && k.batch) draw_negatives(p, k, first_row, rows, base + s.tile, out);
     set_apart(p, k, first_row, rows, group, base + s.tile, out);
     add_tile<Dot>(p, k, group, base, s, out);
-    if (p.gradients) add_keys<Gemm>(p, k, base, s, stacked, out.keys);
+    if (p.gradients) add_keys<Gemm>(p, k, base, s, rows, out.keys);
   }
 }
 
 void accumulate(const MomentumProblem& p, int64_t group, int64_t begin, int64_t end, void* scratch,
                 const MomentumPartial& out) {
+  if (!is_bfloat16(p) && !splits(p))
+    return accumulate_with<SimdGemm<FloatDot>>(p, group, begin, end, scratch, out);
   FASTVLP_WITH_GEMM(accumulate_with, is_bfloat16(p))(p, group, begin, end, scratch, out);
 }
 
@@ -310,7 +347,7 @@ void accumulate(const MomentumProblem& p, int64_t group, int64_t begin, int64_t 
 namespace fastvlp {
 
 const MomentumKernels& FASTVLP_JOIN(momentum_kernels_, FASTVLP_ISA)() {
-  static constexpr MomentumKernels table = {scratch_bytes, padded_dim, accumulate};
+  static constexpr MomentumKernels table = {group_rows, scratch_bytes, padded_dim, accumulate};
   return table;
 }
 

@@ -24,7 +24,7 @@ struct MomentumProblem {
   bool negatives;
   uint64_t seed;
   uint32_t stream;     // distinguishes the directions' random numbers
-  int64_t group_rows;  // student rows processed together, a multiple of 32
+  int64_t group_rows;  // student rows processed together
   int64_t block_keys;  // keys processed together, a multiple of 32
 
   int64_t groups() const { return (batch + group_rows - 1) / group_rows; }
@@ -55,6 +55,8 @@ struct MomentumPartial {
 };
 
 struct MomentumKernels {
+  // How many rows to process together, at most as many as the problem has now, a multiple of 32.
+  int64_t (*group_rows)(const MomentumProblem&);
   int64_t (*scratch_bytes)(const MomentumProblem&);  // 64-byte aligned
   int64_t (*padded_dim)(const MomentumProblem&);
   // Adds key blocks [begin, end) to an initialised partial result of one group of rows.

@@ -83,8 +83,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum(
     outputs[side].negatives =
         negatives ? static_cast<int64_t*>(negative[side].mutable_data_ptr()) : nullptr;
   }
-  momentum_contrastive(problems, momentum_kernels(), run_parallel, torch::stable::get_num_threads(),
-                       mix, 0.5, outputs);
+  const MomentumKernels& kernels = momentum_kernels();
+  problems[0].group_rows = problems[1].group_rows = kernels.group_rows(problems[0]);
+  momentum_contrastive(problems, kernels, run_parallel, torch::stable::get_num_threads(), mix, 0.5,
+                       outputs);
   return {
       scalar_tensor(temperature, 0.5 * (outputs[0].loss + outputs[1].loss)),
       gradient[0],

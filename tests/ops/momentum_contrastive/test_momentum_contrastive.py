@@ -60,7 +60,7 @@ def check(step, upstream=1.0):
 
 
 @given(
-    batch=st.sampled_from([1, 2, 31, 32, 33, 70]),
+    batch=st.sampled_from([1, 2, 8, 9, 16, 17, 31, 32, 33, 70]),
     queue=st.sampled_from([0, 1, 31, 32, 100, 301]),
     dim=st.sampled_from([1, 7, 16, 33, 64, 130]),
     dtype=st.sampled_from(DTYPES),
@@ -83,6 +83,9 @@ def test_matches_float64(device, batch, queue, dim, dtype, part, seed, **sampled
 def test_every_instruction_set(monkeypatch, dtype, isa):
     monkeypatch.setenv("FASTVLP_CPU_ISA", isa)
     check(draw(3, 50, 1, dtype, "cpu"))
+    # Whole panels of rows and their teachers, one row more, and none of a teacher.
+    for batch, alpha in ((8, 0.4), (9, 0.4), (16, 0.0), (17, 0.4), (40, 1.0)):
+        check(draw(batch, 70, 33, dtype, "cpu", alpha=alpha, kinds=6))
     check(draw(130, 700, 67, dtype, "cpu", kinds=40, length=650))
     check(draw(64, 3000, 256, dtype, "cpu"))
 
