@@ -20,6 +20,17 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "Tensor positive_gradient, Tensor weights, Tensor kept, int offset, int block_rows, "
       "int block_cols, int keep_blocks, int chunk_rows, int chunk_cols) -> (Tensor, Tensor, "
       "Tensor)");
+  // The loss of the pairs (x_i, y_i) on a CPU, [] fp32: the mean over them, and over the directions
+  // that are asked for (rows, cols: at least one). Then what its gradients need, fp64
+  // [directions + 1, N]: the log-sum-exps of each direction's negatives, and the positives' logits.
+  m.def(
+      "contrastive_loss(Tensor x, Tensor y, Tensor scale, Tensor(a!) kept, bool rows, bool cols, "
+      "int block_rows, int block_cols, int keep_blocks) -> (Tensor, Tensor)");
+  // dx, dy and the derivative with respect to the scale, for `upstream` [] fp32.
+  m.def(
+      "contrastive_loss_gradients(Tensor x, Tensor y, Tensor scale, Tensor statistics, "
+      "Tensor upstream, Tensor kept, bool rows, bool cols, int block_rows, int block_cols, "
+      "int keep_blocks, int chunk_rows, int chunk_cols) -> (Tensor, Tensor, Tensor)");
   // Sigmoid loss times `weight` and, where wanted, its gradients (else empty): loss [], dx [M, D],
   // dy [N, D], derivatives with respect to the scale [] and the bias [].
   m.def(

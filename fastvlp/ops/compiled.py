@@ -14,7 +14,8 @@ from .._tracing import constant_result
 REMEDY = "install a C++20 compiler and run `pip install -e .` again"
 # Those of csrc/schema.cpp: a library without one of them was built from older sources.
 OPERATORS = (
-    "contrastive_statistics", "contrastive_gradients", "contrastive_sigmoid",
+    "contrastive_statistics", "contrastive_gradients", "contrastive_sigmoid", "contrastive_loss",
+    "contrastive_loss_gradients",
     "contrastive_cuda_statistics", "contrastive_cuda_gradient", "contrastive_cuda_sigmoid",
     "cross_attention_forward", "cross_attention_backward", "cuda_kernels_unavailable",
     "release_cpu_buffers", "cpu_instruction_sets", "ema_update", "adamw_ema", "last_exceeding",

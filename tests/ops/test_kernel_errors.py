@@ -18,7 +18,7 @@ CALLS = {
     "adamw_ema": (
         "adamw_ema", lambda: ops.adamw_ema([X], [X + 1], [X + 2], [X + 3], step=1, lr=0.1)
     ),
-    "contrastive": ("contrastive_statistics", lambda: ops.contrastive(X, X, 1.0)),
+    "contrastive": ("contrastive_loss", lambda: ops.contrastive(X, X, 1.0)),
     "cross_attention": (
         "cross_attention_forward", lambda: ops.cross_attention(ROWS, KEYS, KEYS, STARTS)
     ),

@@ -44,21 +44,33 @@ bool is_dense(const Numbers& sizes, const Numbers& strides) {
   return true;
 }
 
+Numbers contiguous_strides(const Numbers& sizes) {
+  Numbers strides(sizes.size());
+  std::exclusive_scan(sizes.rbegin(), sizes.rend(), strides.rbegin(), int64_t{1},
+                      std::multiplies<>());
+  return strides;
+}
+
+Tensor from_torch(const Numbers& sizes, const Numbers& strides, int32_t dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               dtype, aoti_torch_device_type_cpu(), -1, &handle));
+  return Tensor(handle);
+}
+
 Tensor empty_strided(const Tensor& t, const Numbers& sizes, const Numbers& strides) {
   const int64_t dims = static_cast<int64_t>(sizes.size());
   const int64_t elements =
       std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());
   const int64_t bytes = elements * static_cast<int64_t>(t.element_size());
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  AtenTensorHandle handle;
+  const int32_t dtype = dtype_of(t);
   if (torch_from_blob == nullptr || bytes < kLargeBytes) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        dims, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), -1, &handle));
-    Tensor out(handle);
+    Tensor out = from_torch(sizes, strides, dtype);
     advise_huge_pages(out.mutable_data_ptr(), bytes);
     return out;
   }
+  AtenTensorHandle handle;
   Buffer buffer = allocate_floats((bytes + 3) / 4);
   auto* context = new BufferDeleter(buffer.get_deleter());
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
@@ -70,13 +82,26 @@ Tensor empty_strided(const Tensor& t, const Numbers& sizes, const Numbers& strid
 
 }  // namespace
 
+Tensor empty_tensor(const std::vector<int64_t>& sizes, int32_t dtype) {
+  return from_torch(sizes, contiguous_strides(sizes), dtype);
+}
+
+int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+Tensor scalar_tensor(double value) {
+  Tensor t = empty_tensor({}, aoti_torch_dtype_float32());
+  *static_cast<float*>(t.mutable_data_ptr()) = static_cast<float>(value);
+  return t;
+}
+
 Tensor empty_output(const Tensor& t) { return empty_output(t, sizes_of(t)); }
 
 Tensor empty_output(const Tensor& t, const std::vector<int64_t>& sizes) {
-  Numbers strides(sizes.size());
-  std::exclusive_scan(sizes.rbegin(), sizes.rend(), strides.rbegin(), int64_t{1},
-                      std::multiplies<>());
-  return empty_strided(t, sizes, strides);
+  return empty_strided(t, sizes, contiguous_strides(sizes));
 }
 
 Tensor empty_gradient(const Tensor& t) {

@@ -1,4 +1,4 @@
-// Arguments and results of the CPU operators: tensors in the kernels' terms, checked.
+// Arguments of the CPU operators: tensors in the kernels' terms, checked.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -58,12 +58,6 @@ inline float* mutable_floats_of(Tensor& t) { return static_cast<float*>(t.mutabl
 
 inline void run_parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
   torch::stable::parallel_for(0, n, 1, body);
-}
-
-inline Tensor scalar_tensor(const Tensor& like, double value) {
-  Tensor t = torch::stable::new_empty(like, {}, ScalarType::Float);
-  *mutable_floats_of(t) = static_cast<float>(value);
-  return t;
 }
 
 }  // namespace fastvlp

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <vector>
 
 #include "../core/isa.h"
+#include "../core/outputs.h"
 #include "../core/tensor_args.h"
 #include "driver.h"
 
@@ -56,10 +58,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum(
   const Tensor* students[2] = {&image, &text};
   const Tensor* teachers[2] = {&image_momentum, &text_momentum};
   const Tensor* queues[2] = {&image_queue, &text_queue};
-  Tensor negative[2] = {torch::stable::new_empty(image, {negatives ? batch : 0}, ScalarType::Long),
-                        torch::stable::new_empty(image, {negatives ? batch : 0}, ScalarType::Long)};
-  Tensor gradient[2] = {torch::stable::new_empty(image, {gradients ? batch : 0, dim}),
-                        torch::stable::new_empty(text, {gradients ? batch : 0, dim})};
+  const std::vector<int64_t> sampled = {negatives ? batch : 0}, kept = {gradients ? batch : 0, dim};
+  Tensor negative[2] = {empty_tensor(sampled, aoti_torch_dtype_int64()),
+                        empty_tensor(sampled, aoti_torch_dtype_int64())};
+  Tensor gradient[2] = {empty_tensor(kept, dtype_of(image)), empty_tensor(kept, dtype_of(text))};
   MomentumOutput outputs[2] = {};
   for (int side = 0; side < 2; ++side) {
     MomentumProblem& q = problems[side];
@@ -88,10 +90,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum(
   momentum_contrastive(problems, kernels, run_parallel, torch::stable::get_num_threads(), mix, 0.5,
                        outputs);
   return {
-      scalar_tensor(temperature, 0.5 * (outputs[0].loss + outputs[1].loss)),
+      scalar_tensor(0.5 * (outputs[0].loss + outputs[1].loss)),
       gradient[0],
       gradient[1],
-      scalar_tensor(temperature, outputs[0].temperature_gradient + outputs[1].temperature_gradient),
+      scalar_tensor(outputs[0].temperature_gradient + outputs[1].temperature_gradient),
       negative[0],
       negative[1]};
 }

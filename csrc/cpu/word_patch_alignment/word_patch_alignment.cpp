@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "../core/isa.h"
 #include "../core/outputs.h"
@@ -76,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> word_patch_alignment(const Tensor& x,
   left.padding = bools_of(x_padding, left.pairs * left.rows, "x_padding");
   right.padding = bools_of(y_padding, left.pairs * right.rows, "y_padding");
   STD_TORCH_CHECK(iterations > 0 && inner > 0, "iterations and inner: expected at least 1");
-  auto empty = [&](torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-    return torch::stable::new_empty(x, sizes, ScalarType::Float);
+  auto empty = [](const std::vector<int64_t>& sizes) {
+    return empty_tensor(sizes, aoti_torch_dtype_float32());
   };
   Tensor distance = empty({left.pairs});
   Tensor plan = empty({left.pairs, left.rows, right.rows});

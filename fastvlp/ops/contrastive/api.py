@@ -1,21 +1,21 @@
 """The symmetric contrastive loss of CLIP (InfoNCE) without the N x N matrix."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 
-from ..._autograd import Function
 from ...distributed import reporting, spans_ranks
 from .._core.backends import unit_stride
 from .._core.checks import as_scalar, check_features, check_workspace, local
 from .._core.dispatch import choose, explain, register_backends
 from .._core.implement import without_autocast
-from .._core.saved_gradients import once_differentiable, wants_gradients
-from .._core.workspace import Workspace
+from .._core.saved_gradients import wants_gradients
+from .autograd import softmax_loss
 from .checks import CANDIDATES, preferred_backend
 from .gather import COMM_DTYPES, SCHEDULES
 from .group import DIRECTIONS, Distributed
-from .pairs import log_sum_exp, pair_losses, positive_gradient
-from .plan import plan_for
+from .pairs import pair_losses
 from .register import register_operators
 
 
@@ -103,7 +103,7 @@ def contrastive(
         (torch.Size([]), torch.Size([8, 16]))
     """
     distributed = spans_ranks(group)
-    with reporting(group, "contrastive"):
+    with reporting(group, "contrastive") if distributed else nullcontext():
         image_features = local("image_features", image_features)
         text_features = local("text_features", text_features)
         check_features(image_features, text_features)
@@ -128,7 +128,7 @@ def contrastive(
             image_features, text_features, scale, bias, direction=direction
         )
     else:
-        loss = _contrastive(*features, scale, direction, workspace_bytes)
+        loss = softmax_loss(*features, scale, direction, workspace_bytes)
     return loss if bias is None else loss + 0.0 * bias
 
 
@@ -164,67 +164,6 @@ def contrastive_reference(
     }
     sums["both"] = (sums["image_to_text"] + sums["text_to_image"]) / 2
     return sums[direction] / max(len(logits), 1)
-
-
-def _contrastive(x, y, scale, direction, workspace_bytes) -> torch.Tensor:
-    plan = plan_for(x, len(x), workspace_bytes, wants_gradients(x, y, scale))
-    # The compiler plans memory itself, and on a GPU nothing is kept.
-    has_workspace = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    workspace = Workspace(plan.kept_floats(len(x))) if has_workspace else None
-    return _Contrastive.apply(x, y, scale, direction, plan, workspace)[0]
-
-
-class _Contrastive(Function):
-    """The loss, and what backward needs besides the inputs and the workspace."""
-
-    @staticmethod
-    def forward(x, y, scale, direction, plan, workspace):
-        rows, cols = direction != "text_to_image", direction != "image_to_text"
-        if workspace is None:
-            kept = scale.new_empty(plan.kept_floats(x.shape[0]))
-        else:
-            kept = workspace.floats
-        *negatives, positive = torch.ops.fastvlp.contrastive_statistics(
-            x, y, scale, kept, 0, rows, cols, plan.block_rows, plan.block_cols, plan.keep_blocks
-        )
-        losses = [
-            pair_losses(lse, positive).mean()
-            for lse, on in zip(negatives, (rows, cols), strict=True)
-            if on
-        ]
-        loss = sum(losses) / len(losses)
-        return loss, *negatives, positive, *(() if workspace is not None else (kept,))
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        x, y, scale, _, ctx.plan, ctx.workspace = inputs
-        _, *saved = outputs
-        ctx.mark_non_differentiable(*saved)
-        ctx.set_materialize_grads(False)  # of the other outputs: zeros as large as they are
-        ctx.save_for_backward(x, y, scale, *saved)
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 6
-        x, y, scale, row_negatives, col_negatives, positive, *kept = ctx.saved_tensors
-        n, plan = x.shape[0], ctx.plan
-        keep_blocks = plan.keep_blocks
-        if ctx.workspace is not None:
-            kept = [ctx.workspace.floats]
-        if kept[0] is None:  # a second backward pass: the first one released the tiles
-            kept, keep_blocks = [scale.new_empty(0)], 0
-        share = grad / (n * ((row_negatives.numel() > 0) + (col_negatives.numel() > 0)))
-        dx, dy, dscale = once_differentiable(
-            torch.ops.fastvlp.contrastive_gradients, x, y, scale,
-            log_sum_exp(row_negatives, positive), log_sum_exp(col_negatives, positive),
-            positive_gradient(row_negatives, col_negatives, positive, share),
-            torch.stack((share, share)), kept[0], 0, plan.block_rows,
-            plan.block_cols, keep_blocks, plan.chunk_rows, plan.chunk_cols,
-        )  # fmt: skip
-        if ctx.workspace is not None:
-            ctx.workspace.release()
-        return dx, dy, dscale, None, None, None
 
 
 register_operators()

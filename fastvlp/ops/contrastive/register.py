@@ -26,6 +26,11 @@ def _gradients_fake(x, y, scale, *_):
     return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty((), dtype=torch.float32)
 
 
+def _loss_fake(x, y, scale, kept, rows, cols, *_):
+    statistics = scale.new_empty((rows + cols + 1, x.shape[0]), dtype=torch.float64)
+    return scale.new_empty((), dtype=torch.float32), statistics
+
+
 def _sigmoid_fake(x, y, scale, bias, weight, offset, gradients, *_):
     def scalar():
         return scale.new_empty((), dtype=torch.float32)
@@ -141,6 +146,9 @@ def register_operators() -> None:
         implement(name, _on_cuda(op, triton, native), "CUDA")
         if name != "contrastive_statistics":  # called by autograd functions only, never through
             torch.library.register_autograd(f"fastvlp::{name}", _no_second_derivative)
+    # The loss of one process on a CPU, which needs nothing between the passes of these two.
+    torch.library.register_fake("fastvlp::contrastive_loss", _loss_fake)
+    torch.library.register_fake("fastvlp::contrastive_loss_gradients", _gradients_fake)
     # The compiled passes only write into arguments.
     for name in ("statistics", "gradient", "sigmoid"):
         torch.library.register_fake(f"fastvlp::contrastive_cuda_{name}", lambda *_: None)

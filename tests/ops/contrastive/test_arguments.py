@@ -92,6 +92,29 @@ def test_opcheck(device, dtype):
     torch.library.opcheck(ops.contrastive_sigmoid, sigmoid)
 
 
+@pytest.mark.parametrize("directions", [(True, True), (True, False), (False, True)])
+def test_opcheck_of_the_loss_of_one_process(directions):
+    ops = torch.ops.fastvlp
+    x, y = features(70, 24, torch.float32, "cpu")
+    scale, kept = torch.tensor(5.0), torch.zeros(3 * 32 * (64 + 16))
+    loss = (x, y, scale, kept, *directions, 64, 32, 1)
+    _, statistics = ops.contrastive_loss(*loss)
+    gradients = (x, y, scale, statistics, torch.tensor(0.3), kept, *directions, 64, 32, 1, 1, 2)
+    torch.library.opcheck(ops.contrastive_loss, loss)
+    torch.library.opcheck(ops.contrastive_loss_gradients, gradients)
+
+
+def test_the_loss_of_one_process_refuses_what_makes_no_pairs():
+    x, y = features(70, 24, torch.float32, "cpu")
+    call, kept = torch.ops.fastvlp.contrastive_loss, torch.empty(0)
+    with pytest.raises(RuntimeError, match="same number of rows"):
+        call(x, y[:60], torch.tensor(5.0), kept, True, True, 64, 32, 0)
+    with pytest.raises(RuntimeError, match="same number of rows, at least one"):
+        call(x[:0], y[:0], torch.tensor(5.0), kept, True, True, 64, 32, 0)
+    with pytest.raises(RuntimeError, match="a direction that has a loss"):
+        call(x, y, torch.tensor(5.0), kept, False, False, 64, 32, 0)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_number_beyond_float64_is_refused(loss):
     image, text = features(4, 8, torch.float32, "cpu")
