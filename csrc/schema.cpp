@@ -133,6 +133,11 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
       "()");
   // weights [M] fp32 times matrix [M, V] (fp32 or bf16): [V] fp32.
   m.def("soft_cross_entropy_column_sums(Tensor matrix, Tensor weights) -> Tensor");
+  // factor times gradient [M, V] (fp32 or bf16) transposed times hidden [M, D], of up to 32 rows
+  // (none: zeros), as [V, D] in the dtype of `like`.
+  m.def(
+      "soft_cross_entropy_weight_gradient(Tensor gradient, Tensor hidden, Tensor like, "
+      "float factor) -> Tensor");
   // x [B, Lx, D] and y [B, Ly, D], padding masks [B, Lx] and [B, Ly] (true: left out). Returns the
   // distances [B], the plans [B, Lx, Ly] and what the gradients need of each row of x and of y:
   // [2, B, Lx] and [2, B, Ly], the factor that normalises it (0: padding) and its share, the sum

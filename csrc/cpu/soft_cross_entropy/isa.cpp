@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "../core/isa_name.h"
+#include "../core/nontemporal_store.h"
 #include "../core/simd.h"
 
 namespace {
@@ -17,6 +18,7 @@ namespace {
 using fastvlp::Element;
 using fastvlp::Logits;
 using fastvlp::SoftCrossEntropyRows;
+using fastvlp::WeightGradient;
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
@@ -317,12 +319,56 @@ void column_sums(const Logits& m, int64_t rows, const float* weights, int64_t be
     column_sums_of<BFloat16>(m, rows, weights, begin, end, sums);
 }
 
+// Two rows of the vocabulary at a time, which share the loads of the hidden states.
+template <class T>
+void weight_gradient_pair(const WeightGradient& p, int64_t first, int64_t count, float* out) {
+  constexpr int kVectors = 4;
+  static_assert(fastvlp::kHiddenGrain % (kVectors * kLanes) == 0);
+  float weights[fastvlp::kFewRows][2];
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const auto* in = static_cast<const typename T::type*>(p.gradient.data) + i * p.gradient.stride;
+    weights[i][0] = T::get(in + first);
+    weights[i][1] = count > 1 ? T::get(in + first + 1) : 0.0f;
+  }
+  for (int64_t d = 0; d < p.stride; d += kVectors * kLanes) {
+    Vec sums[2][kVectors] = {};
+    for (int64_t i = 0; i < p.rows; ++i)
+      for (int k = 0; k < kVectors; ++k) {
+        const Vec hidden = load(p.hidden + i * p.stride + d + k * kLanes);
+        for (int r = 0; r < 2; ++r) sums[r][k] = sums[r][k] + hidden * weights[i][r];
+      }
+    for (int r = 0; r < 2; ++r)
+      for (int k = 0; k < kVectors; ++k)
+        store(out + r * p.stride + d + k * kLanes, sums[r][k] * p.factor);
+  }
+}
+
+void weight_gradient(const WeightGradient& p, int64_t begin, int64_t end, float* scratch) {
+  const bool is_float = p.gradient.element == Element::kFloat32;
+  auto* pair = is_float ? weight_gradient_pair<Float32> : weight_gradient_pair<BFloat16>;
+  const int64_t row_bytes = p.width * bytes_of(p.element);
+  for (int64_t v = begin; v < end; v += 2) {
+    const int64_t count = std::min<int64_t>(2, end - v);
+    pair(p, v, count, scratch);
+    for (int64_t r = 0; r < count; ++r) {
+      const float* found = scratch + r * p.stride;
+      char* out = static_cast<char*>(p.out) + (v + r) * row_bytes;
+      if (p.is_large && p.element == Element::kFloat32)
+        stream_bytes(out, found, row_bytes);
+      else
+        from_floats(found, p.width, p.element, out);
+    }
+  }
+  finish_streams();
+}
+
 }  // namespace
 
 namespace fastvlp {
 
 const SoftCrossEntropyKernels& FASTVLP_JOIN(soft_cross_entropy_kernels_, FASTVLP_ISA)() {
-  static constexpr SoftCrossEntropyKernels table = {scratch_floats, rows, column_sums};
+  static constexpr SoftCrossEntropyKernels table = {scratch_floats, rows, column_sums,
+                                                     weight_gradient};
   return table;
 }
 

@@ -10,8 +10,16 @@ from .._core.dispatch import choose, register_backends
 from .._core.implement import without_autocast
 from .._core.workspace import Workspace
 from ..autocast import as_autocast
-from .checks import CANDIDATES, check_head, check_labels_tensor, check_teacher
-from .register import check_labels, kept_floats, plan_for, register_operators
+from . import matmuls
+from .checks import (
+    CANDIDATES,
+    are_words,
+    check_head,
+    check_labels,
+    check_labels_tensor,
+    check_teacher,
+)
+from .register import kept_floats, plan_for, register_operators
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -57,8 +65,9 @@ def soft_cross_entropy(
 
     Precision: softmax, sums and losses are float32 or better. float32 inputs have float32 matmuls.
     On a CPU bfloat16 inputs have bfloat16 matmuls with float32 sums where the CPU has them, and
-    logits rounded to bfloat16 as `F.linear` rounds them; else, and for float16, matmuls are
-    float32. On a GPU half precision matmuls give float32 logits.
+    logits rounded to bfloat16 as `F.linear` rounds them; else, for float16, and for up to 32 rows
+    against float32 weights, matmuls are float32. On a GPU half precision matmuls give float32
+    logits.
 
     Args:
         hidden: [.., D], float32, bfloat16 or float16 (float64 through the reference). Under
@@ -112,23 +121,33 @@ def soft_cross_entropy(
         None if t is None else t.detach() for t in (teacher_hidden, teacher_weight, teacher_bias)
     ]
     backend = choose("soft_cross_entropy", hidden, weight)
-    if not torch.compiler.is_compiling():
-        check_labels(labels, weight.shape[0], ignore_index)
+    vocabulary = weight.shape[0]
+    # One look at the labels in place of several: most callers have chosen the labelled rows.
+    can_look = readable(labels) and labels.numel() > 0 and not 0 <= ignore_index < vocabulary
+    is_whole = can_look and are_words(labels, vocabulary)
+    if not is_whole and not torch.compiler.is_compiling():
+        check_labels(labels, vocabulary, ignore_index)
     if backend == "reference":
         return without_autocast(soft_cross_entropy_reference)(
             hidden, weight, bias, labels, teacher_hidden=teacher_hidden,
             teacher_weight=teacher_weight, teacher_bias=teacher_bias, alpha=alpha,
             ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
-    rows = _labelled_rows(labels, ignore_index, max_rows)
-    losses, count = _row_losses(
-        hidden, weight, bias, labels, teacher, alpha, ignore_index, rows, workspace_bytes,
+    if is_whole and max_rows is None:
+        rows = None
+    else:
+        rows = _labelled_rows(labels, ignore_index, max_rows)
+    chosen = labels.reshape(-1) if rows is None else _take_labels(labels, rows, ignore_index)
+    losses = _row_losses(
+        hidden, weight, bias, chosen.long(), teacher, alpha, ignore_index, rows, workspace_bytes,
         is_uniform=reduction != "none",
     )  # fmt: skip
     if reduction == "sum":
         return losses.sum()
     if reduction == "mean":
-        return losses.sum() / count
+        if max_rows is None and not torch.compiler.is_compiling():  # all of these are labelled
+            return losses.sum() / max(1, len(chosen))
+        return losses.sum() / (chosen != ignore_index).sum().clamp(min=1)
     if rows is not None:
         losses = losses.new_zeros(labels.numel()).index_put((rows,), losses)
     return losses.reshape(labels.shape)
@@ -146,25 +165,22 @@ def _check_options(ignore_index, max_rows, reduction):
 def _row_losses(
     hidden, weight, bias, labels, teacher, alpha, ignore_index, rows, workspace_bytes, is_uniform
 ):  # fmt: skip
-    """Losses of the chosen rows (None: of all), and how many of them are labelled.
+    """Losses of the chosen rows (None: of all), which have these labels.
 
     `is_uniform`: the caller gives every loss the same weight.
     """
-    if rows is None:
-        labels = labels.reshape(-1)
-    else:
-        labels = _take_labels(labels, rows, ignore_index)
-    labels = labels.long()
     hidden, teacher_hidden = (None if t is None else _take(t, rows) for t in (hidden, teacher[0]))
+    hidden = matmuls.in_few_rows(hidden, weight)
+    if teacher_hidden is not None:
+        teacher_hidden = matmuls.in_few_rows(teacher_hidden, teacher[1])
     if not isinstance(alpha, torch.Tensor):
         alpha = torch.full((), float(alpha), device=hidden.device)
-    losses = _SoftCrossEntropy.apply(
+    return _SoftCrossEntropy.apply(
         hidden, weight, None if bias is None else bias.float(), labels, teacher_hidden,
         teacher[1], None if teacher[2] is None else teacher[2].float(),
         alpha.detach().reshape(()).float(), ignore_index, workspace_bytes,
         torch.is_grad_enabled(), is_uniform,
     )  # fmt: skip
-    return losses, (labels != ignore_index).sum().clamp(min=1)
 
 
 def select_rows(
@@ -304,13 +320,14 @@ class _SoftCrossEntropy(Function):
         ctx.made = None
         needed = ctx.needs_input_grad[:3]
         if ctx.is_early and made is not None:
-            gradients = _ScaledGradients.apply(grad, *inputs[:3], made)
+            gradients = _in_backward(_ScaledGradients, grad, *inputs[:3], made)
         else:
             # In a second backward pass derivatives are made again: they went with the first one.
             kept = grad.new_empty(ctx.plan.group_floats) if made is None else made[0]
-            gradients = _Gradients.apply(
-                grad, *inputs, ctx.ignore_index, kept, made is not None, ctx.plan, needed
-            )
+            gradients = _in_backward(
+                _Gradients, grad, *inputs, ctx.ignore_index, kept, made is not None, ctx.plan,
+                needed,
+            )  # fmt: skip
         if ctx.workspace is not None:
             ctx.workspace.release()
         found = (g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
@@ -322,6 +339,13 @@ _NO_SECOND_DERIVATIVE = (
     "soft_cross_entropy has no second derivative; for one, call soft_cross_entropy_reference, "
     "which plain autograd differentiates twice"
 )
+
+
+def _in_backward(function: type[Function], *arguments):
+    """function.apply(*arguments), at less cost where nobody can ask for a derivative of it."""
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(None, *arguments)
 
 
 class _ScaledGradients(Function):
@@ -349,7 +373,7 @@ class _Gradients(Function):
     def forward(ctx, grad, *arguments):
         *inputs, kept, is_kept, plan, needed = arguments
         return torch.ops.fastvlp.soft_cross_entropy_gradients(
-            *inputs, grad.contiguous(), kept, is_kept, plan.group_rows, plan.chunk_rows,
+            *inputs, grad, kept, is_kept, plan.group_rows, plan.chunk_rows,
             list(needed),
         )  # fmt: skip
 

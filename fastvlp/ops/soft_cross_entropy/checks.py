@@ -77,6 +77,26 @@ def check_labels_tensor(labels, hidden: torch.Tensor) -> None:
         )
 
 
+def are_words(labels: torch.Tensor, cols: int) -> bool:
+    """Whether all labels, at least one on a CPU, are from 0 to `cols` - 1."""
+    low, high = torch.aminmax(labels)
+    return low.item() >= 0 and high.item() < cols
+
+
+def check_labels(labels: torch.Tensor, cols: int, ignore_index: int) -> None:
+    """Raises ValueError naming the first bad label; on a GPU its loss becomes NaN instead."""
+    if labels.device.type != "cpu" or not labels.numel() or are_words(labels, cols):
+        return
+    bad = ((labels < 0) | (labels >= cols)) & (labels != ignore_index)
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        at = ", ".join(map(str, where))
+        raise ValueError(
+            f"labels: expected 0 to {cols - 1} or ignore_index {ignore_index}, got "
+            f"{labels[tuple(where)].item()} at [{at}]"
+        )
+
+
 def check_teacher(hidden, teacher_hidden, teacher_weight, teacher_bias, alpha, vocabulary) -> None:
     """Raises unless the teacher is whole and fits the student, or is absent with alpha 0."""
     if not isinstance(alpha, torch.Tensor):

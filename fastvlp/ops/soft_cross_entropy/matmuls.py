@@ -16,6 +16,9 @@ from ..matmul.api import one_unit_stride, runs_natively
 _BLOCK, _CONVERTED_BLOCK = 4096, 2048
 # Rows of hidden states in one bfloat16 matmul with all of the vocabulary (bench/NOTES.md).
 _LOW_ROWS = 512
+# So few rows make matmuls that do little else than read or write the vocabulary, for which a kernel
+# is faster (kFewRows of csrc/cpu/soft_cross_entropy/kernel.h) and conversions take longest.
+FEW_ROWS = 32
 # Sums over rows that make up a gradient with respect to the bias on a GPU.
 _SUMS = 16
 # Row starts of the logits are multiples of this many bytes.
@@ -42,6 +45,13 @@ def logits_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float32 if on_gpu(x) else matmul_dtype(x)
 
 
+def in_few_rows(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`hidden` [M, D] in the dtype of weights that would take longer to convert than to read."""
+    if on_gpu(hidden) or hidden.dtype.itemsize >= weight.dtype.itemsize:
+        return hidden
+    return hidden.to(weight.dtype) if hidden.shape[0] <= FEW_ROWS else hidden
+
+
 @constant_result
 def _multiplies_bf16() -> bool:
     return torch.ops.fastvlp.cpu_instruction_set() in ("avx512_bf16", "amx")
@@ -56,10 +66,12 @@ def row_length(cols: int, dtype: torch.dtype) -> int:
 def matrix(storage: torch.Tensor, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
     """[rows, cols] with aligned rows, over the beginning of contiguous float32 storage."""
     length = row_length(cols, dtype)
-    whole = storage.view(dtype)[: rows * length].view(rows, length)
-    # A bfloat16 matmul along an odd number of columns reads one more and multiplies it by 0.
-    whole[:, cols:].zero_()
-    return whole[:, :cols]
+    values = storage if dtype == storage.dtype else storage.view(dtype)
+    start, strides = values.storage_offset(), (length, 1)
+    if dtype != torch.float32 and cols < length:
+        # A bfloat16 matmul along an odd number of columns reads one more and multiplies it by 0.
+        values.as_strided((rows, length - cols), strides, start + cols).zero_()
+    return values.as_strided((rows, cols), strides, start)
 
 
 def logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
@@ -70,6 +82,9 @@ def logits(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Non
         return
     hidden = hidden.to(out.dtype)
     step = _BLOCK if weight.dtype == out.dtype else _CONVERTED_BLOCK
+    if len(weight) <= step or (weight.dtype == out.dtype and len(hidden) <= FEW_ROWS):
+        _multiply(hidden, weight.to(out.dtype).T, out, 1.0, False)
+        return
     for block in _slices(len(weight), step):
         _multiply(hidden, weight[block].to(out.dtype).T, out[:, block], 1.0, False)
 
@@ -114,10 +129,14 @@ def weight_gradient(
     hidden = hidden.to(gradient.dtype)
     first = total is None
     if first:
-        total = hidden.new_empty(gradient.shape[1], hidden.shape[1], dtype=dtype)
+        # Zeros at least: fresh pages are cheaper to touch in order than in the midst of a matmul.
+        few = slice(FEW_ROWS if len(gradient) <= FEW_ROWS else 0)
+        total = torch.ops.fastvlp.soft_cross_entropy_weight_gradient(
+            gradient[few], hidden[few], hidden.new_empty(0, dtype=dtype), factor
+        )
+        if len(gradient) <= FEW_ROWS:
+            return total
     if total.dtype == gradient.dtype:
-        if first:  # fresh pages are cheaper to touch in order than in the midst of the matmul
-            total.zero_()
         _multiply(gradient.T, hidden, total, factor, not first)
         return total
     for block in _slices(len(total), _CONVERTED_BLOCK // 2):  # memory is at its highest here

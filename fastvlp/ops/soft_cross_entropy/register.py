@@ -20,6 +20,7 @@ from .._core.gpu_plan import TILE, even_chunks, l2_bytes, rows_within
 from .._core.implement import implement
 from .._core.workspace import Workspace
 from . import matmuls
+from .checks import check_labels
 
 # On a CPU. Keeps 824 rows of a vocabulary of 30,522 in float32, 1,648 in half precision.
 DEFAULT_WORKSPACE_BYTES = 96 << 20
@@ -122,6 +123,10 @@ class Problem:
     ignore_index: int
     chunk_rows: int
 
+    def check_labels(self) -> None:
+        """Raises ValueError, on a CPU, where one is neither a word nor ignore_index."""
+        check_labels(self.labels, len(self.student.weight), self.ignore_index)
+
     def write_losses(
         self,
         rows: slice,
@@ -141,30 +146,31 @@ class Problem:
         own = None if in_place else _scratch(self.student, chunk, cols)
         other = None if self.teacher is None else _scratch(self.teacher, chunk, cols)
         if in_place:
-            matmuls.logits(self.student.hidden[rows], self.student.weight_for_matmul, storage)
+            matmuls.logits(_of(self.student.hidden, rows), self.student.weight_for_matmul, storage)
         for start in range(rows.start, rows.stop, self.chunk_rows):
             part = slice(start, min(rows.stop, start + self.chunk_rows))
-            stored = None if storage is None else storage[start - rows.start :][: _len(part)]
+            local = slice(start - rows.start, part.stop - rows.start)
+            stored = None if storage is None else _of(storage, local)
             if in_place:
                 logits = stored
             else:
                 logits = own[: _len(part)]
-                matmuls.logits(self.student.hidden[part], self.student.weight_for_matmul, logits)
-            self._pass(part, logits, other, losses[part], stored if has_gradient else None)
+                hidden = _of(self.student.hidden, part)
+                matmuls.logits(hidden, self.student.weight_for_matmul, logits)
+            self._pass(part, logits, other, _of(losses, part), stored if has_gradient else None)
 
     def _pass(self, part, logits, teacher_logits, losses, gradient):
         none = logits.new_empty(0, 0)
         if self.teacher is not None:
             teacher_logits = teacher_logits[: _len(part)]
-            matmuls.logits(
-                self.teacher.hidden[part], self.teacher.weight_for_matmul, teacher_logits
-            )
+            hidden = _of(self.teacher.hidden, part)
+            matmuls.logits(hidden, self.teacher.weight_for_matmul, teacher_logits)
         _pass(logits)(
             logits,
             _bias(self.student),
             none if self.teacher is None else teacher_logits,
             _bias(self.teacher or self.student),
-            self.labels[part],
+            _of(self.labels, part),
             self.alpha,
             self.ignore_index,
             losses,
@@ -174,6 +180,11 @@ class Problem:
 
 def _len(rows: slice) -> int:
     return rows.stop - rows.start
+
+
+def _of(t: torch.Tensor, rows: slice) -> torch.Tensor:
+    """t[rows], and no view where these are all of its rows."""
+    return t if _len(rows) == t.shape[0] else t[rows]
 
 
 def _scratch(head: Head, rows: int, cols: int) -> torch.Tensor:
@@ -201,27 +212,13 @@ def _problem(
     teacher = None
     if teacher_hidden is not None:
         teacher = Head(teacher_hidden, teacher_weight, teacher_bias)
-    check_labels(labels, len(weight), ignore_index)
     return Problem(Head(hidden, weight, bias), teacher, labels, alpha, ignore_index, chunk_rows)
-
-
-def check_labels(labels: torch.Tensor, cols: int, ignore_index: int) -> None:
-    """Raises ValueError naming the first bad label; on a GPU its loss becomes NaN instead."""
-    if labels.device.type != "cpu":
-        return
-    bad = ((labels < 0) | (labels >= cols)) & (labels != ignore_index)
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        at = ", ".join(map(str, where))
-        raise ValueError(
-            f"labels: expected 0 to {cols - 1} or ignore_index {ignore_index}, got "
-            f"{labels[tuple(where)].item()} at [{at}]"
-        )
 
 
 def _losses(*arguments):
     *inputs, kept, group_rows, chunk_rows, has_gradient, is_uniform = arguments
     problem = _problem(*inputs, chunk_rows)
+    problem.check_labels()
     hidden = problem.student.hidden
     losses = hidden.new_empty(len(hidden), dtype=_SINGLE)
     for part in _groups(len(hidden), group_rows):
@@ -252,12 +249,14 @@ def _gradients(hidden, weight, *arguments):
     if rows == 0:
         return tuple(t.zero_() for t in _empty_gradients(hidden, weight, needed))
     problem = _problem(hidden, weight, *inputs, chunk_rows)
+    if not is_kept or group_rows < rows:  # else nothing looks at the labels any more
+        problem.check_labels()
     sums = _Sums(problem, needed, hidden.dtype, weight.dtype if group_rows >= rows else _SINGLE)
     for part in _groups(rows, group_rows):
         gradient = _kept_gradient(problem, kept, _len(part))
         if part.start > 0 or not is_kept:
             problem.write_losses(part, hidden.new_empty(rows, dtype=_SINGLE), gradient, True)
-        sums.add(part, gradient, row_weights[part])
+        sums.add(part, gradient, _of(row_weights, part))
     d_hidden, d_weight, d_bias = sums.gradients()
     return d_hidden, d_weight.to(weight.dtype), d_bias
 
@@ -266,6 +265,7 @@ def _losses_and_gradients(hidden, weight, *arguments):
     *inputs, group_rows, chunk_rows, needed = arguments
     rows = len(hidden)
     problem = _problem(hidden, weight, *inputs, chunk_rows)
+    problem.check_labels()
     losses = hidden.new_empty(rows, dtype=_SINGLE)
     # float32, since the weight upstream is still to come: it may well be the scale of half
     # precision gradients.
@@ -277,7 +277,7 @@ def _losses_and_gradients(hidden, weight, *arguments):
     for part in _groups(rows, group_rows):
         gradient = _kept_gradient(problem, storage, _len(part))
         problem.write_losses(part, losses, gradient, True)
-        sums.add(part, gradient, losses.new_ones(_len(part)))
+        sums.add(part, gradient, losses.new_ones(()).expand(_len(part)))
     return losses, *sums.gradients()
 
 
@@ -303,7 +303,7 @@ class _Sums:
             found = matmuls.hidden_gradient(gradient, student.weight_for_matmul, factor)
             self._d_hidden.append(_scaled(found, relative, self._hidden_dtype))
         if self._needed[1]:
-            own = _scaled(student.hidden[part], relative, student.hidden.dtype)
+            own = _scaled(_of(student.hidden, part), relative, student.hidden.dtype)
             self._d_weight = matmuls.weight_gradient(
                 gradient, own, factor, self._weight_dtype, self._d_weight
             )
@@ -314,10 +314,15 @@ class _Sums:
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What has been added up; [0] where it is not needed."""
         student = self._problem.student
+        found = _joined(self._d_hidden), self._d_weight, self._d_bias
+        if all(f is not None for f in found):
+            return found
         nothing = _empty_gradients(student.hidden, student.weight, [False] * 3)
-        d_hidden = torch.cat(self._d_hidden) if self._needed[0] else None
-        found = d_hidden, self._d_weight, self._d_bias
         return tuple(n if f is None else f for f, n in zip(found, nothing, strict=True))
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
 
 
 def _scaled(rows: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -326,6 +331,9 @@ def _scaled(rows: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype
 
 def _split(row_weights: torch.Tensor, stored: float) -> tuple[matmuls.Factor, torch.Tensor | None]:
     """row_weights / stored = factor * relative, |relative| <= 1; None where it is 1 throughout."""
+    is_expanded = len(row_weights) == 1 or row_weights.stride(0) == 0  # one value for all rows
+    if is_expanded and not matmuls.on_gpu(row_weights):
+        return row_weights[0].item() / stored, None
     largest = row_weights.abs().amax()
     if matmuls.on_gpu(row_weights):
         return largest / stored, row_weights / torch.where(largest == 0, 1, largest)
@@ -376,4 +384,8 @@ def register_operators() -> None:
     torch.library.register_fake("fastvlp::soft_cross_entropy_rows", lambda *_: None)
     torch.library.register_fake(
         "fastvlp::soft_cross_entropy_column_sums", lambda m, w: w.new_empty(m.shape[1])
+    )
+    torch.library.register_fake(
+        "fastvlp::soft_cross_entropy_weight_gradient",
+        lambda gradient, hidden, like, factor: like.new_empty(gradient.shape[1], hidden.shape[1]),
     )
