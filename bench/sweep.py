@@ -2,11 +2,13 @@
 
     python bench/sweep.py --plot sweep.png --json sweep.json
     python bench/sweep.py --op self_attention --isa avx2
+    python bench/sweep.py --overhead
 
 Each cell is a comparison of the op's own benchmark for one shape, dtype and phase: our time against
 that of the fastest peer. Left out are peers that are compiled, that round logits before a softmax,
 or whose error is over four times ours. Every instruction set has a process of its own, in which
-`FASTVLP_CPU_ISA` forces it for fastvlp; torch chooses its own.
+`FASTVLP_CPU_ISA` forces it for fastvlp; torch chooses its own. With --overhead only a table is
+printed, of the microseconds that one call takes at shapes whose arithmetic takes next to none.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from _harness import measure, report
 from _harness.measure import BOUND, OURS, Missing
 from _harness.run import Run
 from _harness.timing import status
-from _sweep import heat_map
+from _sweep import heat_map, overhead
 from _sweep.cells import Cell, cells
 
 NOISE = 0.95  # a ratio that is equality within what repeated runs differ by
@@ -38,6 +40,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = measure.parser(__doc__)
     flags.add_argument("--op", type=measure.choices(*known), help="default: every op")
     flags.add_argument("--isa", type=lambda text: text.split(","), help="default: all this CPU has")
+    flags.add_argument(
+        "--overhead", action="store_true", help="print microseconds per call, and nothing else"
+    )
     flags.set_defaults(seconds=0.5)
     args = flags.parse_args(argv)
     if args.device != "cpu":
@@ -154,6 +159,12 @@ def sweep(run: Run, isa: str, chosen: Sequence[Cell], args: argparse.Namespace) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    if args.overhead:
+        found = [row for row in overhead.measured() if row["op"] in args.op]
+        cpu = report.meta(measure.settings_from(args), ())["cpu"]
+        print(f"CPU time of a call on one thread of {cpu}:\n")
+        print(overhead.table(found))
+        return
     chosen = [cell for cell in cells(args.quick) if cell.op in args.op]
     if args.rounds:
         chosen = [dataclasses.replace(cell, rounds=args.rounds) for cell in chosen]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import sweep
-from _sweep import child, heat_map
+import torch
+from _sweep import child, heat_map, overhead
 from _sweep.cells import cells
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -91,3 +92,32 @@ def test_an_instruction_set_that_is_not_there_is_named(capsys):
     with pytest.raises(SystemExit):
         sweep.parse(["--isa", "avx9"])
     assert "avx9" in capsys.readouterr().err
+
+
+def test_calls_of_the_overhead_table_compute_the_same():
+    found = [case for case in overhead.cases() if case.phase == "fwd"]
+    assert len(found) > 5
+    for case in found:
+        torch.testing.assert_close(case.call(), case.torch_call())
+
+
+def test_the_overhead_table_has_every_op(capsys):
+    before = torch.get_num_threads()
+    rows = overhead.measured(calls=1, batches=1)
+    assert torch.get_num_threads() == before
+    ops = {cell.op for cell in cells(quick=False)} - {"self_attention"}
+    assert {row["op"] for row in rows} == ops
+    assert all(row["us"] > 0 and row["torch_us"] > 0 for row in rows)
+    lines = overhead.table([rows[0] | {"us": 41.7, "torch_us": 87.2}]).splitlines()
+    assert lines[2] == "| `contrastive` | 8 x 64 | fwd | 42 | 87 |"
+
+
+def test_overhead_prints_the_ops_that_are_asked_for(monkeypatch, capsys):
+    found = [
+        {"op": op, "shape": "2", "phase": "fwd", "us": 1.0, "torch_us": 2.0}
+        for op in ("matmul", "ema")
+    ]
+    monkeypatch.setattr(overhead, "measured", lambda: found)
+    sweep.main(["--overhead", "--op", "matmul"])
+    printed = capsys.readouterr().out
+    assert "`matmul` | 2 | fwd | 1 | 2 |" in printed and "ema" not in printed
