@@ -12,7 +12,7 @@ from multiprocessing import get_context
 
 import torch
 
-from fastvlp_tests import seeds
+from fastvlp_tests import quick_interpreter, seeds
 
 
 def start(interpret: bool, workers: int) -> ProcessPoolExecutor:
@@ -34,6 +34,8 @@ def _prepare(interpret: bool) -> None:
     torch.set_num_threads(1)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
+    if interpret:
+        quick_interpreter.quicken()
 
 
 def call(module: str, function: str, *args, **kwargs):
