@@ -176,7 +176,7 @@ def test_the_scale_gradient_is_as_exact_as_eager(run_kernel, device, target):
     weights = torch.tensor([0.5, 0.5], device=device)
     ours, eager, exact = [], [], []
     for seed in range(4):
-        x, y = (t.to(device) for t in well_fitted(96, 32, 100.0, 1.0, target, seed=seed))
+        x, y = (t.to(device) for t in well_fitted(48, 32, 100.0, 1.0, target, seed=seed))
         problem = formulas.Problem(x, y, torch.tensor([100.0], device=device), None, 0)
         args = problem.x, problem.y, problem.scale
         rows, cols, positive = run_kernel("contrastive.forward", "contrastive_statistics", *args)
