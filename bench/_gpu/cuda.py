@@ -48,7 +48,7 @@ class _Recorder(cuda_device.CudaDevice):
             self.call(name, *arguments)
 
     def launch(self, launch, given) -> None:
-        registers, stack, shared = resources(self.target)[launch.kernel]
+        registers, stack, shared = resources(self.target, launch.kernel)
         warps = -(-math.prod(launch.block) // WARP)
         binary = Binary(warps, registers, stack, shared + launch.shared_bytes)
         self.observers = partial(observers, self.target, binary)
@@ -62,21 +62,23 @@ class _Recorder(cuda_device.CudaDevice):
         self.events.append(found)
 
 
+def resources(capability: int, kernel: str) -> tuple[int, int, int]:
+    """Registers, bytes of stack and of static shared memory of a kernel by its mangled name."""
+    (text,) = (t for t in cuda_library.load().ptx[capability] if f".entry {kernel}(" in t)
+    return _resources_in(capability, text)[kernel]
+
+
 @cache
-def resources(capability: int) -> dict[str, tuple[int, int, int]]:
-    """Registers, bytes of stack and of static shared memory of the kernels, by mangled name."""
-    found = {}
-    for text in cuda_library.load().ptx[capability]:
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "kernels.ptx"
-            source.write_text(text)
-            command = ["nvcc", "--cubin", f"-arch=sm_{capability}", "-Xptxas=-v", str(source)]
-            done = subprocess.run(
-                [*command, "-o", str(source.with_suffix(".cubin"))],
-                check=True, capture_output=True, text=True,
-            )  # fmt: skip
-        found |= parse_resources(done.stderr + done.stdout)
-    return found
+def _resources_in(capability: int, text: str) -> dict[str, tuple[int, int, int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernels.ptx"
+        source.write_text(text)
+        command = ["nvcc", "--cubin", f"-arch=sm_{capability}", "-Xptxas=-v", str(source)]
+        done = subprocess.run(
+            [*command, "-o", str(source.with_suffix(".cubin"))],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+    return parse_resources(done.stderr + done.stdout)
 
 
 def parse_resources(report: str) -> dict[str, tuple[int, int, int]]:
