@@ -11,6 +11,7 @@ from _harness import measure
 from baselines.cross_attention import attention, fusion_layer
 from baselines.cross_attention import inputs as attention_inputs
 from baselines.cross_attention.inputs import PARTS, Case
+from fastvlp_tests.bench_runs import BRIEF
 from fastvlp_tests.tolerance import assert_as_accurate, epsilon
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -144,12 +145,12 @@ def test_wrong_flags_end_with_a_message(flags, capsys):
 
 def bench(tmp_path, *flags):
     target = tmp_path / "attention.json"
-    command = [sys.executable, str(BENCH / "cross_attention.py"), "--quick", "--no-compile"]
-    command += ["--threads", "2", "--json", str(target), *flags]
+    command = [sys.executable, str(BENCH / "cross_attention.py"), *BRIEF, "--no-compile"]
+    command += ["--json", str(target), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(target.read_text())
-    assert found["meta"]["threads"] == 2
+    assert found["meta"]["threads"] == 1
     assert all(FIELDS <= set(row) and row["ms"] > 0 for row in found["rows"])
     return found, done.stdout
 

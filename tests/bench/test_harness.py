@@ -318,9 +318,18 @@ def test_types_of_flags(capsys):
         assert f"argument {bad.split('=')[0]}: " in capsys.readouterr().err
 
 
+def test_settings_are_those_of_the_flags():
+    flags = measure.parser("a benchmark")
+    quick = measure.settings_from(flags.parse_args(["--quick"]))
+    assert (quick.min_rounds, quick.max_rounds, quick.budget_s) == (3, 5, 2.0)
+    assert measure.settings_from(flags.parse_args(["--quick", "--rounds", "9"])).max_rounds == 9
+    for threads in (1, 2):
+        found = measure.settings_from(flags.parse_args(["--threads", str(threads)]))
+        assert found.threads == torch.get_num_threads() == threads
+
+
 def test_flags_are_checked():
     flags = measure.parser("a benchmark")
-    assert measure.settings_from(flags.parse_args(["--quick", "--rounds", "9"])).max_rounds == 9
     with pytest.raises(SystemExit, match="positive"):
         measure.settings_from(flags.parse_args(["--threads", "-1"]))
     if not torch.cuda.is_available():

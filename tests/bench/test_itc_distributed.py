@@ -11,6 +11,7 @@ from _harness.measure import Settings
 from baselines.contrastive import traffic as distributed_traffic
 from baselines.contrastive.projection import CountedMatmuls, Rates, project
 from fastvlp_tests import exchanges
+from fastvlp_tests.bench_runs import BRIEF
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,14 +66,21 @@ def test_a_call_takes_as_long_as_on_the_slowest_rank():
     assert min(first["a"] + first["b"]) >= 10
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_errors_tell_a_right_gradient_from_a_local_one(dtype):
-    job = itc_distributed.Job(Settings(), dtype, 2, 32, 16, 20.0, 32)
-    limit = 1e-5 if dtype == "fp32" else 5e-2
-    for right in ranks.launch(2, exchanges.errors_of, job, False, timeout_s=60):
+@pytest.fixture(scope="module")
+def errors():
+    """By dtype: of each rank the errors of the whole gradient and of the local one."""
+    dtypes = ("fp32", "bf16")
+    jobs = [itc_distributed.Job(Settings(), dtype, 2, 32, 16, 20.0, 32) for dtype in dtypes]
+    found = ranks.launch(2, exchanges.errors_of, jobs, timeout_s=60)
+    return dict(zip(dtypes, zip(*found, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("dtype, limit", [("fp32", 1e-5), ("bf16", 5e-2)])
+def test_errors_tell_a_right_gradient_from_a_local_one(errors, dtype, limit):
+    assert len(errors[dtype]) == 2
+    for right, wrong in errors[dtype]:
         assert set(right) == {"loss", "d_image", "d_text", "d_scale"}
         assert max(right[name] for name in ("loss", "d_image", "d_text")) < limit
-    for wrong in ranks.launch(2, exchanges.errors_of, job, True, timeout_s=60):
         assert wrong["loss"] < limit < 0.1 < wrong["d_image"]
 
 
@@ -157,7 +165,7 @@ def test_wrong_flags_end_with_a_message(flags, capsys):
 
 def test_a_small_run_writes_every_row(tmp_path):
     target = tmp_path / "distributed.json"
-    command = [sys.executable, str(BENCH / "itc_distributed.py"), "--quick", "--dtype", "fp32"]
+    command = [sys.executable, str(BENCH / "itc_distributed.py"), *BRIEF, "--dtype", "fp32"]
     done = subprocess.run(
         [*command, "--batch", "64", "--dim", "32", "--json", str(target)],
         capture_output=True,

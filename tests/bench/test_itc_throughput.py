@@ -10,6 +10,7 @@ import pytest
 import torch
 from _harness import measure
 from baselines.contrastive import features, softmax
+from fastvlp_tests.bench_runs import BRIEF
 from torch.utils.flop_counter import FlopCounterMode
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -241,14 +242,12 @@ def test_a_quick_run_writes_every_row(tmp_path):
     command = [
         sys.executable,
         str(BENCH / "itc_throughput.py"),
-        "--quick",
+        *BRIEF,
         "--no-compile",
         "--n",
         "256",
         "--memory-n",
         "300",
-        "--threads",
-        "2",
         "--json",
         str(target),
     ]
@@ -262,7 +261,7 @@ def test_a_quick_run_writes_every_row(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(target.read_text())
-    assert found["meta"]["threads"] == 2 and found["meta"]["features"]
+    assert found["meta"]["threads"] == 1 and found["meta"]["features"]
     fields = {"op", "impl", "dtype", "shape", "phase", "ms", "peak_mb", "error"}
     assert all(fields <= set(row) for row in found["rows"])
     for dtype in ("fp32", "bf16"):

@@ -61,8 +61,8 @@ def test_parts_and_their_work(case):
 
 def test_a_quick_run(tmp_path, capsys):
     meta, rows = quick_rows(
-        train_step.main, tmp_path / "step.json", "--rounds", "1", "--parts", "1", "--no-memory",
-        "--lengths", "random", "--batch", "2",
+        train_step.main, tmp_path / "step.json", "--parts", "1", "--no-memory", "--lengths",
+        "random", "--batch", "2",
     )  # fmt: skip
     albef = [row["impl"] for row in rows if row["op"].startswith("albef")]
     assert albef == list(train_step.FORMS)

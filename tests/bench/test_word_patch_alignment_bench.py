@@ -7,6 +7,7 @@ import pytest
 import torch
 import word_patch_alignment
 from baselines.word_patch_alignment import peers
+from fastvlp_tests.bench_runs import BRIEF
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -59,9 +60,9 @@ def test_wrong_flags_end_with_a_message(flags, capsys):
 def test_a_quick_run_writes_every_row(tmp_path):
     target = tmp_path / "alignment.json"
     command = [
-        sys.executable, str(BENCH / "word_patch_alignment.py"), "--quick", "--pairs", "2",
-        "--words", "8", "--patches", "12", "--dim", "64", "--text", "captions", "--threads", "1",
-        "--json", str(target),
+        sys.executable, str(BENCH / "word_patch_alignment.py"), *BRIEF, "--pairs", "2",
+        "--words", "8", "--patches", "12", "--dim", "64", "--text", "captions", "--json",
+        str(target),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr

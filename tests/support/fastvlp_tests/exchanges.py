@@ -173,8 +173,9 @@ def take_turns(rounds):
     )
 
 
-def errors_of(job, local_gradient_only):
-    """Errors of open_clip's loss; the other way is known to lose the gradient across ranks."""
+def errors_of(jobs):
+    """For each job the errors of open_clip's loss, as it should be and with the gradient of the
+    own rank's loss only, which is known to lose what comes from other ranks."""
     from functools import partial
 
     import itc_distributed
@@ -183,11 +184,13 @@ def errors_of(job, local_gradient_only):
     from baselines.contrastive.softmax import forward_backward
     from open_clip.loss import ClipLoss
 
-    make_loss = distributed_peers.open_clip
-    if local_gradient_only:
-        make_loss = partial(
-            ClipLoss, True, False, rank=dist.get_rank(), world_size=dist.get_world_size()
+    local = partial(ClipLoss, True, False, rank=dist.get_rank(), world_size=dist.get_world_size())
+    return [
+        tuple(
+            itc_distributed.errors(
+                Implementation("open_clip", partial(forward_backward, make_loss)), job
+            )
+            for make_loss in (distributed_peers.open_clip, local)
         )
-    return itc_distributed.errors(
-        Implementation("open_clip", partial(forward_backward, make_loss)), job
-    )
+        for job in jobs
+    ]
