@@ -16,6 +16,8 @@ from fastvlp.commands import train as command
 from fastvlp.models import base, clip
 from fastvlp.train import trained
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
@@ -31,7 +33,7 @@ def options(folder, shards, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def clip_run(shards, tmp_path_factory):
+def clip_run(shards, tmp_path_factory, quick_runs):
     """A small CLIP by the paper's settings, with a vocabulary of CLIP's format."""
     folder = tmp_path_factory.mktemp("run")
     given = options(folder, shards, bpe_file(folder))

@@ -10,6 +10,8 @@ from fastvlp.commands import evaluate
 from fastvlp.commands import train as command
 from fastvlp.data.loader import TooManyBroken
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 class FailingTask(PlainTask):
     """Cannot be evaluated."""

@@ -20,6 +20,7 @@ from fastvlp.train.tasks import albef_retrieval, vilt
 from fastvlp.train.tasks.albef_setup import start_from_files
 from fastvlp.train.tasks.data import split_pairs
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 SYSTEMS = ("vilt", "albef")
 
 

@@ -6,11 +6,14 @@ import pytest
 import torch
 from fastvlp_tests.tiny_run import PlainTask, build, settings, train, weights
 
-from fastvlp.train import parallel
+from fastvlp.train import logging, parallel
 from fastvlp.train.logging import read_log
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
-def test_a_run_leaves_its_settings_logs_curve_and_model(tmp_path, capsys):
+
+def test_a_run_leaves_its_settings_logs_curve_and_model(tmp_path, capsys, monkeypatch, quick_runs):
+    monkeypatch.setattr(logging, "draw_curve", quick_runs)
     scores, _ = train(tmp_path, evaluate_every=4)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {

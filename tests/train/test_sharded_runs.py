@@ -17,6 +17,7 @@ from fastvlp.train import run_folder
 from fastvlp.train.interrupts import Interrupted
 from fastvlp.train.logging import read_log
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 KINDS = {
     "ddp": {"parallel": "ddp"},
     "ddp in chunks": {"parallel": "ddp", "chunk_size": 3},
@@ -65,7 +66,7 @@ def interrupted(folder):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, quick_runs):
     folder = tmp_path_factory.mktemp("ranks")
     found = gloo_ranks.run(2, every_kind, folder)
     assert all(isinstance(scores, dict) for scores in found), found

@@ -21,8 +21,9 @@ from fastvlp_tests import seeds, test_files
 HANGS_S = 900
 # What ranks import, once, in the process that they are forked from.
 PRELOADED = (
-    "fastvlp.train.run", "hypothesis", "pytest", "torch._dynamo", "torch.distributed.checkpoint",
-    "torch.distributed.fsdp", "torch.utils.tensorboard",
+    "fastvlp.train.run", "hypothesis", "matplotlib.backends.backend_agg", "pytest",
+    "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "torch.utils.tensorboard",
 )  # fmt: skip
 
 
