@@ -1,8 +1,9 @@
-"""Host code shared by the contrastive kernels: tile choice, launch constants, fp32 matmuls."""
+"""Host code shared by the kernels: tile choice, launches and their constants, fp32 matmuls."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,8 +73,14 @@ def launch_options(tile: Tile) -> dict[str, int | bool]:
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
-def grid_of(rows: int, cols: int, tile: Tile) -> tuple[int]:
-    return (-(-rows // tile.block_m) * -(-cols // tile.block_n),)
+def ceil_div(count: int, size: int) -> int:
+    """As `triton.cdiv`, which takes microseconds outside of kernels."""
+    return -(-count // size)
+
+
+def tiles_of(rows: int, cols: int, tile: Tile) -> int:
+    """How many tiles cover [rows, cols]."""
+    return ceil_div(rows, tile.block_m) * ceil_div(cols, tile.block_n)
 
 
 def on_device(x: torch.Tensor):
@@ -87,59 +94,66 @@ _COMPILED: dict[tuple, Any] = {}
 
 def launch(
     kernel: Any,
-    programs: int,
+    programs: int | tuple[int, int, int],
     tensors: dict[str, torch.Tensor],
     numbers: dict[str, int | float],
     constants: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
-    """kernel[(programs,)](...) with all of these by name, in less of the host's time.
+    """kernel[programs](...) with all of these by name, in less of the host's time.
 
     Triton looks at each argument of each launch, to find what it has compiled for arguments of the
-    kind. Here only what may change the kind is looked at: dtypes, alignment and constants.
+    kind. Here only what may change the kind is looked at: dtypes, alignment, constants, and of the
+    integers that a kernel is specialised for whether they are 1 or a multiple of 16.
 
     Args:
+        programs: their number, or that along each axis.
         tensors, numbers, constants: the kernel's arguments, together in the order of its
-            parameters. No number may be one that the kernel is specialised for.
+            parameters.
         options: of the compiler.
 
     Raises:
         ValueError: on the first launch of its kind, for other arguments than the kernel's.
     """
-    arguments, grid = tensors | numbers | constants, (programs, 1, 1)
+    arguments = tensors | numbers | constants
+    grid = (programs, 1, 1) if isinstance(programs, int) else programs
     # Wider integers are arguments of another type.
     narrow = -(2**31) <= min(numbers.values()) and max(numbers.values()) < 2**31
     if INTERPRETED or not narrow:
         kernel[grid](**arguments, **options)
         return
     kinds = [(t.dtype, t.data_ptr() % 16) for t in tensors.values()]
-    key = (id(kernel), current_device(), *kinds, *constants.values(), *options.values())
+    names = _specialised(kernel)
+    special = [
+        None if value == 1 else value % 16 == 0 for name, value in numbers.items() if name in names
+    ]
+    key = (id(kernel), current_device(), *kinds, *special, *constants.values(), *options.values())
     compiled = _COMPILED.get(key)
     if compiled is not None:
         compiled[grid](*arguments.values())
         return
-    _check_arguments(kernel, arguments, numbers)
-    _COMPILED[key] = kernel[grid](**arguments, **options)
-
-
-def current_device() -> int:
-    """The device on which Triton launches."""
-    return triton.runtime.driver.active.get_current_device()
-
-
-def _check_arguments(kernel: Any, arguments: dict, numbers: dict) -> None:
     if [*arguments] != [*kernel.arg_names]:
         raise ValueError(
             f"{kernel.__name__}: expected the arguments {[*kernel.arg_names]} in this order, got "
             f"{[*arguments]}"
         )
-    integers = {name for name, value in numbers.items() if isinstance(value, int)}
-    special = integers - {p.name for p in kernel.params if p.do_not_specialize}
-    if special:
-        raise ValueError(
-            f"{kernel.__name__}: expected integers of which it is not specialised for any, got "
-            f"{sorted(special)}; name them in do_not_specialize"
-        )
+    _COMPILED[key] = kernel[grid](**arguments, **options)
+
+
+@cache
+def _specialised(kernel: Any) -> frozenset[str]:
+    """The numbers among a kernel's parameters of which it is specialised for some values."""
+    return frozenset(
+        parameter.name
+        for parameter in kernel.params
+        if not (parameter.is_constexpr or parameter.do_not_specialize)
+        and not parameter.name.endswith("_ptr")
+    )
+
+
+def current_device() -> int:
+    """The device on which Triton launches."""
+    return triton.runtime.driver.active.get_current_device()
 
 
 def require_supported(

@@ -22,7 +22,7 @@ from .._core.launch import (
     Tile,
     aligned_rows,
     gradient_workspace,
-    grid_of,
+    launch,
     launch_options,
     on_device,
     require_supported,
@@ -30,6 +30,7 @@ from .._core.launch import (
     tile_cases,
     tile_constants,
     tile_for,
+    tiles_of,
 )
 from .._core.support import storage_factor
 from .._core.tiles import (
@@ -194,20 +195,24 @@ def contrastive_gradients(
     if x.dtype != torch.float32:
         row_lse, col_lse = (None if lse is None else lse.float() for lse in (row_lse, col_lse))
     inner = rows_x.shape[1]
-    constants = tile_constants(tile, inner, x.dtype, input_precision)
+    constants = {"ROWS": row_lse is not None, "COLS": col_lse is not None, "FACTOR": stored}
+    constants |= tile_constants(tile, inner, x.dtype, input_precision)
+    options = launch_options(tile)
     with on_device(x):
         for first in range(0, m, height):
             g = workspace[: m - first]
-            grid = grid_of(len(g), n, tile)
-            terms = torch.empty(grid, dtype=torch.float32, device=x.device)
-            gradient_kernel[grid](
-                rows_x[first:], rows_y, scale, weights,
-                weights if row_lse is None else row_lse[first:],
-                weights if col_lse is None else col_lse, positive_gradient[first:], g, terms,
-                len(g), n, inner, rows_x.stride(0), rows_y.stride(0),
-                g.stride(0), offset + first,
-                ROWS=row_lse is not None, COLS=col_lse is not None, FACTOR=stored,
-                **constants, **launch_options(tile),
+            tiles = tiles_of(len(g), n, tile)
+            terms = torch.empty(tiles, dtype=torch.float32, device=x.device)
+            launch(
+                gradient_kernel, tiles,
+                {"x_ptr": rows_x[first:], "y_ptr": rows_y, "scale_ptr": scale,
+                 "weights_ptr": weights,
+                 "row_lse_ptr": weights if row_lse is None else row_lse[first:],
+                 "col_lse_ptr": weights if col_lse is None else col_lse,
+                 "positive_ptr": positive_gradient[first:], "g_ptr": g, "terms_ptr": terms},
+                {"M": len(g), "N": n, "D": inner, "stride_x": rows_x.stride(0),
+                 "stride_y": rows_y.stride(0), "stride_g": g.stride(0), "offset": offset + first},
+                constants, options,
             )  # fmt: skip
             sums.add(first, g, terms)
     return sums.results()

@@ -19,13 +19,15 @@ from .._core.launch import (
     CAPABILITIES,
     Tile,
     aligned_rows,
-    grid_of,
+    ceil_div,
+    launch,
     launch_options,
     on_device,
     require_supported,
     tile_cases,
     tile_constants,
     tile_for,
+    tiles_of,
 )
 from .._core.tiles import dot_tile, exp_difference, has_pairs, own_tile
 from .backward import contrastive_gradients
@@ -172,19 +174,21 @@ def _merge(pairs: torch.Tensor, out: torch.Tensor, carry: torch.Tensor | None = 
     [2, length], which may be one of the parts: a program reads its positions before it writes."""
     _, parts, length = pairs.shape
     last = carry is None
-    merge_kernel[(triton.cdiv(length, MERGE_LENGTH),)](
-        pairs[0], pairs[1], out, *((out, out) if last else carry), parts, length,
-        LAST=last, BLOCK=MERGE_LENGTH, PARTS=MERGE_PARTS,
-        num_warps=MERGE_WARPS, enable_fp_fusion=True,
+    carry_ref, carry_sum = (out, out) if last else carry
+    launch(
+        merge_kernel, ceil_div(length, MERGE_LENGTH),
+        {"ref_ptr": pairs[0], "sum_ptr": pairs[1], "lse_ptr": out, "carry_ref_ptr": carry_ref,
+         "carry_sum_ptr": carry_sum},
+        {"parts": parts, "length": length},
+        {"LAST": last, "BLOCK": MERGE_LENGTH, "PARTS": MERGE_PARTS},
+        {"num_warps": MERGE_WARPS, "enable_fp_fusion": True},
     )  # fmt: skip
 
 
 def _chunk_height(m: int, n: int, rows: bool, cols: bool, tile: Tile) -> int:
     """Rows per launch, a multiple of the tile height, whose pairs take about PAIR_BYTES."""
-    pairs_per_block = n * cols + tile.block_m * triton.cdiv(n, tile.block_n) * rows
-    return tile.block_m * max(
-        1, min(triton.cdiv(m, tile.block_m), PAIR_BYTES // 8 // pairs_per_block)
-    )
+    pairs_per_block = n * cols + tile.block_m * ceil_div(n, tile.block_n) * rows
+    return tile.block_m * max(1, min(ceil_div(m, tile.block_m), PAIR_BYTES // 8 // pairs_per_block))
 
 
 def contrastive_statistics(
@@ -230,21 +234,27 @@ def contrastive_statistics(
         for size, wanted in ((m, rows), (n, cols))
     )
     # Slab 0 of the column pairs carries the merged pairs of the chunks before.
-    row_parts = triton.cdiv(n, tile.block_n) if rows else 0
-    col_parts = triton.cdiv(min(height, m), tile.block_m) + 1 if cols else 1
+    row_parts = ceil_div(n, tile.block_n) if rows else 0
+    col_parts = ceil_div(min(height, m), tile.block_m) + 1 if cols else 1
     row_pairs = torch.empty(2, row_parts * min(height, m), **like)
     col_pairs = torch.empty(2, col_parts, n, **like)
     x, y = aligned_rows(x), aligned_rows(y)
     width = x.shape[1]
     constants = tile_constants(tile, width, x.dtype, input_precision)
+    options = launch_options(tile)
     with on_device(x):
         for first in range(0, m, height):
             chunk = x[first : first + height]
             count = chunk.shape[0]
-            statistics_kernel[grid_of(count, n, tile)](
-                chunk, y, scale, row_pairs[0], row_pairs[1], col_pairs[0, 1:], col_pairs[1, 1:],
-                positive[first:], count, n, width, x.stride(0), y.stride(0), offset + first,
-                ROWS=rows, COLS=cols, **constants, **launch_options(tile),
+            launch(
+                statistics_kernel, tiles_of(count, n, tile),
+                {"x_ptr": chunk, "y_ptr": y, "scale_ptr": scale,
+                 "row_ref_ptr": row_pairs[0], "row_sum_ptr": row_pairs[1],
+                 "col_ref_ptr": col_pairs[0, 1:], "col_sum_ptr": col_pairs[1, 1:],
+                 "positive_ptr": positive[first:]},
+                {"M": count, "N": n, "D": width, "stride_x": x.stride(0), "stride_y": y.stride(0),
+                 "offset": offset + first},
+                {"ROWS": rows, "COLS": cols} | constants, options,
             )  # fmt: skip
             if rows:
                 _merge(
@@ -252,7 +262,7 @@ def contrastive_statistics(
                     row_negatives[first:],
                 )
             if cols:
-                written = col_pairs[:, (first == 0) : 1 + triton.cdiv(count, tile.block_m)]
+                written = col_pairs[:, (first == 0) : 1 + ceil_div(count, tile.block_m)]
                 last = first + height >= m
                 _merge(written, col_negatives, None if last else col_pairs[:, 0])
     return row_negatives, col_negatives, positive

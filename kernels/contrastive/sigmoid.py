@@ -21,7 +21,7 @@ from .._core.launch import (
     Tile,
     aligned_rows,
     gradient_workspace,
-    grid_of,
+    launch,
     launch_options,
     on_device,
     require_supported,
@@ -29,6 +29,7 @@ from .._core.launch import (
     tile_cases,
     tile_constants,
     tile_for,
+    tiles_of,
 )
 from .._core.support import storage_factor
 from .._core.tiles import (
@@ -188,19 +189,23 @@ def sigmoid_contrastive(
     gradients = GradientSums(x, y, scale, weight / stored, need_gradients, need_gradients)
     rows_x, rows_y = aligned_rows(x), aligned_rows(y)
     inner = rows_x.shape[1]
-    constants = tile_constants(tile, inner, x.dtype, input_precision)
-    tiles = [grid_of(min(height, m - first), n, tile)[0] for first in range(0, m, height)]
+    constants = {"STORE": need_gradients, "FACTOR": stored}
+    constants |= tile_constants(tile, inner, x.dtype, input_precision)
+    options = launch_options(tile)
+    tiles = [tiles_of(min(height, m - first), n, tile) for first in range(0, m, height)]
     sums = torch.empty(3, sum(tiles), dtype=torch.float32, device=x.device)
     with on_device(x):
         for index, first in enumerate(range(0, m, height)):
             g = workspace[: m - first]
             at = slice(sum(tiles[:index]), sum(tiles[: index + 1]))
-            sigmoid_kernel[(tiles[index],)](
-                rows_x[first:], rows_y, scale, bias, g, sums[0, at], sums[1, at], sums[2, at],
-                len(g), n, inner, rows_x.stride(0), rows_y.stride(0),
-                g.stride(0), offset + first,
-                STORE=need_gradients, FACTOR=stored,
-                **constants, **launch_options(tile),
+            launch(
+                sigmoid_kernel, tiles[index],
+                {"x_ptr": rows_x[first:], "y_ptr": rows_y, "scale_ptr": scale, "bias_ptr": bias,
+                 "g_ptr": g, "loss_ptr": sums[0, at], "g_sum_ptr": sums[1, at],
+                 "terms_ptr": sums[2, at]},
+                {"M": len(g), "N": n, "D": inner, "stride_x": rows_x.stride(0),
+                 "stride_y": rows_y.stride(0), "stride_g": g.stride(0), "offset": offset + first},
+                constants, options,
             )  # fmt: skip
             if need_gradients:
                 gradients.add(first, g, sums[2, at])

@@ -14,6 +14,8 @@ from .._core.launch import (
     INTERPRETED,
     Tile,
     capability_key,
+    ceil_div,
+    launch,
     launch_options,
     on_device,
 )
@@ -115,14 +117,18 @@ def word_patch_alignment_gradients(
     tile = _tile(
         0 if INTERPRETED else capability_key(*torch.cuda.get_device_capability(x.device)), x.dtype
     )
-    row_blocks = triton.cdiv(words, tile.block_m) + triton.cdiv(patches, tile.block_m)
+    row_blocks = ceil_div(words, tile.block_m) + ceil_div(patches, tile.block_m)
     if dx.numel() + dy.numel():
         with on_device(x):
-            gradients_kernel[pairs, triton.cdiv(width, tile.block_n), row_blocks](
-                upstream, x, y, plan, x_rows, y_rows, dx, dy, words, patches, width,
-                x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-                UPCAST=INTERPRETED, **launch_options(tile),
+            launch(
+                gradients_kernel, (pairs, ceil_div(width, tile.block_n), row_blocks),
+                {"upstream_ptr": upstream, "x_ptr": x, "y_ptr": y, "plan_ptr": plan,
+                 "x_rows_ptr": x_rows, "y_rows_ptr": y_rows, "dx_ptr": dx, "dy_ptr": dy},
+                {"X": words, "Y": patches, "D": width, "stride_xb": x.stride(0),
+                 "stride_xr": x.stride(1), "stride_yb": y.stride(0), "stride_yr": y.stride(1)},
+                {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+                 "UPCAST": INTERPRETED},
+                launch_options(tile),
             )  # fmt: skip
     return dx.to(x.dtype), dy.to(y.dtype)
 

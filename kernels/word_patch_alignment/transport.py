@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 
 from .._core import aot
-from .._core.launch import CAPABILITIES, INTERPRETED, UNFUSED, Tile, launch_options, on_device
+from .._core.launch import (
+    CAPABILITIES,
+    INTERPRETED,
+    UNFUSED,
+    Tile,
+    ceil_div,
+    launch,
+    launch_options,
+    on_device,
+)
 from .._core.support import alignment_block, alignment_supported
 
 LOG2E = 1.4426950408889634
@@ -236,22 +245,27 @@ def word_patch_alignment(
     block_x, block_y = alignment_block(words), alignment_block(patches)
     plan = torch.empty(pairs, block_x, block_y, **like)
     tile = COSINE[x.element_size()]
-    grid = (pairs, triton.cdiv(block_x, tile.block_m), triton.cdiv(block_y, tile.block_n))
-    masks = x_padding.view(torch.uint8), y_padding.view(torch.uint8)
+    grid = (pairs, ceil_div(block_x, tile.block_m), ceil_div(block_y, tile.block_n))
+    masks = {"x_padding_ptr": x_padding.view(torch.uint8)}
+    masks["y_padding_ptr"] = y_padding.view(torch.uint8)
+    rows = {"x_rows_ptr": x_rows, "y_rows_ptr": y_rows}
     if pairs:
         with on_device(x):
-            cosine_kernel[grid](
-                x, y, *masks, plan, x_rows, y_rows, words, patches, width,
-                x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-                HEIGHT=block_x, LENGTH=block_y,
-                BLOCK_X=tile.block_m, BLOCK_Y=tile.block_n, BLOCK_K=tile.block_k,
-                UPCAST=INTERPRETED and x.dtype is torch.bfloat16,
-                **(launch_options(tile) | UNFUSED),
+            launch(
+                cosine_kernel, grid, {"x_ptr": x, "y_ptr": y} | masks | {"cosine_ptr": plan} | rows,
+                {"X": words, "Y": patches, "D": width, "stride_xb": x.stride(0),
+                 "stride_xr": x.stride(1), "stride_yb": y.stride(0), "stride_yr": y.stride(1)},
+                {"HEIGHT": block_x, "LENGTH": block_y,
+                 "BLOCK_X": tile.block_m, "BLOCK_Y": tile.block_n, "BLOCK_K": tile.block_k,
+                 "UPCAST": INTERPRETED and x.dtype is torch.bfloat16},
+                launch_options(tile) | UNFUSED,
             )  # fmt: skip
-            transport_kernel[(pairs,)](
-                *masks, distance, plan, x_rows, y_rows, words, patches, LOG2E / beta, iterations,
-                inner, **_transport_constants(block_x, block_y),
-                **_transport_options(block_x, block_y),
+            launch(
+                transport_kernel, pairs,
+                masks | {"distance_ptr": distance, "plan_ptr": plan} | rows,
+                {"X": words, "Y": patches, "inverse_beta": LOG2E / beta, "iterations": iterations,
+                 "inner": inner},
+                _transport_constants(block_x, block_y), _transport_options(block_x, block_y),
             )  # fmt: skip
     return distance, plan[:, :words, :patches].contiguous(), x_rows, y_rows
 

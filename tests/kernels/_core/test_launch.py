@@ -12,8 +12,17 @@ def pool():
 
 def test_results_are_those_of_the_kernel(pool):
     for count in (5, 300):
-        added, compiled_anew = pool.submit(launches.scaled_twice, count).result()
-        assert added and compiled_anew == [True, False]
+        launched = [(count, 3.0), (count, -0.5)]
+        right, compiled_anew = pool.submit(launches.scaled, "scale_kernel", launched).result()
+        assert right and compiled_anew == [True, False]
+
+
+def test_a_kernel_is_compiled_for_the_integers_that_it_is_specialised_for(pool):
+    launched = [(count, 3.0) for count in (5, 1, 304, 7, 1, 16, 300)]
+    right, compiled_anew = pool.submit(
+        launches.scaled, "specialised_scale_kernel", launched
+    ).result()
+    assert right and compiled_anew == [True, True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +43,6 @@ def test_another_number_is_not(pool):
     [
         ("order", "expected the arguments .'x_ptr', .*in this order, got .*'factor', 'count'"),
         ("missing", "expected the arguments"),
-        ("specialised", "not specialised for any, got .'count'."),
     ],
 )
 def test_other_arguments_than_the_kernels_are_refused(pool, change, message):

@@ -19,19 +19,20 @@ def _launch(kernel, x, out, count, factor=3.0, block=128, warps=4):
     )  # fmt: skip
 
 
-def scaled_twice(count: int) -> tuple[bool, list[bool]]:
-    """Whether two launches of other tensors give what they should, and which compiled."""
+def scaled(name: str, launches: list[tuple[int, float]]) -> tuple[bool, list[bool]]:
+    """Whether launches of (count, factor) with other tensors each give what they should, and which
+    were compiled."""
     from fastvlp.kernels._core import launch
     from ptx_machine.virtual_gpu import VirtualGPU
 
     launch._COMPILED.clear()
     right, compiled = True, []
     with VirtualGPU(90):
-        for factor in (3.0, -0.5):
+        for count, factor in launches:
             known = len(launch._COMPILED)
             x = torch.randn(count)
             out = torch.zeros(count)
-            _launch(_kernel(), x, out, count, factor)
+            _launch(_kernel(name), x, out, count, factor)
             right &= torch.equal(out, x * factor)
             compiled.append(len(launch._COMPILED) > known)
     return right, compiled
@@ -73,8 +74,5 @@ def refused(change: str) -> None:
         numbers = dict(reversed(numbers.items()))
     if change == "missing":
         del numbers["factor"]
-    kernel = _kernel("add_one_kernel" if change == "specialised" else "scale_kernel")
-    if change == "specialised":
-        del numbers["factor"]
     with VirtualGPU(90, execute=False):
-        launches.launch(kernel, 3, tensors, numbers, {"BLOCK": 128}, {"num_warps": 4})
+        launches.launch(_kernel(), 3, tensors, numbers, {"BLOCK": 128}, {"num_warps": 4})

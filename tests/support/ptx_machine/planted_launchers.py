@@ -18,6 +18,12 @@ def scale_kernel(x_ptr, out_ptr, count, factor, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def specialised_scale_kernel(x_ptr, out_ptr, count, factor, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < count) * factor, mask=at < count)
+
+
+@triton.jit
 def take_tickets_kernel(counter_ptr, out_ptr):
     ticket = tl.atomic_add(counter_ptr, 1)
     tl.store(out_ptr + ticket, tl.program_id(0))
