@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .._core import aot
-from .._core.launch import CAPABILITIES, INTERPRETED, on_device
+from .._core.launch import CAPABILITIES, INTERPRETED, launch, on_device
 from .._core.support import storage_factor
 from .._core.tiles import exp_difference
 
@@ -25,10 +25,22 @@ BLOCK, WARPS = (32, 1) if INTERPRETED else (2048, 8)
 
 
 @triton.jit
-def load_logits(ptr, bias_ptr, row, col, V, stride, BIAS: tl.constexpr):
+def is_held(col, V, PADDED: tl.constexpr):
+    """Which columns a row has room for.
+
+    PADDED rows go on to a multiple of 4: a mask that ended at V, which may lie anywhere, would have
+    every element loaded and stored by itself.
+    """
+    return col < (tl.cdiv(V, 4) * 4 if PADDED else V)
+
+
+@triton.jit
+def load_logits(
+    ptr, bias_ptr, row, col, V, stride, BIAS: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
     """Logits of some columns of a row; -infinity past the end."""
     inside = col < V
-    z = tl.load(ptr + row * stride + col, mask=inside, other=0.0)
+    z = tl.load(ptr + row * stride + col, mask=is_held(col, V, PADDED), other=0.0)
     if BIAS:
         z += tl.load(bias_ptr + col, mask=inside, other=0.0)
     return tl.where(inside, z, -float("inf"))
@@ -39,7 +51,7 @@ def rows_kernel(
     z_ptr, bias_ptr, t_ptr, t_bias_ptr, label_ptr, alpha_ptr, loss_ptr, g_ptr,
     V, stride_z, stride_t, stride_g, ignore_index,
     BIAS: tl.constexpr, TEACHER: tl.constexpr, TEACHER_BIAS: tl.constexpr,
-    STORE: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+    STORE: tl.constexpr, PADDED: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss, and if STORE its derivatives times FACTOR, which may replace z."""
     row = tl.program_id(0).to(tl.int64)
@@ -50,19 +62,20 @@ def rows_kernel(
         if STORE:
             zero = tl.zeros((BLOCK,), g_ptr.dtype.element_ty)
             for start in range(0, V, BLOCK):
-                tl.store(g_ptr + row * stride_g + start + lane, zero, mask=start + lane < V)
+                col = start + lane
+                tl.store(g_ptr + row * stride_g + col, zero, mask=is_held(col, V, PADDED))
     else:
         # Running maxima m (finite: -infinity minus itself is no number), sums s relative to them,
         # and d = sum_j exp(t_j - m_t) (z_j - m_z).
         m_z, s_z, m_t, s_t, d = -3.0e38, 0.0, -3.0e38, 0.0, 0.0
         for start in range(0, V, BLOCK):
             col = start + lane
-            z = load_logits(z_ptr, bias_ptr, row, col, V, stride_z, BIAS)
+            z = load_logits(z_ptr, bias_ptr, row, col, V, stride_z, BIAS, PADDED)
             new = tl.maximum(m_z, tl.max(z, 0))
             x = z - new
             s_z = s_z * exp_difference(m_z, new) + tl.sum(exp_difference(z, new), 0)
             if TEACHER:
-                t = load_logits(t_ptr, t_bias_ptr, row, col, V, stride_t, TEACHER_BIAS)
+                t = load_logits(t_ptr, t_bias_ptr, row, col, V, stride_t, TEACHER_BIAS, PADDED)
                 new_t = tl.maximum(m_t, tl.max(t, 0))
                 p = exp_difference(t, new_t)
                 shrink = exp_difference(m_t, new_t)
@@ -93,14 +106,15 @@ def rows_kernel(
             own = tl.where(valid, 1.0 / s_z, float("nan"))
             for start in range(0, V, BLOCK):
                 col = start + lane
-                z = load_logits(z_ptr, bias_ptr, row, col, V, stride_z, BIAS)
+                z = load_logits(z_ptr, bias_ptr, row, col, V, stride_z, BIAS, PADDED)
                 g = exp_difference(z, m_z) * own
                 if TEACHER:
-                    t = load_logits(t_ptr, t_bias_ptr, row, col, V, stride_t, TEACHER_BIAS)
+                    t = load_logits(t_ptr, t_bias_ptr, row, col, V, stride_t, TEACHER_BIAS, PADDED)
                     g -= exp_difference(t, m_t) * (alpha / s_t)
                 g = tl.where(col == label, g - hard, g) * FACTOR
+                g = tl.where(col < V, g, 0.0)  # not NaN with a bad label
                 at = g_ptr + row * stride_g + col
-                tl.store(at, g.to(g_ptr.dtype.element_ty), mask=col < V)
+                tl.store(at, g.to(g_ptr.dtype.element_ty), mask=is_held(col, V, PADDED))
 
 
 def soft_cross_entropy_rows(
@@ -138,15 +152,24 @@ def soft_cross_entropy_rows(
     if rows == 0:
         return losses, gradient
     with on_device(logits):
-        rows_kernel[(rows,)](
-            logits, bias, teacher, teacher_bias, labels, alpha, losses, gradient,
-            cols, logits.stride(0), teacher.stride(0), gradient.stride(0), ignore_index,
-            BIAS=bias.numel() > 0, TEACHER=teacher.numel() > 0,
-            TEACHER_BIAS=teacher_bias.numel() > 0, STORE=gradient.numel() > 0,
-            FACTOR=storage_factor(gradient.dtype), BLOCK=BLOCK, num_warps=WARPS,
-            enable_fp_fusion=True,
+        launch(
+            rows_kernel, rows,
+            {"z_ptr": logits, "bias_ptr": bias, "t_ptr": teacher, "t_bias_ptr": teacher_bias,
+             "label_ptr": labels, "alpha_ptr": alpha, "loss_ptr": losses, "g_ptr": gradient},
+            {"V": cols, "stride_z": logits.stride(0), "stride_t": teacher.stride(0),
+             "stride_g": gradient.stride(0), "ignore_index": ignore_index},
+            {"BIAS": bias.numel() > 0, "TEACHER": teacher.numel() > 0,
+             "TEACHER_BIAS": teacher_bias.numel() > 0, "STORE": gradient.numel() > 0,
+             "PADDED": _is_padded(logits, teacher, gradient),
+             "FACTOR": storage_factor(gradient.dtype), "BLOCK": BLOCK},
+            {"num_warps": WARPS, "enable_fp_fusion": True},
         )  # fmt: skip
     return losses, gradient
+
+
+def _is_padded(*matrices: torch.Tensor) -> bool:
+    """Whether every row of these goes on to a multiple of 4 elements."""
+    return all(t.stride(0) >= -(-t.shape[1] // 4) * 4 for t in matrices if t.numel())
 
 
 def aot_cases() -> list[aot.Case]:
@@ -175,7 +198,7 @@ def aot_cases() -> list[aot.Case]:
                         },
                         constants={
                             **dict(zip(flags, values, strict=True)),
-                            "FACTOR": 1.0, "BLOCK": BLOCK,
+                            "PADDED": True, "FACTOR": 1.0, "BLOCK": BLOCK,
                         },
                         capability=capability,
                         warps=WARPS,

@@ -17,8 +17,6 @@ SHARE_OF_FREE_MEMORY = 20
 LEAST_ROWS = 4096
 # Rows of a matrix unit's tile: a chunk of whole ones leaves none of it idle.
 TILE = 128
-# Of the smallest GPU that the default build is for; where a trace has no GPU to ask.
-SMALLEST_L2_BYTES = 40 << 20
 
 
 @constant_result
@@ -36,14 +34,6 @@ def _default_workspace_bytes(device: torch.device) -> int:
         return 0
     free, _ = torch.cuda.mem_get_info(device)
     return 1 << max(0, (free // SHARE_OF_FREE_MEMORY).bit_length() - 1)
-
-
-@constant_result
-def l2_bytes(device: torch.device) -> int:
-    """The size of a GPU's L2 cache."""
-    if not torch.cuda.is_available():
-        return SMALLEST_L2_BYTES
-    return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def rows_within(

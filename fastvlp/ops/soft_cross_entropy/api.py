@@ -56,7 +56,7 @@ def soft_cross_entropy(
     Cost, for M rows, width D and vocabulary V: matmuls of 2 M D V FLOP, one each forward (two with
     a teacher) and two backward. The derivatives of all M V logits are kept between the two in the
     dtype of the matmuls, where they fit into `workspace_bytes`; besides these at most 64 MB of the
-    teacher's logits exist at a time (on a GPU of all logits about as many as its L2 cache holds).
+    teacher's logits exist at a time (on a GPU at most 128 MiB of all float32 logits, or 128 rows).
     For a larger M, logits and derivatives of a group of rows share the workspace, and "mean" and
     "sum" compute the gradients in the forward pass, as float32, so that the backward pass has but a
     multiplication left. "none" cannot, not knowing the weight of each row: it makes the logits of

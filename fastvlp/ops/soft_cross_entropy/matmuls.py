@@ -124,8 +124,12 @@ def weight_gradient(
 ) -> torch.Tensor:
     """factor * gradient [M, V].T @ hidden [M, D], in `dtype`, rounded once, or added to `total`."""
     if on_gpu(gradient):
-        found = _cuda_matmul(gradient.T, hidden).mul_(factor)
-        return found.to(dtype) if total is None else total.add_(found)
+        found = _cuda_matmul(gradient.T, hidden)
+        if total is not None:
+            return total.add_(found.mul_(factor))
+        # Multiplied and rounded in one pass over it.
+        out = found if found.dtype == dtype else torch.empty_like(found, dtype=dtype)
+        return torch.mul(found, factor, out=out)
     hidden = hidden.to(gradient.dtype)
     first = total is None
     if first:

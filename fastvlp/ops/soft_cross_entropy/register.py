@@ -16,7 +16,7 @@ import torch
 
 from ...kernels import storage_factor
 from .. import compiled
-from .._core.gpu_plan import TILE, even_chunks, l2_bytes, rows_within
+from .._core.gpu_plan import TILE, even_chunks, rows_within
 from .._core.implement import implement
 from .._core.workspace import Workspace
 from . import matmuls
@@ -27,6 +27,8 @@ DEFAULT_WORKSPACE_BYTES = 96 << 20
 # Logits that exist at once besides the kept ones: fewer rows multiply slower (bench/NOTES.md).
 _CHUNK_ROWS = 512
 _CHUNK_BYTES = 64 << 20
+# On a GPU, float32 logits that exist at once: 512 rows of two models with a vocabulary of 30,522.
+_GPU_CHUNK_BYTES = 128 << 20
 _SINGLE = torch.float32
 
 
@@ -63,14 +65,16 @@ def make_gpu_plan(
     device: torch.device,
 ) -> Plan:
     """Groups of rows whose gradients memory holds, in chunks whose logits, fp32 and of `heads`
-    models, stay in the L2 cache from the matmul that makes them to the pass over them.
+    models, exist at once.
 
-    float32 logits of the student lie where their gradients will, and are made for a group at once.
+    Chunks that stayed in the L2 cache would be a quarter as high: each would read the weights
+    again, and have one row for each multiprocessor, whose latency nothing hides
+    (docs/gpu_model.md). float32 logits of the student lie where their gradients will, and are made
+    for a group at once.
     """
     logits_bytes = matmuls.row_length(cols, _SINGLE) * _SINGLE.itemsize * heads
     gradient_bytes = matmuls.row_length(cols, dtype) * dtype.itemsize
-    # The rest of the cache is for what the matmuls read.
-    chunk = max(TILE, l2_bytes(device) * 2 // 3 // logits_bytes // TILE * TILE)
+    chunk = max(TILE, _GPU_CHUNK_BYTES // logits_bytes // TILE * TILE)
     if workspace_bytes is not None:
         chunk = max(1, min(chunk, workspace_bytes // 3 // logits_bytes))
     most = rows_within(workspace_bytes, gradient_bytes, chunk * logits_bytes, device)
@@ -190,7 +194,10 @@ def _of(t: torch.Tensor, rows: slice) -> torch.Tensor:
 def _scratch(head: Head, rows: int, cols: int) -> torch.Tensor:
     dtype = head.logits_dtype()
     length = matmuls.row_length(cols, dtype)
-    return head.hidden.new_empty((rows, length), dtype=dtype)[:, :cols]
+    whole = head.hidden.new_empty((rows, length), dtype=dtype)
+    if matmuls.on_gpu(whole):
+        whole[:, cols:].zero_()  # the pass reads by vectors, beyond the last column
+    return whole[:, :cols]
 
 
 def _bias(head: Head) -> torch.Tensor:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
     offset=st.sampled_from([0.0, -50.0, 2000.0]),
     bias=st.booleans(),
     teacher=st.booleans(),
+    align=st.sampled_from([1, 16]),
     seed=st.integers(0, 3),
 )
 def test_matches_float64(run_kernel, device, rows, cols, dtype, **drawn):
@@ -54,6 +55,19 @@ def test_impossible_tokens(run_kernel, device):
     torch.testing.assert_close(losses.double(), exact[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient[:, kept].double(), exact[1], rtol=1e-4, atol=1e-7)
     assert not gradient[:, 32:64].any()
+
+
+def test_padding_of_gradients_is_zero(run_kernel, device):
+    sampled = draw(5, 70, device)
+    sampled["labels"][3] = 70  # a bad one
+    for dtype in (torch.float32, torch.float16):
+        wide = torch.full((5, 80), torch.nan, dtype=dtype, device=device)
+        _, gradient = run_kernel(
+            "soft_cross_entropy.rows", "soft_cross_entropy_rows", *sampled.values(), -100,
+            torch.empty(5, device=device), wide[:, :70],
+        )  # fmt: skip
+        beyond = gradient.as_strided((5, 2), (80, 1), 70)
+        assert not beyond.any() and gradient[3].isnan().all()
 
 
 def test_a_label_out_of_range_gives_nan_in_its_row_alone(run_kernel, device):

@@ -8,7 +8,14 @@ SINGLE = epsilon(torch.float32)
 NAMES = ("logits", "bias", "teacher", "teacher_bias", "labels", "alpha")
 
 
-def draw(rows, cols, device, *, scale=1.0, bias=True, teacher=True, offset=0.0, seed=0):
+def matrix(rows, cols, align, dtype=torch.float32):
+    """NaN, with rows at multiples of `align` elements."""
+    return torch.full((rows, -(-cols // align) * align), torch.nan, dtype=dtype)[:, :cols]
+
+
+def draw(
+    rows, cols, device, *, scale=1.0, bias=True, teacher=True, offset=0.0, seed=0, align=16
+):  # fmt: skip
     """Arguments of the pass, with ignored labels among them and rows that are padded."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -16,9 +23,7 @@ def draw(rows, cols, device, *, scale=1.0, bias=True, teacher=True, offset=0.0, 
         return torch.randn(shape, generator=generator)
 
     def logits():
-        wide = torch.full((rows, cols + 5), torch.nan)
-        wide[:, :cols] = scale * normal(rows, cols) + offset
-        return wide[:, :cols]
+        return matrix(rows, cols, align).copy_(scale * normal(rows, cols) + offset)
 
     labels = torch.randint(cols, (rows,), generator=generator)
     labels[2::3] = -100
@@ -35,11 +40,13 @@ def draw(rows, cols, device, *, scale=1.0, bias=True, teacher=True, offset=0.0, 
 
 def run(run_kernel, sampled, dtype=torch.float32, gradient=True):
     rows, cols = sampled["logits"].shape
-    device = sampled["logits"].device
-    shape = (rows, cols) if gradient else (0, 0)
+    device, length = sampled["logits"].device, sampled["logits"].stride(0)
+    into = torch.empty(0, 0, dtype=dtype)
+    if gradient:
+        into = matrix(rows, cols, max(1, length), dtype)
     return run_kernel(
         "soft_cross_entropy.rows", "soft_cross_entropy_rows", *sampled.values(), -100,
-        torch.empty(rows, device=device), torch.empty(shape, dtype=dtype, device=device),
+        torch.empty(rows, device=device), into.to(device),
     )  # fmt: skip
 
 
