@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.ops.checks import check_tensor
-from fastvlp.ops.matmul.api import runs_natively, unchecked_matmul
+from fastvlp.ops.matmul.api import takes_rows, unchecked_matmul
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -21,16 +21,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         TypeError: an argument is no tensor; the message names it.
     """
-    check_tensor("x", x, floating=None)
-    check_tensor("weight", weight, floating=None)
-    if bias is not None:
-        check_tensor("bias", bias, floating=None)
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    # Of a few rows the matmul takes microseconds: no more is looked at than has to be.
+    if not (
+        isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
+    ):
+        _refuse(x, weight, bias)
+    if not takes_rows(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if not runs_natively(rows, weight.T):
-        return F.linear(x, weight, bias)
     return unchecked_matmul(rows, weight.T, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def _refuse(x, weight, bias) -> None:
+    for name, t in (("x", x), ("weight", weight), ("bias", bias)):
+        if name != "bias" or t is not None:
+            check_tensor(name, t, floating=None)
 
 
 class Linear(nn.Linear):

@@ -12,7 +12,8 @@ from .._core.implement import without_autocast
 # Multiply-adds from which on splitting the operands into bf16 parts pays.
 LEAST_WORK = 1 << 24
 # Rows or columns that share the cost of splitting the other operand.
-LEAST_SIDE = 96
+LEAST_SIDE = 160
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,6 +53,8 @@ def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -
         tensor([[2., 3.],
                 [4., 5.]])
     """
+    if _is_torchs(a, b, bias):
+        return matmul_reference(a, b, bias)
     _check_inputs(a, b, bias)
     if choose("matmul", a, b, bias) == "reference":
         return without_autocast(matmul_reference)(a, b, bias)
@@ -63,6 +66,38 @@ def matmul_reference(
 ) -> torch.Tensor:
     """The definition of `matmul`: any device, any floating dtype."""
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def _is_torchs(a, b, bias) -> bool:
+    """Whether these are small matrices with nothing to refuse, of which torch's matmul takes less
+    time than to find that out by way of all checks and backends."""
+    if not (
+        type(a) in _PLAIN
+        and type(b) in _PLAIN
+        and a.is_cpu
+        and b.is_cpu
+        and a.dtype == b.dtype == torch.float32
+        and a.dim() == b.dim() == 2
+    ):
+        return False
+    (m, k), (rows, n) = a.shape, b.shape
+    return (
+        k == rows
+        and not _is_large(m, n, k)
+        and (bias is None or _is_row(bias, n))
+        and not torch.is_autocast_enabled("cpu")
+        and forced_backend("matmul") in (None, "reference")
+        and compiled.instruction_set_fault() is None
+    )
+
+
+def _is_row(bias, count: int) -> bool:
+    return (
+        type(bias) in _PLAIN
+        and bias.is_cpu
+        and bias.dtype == torch.float32
+        and bias.shape == (count,)
+    )
 
 
 def unchecked_matmul(
@@ -78,11 +113,21 @@ def runs_natively(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether `unchecked_matmul` of these would use AMX tiles."""
     if a.dtype != torch.float32 or b.dtype != torch.float32 or a.device.type != "cpu":
         return False
-    return _is_large(a, b) and _uses_amx()
+    return _is_large(a.shape[0], b.shape[1], a.shape[1]) and _uses_amx()
 
 
-def _is_large(a: torch.Tensor, b: torch.Tensor) -> bool:
-    m, k, n = a.shape[0], a.shape[1], b.shape[1]
+def takes_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """The same of the rows of x [.., k] and the columns of weight [n, k], transposed."""
+    return (
+        x.is_cpu
+        and weight.dim() == 2
+        and x.numel() >= LEAST_SIDE * weight.shape[1]
+        and x.dim() > 0
+        and runs_natively(x.reshape(-1, x.shape[-1]), weight.T)
+    )
+
+
+def _is_large(m: int, n: int, k: int) -> bool:
     return m >= LEAST_SIDE and n >= LEAST_SIDE and m * n * k >= LEAST_WORK
 
 
@@ -147,7 +192,7 @@ def _native_reasons(a, b, bias=None) -> list[str]:
         reasons.append(f"the native kernels run on CPUs, the matrices are on {a.device}")
     if a.dtype != torch.float32:
         reasons.append(f"dtype {a.dtype} has no kernel; float32 has")
-    if not _is_large(a, b) and forced_backend("matmul") != "native":
+    if not _is_large(a.shape[0], b.shape[1], a.shape[1]) and forced_backend("matmul") != "native":
         reasons.append("torch.mm is faster for matrices as small as these")
     return reasons
 

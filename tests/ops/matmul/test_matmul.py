@@ -233,6 +233,45 @@ def test_small_matrices_are_torchs(monkeypatch):
     assert "faster for matrices as small" in str(explain("matmul", x, x))
 
 
+def test_small_matrices_take_no_detour(monkeypatch):
+    """What torch's matmul of them takes is less than a look at all backends."""
+    monkeypatch.undo()
+    a, b, bias = draw(3, 40, "rows"), draw(40, 50, "columns", seed=1), torch.randn(50)
+    module = __import__("fastvlp.ops.matmul.api", fromlist=["matmul"])
+    chosen = []
+    monkeypatch.setattr(module, "choose", lambda *_: chosen.append(1) or "reference")
+    assert torch.equal(matmul(a, b), torch.mm(a, b))
+    parameter = torch.nn.Parameter(bias)
+    assert torch.equal(matmul(a, b, parameter), torch.addmm(bias, a, b))
+    assert not chosen
+    with torch.autocast("cpu", torch.bfloat16):  # which is off inside of the operator
+        found = matmul(a, b, bias)
+    assert torch.equal(found, torch.addmm(bias, a, b))
+    matmul(a.double(), b.double())
+    assert len(chosen) == 2
+
+
+def test_small_matrices_run_nowhere_in_place_of_what_is_asked_for(monkeypatch):
+    monkeypatch.undo()
+    x = torch.ones(8, 8)
+    for variable, value in (("FASTVLP_BACKEND", "triton"), ("FASTVLP_CPU_ISA", "mmx")):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(RuntimeError, match="no implementation can run"):
+            matmul(x, x)
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("FASTVLP_BACKEND", "native")
+    if TILES:
+        assert explain("matmul", x, x).chosen == "native" and torch.equal(matmul(x, x), 8 * x)
+
+
+def test_linear_of_a_few_rows_looks_at_no_backend(monkeypatch):
+    monkeypatch.undo()
+    module = __import__("fastvlp.ops.matmul.api", fromlist=["matmul"])
+    monkeypatch.setattr(module, "runs_natively", lambda *_: pytest.fail("was asked"))
+    x, weight, bias = draw(30, 768, "rows"), draw(64, 768, "rows", seed=1), torch.randn(64)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
