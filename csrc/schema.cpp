@@ -85,6 +85,11 @@ STABLE_TORCH_LIBRARY(fastvlp, m) {
   m.def(
       "ema_update(Tensor(a!)[] momentum, Tensor[] source, Tensor(b!)[] copies, "
       "Tensor? decay_tensor, float decay, Tensor? nonfinite) -> ()");
+  // The same, if all tensors are on the CPU and lie where those of an earlier call of it lay, which
+  // were found to be in order; else nothing. Returns whether.
+  m.def(
+      "ema_update_again(Tensor(a!)[] momentum, Tensor[] source, Tensor(b!)[] copies, float decay) "
+      "-> bool");
   // A step of AdamW, then the momentum update with the new weights.
   m.def(
       "adamw_ema(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[] first_moments, "

@@ -53,7 +53,10 @@ using Signature = std::vector<int64_t>;
 namespace lists {
 
 inline Signature signature_of(const std::vector<TensorList>& given) {
+  size_t numbers = 0;
+  for (const TensorList& list : given) numbers += 1 + 8 * list.tensors.size();
   Signature s;
+  s.reserve(numbers);  // of tensors with up to three dimensions
   for (const TensorList& list : given) {
     s.push_back(static_cast<int64_t>(list.tensors.size()));
     for (const Tensor& t : list.tensors) {
@@ -280,15 +283,18 @@ class TableCache {
     Extra extra;
   };
 
+  // Null where no call had these tensors.
+  std::shared_ptr<Item> find(const std::vector<TensorList>& given) {
+    const Signature signature = lists::signature_of(given);
+    const std::lock_guard<std::mutex> hold(mutex_);
+    return find(signature);
+  }
+
   std::shared_ptr<Item> find_or_build(const std::vector<TensorList>& given,
                                       int64_t chunk_elements) {
     Signature signature = lists::signature_of(given);
     const std::lock_guard<std::mutex> hold(mutex_);
-    for (auto at = items_.begin(); at != items_.end(); ++at)
-      if ((*at)->signature == signature) {
-        items_.splice(items_.begin(), items_, at);
-        return items_.front();
-      }
+    if (auto known = find(signature)) return known;
     auto item = std::make_shared<Item>();
     item->table = lists::build(given, chunk_elements);
     item->signature = std::move(signature);
@@ -298,6 +304,16 @@ class TableCache {
   }
 
  private:
+  // Holding the mutex.
+  std::shared_ptr<Item> find(const Signature& signature) {
+    for (auto at = items_.begin(); at != items_.end(); ++at)
+      if ((*at)->signature == signature) {
+        items_.splice(items_.begin(), items_, at);
+        return items_.front();
+      }
+    return nullptr;
+  }
+
   static constexpr size_t kKept = 64;
   std::mutex mutex_;
   std::list<std::shared_ptr<Item>> items_;

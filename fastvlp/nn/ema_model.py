@@ -340,6 +340,7 @@ class _Correspondence:
             kind = parameters if at < count else averaged
             (kind if _averages(row[0]) else others).append((name, row))
         self._groups = parameters, averaged, others
+        self._columns = _columns(parameters)
         self._complex = any(t.is_complex() for _, row in rows for t in row)
 
     def _current(self):
@@ -361,7 +362,6 @@ class _Correspondence:
         rest = [each for each in parameters if id(each[1][0]) not in done]
         _refuse_mismatch([*rest, *floats, *others])
 
-    @torch.no_grad()
     def move(
         self,
         decay: float | torch.Tensor,
@@ -375,6 +375,8 @@ class _Correspondence:
         part fail all the same after others were written, RuntimeError says which.
         """
         parameters, floats, others = self._current()
+        if not (done or floats or others or self._complex):
+            return _average(parameters, self._columns, decay, check_finite)
         _refuse_mismatch([*floats, *others])
         averaged = [each for each in parameters if id(each[1][0]) not in done]
         copied = floats
@@ -430,15 +432,26 @@ def _refuse_mismatch(named_rows) -> None:
 def _run(named_rows, decay, check_finite, complex_values) -> None:
     """Moves the rows by one call of `ema`; without a decay copies them, whatever their dtype."""
     if decay is None:
-        for _, row in named_rows:
-            for ours in row[1:]:
-                ours.copy_(row[0])
+        with torch.no_grad():
+            for _, row in named_rows:
+                for ours in row[1:]:
+                    ours.copy_(row[0])
         return
-    columns = list(zip(*(row for _, row in named_rows), strict=True)) if named_rows else []
-    if not columns:
-        return
+    columns = _columns(named_rows)
     if complex_values:
         columns = [list(map(_real, column)) for column in columns]
+    _average(named_rows, columns, decay, check_finite)
+
+
+def _columns(named_rows) -> list[list[torch.Tensor]]:
+    """The tensors of the model, of the momentum and of the copy."""
+    return [list(column) for column in zip(*(row for _, row in named_rows), strict=True)]
+
+
+def _average(named_rows, columns, decay, check_finite) -> None:
+    """Moves the rows, whose tensors are the columns, by one call of `ema`."""
+    if not columns:
+        return
     source, momentum, copies = (*columns, None)[:3]
     found = ema(momentum, source, decay, copies, check_finite=check_finite)
     if check_finite and (last := found.item()) >= 0:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .._core.dispatch import choose, register_backends
+from .. import compiled
+from .._core.dispatch import choose, forced_backend, register_backends
 from . import multi_tensor
 from .memory import without_ties
 
@@ -64,6 +65,8 @@ def ema(
         [tensor([0.2500, 0.2500])]
     """
     momentum, source, copies = list(momentum), list(source), list(copies or ())
+    if not check_finite and _has_moved_again(momentum, source, decay, copies):
+        return None
     lists: dict[str, Sequence[torch.Tensor]] = {
         "momentum": momentum,
         "source": source,
@@ -90,6 +93,33 @@ def ema(
     if found is None or found.item() < 0:
         ema_reference(parts[0], parts[1], decay, parts[2])
     return found
+
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def _has_moved_again(momentum, source, decay, copies) -> bool:
+    """Moves tensors on the CPU that an earlier call was given and that lie where they lay then.
+
+    All that is checked is whether they do: looking at each of them in Python takes longer than
+    moving the weights of a small model.
+    """
+    if not (
+        momentum
+        and type(decay) is float
+        and 0.0 <= decay <= 1.0
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and _PLAIN.issuperset(map(type, (*momentum, *source, *copies)))
+        and momentum[0].is_cpu
+        and forced_backend("ema") in (None, "native")
+        and compiled.instruction_set_fault() is None
+        and not compiled.load()
+        and torch.ops.fastvlp.ema_update_again(momentum, source, copies, decay)
+    ):
+        return False
+    multi_tensor.bump_versions(momentum, copies)
+    return True
 
 
 def _limit(tensors):

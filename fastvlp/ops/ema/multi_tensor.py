@@ -203,6 +203,7 @@ def register_operators() -> None:
         return
     for name in ("ema_update", "adamw_ema"):
         torch.library.register_fake(f"fastvlp::{name}", lambda *_: None)
+    torch.library.register_fake("fastvlp::ema_update_again", lambda *_: False)
     torch.library.register_fake(
         "fastvlp::last_exceeding",
         lambda tensors, limit: tensors[0].new_empty((), dtype=torch.int64),

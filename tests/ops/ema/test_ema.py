@@ -225,13 +225,15 @@ def test_explain_and_forced_backend(monkeypatch):
     assert explain("ema", [X], [X]).chosen == "native"
     assert explain("ema", [X.double()], [X]).chosen == "reference"
     assert explain("adamw_ema", [X], [X], [X], [X]).chosen == "native"
-    m = torch.zeros(3)
+    m, s = torch.zeros(3), torch.ones(3)
+    ema([m], [s], 1.0)
+    monkeypatch.setattr(torch.ops.fastvlp, "ema_update_again", lambda *_: pytest.fail("was called"))
     monkeypatch.setenv("FASTVLP_BACKEND", "reference")
-    ema([m], [torch.ones(3)], 0.75)
+    ema([m], [s], 0.75)
     assert (m == 0.25).all()
     monkeypatch.setenv("FASTVLP_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="no implementation can run"):
-        ema([m], [torch.ones(3)], 0.75)
+        ema([m], [s], 0.75)
 
 
 def test_versions_count(device):

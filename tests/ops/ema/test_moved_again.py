@@ -1,0 +1,57 @@
+"""ema of tensors that an earlier call was given: no more is done than moving them."""
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from fastvlp.ops import ema, ema_reference
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """How often lists were looked at, tensor by tensor."""
+    seen = []
+    module = importlib.import_module("fastvlp.ops.ema.multi_tensor")
+    plain = module.check_lists
+    monkeypatch.setattr(
+        module, "check_lists", lambda *given, **how: (seen.append(1), plain(*given, **how))
+    )
+    return seen
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_tensors_that_were_moved_before_are_not_looked_at_again(checks, copies):
+    momentum, source = [torch.zeros(5, 3), torch.ones(4)], [torch.ones(5, 3), torch.zeros(4)]
+    low = [t.bfloat16() for t in momentum] if copies else None
+    once = [t.clone() for t in momentum]
+    for decay in (0.75, 0.5, 0.0):
+        versions = [t._version for t in (*momentum, *(low or ()))]
+        ema(momentum, source, decay, low)
+        ema_reference(once, source, decay)
+        assert all(torch.equal(*pair) for pair in zip(momentum, once, strict=True))
+        assert not copies or all(
+            torch.equal(copy, m.bfloat16()) for copy, m in zip(low, momentum, strict=True)
+        )
+        after = [t._version for t in (*momentum, *(low or ()))]
+        assert all(new > old for old, new in zip(versions, after, strict=True))
+    assert len(checks) == 1
+
+
+def test_tensors_that_changed_since_are_looked_at(checks):
+    momentum, source = torch.zeros(6), torch.ones(6)
+    ema([momentum], [source], 0.5)
+    source.data = torch.ones(6, dtype=torch.float64)
+    ema([momentum], [source], 0.5)
+    assert len(checks) == 2 and (momentum == 0.75).all()
+    source.data = torch.ones(3)
+    with pytest.raises(ValueError, match=r"source\[0\]: expected the shape"):
+        ema([momentum], [source], 0.5)
+    source.data = torch.ones(6)
+    for wrong in (1.5, math.nan, "0.5"):
+        with pytest.raises((TypeError, ValueError), match="decay: expected"):
+            ema([momentum], [source], wrong)
+    with pytest.raises(ValueError, match="source: expected 1 tensors"):
+        ema([momentum], [], 0.5)
+    assert (momentum == 0.75).all()
