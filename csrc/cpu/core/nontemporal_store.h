@@ -58,11 +58,12 @@ inline void stream_row(const float* in, int64_t n, float* out) {
   std::memcpy(out, in, n * 4);
 }
 
-// The same rounded to bfloat16 (nearest even).
-inline void to_bfloat16_row(const float* in, int64_t n, uint16_t* out) {
+// The same rounded to bfloat16 (nearest even); non-temporal only if `streams`.
+inline void to_bfloat16_row(const float* in, int64_t n, uint16_t* out,
+                            [[maybe_unused]] bool streams) {
   int64_t i = 0;
 #if defined(__AVX512BF16__)
-  if (reinterpret_cast<uintptr_t>(out) % 64 == 0 && n % (2 * kLanes) == 0) {
+  if (streams && reinterpret_cast<uintptr_t>(out) % 64 == 0 && n % (2 * kLanes) == 0) {
     for (; i < n; i += 2 * kLanes)
       _mm512_stream_si512(
           (__m512i*)(out + i),

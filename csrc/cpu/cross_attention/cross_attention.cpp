@@ -113,6 +113,10 @@ class Segments {
   bool packed_;
 };
 
+// Outputs of more bytes than stay in the caches near the cores: the next operator finds little of
+// them there, and writing past the caches spares reading the lines first.
+constexpr int64_t kCachedBytes = int64_t{1} << 20;
+
 AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& seed,
                             double scale, double dropout_p, bool causal) {
   STD_TORCH_CHECK(q.dim() == 3 && (k.dim() == 3 || k.dim() == 4) && v.dim() == k.dim(),
@@ -186,7 +190,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const std::optional<Tensor>& cu_seqlens_k,
                                    const std::optional<Tensor>& key_mask, const Tensor& seed,
                                    double scale, double dropout_p, bool causal, int64_t, int64_t) {
-  const AttentionProblem p = problem_of(q, k, v, seed, scale, dropout_p, causal);
+  AttentionProblem p = problem_of(q, k, v, seed, scale, dropout_p, causal);
+  p.streams = q.numel() * bytes_of(p.element) > kCachedBytes;
   const Segments segments(q, k, cu_seqlens_q, cu_seqlens_k, key_mask);
   Tensor out = empty_output(q);
   Tensor statistics = torch::stable::new_empty(q, {2, p.heads, q.size(0)}, ScalarType::Float);
@@ -209,6 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
                                             bool causal, int64_t, int64_t) {
   AttentionProblem p = problem_of(q, k, v, seed, scale, dropout_p, causal);
   p.grad = input_of(grad, "grad");
+  p.streams = (q.numel() + k.numel() + v.numel()) * bytes_of(p.element) > kCachedBytes;
   STD_TORCH_CHECK(element_of(grad, "grad") == p.element, "grad: expected the dtype of q");
   STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == q.size(0) && grad.size(1) == p.heads &&
                       grad.size(2) == p.dim,

@@ -3,8 +3,10 @@
 #include <algorithm>
 
 #include "../core/isa_name.h"
+#include "few_queries.h"
 #include "kernel.h"
 #include "pass.h"
+#include "short_segment.h"
 #include "tile_backward.h"
 #include "tile_forward.h"
 #include "unpacked_backward.h"
@@ -19,6 +21,37 @@ namespace {
 #else
 #define FASTVLP_WITH_MATMULS(function, p) (function<SimdMatmuls<FloatDot>>)
 #endif
+
+constexpr int kFewQueriesDim = 64;
+
+bool takes_few_queries(const AttentionProblem& p, const AttentionTask& task) {
+  const int64_t most = p.element == Element::kFloat32    ? kFewQueries
+                       : p.element == Element::kBFloat16 ? kFewBFloat16Queries
+                                                         : 0;
+  return p.dim == kFewQueriesDim && p.drop_below == 0 && task.queries > 0 && task.queries <= most;
+}
+
+// Whether the task was one of a few rows, and has been done.
+template <class Out>
+bool run_small(const AttentionProblem& p, const AttentionTask& task, const Out& out,
+               float* scratch) {
+  if (takes_few_queries(p, task)) {
+    if (p.element == Element::kFloat32)
+      FewQueries<float, kFewQueriesDim>(p, task, scratch).run(out);
+    else
+      FewQueries<uint16_t, kFewQueriesDim>(p, task, scratch).run(out);
+    return true;
+  }
+  if (!ShortSegment::takes(p, task)) return false;
+  ShortSegment(p, task, scratch).run(out);
+  return true;
+}
+
+// Of the passes that serve some tasks of any instruction set.
+int64_t small_task_floats(const AttentionProblem& p, int64_t attended_keys) {
+  return std::max(FewQueries<float, kFewQueriesDim>::scratch_floats(attended_keys),
+                  ShortSegment::scratch_floats(p));
+}
 
 #if defined(__AMX_BF16__)
 
@@ -73,8 +106,8 @@ int64_t forward_scratch(const AttentionProblem& p, int64_t queries, int64_t atte
 #else
   const int64_t tiles = 0;
 #endif
-  return std::max(tiles,
-                  FASTVLP_WITH_MATMULS(scratch_floats_with, p)(p, queries, attended_keys, false));
+  return std::max({tiles, small_task_floats(p, attended_keys),
+                   FASTVLP_WITH_MATMULS(scratch_floats_with, p)(p, queries, attended_keys, false)});
 }
 
 int64_t backward_scratch(const AttentionProblem& p, int64_t queries, int64_t attended_keys) {
@@ -84,12 +117,13 @@ int64_t backward_scratch(const AttentionProblem& p, int64_t queries, int64_t att
 #else
   const int64_t tiles = 0;
 #endif
-  return std::max(tiles,
-                  FASTVLP_WITH_MATMULS(scratch_floats_with, p)(p, queries, attended_keys, true));
+  return std::max({tiles, small_task_floats(p, attended_keys),
+                   FASTVLP_WITH_MATMULS(scratch_floats_with, p)(p, queries, attended_keys, true)});
 }
 
 void forward_once(const AttentionProblem& p, const AttentionTask& task, const AttentionForward& out,
                   float* scratch) {
+  if (run_small(p, task, out, scratch)) return;
 #if defined(__AMX_BF16__)
   if (takes_unpacked(p)) return UnpackedForwardPass(p, task, out, scratch).run();
   if (run_on_tiles<TileForward>(p, task, out, scratch)) return;
@@ -106,8 +140,10 @@ void forward(const AttentionProblem& p, const AttentionTask& task, const Attenti
 
 void backward(const AttentionProblem& p, const AttentionTask& task, const AttentionBackward& out,
               float* scratch) {
+  const bool relative = is_relative(p, task, out.statistics);
+  if (!relative && run_small(p, task, out, scratch)) return;
 #if defined(__AMX_BF16__)
-  if (!is_relative(p, task, out.statistics)) {
+  if (!relative) {
     if (takes_unpacked(p) && task.queries <= UnpackedBackwardPass::kMostQueries)
       return UnpackedBackwardPass(p, task, out, scratch).run();
     if (run_on_tiles<TileBackward>(p, task, out, scratch)) return;

@@ -31,6 +31,7 @@ struct AttentionProblem {
   int64_t total_queries;
   float scale;
   bool causal;
+  bool streams;         // outputs are too large for the caches: they are written past them
   uint32_t drop_below;  // weights whose random word is below are dropped; 0: no dropout
   float keep_scale;     // factor of the weights that stay
   uint64_t seed;

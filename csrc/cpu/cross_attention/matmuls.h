@@ -62,6 +62,20 @@ void dots_of_columns(const uint32_t* a, const uint32_t* b, int64_t words, int64_
   }
 }
 
+// A row as word_row gives it; of so few bytes a call of memcpy takes several times as long.
+template <class Dot>
+inline void copy_row(const Features& m, int64_t row, int64_t dim, uint32_t* out) {
+  constexpr Element element = Dot::kPerWord == 1 ? Element::kFloat32 : Element::kBFloat16;
+  if (m.element != element || dim % (Dot::kPerWord * kLanes) != 0)
+    return word_row<Dot>(m, row, dim, out);
+  const char* from = static_cast<const char*>(m.data) + row * m.stride * bytes_of(element);
+  for (int64_t w = 0; w < dim / Dot::kPerWord; w += kLanes) {
+    Vec words;
+    std::memcpy(&words, from + w * 4, kVectorBytes);
+    std::memcpy(out + w, &words, kVectorBytes);
+  }
+}
+
 constexpr auto nothing_done = [](int64_t) {};
 
 template <class Dot>
@@ -112,9 +126,9 @@ struct SimdMatmuls {
     const int64_t words = depth_words<Dot>(dim), stride = key_row_words();
     for (int64_t r = 0; r < padded_keys(x.count); ++r) {
       prefetch_row<3>(x, r + kPrefetchRows, dim);
-      if (r < x.count) word_row<Dot>(x.features, x[r], dim, out + r * stride);
+      if (r < x.count) copy_row<Dot>(x.features, x[r], dim, out + r * stride);
       const int64_t used = r < x.count ? words : 0;
-      std::memset(out + r * stride + used, 0, (stride - used) * 4);
+      if (used < stride) std::memset(out + r * stride + used, 0, (stride - used) * 4);
     }
     return {out, stride};
   }
@@ -146,7 +160,7 @@ struct SimdMatmuls {
     for (int64_t r = 0; r < m; r += kLanes) {
       for (int64_t i = 0; i < kLanes; ++i)
         if (r + i < count)
-          word_row<Dot>(y, begin + r + i, dim, row + i * stride);
+          copy_row<Dot>(y, begin + r + i, dim, row + i * stride);
         else
           std::memset(row + i * stride, 0, stride * 4);
       transpose_rows(row, stride, sign, out + r, m);
@@ -163,7 +177,7 @@ struct SimdMatmuls {
       uint32_t* row = out + w * stride;
       std::memset(row, 0, stride * 4);
       if constexpr (kFloat) {
-        if (w < count) word_row<Dot>(y, begin + w, dim, row);
+        if (w < count) copy_row<Dot>(y, begin + w, dim, row);
       } else {
         if (2 * w >= count) continue;
         const uint16_t* first = static_cast<const uint16_t*>(y.data) + (begin + 2 * w) * y.stride;

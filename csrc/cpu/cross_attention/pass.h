@@ -153,10 +153,10 @@ inline OutputRows key_outputs(const AttentionProblem& p, const AttentionTask& ta
 }
 
 inline void store_row(const AttentionProblem& p, const float* in, void* out) {
-  if (p.element == fastvlp::Element::kFloat32)
+  if (p.element == fastvlp::Element::kFloat32 && p.streams)
     stream_row(in, p.dim, static_cast<float*>(out));
   else if (p.element == fastvlp::Element::kBFloat16)
-    to_bfloat16_row(in, p.dim, static_cast<uint16_t*>(out));
+    to_bfloat16_row(in, p.dim, static_cast<uint16_t*>(out), p.streams);
   else
     from_floats(in, p.dim, p.element, out);
 }

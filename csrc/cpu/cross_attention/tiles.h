@@ -266,7 +266,7 @@ template <class Rows, int kDim>
 [[gnu::always_inline]] inline void store_row_as(const AttentionProblem& p, const float* in,
                                                 void* out) {
   constexpr int64_t kBytes = kDim * sizeof(typename Rows::Scalar);
-  if (std::is_same_v<Rows, HalfRows> || kBytes == 0 || kBytes % 64 != 0 ||
+  if (!p.streams || std::is_same_v<Rows, HalfRows> || kBytes == 0 || kBytes % 64 != 0 ||
       reinterpret_cast<uintptr_t>(out) % 64 != 0)
     return store_row(p, in, out);
   char* to = static_cast<char*>(out);

@@ -186,17 +186,18 @@ class UnpackedBackward {
   struct StoreStage {
     const UnpackedBackward& pass;
     const OutputRows dk, dv;
-    const bool aligned;  // to whole lines
+    const bool streams;  // whole lines, past the caches
     int64_t key = 0, left = 0;
 
     explicit StoreStage(const UnpackedBackward& p)
         : pass(p),
           dk(key_outputs(p.p_, p.task_, p.out_.dk)),
           dv(key_outputs(p.p_, p.task_, p.out_.dv)),
-          aligned((reinterpret_cast<uintptr_t>(dk.data) | reinterpret_cast<uintptr_t>(dv.data) |
+          streams(p.p_.streams &&
+                  (reinterpret_cast<uintptr_t>(dk.data) | reinterpret_cast<uintptr_t>(dv.data) |
                    static_cast<uintptr_t>(dk.step | dv.step)) %
-                      64 ==
-                  0) {}
+                          64 ==
+                      0) {}
 
     [[gnu::always_inline]] void operator()(int count) {
       for (; count > 0 && left > 0; --count)
@@ -213,7 +214,7 @@ class UnpackedBackward {
       FASTVLP_UNROLL
       for (int64_t d = 0; d < kDim; d += kStepSide) {
         const __m512i words = bf16_row(load(from + d), load(from + d + kLanes));
-        if (aligned)
+        if (streams)
           _mm512_stream_si512(reinterpret_cast<__m512i*>(to + d), words);
         else
           _mm512_storeu_si512(to + d, words);

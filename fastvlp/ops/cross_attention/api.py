@@ -1,6 +1,7 @@
 """Attention of packed queries to the keys of their own segment: fusion encoders and packed text."""
 
 import torch
+from torch.autograd import forward_ad
 
 from ..._autograd import Function
 from .._core.backends import unit_stride
@@ -105,8 +106,11 @@ def cross_attention(
         has_seed = dropout_p or dropout_seed is not None
         seed = seed_tensor(dropout_seed, dropout_p, q.device) if has_seed else NO_SEED
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        rows = (bound or 0 for bound in bounds)
-        return _CrossAttention.apply(*tensors, seed, factor, dropout_p, bool(causal), *rows)
+        rows = max_seqlen_q or 0, max_seqlen_k or 0
+        arguments = *tensors, seed, factor, dropout_p, bool(causal), *rows
+        if _has_derivatives(q, k, v):
+            return _CrossAttention.apply(*arguments)
+        return torch.ops.fastvlp.cross_attention_forward(*arguments)[0]
     check_inputs(*tensors, scale, dropout_p, *bounds)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     seed = seed_tensor(dropout_seed, dropout_p, q.device)
@@ -172,6 +176,15 @@ def cross_attention_reference(
             p = p * keep[..., where] / (1 - dropout_p)
         out[begin:end] = torch.einsum("hqk,khd->qhd", p, v[keys][where])
     return out
+
+
+def _has_derivatives(q, k, v) -> bool:
+    """Whether anyone may ask for one: autograd in either direction, or a transform of functions."""
+    return (
+        (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 class _CrossAttention(Function):

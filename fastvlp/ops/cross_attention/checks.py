@@ -49,7 +49,7 @@ def operator_takes(
     if cu_seqlens_k is None:
         if len(keys) != 4:
             return False
-        segments, _, key_heads, key_dim = keys
+        segments, total, key_heads, key_dim = keys
     else:
         if len(keys) != 3 or type(cu_seqlens_k) is not torch.Tensor or cu_seqlens_k.dim() != 1:
             return False
@@ -61,7 +61,10 @@ def operator_takes(
         heads == key_heads != 0
         and dim == key_dim != 0
         and v.shape == keys
-        and _are_starts(cu_seqlens_q, rows, segments)
+        and (
+            (cu_seqlens_q is cu_seqlens_k and rows == total)
+            or _are_starts(cu_seqlens_q, rows, segments)
+        )
         and (key_mask is None or _is_mask(key_mask, keys[:-2]))
         and forced_backend("cross_attention") in (None, "native")
         and not compiled.load()
