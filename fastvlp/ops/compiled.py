@@ -20,9 +20,9 @@ OPERATORS = (
     "cross_attention_forward", "cross_attention_backward", "cuda_kernels_unavailable",
     "release_cpu_buffers", "cpu_instruction_sets", "ema_update", "ema_update_again",
     "adamw_ema", "last_exceeding", "cpu_instruction_set", "soft_cross_entropy_losses",
-    "soft_cross_entropy_gradients",
-    "soft_cross_entropy_losses_and_gradients", "soft_cross_entropy_rows",
-    "soft_cross_entropy_column_sums", "soft_cross_entropy_weight_gradient",
+    "soft_cross_entropy_gradients", "soft_cross_entropy_losses_and_gradients",
+    "soft_cross_entropy_rows", "soft_cross_entropy_column_sums",
+    "soft_cross_entropy_weight_gradient",
     "word_patch_alignment", "word_patch_alignment_gradients", "momentum_contrastive",
     "transform_images", "matmul", "add_matmul", "matmul_available",
 )  # fmt: skip
