@@ -72,6 +72,15 @@ inline void to_bfloat16_row(const float* in, int64_t n, uint16_t* out,
   }
   for (; i + 2 * kLanes <= n; i += 2 * kLanes)
     store_bf16(reinterpret_cast<uint32_t*>(out + i), load(in + i), load(in + i + kLanes));
+#else
+  for (; i + kLanes <= n; i += kLanes) {
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    const VecU number = (VecU)load(in + i), upper = number >> 16;
+    const VecU rounded = (number + 0x7fffu + (upper & 1u)) >> 16;
+    const auto is_nan = (number & 0x7fffffffu) > 0x7f800000u;
+    const Halves halves = __builtin_convertvector(is_nan ? upper | 0x40u : rounded, Halves);
+    std::memcpy(out + i, &halves, sizeof(halves));
+  }
 #endif
   for (; i < n; ++i) out[i] = float_to_bfloat16(in[i]);
 }

@@ -50,7 +50,7 @@ class FewQueries {
     const OutputRows to = query_outputs(p_, task_, out.out);
     for (int64_t i = 0; i < task_.queries; ++i) {
       const int64_t n = visible(p_, task_, i + 1);
-      const Row query = signed_row(query_row(p_.q, i));
+      const Operand query = logit_operand(i);
       float* weights = scratch_ + at_.weights;
       Vec most = splat(kNegativeInfinity);
       for (int64_t r = 0; r < n; r += kLanes) {
@@ -75,12 +75,11 @@ class FewQueries {
     float deltas[kFewQueries], most[kFewQueries], reciprocals[kFewQueries];
     int64_t seen[kFewQueries];
     for (int64_t i = 0; i < task_.queries; ++i) {
-      const Row grad = read(query_row(p_.grad, i));
       write(read(query_row(p_.q, i)), at(at_.q, i));
-      write(grad, at(at_.grad, i));
+      write(read(query_row(p_.grad, i)), at(at_.grad, i));
       write({}, at(at_.dq, i));
       const AttendedRows result = {query_rows(p_, task_, out.out), nullptr, task_.queries};
-      deltas[i] = dots(grad, result, i, i + 1, 0.0f)[0];
+      deltas[i] = dots(operand(query_row(p_.grad, i)), result, i, i + 1, 0.0f)[0];
       const int64_t row = task_.head * p_.total_queries + task_.first_query + i;
       most[i] = out.statistics[row];
       reciprocals[i] = out.statistics[p_.heads * p_.total_queries + row];
@@ -92,8 +91,8 @@ class FewQueries {
       prefetch(keys_, next_keys_, r + kLanes, task_.attended_keys);
       prefetch(values_, next_values_, r + kLanes, task_.attended_keys);
       for (int64_t i = 0; i < task_.queries; ++i) {
-        const Vec s = dots(signed_row(at(at_.q, i)), keys_, r, seen[i], kNegativeInfinity);
-        const Vec t = dots(read(at(at_.grad, i)), values_, r, seen[i], 0.0f);
+        const Vec s = dots(logit_operand(i), keys_, r, seen[i], kNegativeInfinity);
+        const Vec t = dots(operand(query_row(p_.grad, i)), values_, r, seen[i], 0.0f);
         const Vec w = exp2(s * logit_factor(p_) - splat(most[i])) * reciprocals[i];
         store(weights[i], w);
         store(derivatives[i], w * (t - splat(deltas[i])) * p_.scale);
@@ -146,11 +145,6 @@ class FewQueries {
     for (int v = 0; v < kVectors; ++v) x.at[v] = piece(row, v);
     return x;
   }
-  // Negated where logits have the other sign than dot products.
-  template <class T>
-  [[gnu::always_inline]] Row signed_row(const T* row) const {
-    return scaled(read(row), p_.scale < 0 ? -1.0f : 1.0f);
-  }
   [[gnu::always_inline]] static Row scaled(Row x, float factor) {
     FASTVLP_UNROLL
     for (int v = 0; v < kVectors; ++v) x.at[v] = x.at[v] * factor;
@@ -166,35 +160,97 @@ class FewQueries {
     for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, x.at[v]);
   }
 
-  // Dot products of `x` with rows [first, end) of as many as there are lanes, and `rest` beyond.
-  [[gnu::always_inline]] static Vec dots(const Row& x, const AttendedRows& rows, int64_t first,
-                                         int64_t end, float rest) {
-    alignas(64) float found[kLanes];
-    Vec products[kLanes] = {};
-    for (int64_t j = 0; j < kLanes && first + j < end; ++j) {
-      const Scalar* row = row_of(rows, first + j);
-      Vec sum = x.at[0] * piece(row, 0);
-      FASTVLP_UNROLL
-      for (int v = 1; v < kVectors; ++v) sum = sum + x.at[v] * piece(row, v);
-      products[j] = sum;
-    }
-    sum_lanes(products, found);
-    for (int64_t j = end > first ? end - first : 0; j < kLanes; ++j) found[j] = rest;
-    return load(found);
+  // A query row, or the gradient of one, as dot products take it.
+#if defined(__AVX512BF16__)
+  struct Words {
+    static constexpr int kWords = kDim / (2 * kLanes);
+    __m512bh at[kWords];
+  };
+  using Operand = std::conditional_t<std::is_same_v<Scalar, uint16_t>, Words, Row>;
+  [[gnu::always_inline]] static Words operand(const uint16_t* row, bool negate = false) {
+    Words x;
+    const __m512i sign = _mm512_set1_epi32(negate ? static_cast<int>(0x80008000u) : 0);
+    FASTVLP_UNROLL
+    for (int w = 0; w < Words::kWords; ++w)
+      x.at[w] = (__m512bh)_mm512_xor_si512(_mm512_loadu_si512(row + w * 2 * kLanes), sign);
+    return x;
+  }
+  [[gnu::always_inline]] static Vec products(const Words& x, const uint16_t* row) {
+    __m512 sum = _mm512_setzero_ps();
+    FASTVLP_UNROLL
+    for (int w = 0; w < Words::kWords; ++w)
+      sum = _mm512_dpbf16_ps(sum, x.at[w], (__m512bh)_mm512_loadu_si512(row + w * 2 * kLanes));
+    return (Vec)sum;
+  }
+#else
+  using Operand = Row;
+#endif
+  template <class T>
+  [[gnu::always_inline]] static Row operand(const T* row, bool negate = false) {
+    return scaled(read(row), negate ? -1.0f : 1.0f);
+  }
+  template <class T>
+  [[gnu::always_inline]] static Vec products(const Row& x, const T* row) {
+    Vec sum = x.at[0] * piece(row, 0);
+    FASTVLP_UNROLL
+    for (int v = 1; v < kVectors; ++v) sum = sum + x.at[v] * piece(row, v);
+    return sum;
+  }
+  // Negated where logits have the other sign than dot products.
+  [[gnu::always_inline]] Operand logit_operand(int64_t i) const {
+    return operand(query_row(p_.q, i), p_.scale < 0);
   }
 
-  // sums[j]: of the lanes of products[j].
-  [[gnu::always_inline]] static void sum_lanes(const Vec products[kLanes], float* sums) {
+  // Dot products of `x` with rows [first, end), as many as there are lanes, and `rest` beyond.
+  [[gnu::always_inline]] static Vec dots(const Operand& x, const AttendedRows& rows, int64_t first,
+                                         int64_t end, float rest) {
+    Vec found[kLanes];
+    if (end - first >= kLanes) {
+      FASTVLP_UNROLL
+      for (int j = 0; j < kLanes; ++j) found[j] = products(x, row_of(rows, first + j));
+      return sums_of_lanes(found);
+    }
+    for (int j = 0; j < kLanes; ++j)
+      found[j] = first + j < end ? products(x, row_of(rows, first + j)) : Vec{};
+    Vec sums = sums_of_lanes(found);
+    for (int64_t j = end > first ? end - first : 0; j < kLanes; ++j) sums[j] = rest;
+    return sums;
+  }
+
+  // Lane j: the sum of the lanes of x[j]. Pairwise, each step on half as many vectors.
+  [[gnu::always_inline]] static Vec sums_of_lanes(const Vec x[kLanes]) {
 #if defined(__AVX512F__)
-    alignas(64) float lanes[kLanes * kLanes];
-    store_transposed(products, reinterpret_cast<uint32_t*>(lanes), kLanes);
-    Vec t[kLanes];
-    for (int i = 0; i < kLanes; ++i) t[i] = load(lanes + i * kLanes);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) t[i] = t[i] + t[i + half];
-    store(sums, t[0]);
+    __m512 fours[4];
+    FASTVLP_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const auto twos = [&](int at) {
+        const __m512 a = (__m512)x[at], b = (__m512)x[at + 1];
+        return (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+      };
+      const __m512d a = twos(4 * i), b = twos(4 * i + 2);
+      fours[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+    }
+    const auto halves = [](__m512 a, __m512 b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return (Vec)halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]));
+#elif defined(__AVX2__)
+    __m256 fours[2];
+    FASTVLP_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const auto twos = [&](int at) {
+        const __m256 a = (__m256)x[at], b = (__m256)x[at + 1];
+        return (__m256d)_mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+      };
+      const __m256d a = twos(4 * i), b = twos(4 * i + 2);
+      fours[i] = _mm256_add_ps((__m256)_mm256_unpacklo_pd(a, b), (__m256)_mm256_unpackhi_pd(a, b));
+    }
+    return (Vec)_mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+                              _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
 #else
-    for (int j = 0; j < kLanes; ++j) sums[j] = horizontal_sum(products[j]);
+    Vec sums;
+    for (int j = 0; j < kLanes; ++j) sums[j] = horizontal_sum(x[j]);
+    return sums;
 #endif
   }
 
@@ -213,13 +269,17 @@ class FewQueries {
   [[gnu::always_inline]] Row weighted_values(int64_t n, const float* weights) const {
     Row total = {};
     for (int64_t first = 0; first < n; first += kRun) {
-      Row sum = {};
-      for (int64_t r = first; r < n && r < first + kRun; ++r) {
+      Row even = {}, odd = {};  // two sums: the next addition to one waits for the last one to it
+      const int64_t end = std::min(n, first + kRun);
+      int64_t r = first;
+      for (; r + 1 < end; r += 2) {
         if (r % kLanes == 0) prefetch(values_, next_keys_, r + kLanes, n);
-        add(sum, weights[r], row_of(values_, r));
+        add(even, weights[r], row_of(values_, r));
+        add(odd, weights[r + 1], row_of(values_, r + 1));
       }
+      if (r < end) add(even, weights[r], row_of(values_, r));
       FASTVLP_UNROLL
-      for (int v = 0; v < kVectors; ++v) total.at[v] = total.at[v] + sum.at[v];
+      for (int v = 0; v < kVectors; ++v) total.at[v] = total.at[v] + (even.at[v] + odd.at[v]);
     }
     return total;
   }
