@@ -1,11 +1,13 @@
 """Every Triton kernel at every tile of its tables for sm_80 and sm_90, executed as PTX.
 
-    pytest tests/ptx/every_tile.py
+    pytest tests/ptx/every_tile.py -n 2 --dist worksteal -k "not tables"
+    pytest tests/ptx/every_tile.py -k tables
 
 Not part of a plain test run, which executes each op at a tile or two (test_launchers.py). Each op
 goes through its launchers in float32, bfloat16 and float16, at sizes that cross tiles in every
 direction, ragged and aligned, and is compared with float64 by the checks of the interpreted
-kernels. The last test holds what was executed against the tables and lists it.
+kernels. What passed is kept in pytest's cache while its sources stay the same, so the first command
+can be run in parts. The second holds it against the tables and lists it.
 """
 
 from functools import partial
@@ -15,7 +17,7 @@ import torch
 from fastvlp_tests import alignment_kernels as alignment
 from fastvlp_tests import attention_kernels as attention
 from fastvlp_tests import contrastive_formulas as contrastive
-from fastvlp_tests import momentum_cases
+from fastvlp_tests import executed_settings, momentum_cases
 from fastvlp_tests import momentum_kernels as momentum
 from fastvlp_tests import soft_cross_entropy_kernels as soft_cross_entropy
 from fastvlp_tests.alignment_cases import pairs
@@ -37,30 +39,37 @@ def every_target(test):
     return test
 
 
-@pytest.fixture(scope="module")
-def executed():
-    """The settings of all launches of this file so far."""
-    return set()
+@pytest.fixture
+def notes(request):
+    """The settings that passed, in this run and earlier ones."""
+    return executed_settings.Notes(request.config.cache.mkdir("every_tile"))
 
 
 @pytest.fixture
-def run(virtual_gpus, capability, executed, kernel_counts):
-    """run(module, function, *args, **kwargs) on the virtual GPU, whose launches are noted.
+def run(request, virtual_gpus, capability, notes, kernel_counts):
+    """run(module, function, *args, **kwargs) on the virtual GPU; its launches are noted on success.
 
     With one multiprocessor to employ, the rows alone choose a tile. `overrides` are attributes of
     the module with other values.
     """
 
-    def call(*args, overrides=None, **kwargs):
+    failures, executed = request.session.testsfailed, {}
+
+    def call(module, *args, overrides=None, **kwargs):
         on = capability, {"multiprocessors": 1}, overrides or {}
-        task = virtual_gpus(capability).submit(virtual_process.list_settings, *on, *args, **kwargs)
+        task = virtual_gpus(capability).submit(
+            virtual_process.list_settings, *on, module, *args, **kwargs
+        )
         result, settings = task.result()
         for setting in settings:
             kernel_counts.executed(capability, str(setting))
-        executed.update(settings)
+        executed.setdefault(module.split(".")[0], set()).update(map(str, settings))
         return result
 
-    return call
+    yield call
+    if request.session.testsfailed == failures:
+        for op, settings in executed.items():
+            notes.add(op, settings)
 
 
 @every_target
@@ -155,16 +164,17 @@ def test_word_patch_alignment(run, dtype, words, patches):
 
 
 @EVERY_TARGET[0]
-def test_every_setting_of_the_tables_was_executed(virtual_gpus, executed, capability, capsys):
-    here = {setting for setting in executed if setting.capability == capability}
+def test_every_setting_of_the_tables_was_executed(virtual_gpus, notes, capability, capsys):
+    passed = notes.read(executed_settings.operators())
+    here = sorted(setting for setting in passed if setting.startswith(f"sm_{capability} "))
     with capsys.disabled():
-        print("\n" + "\n".join(map(str, sorted(here))))
+        print("\n" + "\n".join(here))
     task = virtual_gpus(capability).submit(virtual_process.table_settings, (capability,))
     # The tables have one entry for both 16-bit dtypes.
     wanted = {
-        setting.in_dtype(dtype)
+        str(setting.in_dtype(dtype))
         for setting in task.result()
         for dtype in (("bf16", "fp16") if setting.dtype == "bf16" else (setting.dtype,))
     }
-    missing = sorted(wanted - here)
-    assert wanted and not missing, "never executed:\n" + "\n".join(map(str, missing))
+    missing = sorted(wanted.difference(here))
+    assert wanted and not missing, "never executed:\n" + "\n".join(missing)
