@@ -55,6 +55,16 @@ def tile_for(
     return tiles[capability_key(*torch.cuda.get_device_capability(x.device)), x.element_size()]
 
 
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU: with fewer programs than this some of them idle."""
+    return 1 if INTERPRETED else _multiprocessors(device)
+
+
 def tile_constants(tile: Tile, width: int, dtype: torch.dtype, precision: str) -> dict:
     """The constexpr arguments that every tile kernel takes for inputs of this width and dtype."""
     return {

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .._core import aot
-from .._core.launch import on_device
+from .._core.launch import multiprocessors, on_device
 from . import host
 from .backward_tiles import FUSED_TILES, KEY_TILES, QUERY_TILES
 from .gradients import (
@@ -309,7 +309,7 @@ def cross_attention_backward(
     do, out = {"do_ptr": grad.contiguous()}, {"out_ptr": out.contiguous()}
     kept, by_key = {"statistics_ptr": statistics}, {"dk_ptr": dk, "dv_ptr": dv}
     tile = fused_tile(
-        host.tiles_of(FUSED_TILES, FUSED_INTERPRETED, q), sizes, host.multiprocessors(q.device)
+        host.tiles_of(FUSED_TILES, FUSED_INTERPRETED, q), sizes, multiprocessors(q.device)
     )
     with on_device(q):
         if tile is not None:

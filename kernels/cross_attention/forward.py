@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .._core import aot
-from .._core.launch import on_device
+from .._core.launch import multiprocessors, on_device
 from . import host
 from .backward import cross_attention_backward
 from .host import INTEGERS, Table, Tile
@@ -222,7 +222,7 @@ def cross_attention_forward(
     out = host.empty_result(q)
     statistics = torch.empty(2, q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     tiles = host.tiles_of(TILES, TILES_INTERPRETED, q)
-    tile = choose_tile(tiles, sizes, host.multiprocessors(q.device))
+    tile = choose_tile(tiles, sizes, multiprocessors(q.device))
     if q.numel():
         shared = host.shared_arguments(
             sizes, *inputs, seed, abs(scale), dropout_p, causal, split=True

@@ -93,16 +93,6 @@ def entry(table: Table, capability: int, element: int, width: int) -> tuple[Tile
     return table[capability, element, 128] if found is None else found
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU: with fewer programs than this some of them idle."""
-    return 1 if INTERPRETED else _multiprocessors(device)
-
-
 def check(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, max_q: int, max_k: int) -> Sizes:
     """Raise ValueError unless the kernels take these inputs."""
     reasons = attention_supported(q, k, v)

@@ -28,7 +28,7 @@ def gpu() -> Iterator[FakeTensorMode]:
     """Fake CUDA tensors, and a GPU of compute capability 9.0 that runs every kernel there is."""
     with (
         mock.patch("torch.cuda.get_device_capability", lambda *_: CAPABILITY),
-        mock.patch("fastvlp.kernels.cross_attention.host._multiprocessors", lambda _: 132),
+        mock.patch("fastvlp.kernels._core.launch._multiprocessors", lambda _: 132),
         mock.patch("fastvlp.kernels._core.launch.current_device", lambda: 0),
         mock.patch("torch.cuda.device", lambda *_: nullcontext()),
         mock.patch("triton.runtime.jit.JITFunction.run", lambda *_, **__: None),

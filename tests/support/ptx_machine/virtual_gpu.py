@@ -105,8 +105,7 @@ class VirtualGPU:
             mock.patch("fastvlp.kernels._core.support.device_reasons", lambda device: []),
             # What was asked of the device before stays in a cache there.
             mock.patch(
-                "fastvlp.kernels.cross_attention.host._multiprocessors",
-                lambda device: multiprocessors,
+                "fastvlp.kernels._core.launch._multiprocessors", lambda device: multiprocessors
             ),
         ]
         for patch in self._patches:
