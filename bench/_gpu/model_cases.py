@@ -57,7 +57,7 @@ def eager_momentum(batch: int, dim: int, queue: int):
 
 def momentum(queue: int, batch: int = 64, dim: int = 256) -> Case:
     implementations = [
-        ModelledImplementation("fastvlp", partial(our_momentum, batch, dim), (2112, 4224)),
+        ModelledImplementation("fastvlp", partial(our_momentum, batch, dim), (4096, 12288)),
         ModelledImplementation(
             "paper's formula, autocast", partial(eager_momentum, batch, dim), eager=True
         ),

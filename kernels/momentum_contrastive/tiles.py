@@ -7,10 +7,12 @@ import triton.language as tl
 from .._core import aot
 from .._core.launch import INTERPRETED, Tile, tile_for
 
-# Eight warps hold the sums of 64 rows x 256 columns in 64 registers a thread; four would spill.
+# Eight warps hold the sums of 64 rows x 256 columns in 64 registers a thread, or four in 128: then
+# two programs share a multiprocessor, one of which multiplies while the other weighs. With 64 keys
+# at a time four warps spill.
 TILES = {
     (80, 2): Tile(64, 64, 64, 1, 8, 2),
-    (90, 2): Tile(64, 64, 64, 1, 8, 2),
+    (90, 2): Tile(64, 32, 64, 1, 4, 3),
     (100, 2): Tile(64, 64, 64, 1, 8, 2),
     (120, 2): Tile(64, 32, 64, 1, 8, 2),
     (80, 4): Tile(32, 32, 32, 1, 8, 2),
@@ -19,28 +21,43 @@ TILES = {
     (120, 4): Tile(32, 32, 32, 1, 8, 2),
 }
 TILE_INTERPRETED = Tile(32, 32, 32, 1, 4, 1)
+# Warps for which a multiprocessor's registers are enough, however many a thread takes.
+HELD_WARPS = 8
 
 # Constants of every tiled kernel as the ahead-of-time cases have them.
 AOT_TILED = {"EVEN_D": True, "UPCAST": False, "PRECISION": "ieee"}
+# Widest block of the sums of keys; wider features take several programs, each with the logits.
+WIDEST = 256
 # Arguments of all the kernels by name; T is the dtype of the features.
 _FLOATS = dict.fromkeys(
     ("temperature_ptr", "alpha_ptr", "reference_ptr", "sum_ptr", "keys_ptr", "loss_ptr",
-     "temperature_gradient_ptr", "positive_sum_ptr", "positive_keys_ptr",
-     *(f"{who}_{what}_ptr" for who in ("student", "teacher")
-       for what in ("reference", "sum", "keys"))), "*fp32"
+     "d_temperature_ptr"), "*fp32"
 )  # fmt: skip
-_FEATURES = dict.fromkeys(
-    ("query_ptr", "batch_ptr", "queue_ptr", "student_ptr", "teacher_ptr", "own_ptr",
-     "gradient_ptr"), "*T"
-)  # fmt: skip
+_NAMES = ("image", "text", "image_momentum", "text_momentum", "image_queue", "text_queue")
+_FEATURES = dict.fromkeys((*(f"{name}_ptr" for name in _NAMES), "d_image_ptr", "d_text_ptr"), "*T")
 _INTEGERS = dict.fromkeys(
-    ("ids_ptr", "queue_ids_ptr", "length_ptr", "seed_ptr", "negative_ptr"), "*i64"
+    (
+        "ids_ptr",
+        "queue_ids_ptr",
+        "length_ptr",
+        "seed_ptr",
+        "text_negative_ptr",
+        "image_negative_ptr",
+    ),
+    "*i64",
 )
-_SIZES = dict.fromkeys(
-    ("B", "D", "stream", "stride_query", "stride_batch", "stride_queue", "stride_student",
-     "stride_teacher", "stride_own"), "i32"
-)  # fmt: skip
+_SIZES = dict.fromkeys(("B", "D", "slices", *(f"stride_{name}" for name in _NAMES)), "i32")
 _SIGNATURE = _FLOATS | _FEATURES | _INTEGERS | _SIZES | {"share": "fp32"}
+
+
+@triton.jit
+def select_side(direction, first_ptr, stride_first, second_ptr, stride_second):
+    """(pointer, stride) of the first tensor for direction 0, of the second for direction 1."""
+    if direction == 0:
+        ptr, stride = first_ptr, tl.cast(stride_first, tl.int64)
+    else:
+        ptr, stride = second_ptr, tl.cast(stride_second, tl.int64)
+    return ptr, stride
 
 
 @triton.jit

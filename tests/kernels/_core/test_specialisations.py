@@ -9,7 +9,7 @@ KERNELS = {
     "contrastive": {"statistics_kernel", "merge_kernel", "gradient_kernel"},
     "contrastive_in_chunks": {"statistics_kernel", "merge_kernel"},
     "sigmoid": {"sigmoid_kernel"},
-    "momentum": {"keys_kernel", "finish_kernel", "negatives_kernel"},
+    "momentum": {"keys_kernel", "merge_kernel"},
     "attention": {"attention_kernel", "query_gradient_kernel", "key_gradient_kernel"},
     "packed_attention": {"attention_kernel", "fused_gradient_kernel"},
     "soft_cross_entropy": {"rows_kernel"},
@@ -47,6 +47,6 @@ def test_every_specialisation_compiles(compiling, call, sizes):
 def test_one_becomes_a_constant_where_it_can(compiling):
     # What these launches are for: else they would compile the usual kernels once more.
     ones = {kernel: fixed for kernel, fixed in compiling("momentum", "ones")}
-    assert {"D", "stride_query", "stride_batch", "stride_queue"} <= ones["keys_kernel"]
+    assert {"D", "stride_image", "stride_text_queue"} <= ones["keys_kernel"]
     for kernel, fixed in compiling("soft_cross_entropy", "ones"):
         assert kernel == "rows_kernel" and {"V", "stride_z"} <= fixed

@@ -72,6 +72,16 @@ def test_slices_of_several_blocks(run_kernel_with, device):
     check(in_few_slices, step)
 
 
+def test_more_slices_than_are_merged_at_a_time(run_kernel_with, device):
+    # Of rows of 1,024 elements the kernel that merges reads eight at a time.
+    step = draw(5, 100, 520, torch.float32, device, kinds=4)
+
+    def in_many_slices(*args, **kwargs):
+        return run_kernel_with({"SLICES": 11}, *args, **kwargs)
+
+    check(in_many_slices, step)
+
+
 def test_no_gradients_no_negatives(run_kernel, device):
     step = draw(9, 50, 32, torch.float32, device)
     loss, image, text, _, texts, images = run_kernel(
