@@ -131,7 +131,9 @@ def kept_logging():
     yield
     root.setLevel(root_level)
     for name, level in levels.items():
-        if isinstance(logger := known[name], logging.Logger):
+        logger = known[name]
+        # To set a level empties the caches of all loggers.
+        if isinstance(logger, logging.Logger) and logger.level != level:
             logger.setLevel(level)
     for handler in set(root.handlers) - handlers:
         root.removeHandler(handler)
