@@ -126,7 +126,8 @@ def inspect_cubin(case: Case, cubin: bytes, shared_bytes: int) -> Compiled:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _cuda_tool("cuobjdump", "--dump-resource-usage", path)
-        sass = _cuda_tool("nvdisasm", "--print-code", path)
+        # The same text as with its analysis of the data flow, which takes a third longer.
+        sass = _cuda_tool("nvdisasm", "--no-dataflow", "--print-code", path)
     # The figures are printed per function; a kernel that called others would have several.
     opcodes = Counter(_OPCODE.findall(sass))
     return Compiled(
