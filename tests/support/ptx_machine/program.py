@@ -23,7 +23,7 @@ from .memory import SHARED_BASE
 from .syntax import Address, Instruction, Kernel, Symbol, Vector
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """One decoded instruction: an operation on lanes, or a decision about control."""
 

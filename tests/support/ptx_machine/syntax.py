@@ -74,7 +74,7 @@ class Sink:
     """_: a result that nobody wants."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: every step that runs is looked up
 class Instruction:
     """One instruction. `opcode` is mnemonic and modifiers as written, `line` counts from 1."""
 
