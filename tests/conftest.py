@@ -1,5 +1,6 @@
 """Shared test settings: the device, threads, poisoned memory, logging, draws of random inputs."""
 
+import gc
 import inspect
 import logging
 import os
@@ -62,6 +63,18 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """The garbage collector rests meanwhile, and then passes over all that was made: modules and
+    tests, which stay to the end, are most of what it would go through again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_itemcollected(item):
