@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +89,21 @@ def test_a_quick_run_is_under_the_set_that_is_asked_for(tmp_path, capsys):
     assert all(each["ms"] > 0 for each in found["rows"])
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("x as fast as") == 2
+
+
+def test_an_instruction_set_is_the_largest_for_torch_too():
+    usable = sweep.instruction_sets()
+    assert set(usable) <= set(sweep.LIMITS)
+    ask = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    environment = os.environ | sweep.LIMITS["avx2"]
+    told = subprocess.check_output([sys.executable, "-c", ask], text=True, env=environment)
+    assert told.strip() == "AVX2"
+
+
+def test_the_largest_shapes_are_measured_once():
+    once = [cell for cell in cells(quick=False) if cell.once]
+    assert {cell.op for cell in once} < {cell.op for cell in cells(quick=False) if not cell.once}
+    assert len(once) > 2 and not any(cell.once for cell in cells(quick=True))
 
 
 def test_an_instruction_set_that_is_not_there_is_named(capsys):
