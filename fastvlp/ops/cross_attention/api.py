@@ -187,6 +187,16 @@ def _has_derivatives(q, k, v) -> bool:
     )
 
 
+def _gradients(*arguments):
+    operator = torch.ops.fastvlp.cross_attention_backward
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(*arguments)
+    # Nobody will differentiate these. Autograd's layer of the operator, there to refuse that, takes
+    # longer to see so than gradients of a few rows.
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
 class _CrossAttention(Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_q, cu_k, key_mask, seed, *options):
@@ -200,7 +210,7 @@ class _CrossAttention(Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, statistics, cu_q, cu_k, key_mask, seed = ctx.saved_tensors
-        gradients = torch.ops.fastvlp.cross_attention_backward(
+        gradients = _gradients(
             unit_stride(grad), q, k, v, out, statistics, cu_q, cu_k, key_mask, seed, *ctx.options
         )
         return *gradients, *(None for _ in range(4 + len(ctx.options)))

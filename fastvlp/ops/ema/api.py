@@ -10,7 +10,6 @@ from . import multi_tensor
 from .memory import without_ties
 
 
-@torch.no_grad()
 def ema(
     momentum: Sequence[torch.Tensor],
     source: Sequence[torch.Tensor],
@@ -67,6 +66,11 @@ def ema(
     momentum, source, copies = list(momentum), list(source), list(copies or ())
     if not check_finite and _has_moved_again(momentum, source, decay, copies):
         return None
+    return _check_and_move(momentum, source, decay, copies, check_finite)
+
+
+@torch.no_grad()
+def _check_and_move(momentum, source, decay, copies, check_finite):
     lists: dict[str, Sequence[torch.Tensor]] = {
         "momentum": momentum,
         "source": source,
@@ -115,9 +119,11 @@ def _has_moved_again(momentum, source, decay, copies) -> bool:
         and forced_backend("ema") in (None, "native")
         and compiled.instruction_set_fault() is None
         and not compiled.load()
-        and torch.ops.fastvlp.ema_update_again(momentum, source, copies, decay)
     ):
         return False
+    with torch._C._AutoDispatchBelowAutograd():
+        if not torch.ops.fastvlp.ema_update_again(momentum, source, copies, decay):
+            return False
     multi_tensor.bump_versions(momentum, copies)
     return True
 

@@ -55,3 +55,13 @@ def test_tensors_that_changed_since_are_looked_at(checks):
     with pytest.raises(ValueError, match="source: expected 1 tensors"):
         ema([momentum], [], 0.5)
     assert (momentum == 0.75).all()
+
+
+def test_nothing_is_differentiable_when_grad_mode_is_on(checks):
+    momentum, source = torch.zeros(3), torch.nn.Parameter(torch.ones(3))
+    for _ in range(2):
+        ema([momentum], [source], 0.5)
+    assert len(checks) == 1 and (momentum == 0.75).all()
+    assert not momentum.requires_grad and momentum.grad_fn is None
+    (source * momentum).sum().backward()
+    assert torch.equal(source.grad, momentum)
