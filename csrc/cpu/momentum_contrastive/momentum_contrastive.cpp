@@ -53,7 +53,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum(
   p.negatives = negatives;
   p.seed = static_cast<uint64_t>(integer_of(seed, "seed"));
   p.group_rows = group_rows;
-  p.block_keys = block_keys;
+  // Scratch no larger than these keys need: few touch few fresh pages.
+  p.block_keys = std::min(block_keys, (std::max(batch, length) + 31) / 32 * 32);
   MomentumProblem problems[2] = {p, p};
   const Tensor* students[2] = {&image, &text};
   const Tensor* teachers[2] = {&image_momentum, &text_momentum};
