@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from ..._autograd import Function
+from .checks import readable
 
 SECOND_DERIVATIVE = (
     "the contrastive losses have no second derivative; for one, call contrastive_reference, "
@@ -54,4 +55,6 @@ class _OnceDifferentiable(Function):
 
 def _scale(upstream, *inputs_and_gradients):
     gradients = inputs_and_gradients[len(inputs_and_gradients) // 2 :]
+    if readable(upstream):  # there a factor without dimensions is not rounded to the other's dtype
+        return tuple(g * upstream for g in gradients)
     return tuple((g.float() * upstream).to(g.dtype) for g in gradients)

@@ -8,7 +8,6 @@ import torch
 
 from .. import compiled
 from .._core.implement import implement
-from .._core.saved_gradients import SECOND_DERIVATIVE
 
 # Student rows whose logits, and their teachers', are computed together: 128 rows fill the
 # registers' tiles, and their sums of keys stay in cache together with a block of keys.
@@ -61,14 +60,10 @@ def _triton(*args):
     return momentum_contrastive(*args[:-2])
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(SECOND_DERIVATIVE)
-
-
 def register_operators() -> None:
     """Called once when `fastvlp.ops` is imported; does nothing where there are no schemas."""
     if compiled.missing_schemas():
         return
+    # Without a rule of autograd: an autograd function calls it, and nothing differentiates it.
     torch.library.register_fake("fastvlp::momentum_contrastive", _fake)
     implement("momentum_contrastive", _triton, "CUDA")
-    torch.library.register_autograd("fastvlp::momentum_contrastive", _no_second_derivative)
