@@ -117,14 +117,14 @@ def _has_moved_again(momentum, source, decay, copies) -> bool:
         and _PLAIN.issuperset(map(type, (*momentum, *source, *copies)))
         and momentum[0].is_cpu
         and forced_backend("ema") in (None, "native")
-        and compiled.instruction_set_fault() is None
         and not compiled.load()
     ):
         return False
+    # The operator itself refuses an instruction set that the CPU does not have.
     with torch._C._AutoDispatchBelowAutograd():
         if not torch.ops.fastvlp.ema_update_again(momentum, source, copies, decay):
             return False
-    multi_tensor.bump_versions(momentum, copies)
+    torch.autograd.graph.increment_version([*momentum, *copies])
     return True
 
 

@@ -57,6 +57,15 @@ def test_tensors_that_changed_since_are_looked_at(checks):
     assert (momentum == 0.75).all()
 
 
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch, checks):
+    momentum, source = torch.zeros(3), torch.ones(3)
+    ema([momentum], [source], 0.5)
+    monkeypatch.setenv("FASTVLP_CPU_ISA", "mmx")
+    with pytest.raises(RuntimeError, match="FASTVLP_CPU_ISA: expected one of .*got 'mmx'"):
+        ema([momentum], [source], 0.5)
+    assert len(checks) == 1 and (momentum == 0.5).all()
+
+
 def test_nothing_is_differentiable_when_grad_mode_is_on(checks):
     momentum, source = torch.zeros(3), torch.nn.Parameter(torch.ones(3))
     for _ in range(2):
