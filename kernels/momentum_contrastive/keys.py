@@ -49,9 +49,9 @@ def keys_kernel(
     reference_ptr, sum_ptr, keys_ptr, text_negative_ptr, image_negative_ptr, B, D, slices,
     stride_image, stride_text, stride_image_momentum, stride_text_momentum, stride_image_queue,
     stride_text_queue,
-    TEACHER: tl.constexpr, IDS: tl.constexpr, NEGATIVES: tl.constexpr, FACTOR: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    TEACHER: tl.constexpr, IDS: tl.constexpr, FACTOR: tl.constexpr, NEGATIVES: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     """Slice program_id(2) of the keys for a block of rows: reference, sum [2, slices, R], keys.
 

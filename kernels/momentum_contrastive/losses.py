@@ -16,12 +16,19 @@ wide on 132 multiprocessors. Nothing of size B x Q.
 """
 
 import torch
-import triton
 
-from .._core.launch import INTERPRETED, UNFUSED, launch_options, multiprocessors, on_device
+from .._core.launch import (
+    INTERPRETED,
+    UNFUSED,
+    ceil_div,
+    launch,
+    launch_options,
+    multiprocessors,
+    on_device,
+)
 from . import merge
 from .keys import keys_kernel
-from .tiles import HELD_WARPS, WIDEST, tile_constants, tile_of
+from .tiles import HELD_WARPS, WIDEST, power_of_two, tile_constants, tile_of
 
 # Of the keys of a direction; None: as many as keep all multiprocessors at work.
 SLICES = 4 if INTERPRETED else None
@@ -39,8 +46,16 @@ def _slices(device: torch.device, blocks: int, warps: int) -> int:
     if SLICES:
         return SLICES
     at_once = multiprocessors(device) * (HELD_WARPS // warps)
-    waves = triton.cdiv(FEWEST_SLICES * blocks, at_once)
+    waves = ceil_div(FEWEST_SLICES * blocks, at_once)
     return waves * at_once // blocks
+
+
+def _pointers(features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{name}_ptr": t for name, t in features.items()}
+
+
+def _strides(features: dict[str, torch.Tensor]) -> dict[str, int]:
+    return {f"stride_{name}": t.stride(0) for name, t in features.items()}
 
 
 def momentum_contrastive(
@@ -69,16 +84,19 @@ def momentum_contrastive(
     besides the loss; without `gradients` they come back as [0, D].
     """
     batch, width = image.shape
-    students = (image, text, image_momentum, text_momentum)
-    strides = [t.stride(0) for t in (*students, image_queue, text_queue)]
+    features = {"image": image, "text": text, "image_momentum": image_momentum,
+                "text_momentum": text_momentum}  # fmt: skip
+    queues = {"image_queue": image_queue, "text_queue": text_queue}
     flags = {"TEACHER": teacher, "IDS": ids.numel() > 0, "FACTOR": weight_factor(image.dtype)}
     rows = batch * (1 + teacher + flags["IDS"])
-    tile, block_d = tile_of(image), max(32, min(WIDEST, triton.next_power_of_2(width)))
-    blocks = triton.cdiv(rows, tile.block_m), 2 * triton.cdiv(width, block_d)
+    tile, block_d = tile_of(image), max(32, min(WIDEST, power_of_two(width)))
+    blocks = ceil_div(rows, tile.block_m), 2 * ceil_div(width, block_d)
     slices = _slices(image.device, blocks[0] * blocks[1], tile.warps)
+    sizes = {"B": batch, "D": width, "slices": slices}
     like = {"dtype": torch.float32, "device": image.device}
-    slice_sums = torch.empty(2, 2, slices, rows, **like)
-    slice_keys = torch.empty(2, slices, rows, width, **like)
+    reference, sums = torch.empty(2, 2, slices, rows, **like)
+    found = {"reference_ptr": reference, "sum_ptr": sums,
+             "keys_ptr": torch.empty(2, slices, rows, width, **like)}  # fmt: skip
     sampled = [seed.new_empty(batch if negatives else 0) for _ in range(2)]
     # The interpreter truncates where it should round to bf16: there torch rounds.
     coarse = INTERPRETED and image.dtype is torch.bfloat16
@@ -86,21 +104,30 @@ def momentum_contrastive(
         image.new_empty(batch if gradients else 0, width, dtype=torch.float32 if coarse else None)
         for _ in range(2)
     )
-    parts = torch.empty(2, 2 * batch, **like)
+    losses, d_temperatures = torch.empty(2, 2 * batch, **like)
     constants = tile_constants(tile, width, image.dtype, input_precision)
     constants["EVEN_D"] &= width % block_d == 0
     with on_device(image):
-        keys_kernel[blocks + (slices,)](
-            *students, image_queue, text_queue, ids, queue_ids, queue_length, temperature, seed,
-            *slice_sums, slice_keys, *sampled, batch, width, slices, *strides,
-            **flags, NEGATIVES=negatives, ONE_BLOCK=width <= block_d, BLOCK_D=block_d,
-            **constants, **launch_options(tile),
+        launch(
+            keys_kernel, (*blocks, slices),
+            _pointers(features | queues)
+            | {"ids_ptr": ids, "queue_ids_ptr": queue_ids, "length_ptr": queue_length,
+               "temperature_ptr": temperature, "seed_ptr": seed}
+            | found | {"text_negative_ptr": sampled[0], "image_negative_ptr": sampled[1]},
+            sizes | _strides(features | queues),
+            flags | {"NEGATIVES": negatives, "ONE_BLOCK": width <= block_d, "BLOCK_D": block_d}
+            | constants,
+            launch_options(tile),
         )  # fmt: skip
-        merge.merge_kernel[batch, 2](
-            *students, temperature, alpha, *slice_sums, slice_keys, d_image, d_text, *parts,
-            batch, width, slices, *strides[:4], 0.5 / batch,
-            **flags, GRADIENTS=gradients, **merge.merge_constants(slices, width),
-            num_warps=merge.WARPS, **UNFUSED,
+        launch(
+            merge.merge_kernel, (batch, 2, 1),
+            _pointers(features)
+            | {"temperature_ptr": temperature, "alpha_ptr": alpha} | found
+            | {"d_image_ptr": d_image, "d_text_ptr": d_text, "loss_ptr": losses,
+               "d_temperature_ptr": d_temperatures},
+            sizes | _strides(features) | {"share": 0.5 / batch},
+            flags | {"GRADIENTS": gradients} | merge.merge_constants(slices, width),
+            {"num_warps": merge.WARPS, **UNFUSED},
         )  # fmt: skip
-        loss, d_temperature = (part.sum() for part in parts)
+        loss, d_temperature = losses.sum(), d_temperatures.sum()
     return loss, d_image.to(image.dtype), d_text.to(text.dtype), d_temperature, *sampled

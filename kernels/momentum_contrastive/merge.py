@@ -12,7 +12,7 @@ from .._core import aot
 from .._core.tiles import LOG2E, exp_difference
 from ..contrastive.sigmoid import log1p_unit
 from .keys import NOTHING_SEEN
-from .tiles import WIDEST, aot_kinds, select_side
+from .tiles import WIDEST, aot_kinds, power_of_two, select_side
 
 WARPS = 8
 # Of a row's keys in its slices, elements that are read at a time.
@@ -70,7 +70,7 @@ def merge_kernel(
     image_ptr, text_ptr, image_momentum_ptr, text_momentum_ptr, temperature_ptr, alpha_ptr,
     reference_ptr, sum_ptr, keys_ptr, d_image_ptr, d_text_ptr, loss_ptr, d_temperature_ptr,
     B, D, slices, stride_image, stride_text, stride_image_momentum, stride_text_momentum, share,
-    TEACHER: tl.constexpr, IDS: tl.constexpr, GRADIENTS: tl.constexpr, FACTOR: tl.constexpr,
+    TEACHER: tl.constexpr, IDS: tl.constexpr, FACTOR: tl.constexpr, GRADIENTS: tl.constexpr,
     MOST_SLICES: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One row of direction program_id(1): `share` times its loss, its gradient [D] and its part of
@@ -140,7 +140,7 @@ def merge_kernel(
 
 def merge_constants(slices: int, width: int) -> dict[str, int]:
     """The sizes that the kernel is compiled for."""
-    most, block_d = triton.next_power_of_2(slices), triton.next_power_of_2(width)
+    most, block_d = power_of_two(slices), power_of_two(width)
     step = max(1, min(most, ELEMENTS // block_d))
     return {"MOST_SLICES": most, "STEP": step, "BLOCK_D": block_d}
 
