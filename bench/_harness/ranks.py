@@ -21,7 +21,7 @@ from _harness import timing
 from _harness.timing import Call
 
 # Imported once, by the server from which ranks are forked; a missing one is passed over.
-PRELOADED = ("torch", "open_clip", "fastvlp.losses")
+PRELOADED = ("torch", "fastvlp.losses", "torch.distributed.nn")
 
 
 def launch(

@@ -14,4 +14,4 @@ def fork_server():
     """Has what the benchmarks' processes import before the first of them is forked from it."""
     from _harness import memory, ranks
 
-    memory.preload(*ranks.PRELOADED, "torch.distributed.nn")
+    memory.preload(*ranks.PRELOADED)

@@ -27,11 +27,9 @@ def ours(schedule: str, comm_dtype: torch.dtype | None = None) -> Loss:
 
 
 def open_clip() -> Loss:
-    from open_clip.loss import ClipLoss
-
     # It gathers by a function that newer versions of torch deprecate, at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
-    return ClipLoss(**_across_ranks())
+    return softmax.open_clip_loss().ClipLoss(**_across_ranks())
 
 
 def _across_ranks() -> dict[str, Any]:

@@ -181,10 +181,10 @@ def errors_of(jobs):
     import itc_distributed
     from _harness.measure import Implementation
     from baselines.contrastive import distributed as distributed_peers
-    from baselines.contrastive.softmax import forward_backward
-    from open_clip.loss import ClipLoss
+    from baselines.contrastive.softmax import forward_backward, open_clip_loss
 
-    local = partial(ClipLoss, True, False, rank=dist.get_rank(), world_size=dist.get_world_size())
+    place = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+    local = partial(open_clip_loss().ClipLoss, True, False, **place)
     return [
         tuple(
             itc_distributed.errors(
