@@ -1,4 +1,5 @@
-"""Kernels run interpreted in a child process, or on the GPU with `--device cuda`."""
+"""Kernels run interpreted in a child process, or on the GPU with `--device cuda`; another child
+compiles."""
 
 import pytest
 from fastvlp_tests import triton_process
@@ -7,6 +8,12 @@ from fastvlp_tests import triton_process
 @pytest.fixture(scope="session")
 def interpreter():
     with triton_process.start(interpret=True, workers=1) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    with triton_process.start(interpret=False, workers=1) as pool:
         yield pool
 
 

@@ -18,10 +18,9 @@ IN_PLACE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    with triton_process.start(interpret=False, workers=1) as pool:
-        yield lambda *case: pool.submit(triton_process.ptx_of, *case).result()
+@pytest.fixture
+def compiled(compiler):
+    return lambda *case: compiler.submit(triton_process.ptx_of, *case).result()
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -28,10 +28,9 @@ def cases():
     return {(case.name, case.capability): case for case in aot.all_cases()}
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    with triton_process.start(interpret=False, workers=1) as pool:
-        yield lambda *case: pool.submit(triton_process.ptx_of, *case).result()
+@pytest.fixture
+def compiled(compiler):
+    return lambda *case: compiler.submit(triton_process.ptx_of, *case).result()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -1,25 +1,19 @@
 """Launches by what Triton has compiled already, on a GPU that is not there."""
 
 import pytest
-from fastvlp_tests import launches, triton_process
+from fastvlp_tests import launches
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with triton_process.start(interpret=False, workers=1) as started:
-        yield started
-
-
-def test_results_are_those_of_the_kernel(pool):
+def test_results_are_those_of_the_kernel(compiler):
     for count in (5, 300):
         launched = [(count, 3.0), (count, -0.5)]
-        right, compiled_anew = pool.submit(launches.scaled, "scale_kernel", launched).result()
+        right, compiled_anew = compiler.submit(launches.scaled, "scale_kernel", launched).result()
         assert right and compiled_anew == [True, False]
 
 
-def test_a_kernel_is_compiled_for_the_integers_that_it_is_specialised_for(pool):
+def test_a_kernel_is_compiled_for_the_integers_that_it_is_specialised_for(compiler):
     launched = [(count, 3.0) for count in (5, 1, 304, 7, 1, 16, 300)]
-    right, compiled_anew = pool.submit(
+    right, compiled_anew = compiler.submit(
         launches.scaled, "specialised_scale_kernel", launched
     ).result()
     assert right and compiled_anew == [True, True, True, False, False, False, False]
@@ -28,13 +22,13 @@ def test_a_kernel_is_compiled_for_the_integers_that_it_is_specialised_for(pool):
 @pytest.mark.parametrize(
     "change", ["dtype", "alignment", "constant", "option", "wide integer", "device"]
 )
-def test_another_kind_of_arguments_is_compiled_anew(pool, change):
-    first, second = pool.submit(launches.kernels_of_a_change, change).result()
+def test_another_kind_of_arguments_is_compiled_anew(compiler, change):
+    first, second = compiler.submit(launches.kernels_of_a_change, change).result()
     assert first != second
 
 
-def test_another_number_is_not(pool):
-    first, second = pool.submit(launches.kernels_of_a_change, "number").result()
+def test_another_number_is_not(compiler):
+    first, second = compiler.submit(launches.kernels_of_a_change, "number").result()
     assert first == second
 
 
@@ -45,6 +39,6 @@ def test_another_number_is_not(pool):
         ("missing", "expected the arguments"),
     ],
 )
-def test_other_arguments_than_the_kernels_are_refused(pool, change, message):
+def test_other_arguments_than_the_kernels_are_refused(compiler, change, message):
     with pytest.raises(ValueError, match=message):
-        pool.submit(launches.refused, change).result()
+        compiler.submit(launches.refused, change).result()

@@ -24,9 +24,8 @@ CASES = [
 ]
 
 
-def test_every_kernel_is_launched():
-    with triton_process.start(interpret=False, workers=1) as pool:
-        kernels = pool.submit(triton_process.kernel_names).result()
+def test_every_kernel_is_launched(compiler):
+    kernels = compiler.submit(triton_process.kernel_names).result()
     assert kernels == set().union(*KERNELS.values())
 
 
