@@ -20,7 +20,8 @@ int32_t dtype_of(const torch::stable::Tensor& t);
 // float32, of no dimensions.
 torch::stable::Tensor scalar_tensor(double value);
 
-// The others on kept memory where they are large.
+// Those below lie on kept memory where they are large.
+
 // Contiguous, uninitialised, of the shape and dtype of `t`.
 torch::stable::Tensor empty_output(const torch::stable::Tensor& t);
 

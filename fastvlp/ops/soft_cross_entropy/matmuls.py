@@ -133,12 +133,14 @@ def weight_gradient(
     hidden = hidden.to(gradient.dtype)
     first = total is None
     if first:
-        # Zeros at least: fresh pages are cheaper to touch in order than in the midst of a matmul.
-        few = slice(FEW_ROWS if len(gradient) <= FEW_ROWS else 0)
+        # Of many rows only zeros, the gradient of none of them: fresh pages are cheaper to touch in
+        # order than in the midst of a matmul.
+        is_few = len(gradient) <= FEW_ROWS
+        rows = slice(None if is_few else 0)
         total = torch.ops.fastvlp.soft_cross_entropy_weight_gradient(
-            gradient[few], hidden[few], hidden.new_empty(0, dtype=dtype), factor
+            gradient[rows], hidden[rows], hidden.new_empty(0, dtype=dtype), factor
         )
-        if len(gradient) <= FEW_ROWS:
+        if is_few:
             return total
     if total.dtype == gradient.dtype:
         _multiply(gradient.T, hidden, total, factor, not first)
