@@ -46,6 +46,11 @@ class Rates:
     link_gbs: float = 50.0
 
 
+# A pass that keeps some of its logits, and one that computes the others again.
+_FORWARD = ("contrastive_statistics", "contrastive_loss")
+_BACKWARD = ("contrastive_gradients", "contrastive_loss_gradients")
+
+
 class CountedMatmuls:
     """FLOPs of the matmuls made while open, a matmul of MxK and KxN being 2 M N K."""
 
@@ -53,7 +58,7 @@ class CountedMatmuls:
         self.flops = 0.0
         self._listeners = (
             Listener("aten", ("mm", "addmm", "bmm", "baddbmm"), self._of_torch),
-            Listener("fastvlp", ("contrastive_statistics", "contrastive_gradients"), self._own),
+            Listener("fastvlp", (*_FORWARD, *_BACKWARD), self._own),
         )
 
     def __enter__(self) -> CountedMatmuls:
@@ -73,7 +78,7 @@ class CountedMatmuls:
     def _own(self, name: str, arguments: Mapping[str, Any]) -> None:
         x, y = arguments["x"], arguments["y"]
         matmuls = 1.0
-        if name == "contrastive_gradients":
+        if name in _BACKWARD:
             # Two for the gradients, and the logits again where they were not kept.
             rows = arguments["keep_blocks"] * arguments["block_rows"]
             kept = min(rows, len(x)) / len(x) if arguments["kept"].numel() else 0.0
