@@ -161,6 +161,26 @@ inline void store_transposed(const Vec rows[kLanes], uint32_t* out, int64_t stri
     _mm512_storeu_si512(out + (12 + c) * stride, _mm512_shuffle_i32x4(b, e, 0xdd));
   }
 }
+#elif defined(__AVX2__)
+inline void store_transposed(const Vec rows[kLanes], uint32_t* out, int64_t stride) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps((__m256)rows[i], (__m256)rows[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps((__m256)rows[i], (__m256)rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int half = 0; half < 2; ++half) {
+      const __m256d a = (__m256d)t[i + half], b = (__m256d)t[i + 2 + half];
+      u[i + 2 * half] = (__m256)_mm256_unpacklo_pd(a, b);
+      u[i + 2 * half + 1] = (__m256)_mm256_unpackhi_pd(a, b);
+    }
+  // u[4 g + c] holds, in half h, column 4 h + c of rows 4 g to 4 g + 3.
+  float* to = reinterpret_cast<float*>(out);
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(to + c * stride, _mm256_permute2f128_ps(u[c], u[4 + c], 0x20));
+    _mm256_storeu_ps(to + (4 + c) * stride, _mm256_permute2f128_ps(u[c], u[4 + c], 0x31));
+  }
+}
 #else
 inline void store_transposed(const Vec rows[kLanes], uint32_t* out, int64_t stride) {
   for (int j = 0; j < kLanes; ++j)
