@@ -14,7 +14,7 @@ namespace fastvlp {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kSmallest = size_t{1} << 20;    // malloc reuses smaller blocks by itself
+constexpr size_t kSmallest = size_t{128} << 10;  // malloc reuses smaller blocks by itself
 constexpr size_t kMostKept = size_t{160} << 20;  // logits of a chunk, packed features, gradients
 
 struct Block {
