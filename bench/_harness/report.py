@@ -133,20 +133,22 @@ def _memory_gb() -> float | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of this checkout, marked when the tree differs from it."""
-    command = (
-        "git",
-        "-C",
-        str(ROOT),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude",
-        "*",
-    )
+    """The commit of this checkout, marked when the tree differs from it in more than results."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return None
+    tracked = ("status", "--porcelain", "--untracked-files=no", "--")
+    changes = _git(*tracked, ":(top)", ":(top,exclude)bench/results")
+    return f"{commit}-dirty" if changes else commit
+
+
+def _git(*command: str) -> str | None:
+    """What git says; None where there is none, or no repository."""
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        found = subprocess.run(
+            ("git", "-C", str(ROOT), *command),
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() if found.returncode == 0 else None

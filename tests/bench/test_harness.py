@@ -2,6 +2,7 @@ import functools
 import json
 import math
 import os
+import subprocess
 import sys
 
 import pytest
@@ -231,6 +232,30 @@ def test_ratios_are_to_ours_within_one_comparison():
     groups = report.groups(rows)
     assert [[row["ms"] for row in group] for group in groups] == [[2.0, 5.0], [1.0, 3.0], [8.0]]
     assert [table.ratio(group, group[-1]) for group in groups] == [2.5, 3.0, 1.0]
+
+
+def test_a_commit_is_marked_where_more_than_results_changed(tmp_path, monkeypatch):
+    def git(*command):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(("git", *identity, *command), cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    code, result = tmp_path / "code.py", tmp_path / "bench" / "results" / "found.json"
+    result.parent.mkdir(parents=True)
+    for path in (code, result):
+        path.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    commit = report._git_commit()
+    assert len(commit) == 12
+    result.write_text("2")
+    (result.parent / "new.json").write_text("3")
+    assert report._git_commit() == commit
+    code.write_text("2")
+    assert report._git_commit() == f"{commit}-dirty"
+    monkeypatch.setattr(report, "ROOT", tmp_path / "nowhere")
+    assert report._git_commit() is None
 
 
 def test_json_and_plot_hold_what_was_measured(tmp_path):
