@@ -225,10 +225,9 @@ void add_keys(const MomentumProblem& p, const Keys& k, float* base, const Scratc
     }
 #endif
     for (int64_t at = 0; at < stacked; at += p.group_rows)
-      multiply<Dot, Order::kRowContiguous>(found + at, tile_stride(p), base + s.packed,
-                                           sums + at * padded_dim(p), padded_dim(p),
-                                           round_up(rows, kRegisterRows), panels, depth, 1.0f,
-                                           true);
+      multiply<Dot, Order::kRowContiguous>(
+          found + at, tile_stride(p), base + s.packed, sums + at * padded_dim(p), padded_dim(p),
+          round_up(rows, kRegisterRows), panels, depth, 1.0f, true);
   }
 }
 

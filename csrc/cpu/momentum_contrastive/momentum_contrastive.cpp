@@ -90,13 +90,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> momentum(
   problems[0].group_rows = problems[1].group_rows = kernels.group_rows(problems[0]);
   momentum_contrastive(problems, kernels, run_parallel, torch::stable::get_num_threads(), mix, 0.5,
                        outputs);
-  return {
-      scalar_tensor(0.5 * (outputs[0].loss + outputs[1].loss)),
-      gradient[0],
-      gradient[1],
-      scalar_tensor(outputs[0].temperature_gradient + outputs[1].temperature_gradient),
-      negative[0],
-      negative[1]};
+  return {scalar_tensor(0.5 * (outputs[0].loss + outputs[1].loss)),
+          gradient[0],
+          gradient[1],
+          scalar_tensor(outputs[0].temperature_gradient + outputs[1].temperature_gradient),
+          negative[0],
+          negative[1]};
 }
 
 }  // namespace

@@ -368,7 +368,7 @@ namespace fastvlp {
 
 const SoftCrossEntropyKernels& FASTVLP_JOIN(soft_cross_entropy_kernels_, FASTVLP_ISA)() {
   static constexpr SoftCrossEntropyKernels table = {scratch_floats, rows, column_sums,
-                                                     weight_gradient};
+                                                    weight_gradient};
   return table;
 }
 
