@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import random
 import time
@@ -103,8 +104,9 @@ class Neighbours:
 
     def __exit__(self, *_: object) -> None:
         wall, own, all_ = (now - then for now, then in zip(self._read(), self._began, strict=True))
-        if all_ and wall:
-            self.share = max(0.0, (all_ - own) / (wall * (os.cpu_count() or 1)))
+        if wall and not math.isnan(all_):
+            # Ticks are long: in a short time one can be more than all there was.
+            self.share = min(1.0, max(0.0, (all_ - own) / (wall * (os.cpu_count() or 1))))
 
     @staticmethod
     def _read() -> tuple[float, float, float]:
@@ -112,10 +114,9 @@ class Neighbours:
         try:
             line = Path("/proc/stat").read_text().split("\n", 1)[0].split()
             # user, nice, system, (idle, iowait,) irq, softirq, steal
-            ticks = sum(map(int, [*line[1:4], *line[6:9]]))
+            busy = sum(map(int, [*line[1:4], *line[6:9]])) / os.sysconf("SC_CLK_TCK")
         except OSError:
-            ticks = 0
-        busy = ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
+            busy = math.nan
         return time.perf_counter(), mine.user + mine.system, busy
 
 

@@ -171,6 +171,19 @@ def test_work_of_other_processes_is_told_from_ours(monkeypatch):
     with timing.Neighbours() as neighbours:
         pass
     assert neighbours.share == 0.25
+    unread = iter([(0.0, 0.0, math.nan), (1.0, 1.0, math.nan)])
+    monkeypatch.setattr(timing.Neighbours, "_read", staticmethod(lambda: next(unread)))
+    with timing.Neighbours() as neighbours:
+        pass
+    assert neighbours.share is None
+
+
+def test_no_tick_of_the_clock_is_no_neighbour(monkeypatch):
+    readings = iter([(0.0, 0.0, 5.0), (0.004, 0.003, 5.0)])
+    monkeypatch.setattr(timing.Neighbours, "_read", staticmethod(lambda: next(readings)))
+    with timing.Neighbours() as neighbours:
+        pass
+    assert neighbours.share == 0.0
 
 
 def test_a_peer_that_fails_is_named_and_ours_must_not():
