@@ -3,6 +3,8 @@
 import os
 import pty
 
+from fastvlp_tests.terminals import written_to
+
 from fastvlp.commands.progress import progress
 
 
@@ -19,7 +21,7 @@ def test_a_terminal_has_a_bar(monkeypatch):
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setenv("COLUMNS", "80")
         count()
-    shown = os.read(master, 1 << 16).decode()
+    shown = written_to(master)
     os.close(master)
     assert "\x1b[" in shown and "3/3 images" in shown and "2 unreadable" in shown
     assert "3 of 3" not in shown

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fastvlp_tests.terminals import written_to
 
 from fastvlp.train.logging import Log, read_log
 from fastvlp.train.loop import Report
@@ -75,24 +76,13 @@ def test_each_line_is_out_before_the_next_step(tmp_path, monkeypatch):
             assert found.read().startswith(b"step 1/4  loss 2.5")
 
 
-def everything(master):
-    """What was written to a terminal that is closed; one read may give a part of it."""
-    shown = b""
-    try:
-        while part := os.read(master, 1 << 16):
-            shown += part
-    except OSError:  # at the end
-        pass
-    return shown
-
-
 def test_a_terminal_has_a_bar_and_evaluations_above_it(tmp_path, monkeypatch):
     master, slave = pty.openpty()
     with os.fdopen(slave, "w") as terminal:
         monkeypatch.setattr("sys.stdout", terminal)
         monkeypatch.setenv("TERM", "xterm")
         steps(tmp_path)
-    shown = everything(master).decode()
+    shown = written_to(master)
     os.close(master)
     assert "\x1b[" in shown and "step 2/4  eval  R@1 0" in shown and "step 1/4  loss" not in shown
     # What is said at the end stands below the bar.
