@@ -1,4 +1,8 @@
-"""ema of tensors that an earlier call was given: no more is done than moving them."""
+"""ema of tensors that an earlier call was given: no more is done than moving them.
+
+Known is what lies where an earlier call's tensors of the same shape lay, those of another test
+too: each test has shapes of its own.
+"""
 
 import importlib
 import math
@@ -23,7 +27,7 @@ def checks(monkeypatch):
 
 @pytest.mark.parametrize("copies", [False, True])
 def test_tensors_that_were_moved_before_are_not_looked_at_again(checks, copies):
-    momentum, source = [torch.zeros(5, 3), torch.ones(4)], [torch.ones(5, 3), torch.zeros(4)]
+    momentum, source = [torch.zeros(5, 43), torch.ones(47)], [torch.ones(5, 43), torch.zeros(47)]
     low = [t.bfloat16() for t in momentum] if copies else None
     once = [t.clone() for t in momentum]
     for decay in (0.75, 0.5, 0.0):
@@ -40,15 +44,15 @@ def test_tensors_that_were_moved_before_are_not_looked_at_again(checks, copies):
 
 
 def test_tensors_that_changed_since_are_looked_at(checks):
-    momentum, source = torch.zeros(6), torch.ones(6)
+    momentum, source = torch.zeros(41), torch.ones(41)
     ema([momentum], [source], 0.5)
-    source.data = torch.ones(6, dtype=torch.float64)
+    source.data = torch.ones(41, dtype=torch.float64)
     ema([momentum], [source], 0.5)
     assert len(checks) == 2 and (momentum == 0.75).all()
     source.data = torch.ones(3)
     with pytest.raises(ValueError, match=r"source\[0\]: expected the shape"):
         ema([momentum], [source], 0.5)
-    source.data = torch.ones(6)
+    source.data = torch.ones(41)
     for wrong in (1.5, math.nan, "0.5"):
         with pytest.raises((TypeError, ValueError), match="decay: expected"):
             ema([momentum], [source], wrong)
@@ -58,7 +62,7 @@ def test_tensors_that_changed_since_are_looked_at(checks):
 
 
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch, checks):
-    momentum, source = torch.zeros(3), torch.ones(3)
+    momentum, source = torch.zeros(31), torch.ones(31)
     ema([momentum], [source], 0.5)
     monkeypatch.setenv("FASTVLP_CPU_ISA", "mmx")
     with pytest.raises(RuntimeError, match="FASTVLP_CPU_ISA: expected one of .*got 'mmx'"):
@@ -67,7 +71,7 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch, checks):
 
 
 def test_nothing_is_differentiable_when_grad_mode_is_on(checks):
-    momentum, source = torch.zeros(3), torch.nn.Parameter(torch.ones(3))
+    momentum, source = torch.zeros(37), torch.nn.Parameter(torch.ones(37))
     for _ in range(2):
         ema([momentum], [source], 0.5)
     assert len(checks) == 1 and (momentum == 0.75).all()
